@@ -1,0 +1,3372 @@
+// fpdm_cpu.c: fixed-point diffusion models (arXiv:2401.08741) on CPUs, the whole program in one file: model, forward and
+// backward pass, training, sampling. C11 and libm; OpenMP where the compiler has it.
+//
+//   make train_cpu && ./train_cpu       trains on pictures that the program draws itself, writes weights and samples to out/
+//   make sample_cpu && ./sample_cpu     draws pictures from trained weights
+//   make bench_cpu && ./bench_cpu       measures speed and memory;      make test: tests;      --help: every option
+//
+// Order: utilities, random numbers, files, options, data, parameters (these are the same bytes in fpdm.cu); then matmul and
+// layers, each forward above its backward; the model with its fixed point; loss, sampler, optimiser; last the programs.
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <assert.h>
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#ifndef REAL
+#define REAL float // tests also build with -DREAL=double, for a numerical check of the gradients
+#endif
+typedef REAL real;
+
+// =====================================================================================================================
+// Shared with fpdm.cu: from here to the next such line, both files hold the same bytes.
+// =====================================================================================================================
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Utilities: errors, memory, time, files that appear whole or not at all
+
+// Every mistake of the user ends here: one line on standard error, exit status 1. Control characters are masked because
+// names that come out of files are printed, and because a message must stay one line.
+__attribute__((noreturn, format(printf, 1, 2))) static void die(const char *fmt, ...) {
+    char line[2048];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(line, sizeof line, fmt, args);
+    va_end(args);
+    for (char *c = line; *c; c++) {
+        if ((unsigned char)*c < 32 || *c == 127) *c = '?';
+    }
+    fprintf(stderr, "error: %s\n", line);
+    exit(1);
+}
+
+// Zeroed memory, aligned to 64 bytes (a cache line, the widest vector). calloc gets large blocks from the system as
+// pages that are zero when first touched, so no time goes into clearing them. Released with xfree: calloc's own pointer
+// is kept in the word before.
+static void *xcalloc(size_t count, size_t size, const char *what) {
+    char *block = size == 0 || count <= (SIZE_MAX - 128) / size ? (char *)calloc(1, count * size + 128) : NULL;
+    if (!block)
+        die("no memory for %s: %.0f MB; use a smaller batch or model", what, (double)count * (double)size / 1e6);
+    void **p = (void **)(((uintptr_t)block + 127) & ~(uintptr_t)63);
+    p[-1] = block;
+    return p;
+}
+
+static void xfree(void *p) {
+    if (p) free(((void **)p)[-1]);
+}
+
+// Makes room for element n of an array that grows one by one from NULL; the capacity is the power of two above n.
+static void *grow(void *array, size_t n, size_t size) {
+    if (n & (n - 1)) return array;
+    void *p = n <= SIZE_MAX / 2 / size ? realloc(array, (n ? 2 * n : 1) * size) : NULL;
+    if (!p) die("no memory for a list of %zu entries; close other programs", n);
+    return p;
+}
+
+static double now_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return 1e3 * (double)t.tv_sec + 1e-6 * (double)t.tv_nsec;
+}
+
+// A file is written under a temporary name beside its target, synced, then renamed: whoever opens the target finds the
+// old file or the new one, never half of one, and a full disk or a crash costs nothing that existed before.
+static void temp_name(char name[PATH_MAX], const char *path) {
+    int length = snprintf(name, PATH_MAX, "%s.%ld.tmp", path, (long)getpid());
+    if (length >= PATH_MAX) die("%.200s...: this path is too long; use a shorter one", path);
+}
+
+// Ends the program after a failed write; errno says why.
+__attribute__((noreturn)) static void fail_temp(const char *path) {
+    const char *why = strerror(errno);
+    char name[PATH_MAX];
+    temp_name(name, path);
+    remove(name);
+    die("%s: cannot write: %s; check the folder, its permissions and the free space", path, why);
+}
+
+static FILE *open_temp(const char *path) {
+    char name[PATH_MAX];
+    struct stat info;
+    temp_name(name, path);
+    if (stat(path, &info) == 0 && !S_ISREG(info.st_mode)) die("%s: is not a regular file; use another name", path);
+    FILE *file = fopen(name, "wb");
+    if (!file) fail_temp(path);
+    return file;
+}
+
+static void write_temp(FILE *file, const char *path, const void *data, size_t bytes) {
+    if (bytes && fwrite(data, 1, bytes, file) != bytes) fail_temp(path);
+}
+
+static void commit_temp(FILE *file, const char *path) {
+    char name[PATH_MAX], folder[PATH_MAX];
+    temp_name(name, path);
+    if (ferror(file) || fflush(file) || fsync(fileno(file)) || fclose(file) || rename(name, path)) fail_temp(path);
+    snprintf(folder, sizeof folder, "%s", path);
+    char *slash = strrchr(folder, '/');
+    if (slash) slash[slash == folder] = 0;
+    int fd = open(slash ? folder : ".", O_RDONLY);
+    if (fd < 0) return;
+    fsync(fd); // makes the rename itself durable where the file system can
+    close(fd);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")
+//
+// There is no generator state: a draw is a function of (seed, index, step, stream). Any number of threads, either
+// program and a resumed run therefore see the same numbers.
+
+enum Streams {
+    STREAM_INIT,    // initial weights
+    STREAM_DATA,    // which samples make a batch; the pictures of `shapes`
+    STREAM_T,       // timesteps
+    STREAM_NOISE,   // noise added in training
+    STREAM_DROP,    // labels dropped for guidance
+    STREAM_NM,      // numbers of iterations without and with gradient
+    STREAM_XT,      // noise that sampling starts from
+    STREAM_Z,       // noise added during sampling
+    STREAM_AUGMENT, // flips
+};
+
+// Ten rounds over the counter; the key advances by the golden ratio and sqrt(3)-1 between rounds.
+static void philox4x32(uint32_t counter[4], uint32_t key0, uint32_t key1) {
+    for (int round = 0; round < 10; round++) {
+        uint64_t a = (uint64_t)counter[0] * 0xD2511F53u, b = (uint64_t)counter[2] * 0xCD9E8D57u;
+        counter[0] = (uint32_t)(b >> 32) ^ counter[1] ^ key0;
+        counter[2] = (uint32_t)(a >> 32) ^ counter[3] ^ key1;
+        counter[1] = (uint32_t)b;
+        counter[3] = (uint32_t)a;
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+    }
+}
+
+static void philox(uint32_t out[4], uint64_t seed, uint32_t index, uint32_t step, uint32_t stream) {
+    out[0] = index;
+    out[1] = step;
+    out[2] = stream;
+    out[3] = 0;
+    philox4x32(out, (uint32_t)seed, (uint32_t)(seed >> 32));
+}
+
+// A word as a number in the open interval (0, 1): log(u) is finite.
+static double rng_uniform(uint32_t word) { return (word + 0.5) / 4294967296; }
+
+// A word as an integer 0..n-1.
+static uint32_t rng_below(uint32_t word, uint32_t n) { return (uint32_t)(((uint64_t)word * n) >> 32); }
+
+// out[i] = standard normal number `first + i` of a draw. Four numbers come out of one Philox call by Box-Muller in
+// double.
+static void rng_normal(float *out, size_t count, size_t first, uint64_t seed, uint32_t step, uint32_t stream) {
+    if (count == 0) return;
+#pragma omp parallel for schedule(static)
+    for (size_t call = first / 4; call <= (first + count - 1) / 4; call++) {
+        uint32_t word[4];
+        philox(word, seed, (uint32_t)call, step, stream);
+        for (size_t pair = 0; pair < 4; pair += 2) {
+            double r = sqrt(-2 * log(rng_uniform(word[pair]))),
+                   angle = 6.283185307179586477 * rng_uniform(word[pair + 1]);
+            size_t e = 4 * call + pair;
+            if (e >= first && e < first + count) out[e - first] = (float)(r * cos(angle));
+            if (e + 1 >= first && e + 1 < first + count) out[e + 1 - first] = (float)(r * sin(angle));
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// safetensors: 8-byte little-endian header length, JSON header, raw little-endian tensors
+//
+// {"__metadata__": {"key": "value", ...}, "name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
+// Offsets count from the end of the header; the tensors must cover the rest of the file without holes or overlap.
+// https://github.com/huggingface/safetensors#format. A file may come from anywhere: nothing in it is trusted.
+
+enum Dtype { F64, F32, F16, BF16, I64, I32, I16, I8, U64, U32, U16, U8, BOOL, F8_E4M3, F8_E5M2, C64, N_DTYPES };
+static const char *const dtype_names[N_DTYPES] = {"F64", "F32", "F16", "BF16", "I64",  "I32",     "I16",     "I8",
+                                                  "U64", "U32", "U16", "U8",   "BOOL", "F8_E4M3", "F8_E5M2", "C64"};
+static const size_t dtype_sizes[N_DTYPES] = {8, 4, 2, 2, 8, 4, 2, 1, 8, 4, 2, 1, 1, 1, 1, 8};
+
+enum { MAX_DIMS = 8, MAX_HEADER = 100000000 };
+
+#define ST_DAMAGED "damaged: make or copy it again"
+
+typedef struct {
+    const char *name;
+    int dtype, ndim;
+    int64_t shape[MAX_DIMS];
+    int64_t count;    // elements
+    size_t bytes;     // count * element size
+    const void *data; // row-major; in an opened file it points into the read-only map and may be unaligned
+} Tensor;
+
+typedef struct {
+    const char *key, *value;
+} Meta;
+
+typedef struct {
+    char *path;
+    unsigned char *map;
+    size_t size;
+    Tensor *tensors; // sorted by name
+    int n_tensors;
+    Meta *meta; // sorted by key
+    int n_meta;
+} SafeTensors;
+
+static float bits_to_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static float bf16_to_float(uint16_t h) { return bits_to_float((uint32_t)h << 16); }
+
+// Rounds to nearest, ties to even; a NaN stays a NaN (rounding its bits could carry into an infinity).
+static uint16_t float_to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if (x != x) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+static float f16_to_float(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3ff;
+    if (exponent == 0) return (sign ? -1.0f : 1.0f) * (float)mantissa / 16777216; // zero and subnormal numbers
+    if (exponent == 31) return bits_to_float(sign | 0x7f800000 | mantissa << 13); // infinity and NaN
+    return bits_to_float(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+
+// The part of JSON that the format uses: objects, lists, strings and whole numbers, read by position without recursion.
+typedef struct {
+    const char *path, *tensor; // named in errors; tensor is NULL outside of a tensor's entry
+    const unsigned char *start, *p, *end;
+} Json;
+
+__attribute__((noreturn)) static void json_fail(const Json *j, const char *why) {
+    const char *name = j->tensor ? j->tensor : "";
+    die("%s: %s%.200s%s%s (byte %td of the JSON text); the file is " ST_DAMAGED, j->path, j->tensor ? "tensor " : "",
+        name, j->tensor ? ": " : "", why, j->p - j->start);
+}
+
+// Skips white space, then takes `c` if it comes next.
+static int json_accept(Json *j, char c) {
+    while (j->p < j->end && (*j->p == ' ' || *j->p == '\n' || *j->p == '\t' || *j->p == '\r')) j->p++;
+    if (j->p == j->end || *j->p != c) return 0;
+    j->p++;
+    return 1;
+}
+
+static void json_expect(Json *j, char c) {
+    char why[] = "expected 'c'";
+    why[10] = c;
+    if (!json_accept(j, c)) json_fail(j, why);
+}
+
+static uint32_t json_hex4(Json *j) {
+    uint32_t value = 0;
+    for (int i = 0; i < 4; i++, j->p++) {
+        if (j->p == j->end || !isxdigit(*j->p)) json_fail(j, "\\u needs four hexadecimal digits");
+        value = 16 * value + (uint32_t)(*j->p <= '9' ? *j->p - '0' : (*j->p | 32) - 'a' + 10);
+    }
+    return value;
+}
+
+// Reads what follows a backslash; returns the end of what it appended to `out` as UTF-8.
+static char *json_escape(Json *j, char *out) {
+    static const char from[] = "\"\\/bfnrtu", to[] = "\"\\/\b\f\n\r\t";
+    const char *which = j->p < j->end && *j->p ? strchr(from, *j->p) : NULL;
+    if (!which) json_fail(j, "unknown escape in a string");
+    j->p++;
+    if (*which != 'u') {
+        *out++ = to[which - from];
+        return out;
+    }
+    uint32_t code = json_hex4(j);
+    if (code >> 10 == 0xD800 >> 10 && j->end - j->p >= 2 && j->p[0] == '\\' && j->p[1] == 'u') {
+        j->p += 2;
+        uint32_t low = json_hex4(j);
+        if (low >> 10 != 0xDC00 >> 10) json_fail(j, "broken surrogate pair in a string");
+        code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
+    }
+    if (code == 0 || code >> 11 == 0xD800 >> 11) json_fail(j, "\\u0000 or half a surrogate pair in a string");
+    int more = (code > 0x7f) + (code > 0x7ff) + (code > 0xffff); // continuation bytes
+    static const unsigned char lead[] = {0, 0xC0, 0xE0, 0xF0};
+    *out++ = (char)(lead[more] | code >> 6 * more);
+    while (more--) *out++ = (char)(0x80 | (code >> 6 * more & 0x3f));
+    return out;
+}
+
+// Bytes of the UTF-8 character at p; 0 if there is none (cut short, overlong, a surrogate, beyond U+10FFFF).
+static int utf8_length(const unsigned char *p, const unsigned char *end) {
+    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
+    int length = *p < 0x80 ? 1 : *p >> 5 == 6 ? 2 : *p >> 4 == 14 ? 3 : *p >> 3 == 30 ? 4 : 0;
+    if (length > end - p) return 0;
+    uint32_t code = length > 1 ? *p & (0x7fu >> length) : *p;
+    for (int i = 1; i < length; i++) {
+        if (p[i] >> 6 != 2) return 0;
+        code = code << 6 | (p[i] & 0x3f);
+    }
+    return code >= least[length] && code <= 0x10FFFF && code >> 11 != 0xD800 >> 11 ? length : 0;
+}
+
+// Returns a new string. Decoding never makes it longer, so the distance to the closing quote is room enough.
+static char *json_string(Json *j) {
+    json_expect(j, '"');
+    const unsigned char *close = j->p;
+    while (close < j->end && *close != '"') close += *close == '\\' ? 2 : 1;
+    if (close >= j->end) json_fail(j, "a string does not end");
+    char *text = (char *)malloc((size_t)(close - j->p) + 1), *out = text;
+    if (!text) die("%s: no memory for its header; close other programs", j->path);
+    while (j->p < close) {
+        int length = utf8_length(j->p, close);
+        if (length == 0 || *j->p < 32) json_fail(j, "a string is not valid UTF-8 text");
+        if (*j->p == '\\') {
+            j->p++;
+            out = json_escape(j, out);
+        } else {
+            while (length--) *out++ = (char)*j->p++;
+        }
+    }
+    *out = 0;
+    j->p++;
+    return text;
+}
+
+static int64_t json_integer(Json *j) {
+    if (json_accept(j, '-')) json_fail(j, "a number is negative");
+    if (j->p == j->end || !isdigit(*j->p)) json_fail(j, "expected a number");
+    if (*j->p == '0' && j->p + 1 < j->end && isdigit(j->p[1])) json_fail(j, "a number starts with 0");
+    int64_t value = 0;
+    for (; j->p < j->end && isdigit(*j->p); j->p++) {
+        if (value > (INT64_MAX - 9) / 10) json_fail(j, "a number is too large");
+        value = 10 * value + (*j->p - '0');
+    }
+    if (j->p < j->end && (*j->p == '.' || (*j->p | 32) == 'e')) json_fail(j, "a number is not whole");
+    return value;
+}
+
+// Reads a list of at most `room` whole numbers; returns how many there are.
+static int json_integers(Json *j, int64_t *values, int room) {
+    int n = 0;
+    json_expect(j, '[');
+    if (json_accept(j, ']')) return 0;
+    do {
+        if (n == room) json_fail(j, "a list is too long");
+        values[n++] = json_integer(j);
+    } while (json_accept(j, ','));
+    json_expect(j, ']');
+    return n;
+}
+
+// Reads one {"dtype", "shape", "data_offsets"} and checks it against itself and against the `room` bytes of data.
+static void json_tensor(Json *j, Tensor *t, const unsigned char *data, size_t room) {
+    int64_t offsets[2] = {0, 0};
+    int seen = 0;
+    json_expect(j, '{');
+    do {
+        char *key = json_string(j), *dtype;
+        int field = !strcmp(key, "dtype") ? 1 : !strcmp(key, "shape") ? 2 : !strcmp(key, "data_offsets") ? 4 : 0;
+        if (field == 0 || (seen & field)) json_fail(j, "a key is unknown or stands there twice");
+        seen |= field;
+        free(key);
+        json_expect(j, ':');
+        if (field == 1) {
+            dtype = json_string(j);
+            while (t->dtype < N_DTYPES && strcmp(dtype, dtype_names[t->dtype])) t->dtype++;
+            if (t->dtype == N_DTYPES)
+                die("%s: tensor %.200s: unknown dtype %.40s; convert it", j->path, t->name, dtype);
+            free(dtype);
+        } else if (field == 2) {
+            t->ndim = json_integers(j, t->shape, MAX_DIMS);
+        } else if (json_integers(j, offsets, 2) != 2) {
+            json_fail(j, "data_offsets must be two numbers");
+        }
+    } while (json_accept(j, ','));
+    json_expect(j, '}');
+    if (seen != 7) json_fail(j, "dtype, shape or data_offsets is missing");
+    t->count = 1;
+    for (int i = 0; i < t->ndim; i++) {
+        if (t->shape[i] && t->count > INT64_MAX / 8 / t->shape[i]) json_fail(j, "its shape is too large");
+        t->count *= t->shape[i];
+    }
+    t->bytes = (size_t)t->count * dtype_sizes[t->dtype];
+    if (offsets[0] > offsets[1]) json_fail(j, "its data ends before it begins");
+    if ((size_t)offsets[1] > room) json_fail(j, "its data lies beyond the end of the file");
+    if (t->bytes != (size_t)(offsets[1] - offsets[0]))
+        json_fail(j, "its shape and dtype do not fit its number of bytes");
+    t->data = data + offsets[0];
+}
+
+// Orders both lists: a Tensor and a Meta begin with their name.
+static int by_name(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
+
+// By place in the file; an empty tensor comes before the one that begins where it stands.
+static int by_place(const void *a, const void *b) {
+    const Tensor *s = (const Tensor *)a, *t = (const Tensor *)b;
+    if (s->data != t->data) return (const char *)s->data < (const char *)t->data ? -1 : 1;
+    return (s->bytes > t->bytes) - (s->bytes < t->bytes);
+}
+
+// A tensor by name, NULL if the file does not have it.
+static const Tensor *st_find(const SafeTensors *f, const char *name) {
+    return (const Tensor *)bsearch(&name, f->tensors, (size_t)f->n_tensors, sizeof *f->tensors, by_name);
+}
+
+// The value of a metadata key, NULL if the file does not have it.
+static const char *st_meta(const SafeTensors *f, const char *key) {
+    const Meta *m = (const Meta *)bsearch(&key, f->meta, (size_t)f->n_meta, sizeof *f->meta, by_name);
+    return m ? m->value : NULL;
+}
+
+static void json_metadata(Json *j, SafeTensors *f) {
+    json_expect(j, '{');
+    if (json_accept(j, '}')) return;
+    do {
+        f->meta = (Meta *)grow(f->meta, (size_t)f->n_meta, sizeof *f->meta);
+        Meta *m = &f->meta[f->n_meta++];
+        m->key = json_string(j);
+        json_expect(j, ':');
+        m->value = json_string(j);
+    } while (json_accept(j, ','));
+    json_expect(j, '}');
+}
+
+// Sorts tensors or metadata by name for bsearch, which also brings a name that stands there twice to light.
+static void sort_by_name(const SafeTensors *f, void *list, int n, size_t size) {
+    qsort(list, (size_t)n, size, by_name);
+    for (const char *entry = (const char *)list; n > 1; n--, entry += size) {
+        if (by_name(entry, entry + size)) continue;
+        die("%s: the name %.200s stands there twice; the file is " ST_DAMAGED, f->path, *(const char *const *)entry);
+    }
+}
+
+// The tensors must cover the bytes from `data` to the end of the file, each byte once.
+static void check_cover(const SafeTensors *f, const unsigned char *data) {
+    qsort(f->tensors, (size_t)f->n_tensors, sizeof *f->tensors, by_place);
+    for (int i = 0; i < f->n_tensors; i++) {
+        const Tensor *t = &f->tensors[i];
+        const char *why =
+            (const unsigned char *)t->data < data ? "shares bytes with another tensor" : "a gap lies before it";
+        if (t->data != data) die("%s: tensor %.200s: %s; the file is " ST_DAMAGED, f->path, t->name, why);
+        data += t->bytes;
+    }
+    if (data != f->map + f->size) die("%s: bytes follow the last tensor; the file is " ST_DAMAGED, f->path);
+}
+
+// Maps a file and reads its header. Whatever is wrong with it ends the program with the reason.
+static void st_open(SafeTensors *f, const char *path) {
+    memset(f, 0, sizeof *f);
+    struct stat info;
+    int fd = open(path, O_RDONLY);
+    if (fd < 0 || fstat(fd, &info)) die("%s: cannot open: %s; check the path", path, strerror(errno));
+    if (!S_ISREG(info.st_mode)) die("%s: is not a file; give the path of a .safetensors file", path);
+    f->size = (size_t)info.st_size;
+    if (f->size < 8) die("%s: is only %zu bytes long; the file is " ST_DAMAGED, path, f->size);
+    f->map = (unsigned char *)mmap(NULL, f->size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (f->map == MAP_FAILED) die("%s: cannot map: %s; copy it to a local disk", path, strerror(errno));
+    close(fd);
+    f->path = strdup(path);
+    f->tensors = (Tensor *)grow(NULL, 0, sizeof *f->tensors);
+    f->meta = (Meta *)grow(NULL, 0, sizeof *f->meta);
+
+    uint64_t header = 0;
+    for (int i = 7; i >= 0; i--) header = header << 8 | f->map[i];
+    if (header > MAX_HEADER || header > f->size - 8) {
+        die("%s: no header can be %.0f bytes long; this is no safetensors file, or it is " ST_DAMAGED, path,
+            (double)header);
+    }
+    const unsigned char *start = f->map + 8, *data = start + header;
+    Json j = {path, NULL, start, start, data};
+    if (header == 0 || *start != '{') json_fail(&j, "no header");
+    json_expect(&j, '{');
+    int seen_metadata = 0;
+    if (!json_accept(&j, '}')) {
+        do {
+            char *name = json_string(&j);
+            json_expect(&j, ':');
+            if (strcmp(name, "__metadata__") == 0) {
+                if (seen_metadata++) json_fail(&j, "__metadata__ is there twice");
+                json_metadata(&j, f);
+                free(name);
+            } else {
+                f->tensors = (Tensor *)grow(f->tensors, (size_t)f->n_tensors, sizeof *f->tensors);
+                Tensor *t = &f->tensors[f->n_tensors++];
+                memset(t, 0, sizeof *t);
+                t->name = j.tensor = name;
+                json_tensor(&j, t, data, f->size - 8 - header);
+                j.tensor = NULL;
+            }
+        } while (json_accept(&j, ','));
+        json_expect(&j, '}');
+    }
+    json_accept(&j, ' '); // the padding
+    if (j.p != data) json_fail(&j, "text follows the header");
+    check_cover(f, data);
+    sort_by_name(f, f->tensors, f->n_tensors, sizeof *f->tensors);
+    sort_by_name(f, f->meta, f->n_meta, sizeof *f->meta);
+}
+
+static void st_close(SafeTensors *f) {
+    for (int i = 0; i < f->n_tensors; i++) free((char *)f->tensors[i].name);
+    for (int i = 0; i < f->n_meta; i++) {
+        free((char *)f->meta[i].key);
+        free((char *)f->meta[i].value);
+    }
+    free(f->tensors);
+    free(f->meta);
+    free(f->path);
+    munmap(f->map, f->size);
+    memset(f, 0, sizeof *f);
+}
+
+// out[0..count-1] = the tensor as floats.
+static void st_to_float(const SafeTensors *f, const Tensor *t, float *out) {
+    const unsigned char *data = (const unsigned char *)t->data;
+    if (t->dtype != F32 && t->dtype != F16 && t->dtype != BF16) {
+        die("%s: tensor %.200s: is %s; convert it to F32, F16 or BF16", f->path, t->name, dtype_names[t->dtype]);
+    }
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < t->count; i++) {
+        uint16_t half;
+        if (t->dtype == F32) {
+            memcpy(out + i, data + 4 * i, 4);
+        } else {
+            memcpy(&half, data + 2 * i, 2);
+            out[i] = t->dtype == F16 ? f16_to_float(half) : bf16_to_float(half);
+        }
+    }
+}
+
+// A tensor to be saved; pass 1 for the dimensions beyond ndim.
+static Tensor st_tensor(const char *name, int dtype, const void *data, int ndim, int64_t a, int64_t b, int64_t c,
+                        int64_t d) {
+    int64_t count = a * b * c * d;
+    Tensor t = {name, dtype, ndim, {a, b, c, d}, count, (size_t)count * dtype_sizes[dtype], data};
+    return t;
+}
+
+static void json_write_string(FILE *out, const char *text) {
+    fputc('"', out);
+    for (const char *c = text; *c; c++) {
+        if (*c == '"' || *c == '\\') fputc('\\', out);
+        fprintf(out, (unsigned char)*c < 32 ? "\\u%04x" : "%c", *c);
+    }
+    fputc('"', out);
+}
+
+// Writes a file. Tensors of larger elements come first, so that every one is aligned to its element when mapped.
+static void st_save(const char *path, const Tensor *tensors, int n, const Meta *meta, int n_meta) {
+    char *header = NULL;
+    size_t length = 0, offset = 0;
+    FILE *text = open_memstream(&header, &length), *file = open_temp(path);
+    if (!text) fail_temp(path);
+    fputs("{\"__metadata__\":{", text);
+    for (int i = 0; i < n_meta; i++) {
+        if (i) fputc(',', text);
+        json_write_string(text, meta[i].key);
+        fputc(':', text);
+        json_write_string(text, meta[i].value);
+    }
+    fputc('}', text);
+    for (size_t size = 8; size; size /= 2) {
+        for (int i = 0; i < n; i++) {
+            const Tensor *t = &tensors[i];
+            if (dtype_sizes[t->dtype] != size) continue;
+            fputc(',', text);
+            json_write_string(text, t->name);
+            fprintf(text, ":{\"dtype\":\"%s\",\"shape\":[", dtype_names[t->dtype]);
+            for (int d = 0; d < t->ndim; d++) fprintf(text, "%s%lld", d ? "," : "", (long long)t->shape[d]);
+            fprintf(text, "],\"data_offsets\":[%zu,%zu]}", offset, offset + t->bytes);
+            offset += t->bytes;
+        }
+    }
+    fputc('}', text);
+    while (ftell(text) % 8) fputc(' ', text);
+    if (fclose(text)) fail_temp(path);
+
+    unsigned char prefix[8];
+    for (int i = 0; i < 8; i++) prefix[i] = (unsigned char)((uint64_t)length >> 8 * i);
+    write_temp(file, path, prefix, 8);
+    write_temp(file, path, header, length);
+    for (size_t size = 8; size; size /= 2) {
+        for (int i = 0; i < n; i++) {
+            if (dtype_sizes[tensors[i].dtype] == size) write_temp(file, path, tensors[i].data, tensors[i].bytes);
+        }
+    }
+    commit_temp(file, path);
+    free(header);
+}
+
+// The metadata value `class_names`, a JSON list of strings, as an array; NULL if json is NULL or the list is empty.
+static const char **parse_class_names(const char *json, int *count) {
+    const char **names = NULL;
+    *count = 0;
+    if (!json) return NULL;
+    const unsigned char *start = (const unsigned char *)json;
+    Json j = {"class_names", NULL, start, start, start + strlen(json)};
+    json_expect(&j, '[');
+    if (!json_accept(&j, ']')) {
+        do {
+            names = (const char **)grow(names, (size_t)*count, sizeof *names);
+            names[(*count)++] = json_string(&j);
+        } while (json_accept(&j, ','));
+        json_expect(&j, ']');
+    }
+    json_accept(&j, ' ');
+    if (j.p != j.end) json_fail(&j, "text follows the list");
+    return names;
+}
+
+// The reverse: a new string.
+static char *format_class_names(const char *const *names, int count) {
+    char *json = NULL;
+    size_t length;
+    FILE *out = open_memstream(&json, &length);
+    if (!out) die("no memory for the class names; close other programs");
+    fputc('[', out);
+    for (int i = 0; i < count; i++) {
+        if (i) fputs(", ", out);
+        json_write_string(out, names[i]);
+    }
+    fputc(']', out);
+    fclose(out);
+    return json;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Configuration and options: one table describes every option once. The command line, --help, the metadata of weight
+// files and the settings of a training state are all read and written through it.
+
+enum Prediction { PREDICT_EPS, PREDICT_V, PREDICT_FLOW };
+enum VWeight { V_WEIGHT_1, V_WEIGHT_P2 };
+enum Sampler { SAMPLER_AUTO, SAMPLER_DDPM, SAMPLER_DDIM, SAMPLER_FLOW };
+enum Allocation { ALLOC_CONST, ALLOC_INC, ALLOC_DEC };
+enum Arithmetic { COMPUTE_AUTO, COMPUTE_FP32, COMPUTE_BF16 };
+
+typedef struct {     // what a weight file's metadata says: the model and the diffusion that it was trained for
+    int image_size;  // H = W of the input, pixels (or latent pixels)
+    int channels;    // C
+    int patch;       // p: tokens T = (image_size / p)^2
+    int width;       // D
+    int heads;       // H: head size hd = D / H
+    int mlp_ratio;   // always 4
+    int classes;     // label `classes` is the "no label" token; 0 for unlabelled data
+    int learn_sigma; // 2C output channels: prediction, then variance
+    int fixed_point; // 0: plain DiT
+    int depth;       // DiT: blocks; fixed point: sets the default iterations, depth - pre - post
+    int pre_depth, post_depth;
+    int timestep_in_pre_post;
+    int prediction; // enum Prediction
+    int zero_terminal_snr;
+    int v_weight;        // enum VWeight
+    int diffusion_steps; // always 1000
+} Config;
+
+typedef struct {
+    Config model;
+    // training
+    const char *data, *model_name, *out, *resume;
+    int no_grad_iters[2], grad_iters[2];
+    int batch, micro_batch, steps, warmup, ema_warmup, hflip, recompute, dtype, weights_dtype;
+    int save_every, sample_every, log_every;
+    double lr, weight_decay, grad_clip, ema, label_drop;
+    uint64_t seed;
+    // sampling
+    const char *weights, *labels, *iters, *latents, *trace;
+    int n, sampler, sample_steps, budget, alloc, reuse, cfg_channels, show;
+    double eta, tol, cfg;
+    // benchmark
+    int bench_n, bench_m, rounds, bench_gemm;
+} Options;
+
+enum { OPT_INT, OPT_SEED, OPT_REAL, OPT_TEXT, OPT_FLAG, OPT_RANGE, OPT_CHOICE };
+enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8 }; // where an option is used; WEIGHTS: metadata of weight files
+
+typedef struct {
+    const char *name;
+    int use, type;
+    size_t offset;       // of the value inside Options
+    const char *initial; // default, as text
+    double lo, hi;       // smallest and largest value accepted
+    const char *choices; // OPT_CHOICE: the words, separated by '|'
+    const char *help;
+} Option;
+
+#define AT(field) offsetof(Options, field)
+static const Option option_table[] = {
+    {"data", TRAIN, OPT_TEXT, AT(data), "shapes", 0, 0, NULL,
+     "dataset file (safetensors), or 'shapes': drawn by the program"},
+    {"image_size", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.image_size), "16", 1, 4096, NULL,
+     "height and width of the pictures of 'shapes'"},
+    {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0, NULL,
+     "S, B, L or XL with a patch size: S/2 sets width, heads, depth, patch"},
+    {"width", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.width), "128", 8, 16384, NULL,
+     "D, channels of a token; a multiple of 8"},
+    {"heads", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.heads), "4", 1, 1024, NULL,
+     "attention heads; width / heads is the head size"},
+    {"depth", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.depth), "8", 1, 64, NULL,
+     "DiT: blocks; fixed point: default iterations + pre + post"},
+    {"patch", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.patch), "2", 1, 64, NULL, "side of a patch in pixels"},
+    {"fixed_point", TRAIN | BENCH | WEIGHTS, OPT_FLAG, AT(model.fixed_point), "1", 0, 1, NULL,
+     "1: middle layers are one block, iterated; 0: plain DiT"},
+    {"pre_depth", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.pre_depth), "1", 0, 32, NULL,
+     "blocks before the fixed point"},
+    {"post_depth", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.post_depth), "1", 0, 32, NULL, "blocks after it"},
+    {"timestep_in_pre_post", TRAIN | BENCH | WEIGHTS, OPT_FLAG, AT(model.timestep_in_pre_post), "0", 0, 1, NULL,
+     "1: pre, post and final layers see the timestep too"},
+    {"channels", BENCH | WEIGHTS, OPT_INT, AT(model.channels), "3", 1, 1024, NULL, "channels of a picture"},
+    {"classes", BENCH | WEIGHTS, OPT_INT, AT(model.classes), "10", 0, 1000000, NULL, "number of labels"},
+    {"mlp_ratio", WEIGHTS, OPT_INT, AT(model.mlp_ratio), "4", 4, 4, NULL, ""},
+    {"diffusion_steps", WEIGHTS, OPT_INT, AT(model.diffusion_steps), "1000", 1000, 1000, NULL, ""},
+    {"prediction", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.prediction), "flow", 0, 0, "eps|v|flow",
+     "what the model predicts"},
+    {"learn_sigma", TRAIN | BENCH | WEIGHTS, OPT_FLAG, AT(model.learn_sigma), "0", 0, 1, NULL,
+     "1: predict the variance too (eps and v)"},
+    {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1, NULL,
+     "1: the last timestep is pure noise (needs v)"},
+    {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0, "1|p2", "weight of the v loss"},
+    {"no_grad_iters", TRAIN, OPT_RANGE, AT(no_grad_iters), "0,3", 0, 1000, NULL,
+     "n: iterations without gradient, drawn from this range"},
+    {"grad_iters", TRAIN, OPT_RANGE, AT(grad_iters), "1,4", 1, 1000, NULL, "m: iterations with gradient"},
+    {"batch", TRAIN | BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, NULL, "pictures per step"},
+    {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, NULL,
+     "pictures at a time: gradients accumulate over them; 0: all"},
+    {"steps", TRAIN, OPT_INT, AT(steps), "1500", 1, 2000000000, NULL, "training steps"},
+    {"lr", TRAIN, OPT_REAL, AT(lr), "1e-3", 0, 10, NULL, "learning rate of AdamW"},
+    {"warmup", TRAIN, OPT_INT, AT(warmup), "50", 0, 2000000000, NULL, "steps of linear warm-up"},
+    {"weight_decay", TRAIN, OPT_REAL, AT(weight_decay), "0", 0, 10, NULL, "decay of AdamW"},
+    {"grad_clip", TRAIN, OPT_REAL, AT(grad_clip), "1", 0, 1e9, NULL, "largest norm of the gradient; 0: any"},
+    {"ema", TRAIN, OPT_REAL, AT(ema), "0.995", 0, 1, NULL, "decay of the moving average of the weights"},
+    {"ema_warmup", TRAIN, OPT_FLAG, AT(ema_warmup), "1", 0, 1, NULL, "1: decay = min(ema, (1+step)/(10+step))"},
+    {"label_drop", TRAIN, OPT_REAL, AT(label_drop), "0.1", 0, 1, NULL, "probability that a label becomes 'no label'"},
+    {"hflip", TRAIN, OPT_FLAG, AT(hflip), "0", 0, 1, NULL, "1: mirror half of the pictures"},
+    {"recompute", TRAIN | BENCH, OPT_FLAG, AT(recompute), "0", 0, 1, NULL,
+     "1: keep only each layer's input; less memory, more time"},
+    {"dtype", TRAIN | SAMPLE | BENCH, OPT_CHOICE, AT(dtype), "auto", 0, 0, "auto|fp32|bf16",
+     "arithmetic; auto: fp32 on a CPU, bf16 on a GPU"},
+    {"resume", TRAIN, OPT_TEXT, AT(resume), "", 0, 0, NULL, "folder of a run to go on with"},
+    {"save_every", TRAIN, OPT_INT, AT(save_every), "500", 1, 2000000000, NULL,
+     "steps between saves of weights and state"},
+    {"sample_every", TRAIN, OPT_INT, AT(sample_every), "500", 0, 2000000000, NULL,
+     "steps between sample grids; 0: only at the end"},
+    {"log_every", TRAIN, OPT_INT, AT(log_every), "10", 1, 2000000000, NULL, "steps between progress lines"},
+    {"weights_dtype", TRAIN, OPT_CHOICE, AT(weights_dtype), "f32", 0, 0, "f32|bf16",
+     "type of the tensors in weights.safetensors"},
+    {"weights", SAMPLE, OPT_TEXT, AT(weights), "weights/emoji.safetensors", 0, 0, NULL, "weight file"},
+    {"n", SAMPLE, OPT_INT, AT(n), "40", 1, 1000000, NULL, "number of pictures"},
+    {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0, NULL,
+     "numbers or class names, 3,7,heart; default: each class in turn"},
+    {"sampler", TRAIN | SAMPLE, OPT_CHOICE, AT(sampler), "auto", 0, 0, "auto|ddpm|ddim|flow",
+     "auto: flow for flow models, ddim otherwise"},
+    {"steps", SAMPLE, OPT_INT, AT(sample_steps), "20", 2, 1000, NULL, "timesteps S"},
+    {"sample_steps", TRAIN, OPT_INT, AT(sample_steps), "20", 2, 1000, NULL, "timesteps of the sample grids"},
+    {"eta", SAMPLE, OPT_REAL, AT(eta), "0", 0, 1, NULL, "noise of ddim: 0 none, 1 as much as ddpm"},
+    {"iters", SAMPLE, OPT_TEXT, AT(iters), "", 0, 0, NULL,
+     "iterations per timestep: one number, or a list in sampling order"},
+    {"budget", SAMPLE, OPT_INT, AT(budget), "0", 0, 100000000, NULL,
+     "Transformer-block passes per picture in all; instead of iters"},
+    {"alloc", SAMPLE, OPT_CHOICE, AT(alloc), "const", 0, 0, "const|inc|dec",
+     "share of iterations; inc: more at large t"},
+    {"reuse", TRAIN | SAMPLE, OPT_FLAG, AT(reuse), "1", 0, 1, NULL,
+     "1: start from the solution of the timestep before"},
+    {"tol", SAMPLE, OPT_REAL, AT(tol), "0", 0, 1, NULL, "stop a timestep once the mean residual is below this"},
+    {"cfg", TRAIN | SAMPLE, OPT_REAL, AT(cfg), "2", -100, 100, NULL, "scale of classifier-free guidance; 1: none"},
+    {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024, NULL, "prediction channels that are guided"},
+    {"batch", SAMPLE, OPT_INT, AT(batch), "40", 1, 1 << 20, NULL, "pictures at a time"},
+    {"latents", SAMPLE, OPT_TEXT, AT(latents), "", 0, 0, NULL, "also write the result as a safetensors file"},
+    {"trace", SAMPLE, OPT_TEXT, AT(trace), "", 0, 0, NULL, "write the residual of every iteration as CSV"},
+    {"show", TRAIN | SAMPLE, OPT_FLAG, AT(show), "0", 0, 1, NULL, "1: draw the pictures in the terminal"},
+    {"seed", TRAIN | SAMPLE | BENCH, OPT_SEED, AT(seed), "1", 0, 0, NULL, "every random draw follows from it"},
+    {"out", TRAIN, OPT_TEXT, AT(out), "out", 0, 0, NULL, "folder for weights, state, log and pictures"},
+    {"out", SAMPLE, OPT_TEXT, AT(out), "samples.png", 0, 0, NULL, "PNG file"},
+    {"n", BENCH, OPT_INT, AT(bench_n), "5", 0, 1000, NULL, "iterations without gradient"},
+    {"m", BENCH, OPT_INT, AT(bench_m), "6", 1, 1000, NULL, "iterations with gradient"},
+    {"rounds", BENCH, OPT_INT, AT(rounds), "5", 1, 10000, NULL, "timed runs; the median counts"},
+    {"gemm", BENCH, OPT_FLAG, AT(bench_gemm), "1", 0, 1, NULL, "0: leave out the matmul shapes"},
+};
+enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
+
+// The words of an OPT_CHOICE: index of `word`, or -1.
+static int choice_index(const char *choices, const char *word) {
+    int index = 0;
+    for (const char *p = choices; p; index++) {
+        const char *bar = strchr(p, '|');
+        size_t length = bar ? (size_t)(bar - p) : strlen(p);
+        if (strlen(word) == length && !strncmp(p, word, length)) return index;
+        p = bar ? bar + 1 : NULL;
+    }
+    return -1;
+}
+
+// Sets one option from text; `where` names the source in error messages ("option --" or a file).
+static void option_set(Options *o, const Option *opt, const char *text, const char *where) {
+    char *field = (char *)o + opt->offset, *end = NULL;
+    errno = 0;
+    if (opt->type == OPT_TEXT) {
+        *(const char **)field = text;
+    } else if (opt->type == OPT_CHOICE) {
+        int index = choice_index(opt->choices, text);
+        if (index < 0) die("%s%s: '%s' is not one of %s", where, opt->name, text, opt->choices);
+        *(int *)field = index;
+    } else if (opt->type == OPT_SEED) {
+        uint64_t value = strtoull(text, &end, 10);
+        if (end == text || *end || errno || *text == '-')
+            die("%s%s: '%s' is not a whole number from 0", where, opt->name, text);
+        *(uint64_t *)field = value;
+    } else if (opt->type == OPT_RANGE) {
+        long lo = strtol(text, &end, 10), hi = lo;
+        const char *second = end + 1;
+        if (end != text && *end == ',') hi = strtol(second, &end, 10);
+        if (end == text || end == second || *end || errno || lo > hi || lo < opt->lo || hi > opt->hi)
+            die("%s%s: '%s' is not a range like %s (from %g to %g)", where, opt->name, text, opt->initial, opt->lo,
+                opt->hi);
+        ((int *)field)[0] = (int)lo;
+        ((int *)field)[1] = (int)hi;
+    } else {
+        double value = strtod(text, &end);
+        if (end == text || *end || !(value >= opt->lo && value <= opt->hi) ||
+            (opt->type != OPT_REAL && value != floor(value)))
+            die("%s%s: '%s' is not a %s from %g to %g", where, opt->name, text,
+                opt->type == OPT_REAL ? "number" : "whole number", opt->lo, opt->hi);
+        if (opt->type == OPT_REAL)
+            *(double *)field = value;
+        else
+            *(int *)field = (int)value;
+    }
+}
+
+// The value of an option as text, such that option_set gives the same value back.
+static void option_text(char *text, size_t size, const Options *o, const Option *opt) {
+    const char *field = (const char *)o + opt->offset;
+    if (opt->type == OPT_TEXT)
+        snprintf(text, size, "%s", *(const char *const *)field);
+    else if (opt->type == OPT_SEED)
+        snprintf(text, size, "%llu", (unsigned long long)*(const uint64_t *)field);
+    else if (opt->type == OPT_REAL)
+        snprintf(text, size, "%.17g", *(const double *)field);
+    else if (opt->type == OPT_RANGE)
+        snprintf(text, size, "%d,%d", ((const int *)field)[0], ((const int *)field)[1]);
+    else if (opt->type == OPT_CHOICE) {
+        const char *p = opt->choices;
+        for (int i = *(const int *)field; i > 0; i--) p = strchr(p, '|') + 1;
+        snprintf(text, size, "%.*s", (int)strcspn(p, "|"), p);
+    } else
+        snprintf(text, size, "%d", *(const int *)field);
+}
+
+static void options_default(Options *o, int use) {
+    memset(o, 0, sizeof *o);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *opt = &option_table[i];
+        if (opt->use & (use | WEIGHTS))
+            option_set(o, opt, opt->initial, "default of ");
+        else if (opt->type == OPT_TEXT && !*(const char **)((char *)o + opt->offset))
+            option_set(o, opt, "", "");
+    }
+}
+
+static void print_help(const char *program, int use, const char *about) {
+    printf("%s\n\nUsage: %s [--name value | --name=value] ...\n\n", about, program);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *opt = &option_table[i];
+        if (!(opt->use & use)) continue;
+        printf("  --%-21s %s%s%s%s [%s]\n", opt->name, opt->help, opt->choices ? " (" : "",
+               opt->choices ? opt->choices : "", opt->choices ? ")" : "", *opt->initial ? opt->initial : "none");
+    }
+}
+
+// Levenshtein distance, to name the option that was probably meant.
+static int edit_distance(const char *a, const char *b) {
+    int row[64], la = (int)strlen(a), lb = (int)strlen(b);
+    if (la > 63 || lb > 63) return 1000;
+    for (int j = 0; j <= lb; j++) row[j] = j;
+    for (int i = 1; i <= la; i++) {
+        int diagonal = row[0];
+        row[0] = i;
+        for (int j = 1; j <= lb; j++) {
+            int change = diagonal + (a[i - 1] != b[j - 1]);
+            diagonal = row[j];
+            int best = row[j] < row[j - 1] ? row[j] + 1 : row[j - 1] + 1;
+            row[j] = change < best ? change : best;
+        }
+    }
+    return row[lb];
+}
+
+// Applies the command line to `o`; given[i] becomes 1 for each option of option_table that it names.
+static void options_parse(Options *o, int use, int argc, char **argv, const char *about, char given[N_OPTIONS]) {
+    memset(given, 0, N_OPTIONS);
+    for (int a = 1; a < argc; a++) {
+        if (!strcmp(argv[a], "--help") || !strcmp(argv[a], "-h")) {
+            print_help(argv[0], use, about);
+            exit(0);
+        }
+        if (strncmp(argv[a], "--", 2))
+            die("'%s' is not an option: options are --name value; --help lists them", argv[a]);
+        char name[64];
+        const char *value = strchr(argv[a], '=');
+        size_t length = value ? (size_t)(value - argv[a] - 2) : strlen(argv[a] + 2);
+        snprintf(name, sizeof name, "%.*s", (int)(length < 63 ? length : 63), argv[a] + 2);
+        int found = -1, nearest = -1, distance = 1000;
+        for (int i = 0; i < N_OPTIONS; i++) {
+            if (!(option_table[i].use & use)) continue;
+            int d = edit_distance(name, option_table[i].name);
+            if (d < distance) distance = d, nearest = i;
+            if (!d) found = i;
+        }
+        if (found < 0)
+            die("unknown option --%s; did you mean --%s? (--help lists them)", name, option_table[nearest].name);
+        const Option *opt = &option_table[found];
+        if (value)
+            value++;
+        else if (a + 1 < argc && strncmp(argv[a + 1], "--", 2))
+            value = argv[++a];
+        else if (opt->type == OPT_FLAG)
+            value = "1";
+        else
+            die("option --%s needs a value", name);
+        option_set(o, opt, value, "option --");
+        given[found] = 1;
+    }
+}
+
+static const Option *option_find(const char *name, int use) {
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (option_table[i].use & use && !strcmp(option_table[i].name, name)) return &option_table[i];
+    return NULL;
+}
+
+static int option_given(const char *name, int use, const char given[N_OPTIONS]) {
+    return given[option_find(name, use) - option_table];
+}
+
+// --model XL/2 sets width, heads, depth and patch, except those that the command line gives itself.
+static void options_model(Options *o, int use, const char given[N_OPTIONS]) {
+    static const struct {
+        const char *name;
+        int depth, width, heads;
+    } sizes[] = {{"S", 12, 384, 6}, {"B", 12, 768, 12}, {"L", 24, 1024, 16}, {"XL", 28, 1152, 16}};
+    if (!*o->model_name) return;
+    const char *slash = strchr(o->model_name, '/');
+    int patch = slash ? atoi(slash + 1) : 0;
+    for (int i = 0; i < 4; i++) {
+        size_t length = strlen(sizes[i].name);
+        if (patch < 1 || (size_t)(slash - o->model_name) != length || strncmp(o->model_name, sizes[i].name, length))
+            continue;
+        if (!option_given("width", use, given)) o->model.width = sizes[i].width;
+        if (!option_given("heads", use, given)) o->model.heads = sizes[i].heads;
+        if (!option_given("depth", use, given)) o->model.depth = sizes[i].depth;
+        if (!option_given("patch", use, given)) o->model.patch = patch;
+        return;
+    }
+    die("option --model: '%s' is not S, B, L or XL with a patch size, such as S/2", o->model_name);
+}
+
+// Dies with one line when the sizes do not fit together; `where` is what the user should change.
+static void config_check(const Config *c, const char *where) {
+    if (c->image_size % c->patch)
+        die("%s: image_size %d is not a multiple of patch %d", where, c->image_size, c->patch);
+    if (c->width % c->heads) die("%s: width %d is not a multiple of heads %d", where, c->width, c->heads);
+    if (c->width % 4) die("%s: width %d is not a multiple of 4", where, c->width);
+    if (c->learn_sigma && c->prediction == PREDICT_FLOW)
+        die("%s: learn_sigma 1 needs prediction eps or v, not flow", where);
+    double tokens = (double)c->image_size / c->patch * c->image_size / c->patch;
+    if (tokens > 65536) die("%s: %g tokens per picture; at most 65536: use a larger patch", where, tokens);
+}
+
+static int config_tokens(const Config *c) { return (c->image_size / c->patch) * (c->image_size / c->patch); }
+static int config_out_channels(const Config *c) { return c->learn_sigma ? 2 * c->channels : c->channels; }
+static int config_blocks(const Config *c) { return c->fixed_point ? c->pre_depth + 1 + c->post_depth : c->depth; }
+static int config_iterations(const Config *c) { // default iterations per timestep
+    int k = c->depth - c->pre_depth - c->post_depth;
+    return k < 1 ? 1 : k;
+}
+
+// Metadata: every option with one of the bits in `use`, as text, and then what the caller adds.
+static int options_to_meta(Meta *meta, const Options *o, int use) {
+    int count = 0;
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *opt = &option_table[i];
+        char text[4096];
+        if (!(opt->use & use) || !strcmp(opt->name, "resume")) continue;
+        option_text(text, sizeof text, o, opt);
+        meta[count].key = strdup(opt->name);
+        meta[count++].value = strdup(text);
+    }
+    return count;
+}
+
+static void options_from_meta(Options *o, const SafeTensors *f, int use) {
+    char where[1200];
+    snprintf(where, sizeof where, "%s: metadata ", f->path);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *opt = &option_table[i];
+        if (!(opt->use & use) || !strcmp(opt->name, "resume")) continue;
+        const char *text = st_meta(f, opt->name);
+        if (!text) die("%s'%s' is missing: is this a file of weights of this project?", where, opt->name);
+        option_set(o, opt, opt->type == OPT_TEXT ? strdup(text) : text, where);
+    }
+    snprintf(where, sizeof where, "%s: metadata", f->path);
+    config_check(&o->model, where);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Noise schedule (SPEC 2 and 3): beta linear from 1e-4 to 0.02 over 1000 timesteps, or `steps` of those timesteps with
+// betas recomputed from alpha_bar. Tables in double; index i runs over the chosen timesteps.
+
+enum { DIFFUSION_STEPS = 1000 };
+typedef struct {
+    int n;
+    int t[DIFFUSION_STEPS];                                             // the model's timestep at position i
+    double alpha_bar[DIFFUSION_STEPS], alpha_bar_prev[DIFFUSION_STEPS]; // product of 1 - beta; prev is 1 at i = 0
+    double log_beta[DIFFUSION_STEPS], log_var[DIFFUSION_STEPS]; // the variances between which the model interpolates
+    double c1[DIFFUSION_STEPS], c2[DIFFUSION_STEPS];            // posterior mean = c1·x0 + c2·x_t
+} Schedule;
+
+static void schedule_make(Schedule *s, const Config *c, int steps) {
+    double alpha_bar[DIFFUSION_STEPS], product = 1;
+    for (int t = 0; t < DIFFUSION_STEPS; t++)
+        alpha_bar[t] = product *= 1 - (1e-4 + (0.02 - 1e-4) * t / (DIFFUSION_STEPS - 1));
+    if (c->zero_terminal_snr) {
+        double first = sqrt(alpha_bar[0]), last = sqrt(alpha_bar[DIFFUSION_STEPS - 1]);
+        for (int t = 0; t < DIFFUSION_STEPS; t++) {
+            double root = (sqrt(alpha_bar[t]) - last) * first / (first - last);
+            alpha_bar[t] = root * root;
+        }
+    }
+    s->n = steps;
+    for (int i = 0; i < steps; i++) {
+        s->t[i] = steps == DIFFUSION_STEPS ? i : (int)nearbyint((double)i * (DIFFUSION_STEPS - 1) / (steps - 1));
+        double ab = alpha_bar[s->t[i]], prev = i ? s->alpha_bar[i - 1] : 1, beta = 1 - ab / prev;
+        s->alpha_bar[i] = ab;
+        s->alpha_bar_prev[i] = prev;
+        s->log_beta[i] = log(beta);
+        s->log_var[i] = log(beta * (1 - prev) / (1 - ab));
+        s->c1[i] = beta * sqrt(prev) / (1 - ab);
+        s->c2[i] = (1 - prev) * sqrt(1 - beta) / (1 - ab);
+    }
+    s->log_var[0] = s->log_var[1]; // at i = 0 it would be log 0
+}
+
+// Iterations of each timestep in sampling order (large t first), iters[0..S-1]; returns their sum. A real-valued share of
+// 1 + (total - S)·ratio/sum(ratio) is rounded through its running sum: each is then at least 1 and the sum is `total`.
+static int allocate_iterations(int *iters, int S, int total, int alloc) {
+    double sum = 0, running = 0;
+    int spent = 0;
+    for (int pass = 0; pass < 2; pass++)
+        for (int s = 0; s < S; s++) {
+            double position = S > 1 ? (double)s / (S - 1) : 0.5; // 0 at the largest t
+            double ratio = alloc == ALLOC_INC ? 1.5 - position : alloc == ALLOC_DEC ? 0.5 + position : 1;
+            if (!pass) {
+                sum += ratio;
+                continue;
+            }
+            running += 1 + (total - S) * ratio / sum;
+            iters[s] = (int)floor(running + 1e-6) - spent;
+            spent += iters[s];
+        }
+    return spent;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Pictures: PNG files, the terminal, and shapes drawn by the program itself
+
+// A pixel of a model's picture, -1..1, as a byte; NaN gives 0.
+static uint8_t to_byte(float x) {
+    float v = 127.5f * x + 128;
+    return (uint8_t)(v > 0 ? v < 255 ? v : 255 : 0);
+}
+
+// Bits of a deflate stream (RFC 1951), the lowest first.
+typedef struct {
+    uint8_t *out;
+    size_t bytes;
+    uint64_t bits;
+    int n_bits;
+} BitWriter;
+
+static void put_bits(BitWriter *w, uint32_t bits, int n) {
+    w->bits |= (uint64_t)bits << w->n_bits;
+    for (w->n_bits += n; w->n_bits >= 8; w->n_bits -= 8, w->bits >>= 8) w->out[w->bytes++] = (uint8_t)w->bits;
+}
+
+// A Huffman code goes out highest bit first.
+static void put_code(BitWriter *w, uint32_t code, int n) {
+    while (n--) put_bits(w, code >> n & 1, 1);
+}
+
+// A literal byte or the symbol of a length, in deflate's fixed code.
+static void put_symbol(BitWriter *w, uint32_t symbol) {
+    if (symbol < 144) put_code(w, 0x30 + symbol, 8);
+    if (symbol >= 144 && symbol < 256) put_code(w, 0x190 + symbol - 144, 9);
+    if (symbol >= 256 && symbol < 280) put_code(w, symbol - 256, 7);
+    if (symbol >= 280) put_code(w, 0xC0 + symbol - 280, 8);
+}
+
+static int log2_floor(uint32_t x) {
+    int n = 0;
+    while (x >>= 1) n++;
+    return n;
+}
+
+// Copy `length` (4..257) bytes from `distance` (3..32768) back. Either is a symbol for a range and extra bits within.
+static void put_match(BitWriter *w, uint32_t length, uint32_t distance) {
+    uint32_t l = length - 3, d = distance - 1;
+    int nl = l < 8 ? 0 : log2_floor(l) - 2, nd = log2_floor(d) - 1;
+    put_symbol(w, 257 + 4 * (uint32_t)nl + (l >> nl));
+    put_bits(w, l & ((1u << nl) - 1), nl);
+    put_code(w, 2 * (uint32_t)nd + (d >> nd), 5);
+    put_bits(w, d & ((1u << nd) - 1), nd);
+}
+
+// Compresses to zlib format (RFC 1950). A picture repeats the pixel before (distance 3) or the row above (`row`), above
+// all one that was enlarged. Looking only there needs no search and makes samples enlarged 4 times 10 times smaller.
+static size_t deflate_rows(uint8_t *out, const uint8_t *raw, size_t size, size_t row) {
+    BitWriter w = {out, 0, 0, 0};
+    uint32_t a = 1, b = 0; // Adler-32
+    put_bits(&w, 0x0178, 16);
+    put_bits(&w, 3, 3); // the last block, fixed Huffman code
+    for (size_t i = 0; i < size;) {
+        size_t best = 0, distance = 0, candidates[2] = {3, row};
+        for (int c = 0; c < 2; c++) {
+            size_t n = 0, back = candidates[c];
+            while (back <= i && back <= 32768 && n < 257 && i + n < size && raw[i + n] == raw[i + n - back]) n++;
+            if (n > best) {
+                best = n;
+                distance = back;
+            }
+        }
+        if (best < 4) {
+            best = 1;
+            put_symbol(&w, raw[i]);
+        } else {
+            put_match(&w, (uint32_t)best, (uint32_t)distance);
+        }
+        for (size_t end = i + best; i < end; i++) {
+            a = (a + raw[i]) % 65521;
+            b = (b + a) % 65521;
+        }
+    }
+    put_symbol(&w, 256);
+    put_bits(&w, 0, 7); // up to a whole byte
+    for (int shift = 24; shift >= 0; shift -= 8) out[w.bytes++] = (uint8_t)((b << 16 | a) >> shift);
+    return w.bytes;
+}
+
+static void png_chunk(FILE *file, const char *path, const char *type, const uint8_t *data, size_t size) {
+    uint8_t head[8], tail[4];
+    uint32_t crc = ~0u;
+    for (int i = 0; i < 4; i++) head[i] = (uint8_t)(size >> (24 - 8 * i)), head[4 + i] = (uint8_t)type[i];
+    for (size_t i = 0; i < 4 + size; i++) {
+        crc ^= i < 4 ? head[4 + i] : data[i - 4];
+        for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
+    }
+    for (int i = 0; i < 4; i++) tail[i] = (uint8_t)(~crc >> (24 - 8 * i));
+    write_temp(file, path, head, 8);
+    write_temp(file, path, data, size);
+    write_temp(file, path, tail, 4);
+}
+
+// rgb (h,w,3). Every row gets the filter byte 0 (none) in front.
+static void png_write(const char *path, const uint8_t *rgb, int w, int h) {
+    size_t row = 3 * (size_t)w + 1, size = row * (size_t)h;
+    uint8_t *raw = (uint8_t *)xcalloc(size, 1, "a picture");
+    uint8_t *packed = (uint8_t *)xcalloc(size + size / 8 + 64, 1, "a picture"); // a byte takes at most 9 bits
+    for (size_t y = 0; y < (size_t)h; y++) memcpy(raw + y * row + 1, rgb + y * (row - 1), row - 1);
+    size_t packed_size = deflate_rows(packed, raw, size, row);
+    uint8_t head[13] = {0, 0, 0, 0, 0, 0, 0, 0, 8, 2, 0, 0, 0}; // width, height, 8 bits, RGB
+    for (int i = 0; i < 4; i++) head[i] = (uint8_t)(w >> (24 - 8 * i)), head[4 + i] = (uint8_t)(h >> (24 - 8 * i));
+    FILE *file = open_temp(path);
+    write_temp(file, path, "\x89PNG\r\n\x1a\n", 8);
+    png_chunk(file, path, "IHDR", head, sizeof head);
+    png_chunk(file, path, "IDAT", packed, packed_size);
+    png_chunk(file, path, "IEND", NULL, 0);
+    commit_temp(file, path);
+    xfree(raw);
+    xfree(packed);
+}
+
+// Prints rgb (h,w,3) to a terminal: a character is an upper half block, two pixels high.
+static void show_picture(const uint8_t *rgb, int w, int h) {
+    for (int y = 0; y < h; y += 2) {
+        for (int x = 0; x < w; x++) {
+            const uint8_t *top = rgb + 3 * ((size_t)y * (size_t)w + (size_t)x), *low = top + 3 * (size_t)w;
+            printf("\x1b[38;2;%d;%d;%dm", top[0], top[1], top[2]);
+            if (y + 1 < h) printf("\x1b[48;2;%d;%d;%dm", low[0], low[1], low[2]);
+            fputs("\xe2\x96\x80", stdout);
+        }
+        puts("\x1b[0m");
+    }
+}
+
+// images (n,C,h,w) in -1..1, side by side in `columns`, a pixel enlarged to zoom x zoom, `gap` light pixels between
+// them. Of latents (C=4) the first three channels show. Returns rgb (*out_h,*out_w,3), to be released with xfree.
+static uint8_t *picture_grid(const float *images, int n, int C, int h, int w, int columns, int zoom, int gap,
+                             int *out_w, int *out_h) {
+    if (columns > n) columns = n;
+    *out_w = columns * (w * zoom + gap) + gap;
+    *out_h = (n + columns - 1) / columns * (h * zoom + gap) + gap;
+    size_t size = 3 * (size_t)*out_w * (size_t)*out_h;
+    uint8_t *rgb = (uint8_t *)xcalloc(size, 1, "a picture");
+    memset(rgb, 230, size);
+    for (int i = 0; i < n; i++) {
+        for (int y = 0; y < h * zoom; y++) {
+            int Y = gap + i / columns * (h * zoom + gap) + y, X = gap + i % columns * (w * zoom + gap);
+            uint8_t *out = rgb + 3 * ((size_t)Y * (size_t)*out_w + (size_t)X);
+            for (int x = 0; x < w * zoom * 3; x++) {
+                size_t plane = (size_t)i * (size_t)C + (size_t)(C < 3 ? 0 : x % 3);
+                out[x] = to_byte(images[(plane * (size_t)h + (size_t)(y / zoom)) * (size_t)w + (size_t)(x / 3 / zoom)]);
+            }
+        }
+    }
+    return rgb;
+}
+
+// `shapes`, the data that needs no file: ten kinds of coloured shape on a light background, as many as anyone wants.
+// Place, size, angle and both colours vary, little enough for a small model to learn them in minutes. The kinds can be
+// told apart at 8x8 pixels, and remain what they are when flipped left to right.
+enum Shapes { CIRCLE, RING, SQUARE, TRIANGLE, STAR, HEART, CROSS, CRESCENT, ARROW, DIAMOND, N_SHAPES };
+static const char *const shape_names[N_SHAPES] = {"circle", "ring",  "square",   "triangle", "star",
+                                                  "heart",  "cross", "crescent", "arrow",    "diamond"};
+
+// Corners x, y of the shapes that are polygons, y pointing down, all of about the same area.
+static const int shape_corners[N_SHAPES] = {0, 0, 4, 3, 10, 0, 12, 0, 7, 4};
+static const float shape_xy[N_SHAPES][24] = {
+    {0},
+    {0},
+    {-.8f, -.8f, .8f, -.8f, .8f, .8f, -.8f, .8f},
+    {0, -1.05f, 1.1f, .85f, -1.1f, .85f},
+    {0, -1.15f, .31f,  -.43f, 1.09f, -.36f, .5f,    .16f,  .68f,  .93f,
+     0, .53f,   -.68f, .93f,  -.5f,  .16f,  -1.09f, -.36f, -.31f, -.43f},
+    {0},
+    {-.34f, -1, .34f,  -1, .34f,  -.34f, 1,  -.34f, 1,  .34f,  .34f,  .34f,
+     .34f,  1,  -.34f, 1,  -.34f, .34f,  -1, .34f,  -1, -.34f, -.34f, -.34f},
+    {0},
+    {1.1f, 0, .15f, -.9f, .15f, -.35f, -1, -.35f, -1, .35f, .15f, .35f, .15f, .9f},
+    {0, -1.2f, .75f, 0, 0, 1.2f, -.75f, 0},
+};
+
+static float circle_distance(float x, float y, float r) { return sqrtf(x * x + y * y) - r; }
+
+// Signed distance from a point to the outline of a shape of about unit size, negative inside
+// (https://iquilezles.org/articles/distfunctions2d).
+static float shape_distance(int shape, float x, float y) {
+    if (shape == CIRCLE) return circle_distance(x, y, .95f);
+    if (shape == RING) return fabsf(circle_distance(x, y, .75f)) - .25f;
+    if (shape == CRESCENT) return fmaxf(circle_distance(x, y, 1), -circle_distance(x - .5f, y, .75f));
+    if (shape == HEART) { // a square that stands on a corner, with a circle on each of its upper sides
+        float square = (fabsf(x) + fabsf(y - .05f) - .9f) * .7071f;
+        return fminf(square, circle_distance(fabsf(x) - .46f, y + .36f, .6f));
+    }
+    const float *corner = shape_xy[shape], *last = corner + 2 * (shape_corners[shape] - 1);
+    float nearest = 1e9f, sign = 1;
+    for (const float *a = corner, *b = last; a <= last; b = a, a += 2) { // the side from a to b
+        float ex = b[0] - a[0], ey = b[1] - a[1], px = x - a[0], py = y - a[1];
+        float along = fminf(fmaxf((px * ex + py * ey) / (ex * ex + ey * ey), 0), 1);
+        float dx = px - along * ex, dy = py - along * ey;
+        nearest = fminf(nearest, dx * dx + dy * dy);
+        int below = py >= 0, above = (y < b[1]), left = (ex * py > ey * px);
+        if (below == above && above == left) sign = -sign; // a ray to one side crosses it
+    }
+    return sign * sqrtf(nearest);
+}
+
+// x (3,size,size) in -1..1 and its label: picture `number` of the endless sequence that belongs to `seed`.
+static void shapes_draw(float *x, int *label, int size, uint64_t seed, uint32_t number) {
+    uint32_t word[8];
+    float u[8], color[3], background[3];
+    philox(word, seed, 0, number, STREAM_DATA);
+    philox(word + 4, seed, 1, number, STREAM_DATA);
+    for (int i = 0; i < 8; i++) u[i] = (float)rng_uniform(word[i]);
+    *label = (int)rng_below(word[0], N_SHAPES);
+    float radius = (.31f + .08f * u[1]) * (float)size, angle = .7f * (u[2] - .5f);
+    float center_x = (.44f + .12f * u[3]) * (float)size, center_y = (.44f + .12f * u[4]) * (float)size;
+    float co = cosf(angle) / radius, si = sinf(angle) / radius;
+    for (int c = 0; c < 3; c++) { // any hue; a hint of another one in the background
+        color[c] = .95f * cosf(6.2831853f * (u[5] - (float)c / 3));
+        background[c] = .82f + .12f * u[6] + .06f * cosf(6.2831853f * (u[7] - (float)c / 3));
+    }
+    for (int i = 0; i < size * size; i++) {
+        float px = (float)(i % size) + .5f - center_x, py = (float)(i / size) + .5f - center_y;
+        float distance = radius * shape_distance(*label, px * co + py * si, py * co - px * si);
+        float inside = fminf(fmaxf(.5f - distance, 0), 1); // the edge is one pixel wide
+        for (int c = 0; c < 3; c++) x[c * size * size + i] = background[c] + inside * (color[c] - background[c]);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Data: a memory-mapped dataset file, or the endless pictures of `shapes`. Which sample stands at which place of which
+// batch follows from (seed, step) alone.
+
+typedef struct {
+    SafeTensors file;    // unused for shapes
+    const Tensor *x, *y; // y NULL: unlabelled
+    int64_t count;       // samples; 0: endless
+    int channels, size, classes;
+    const char **class_names; // `classes` of them, or NULL
+    const char *latent_scale; // metadata of latents, passed on to the weights; or NULL
+    int32_t *order;           // permutation of the current epoch
+    int64_t order_epoch;
+    uint64_t seed;
+} Dataset;
+
+static void dataset_open(Dataset *d, const char *path, int shapes_size, uint64_t seed) {
+    memset(d, 0, sizeof *d);
+    d->seed = seed;
+    d->order_epoch = -1;
+    if (!strcmp(path, "shapes")) {
+        d->channels = 3;
+        d->size = shapes_size;
+        d->classes = N_SHAPES;
+        d->class_names = (const char **)shape_names;
+        return;
+    }
+    st_open(&d->file, path);
+    d->x = st_find(&d->file, "x");
+    d->y = st_find(&d->file, "y");
+    if (!d->x) die("%s: no tensor 'x': is this a dataset? tools/data.py makes them", path);
+    int bytes = d->x->dtype == U8;
+    if (d->x->ndim != 4 || (!bytes && d->x->dtype != F32 && d->x->dtype != F16 && d->x->dtype != BF16))
+        die("%s: tensor x: want U8 (N,H,W,C), or F32, F16 or BF16 (N,C,H,W)", path);
+    const int64_t *shape = d->x->shape;
+    if (shape[0] < 1 || shape[0] > INT32_MAX)
+        die("%s: tensor x: %lld samples; want 1 to 2^31-1", path, (long long)shape[0]);
+    if (shape[bytes ? 1 : 2] != shape[bytes ? 2 : 3]) die("%s: tensor x: pictures must be square", path);
+    if (shape[2] < 1 || shape[2] > 4096 || shape[bytes ? 3 : 1] < 1 || shape[bytes ? 3 : 1] > 1024)
+        die("%s: tensor x: want sides from 1 to 4096 and 1 to 1024 channels", path);
+    d->count = shape[0];
+    d->size = (int)shape[2];
+    d->channels = (int)shape[bytes ? 3 : 1];
+    d->class_names = parse_class_names(st_meta(&d->file, "class_names"), &d->classes);
+    d->latent_scale = st_meta(&d->file, "latent_scale");
+    if (d->y) {
+        if (d->y->dtype != I64 || d->y->ndim != 1 || d->y->shape[0] != d->count)
+            die("%s: tensor y: want I64 with one label for each of the %lld samples", path, (long long)d->count);
+        int64_t largest = 0;
+        for (int64_t i = 0; i < d->count; i++) {
+            int64_t label;
+            memcpy(&label, (const char *)d->y->data + 8 * i, 8);
+            if (label < 0 || label >= (d->class_names ? d->classes : 1000000))
+                die("%s: tensor y: label %lld of sample %lld is out of range 0..%d", path, (long long)label,
+                    (long long)i, d->class_names ? d->classes - 1 : 999999);
+            if (label > largest) largest = label;
+        }
+        if (!d->class_names) d->classes = (int)largest + 1;
+    } else {
+        d->classes = 0;
+        d->class_names = NULL;
+    }
+    d->order = (int32_t *)xcalloc((size_t)d->count, sizeof *d->order, "the order of the samples");
+}
+
+// Which sample is number g = step·batch + b of the run: position g mod N in epoch g / N, each epoch a Fisher-Yates shuffle.
+static int64_t dataset_index(Dataset *d, int64_t g) {
+    int64_t epoch = g / d->count;
+    if (epoch != d->order_epoch) {
+        for (int64_t i = 0; i < d->count; i++) d->order[i] = (int32_t)i;
+        for (int64_t i = d->count - 1; i > 0; i--) {
+            uint32_t word[4];
+            philox(word, d->seed, (uint32_t)i, (uint32_t)epoch, STREAM_DATA);
+            uint32_t j = rng_below(word[0], (uint32_t)i + 1);
+            int32_t swap = d->order[i];
+            d->order[i] = d->order[j];
+            d->order[j] = swap;
+        }
+        d->order_epoch = epoch;
+    }
+    return d->order[g % d->count];
+}
+
+// x (C,H,W) in -1..1 and the label of sample `index` (of the file, or of the endless shapes).
+static void dataset_sample(const Dataset *d, float *x, int *label, int64_t index) {
+    int hw = d->size * d->size, C = d->channels;
+    if (!d->count) {
+        shapes_draw(x, label, d->size, d->seed, (uint32_t)index);
+        return;
+    }
+    const unsigned char *source = (const unsigned char *)d->x->data + (size_t)index * (d->x->bytes / (size_t)d->count);
+    if (d->x->dtype == U8) {
+        for (int c = 0; c < C; c++)
+            for (int i = 0; i < hw; i++) x[c * hw + i] = source[i * C + c] / 127.5f - 1;
+    } else {
+        Tensor one = *d->x;
+        one.data = (void *)source;
+        one.count = (int64_t)C * hw;
+        st_to_float(&d->file, &one, x);
+        for (int i = 0; i < C * hw; i++)
+            if (!isfinite(x[i]))
+                die("%s: tensor x: sample %lld holds %g; remove it", d->file.path, (long long)index, x[i]);
+    }
+    *label = 0;
+    if (d->y) {
+        int64_t y;
+        memcpy(&y, (const char *)d->y->data + 8 * index, 8);
+        *label = (int)y;
+    }
+}
+
+// Samples first..first+count-1 of the batch of a step: x (count,C,H,W), labels y (count) with some dropped.
+static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch, int first, int count, int hflip,
+                          double label_drop) {
+    size_t chw = (size_t)d->channels * d->size * d->size;
+    int64_t *index = (int64_t *)xcalloc((size_t)count, sizeof *index, "a batch");
+    for (int b = 0; b < count; b++) {
+        int64_t g = step * batch + first + b;
+        index[b] = d->count ? dataset_index(d, g) : g;
+    }
+#pragma omp parallel for schedule(static)
+    for (int b = 0; b < count; b++) {
+        uint32_t drop[4], flip[4];
+        float *picture = x + b * chw;
+        dataset_sample(d, picture, &y[b], index[b]);
+        philox(drop, d->seed, (uint32_t)(first + b), (uint32_t)step, STREAM_DROP);
+        philox(flip, d->seed, (uint32_t)(first + b), (uint32_t)step, STREAM_AUGMENT);
+        if (rng_uniform(drop[0]) < label_drop) y[b] = d->classes;
+        if (!hflip || !(flip[0] & 1)) continue;
+        for (size_t row = 0; row < chw; row += (size_t)d->size)
+            for (int i = 0, j = d->size - 1; i < j; i++, j--) {
+                float swap = picture[row + i];
+                picture[row + i] = picture[row + j];
+                picture[row + j] = swap;
+            }
+    }
+    xfree(index);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Parameters: one allocation each for weights, gradients, the two Adam moments and the EMA, all laid out alike. The list of
+// tensors (names as in the published PyTorch state dict) and the struct of pointers into an allocation are made together.
+
+typedef struct {
+    real *qkv_w, *qkv_b;   // (3D,D), (3D)
+    real *proj_w, *proj_b; // (D,D), (D)
+    real *fc1_w, *fc1_b;   // (4D,D), (4D)
+    real *fc2_w, *fc2_b;   // (D,4D), (D)
+    real *ada_w, *ada_b;   // (6D,D), (6D): shift1, scale1, gate1, shift2, scale2, gate2
+} BlockParams;
+
+enum { MAX_BLOCKS = 66 }; // pre, the fixed-point block and post; or DiT's
+typedef struct {
+    real *patch_w, *patch_b;         // (D,C·p·p), (D)
+    real *time0_w, *time0_b;         // (D,256), (D)
+    real *time2_w, *time2_b;         // (D,D), (D)
+    real *label_table;               // (classes+1,D)
+    BlockParams block[MAX_BLOCKS];   // pre blocks, [fixed-point block], post blocks
+    real *inject_w, *inject_b;       // (D,D), (D)     block_pre_projection
+    real *fp1_w, *fp1_b;             // (2D,2D), (2D)  block_fixed_point_projection_fc1: columns of z, then of inj
+    real *fp2_w, *fp2_b;             // (D,2D), (D)    block_fixed_point_projection_fc2
+    real *final_w, *final_b;         // (p·p·Cout,D), (p·p·Cout)
+    real *final_ada_w, *final_ada_b; // (2D,D), (2D): shift, scale
+} Params;
+
+enum { INIT_ZERO, INIT_XAVIER, INIT_NORMAL };
+typedef struct {
+    char name[80];
+    int init, ndim;
+    int64_t shape[4];
+    int64_t offset, count; // in elements of the allocation
+} ParamTensor;
+
+typedef struct {
+    const Config *config;
+    real *memory; // NULL: the sizes alone
+    ParamTensor *list;
+    int count;
+    int64_t size;
+} ParamWalk;
+
+static real *param(ParamWalk *w, const char *name, int init, int ndim, int64_t n0, int64_t n1, int64_t n2, int64_t n3) {
+    int64_t shape[4] = {n0, n1, n2, n3}, offset = w->size, elements = 1;
+    for (int i = 0; i < ndim; i++) elements *= shape[i];
+    if (w->list) {
+        ParamTensor *t = &w->list[w->count];
+        snprintf(t->name, sizeof t->name, "%s", name);
+        t->init = init;
+        t->ndim = ndim;
+        memcpy(t->shape, shape, sizeof shape);
+        t->offset = offset;
+        t->count = elements;
+    }
+    w->count++;
+    w->size += elements;
+    return w->memory ? w->memory + offset : NULL;
+}
+
+// weight (N,K) and bias (N) of NAME
+static void param_linear(ParamWalk *w, const char *name, int init, int64_t N, int64_t K, real **weight, real **bias) {
+    char text[80];
+    snprintf(text, sizeof text, "%s.weight", name);
+    *weight = param(w, text, init, 2, N, K, 0, 0);
+    snprintf(text, sizeof text, "%s.bias", name);
+    *bias = param(w, text, INIT_ZERO, 1, N, 0, 0, 0);
+}
+
+static void param_block(ParamWalk *w, const char *group, int index, BlockParams *p) {
+    int64_t D = w->config->width;
+    char prefix[48], name[80];
+    if (index < 0)
+        snprintf(prefix, sizeof prefix, "%s", group);
+    else
+        snprintf(prefix, sizeof prefix, "%s.%d", group, index);
+    snprintf(name, sizeof name, "%s.attn.qkv", prefix);
+    param_linear(w, name, INIT_XAVIER, 3 * D, D, &p->qkv_w, &p->qkv_b);
+    snprintf(name, sizeof name, "%s.attn.proj", prefix);
+    param_linear(w, name, INIT_XAVIER, D, D, &p->proj_w, &p->proj_b);
+    snprintf(name, sizeof name, "%s.mlp.fc1", prefix);
+    param_linear(w, name, INIT_XAVIER, 4 * D, D, &p->fc1_w, &p->fc1_b);
+    snprintf(name, sizeof name, "%s.mlp.fc2", prefix);
+    param_linear(w, name, INIT_XAVIER, D, 4 * D, &p->fc2_w, &p->fc2_b);
+    snprintf(name, sizeof name, "%s.adaLN_modulation.1", prefix);
+    param_linear(w, name, INIT_ZERO, 6 * D, D, &p->ada_w, &p->ada_b);
+}
+
+// Points *p into `memory` and fills `list` (at most max_param_tensors entries); either may be NULL. Returns the walk: sizes.
+static ParamWalk params_point(Params *p, const Config *c, real *memory, ParamTensor *list) {
+    ParamWalk w = {c, memory, list, 0, 0};
+    int64_t D = c->width, pixels = (int64_t)c->patch * c->patch;
+    p->patch_w = param(&w, "x_embedder.proj.weight", INIT_XAVIER, 4, D, c->channels, c->patch, c->patch);
+    p->patch_b = param(&w, "x_embedder.proj.bias", INIT_ZERO, 1, D, 0, 0, 0);
+    param_linear(&w, "t_embedder.mlp.0", INIT_NORMAL, D, 256, &p->time0_w, &p->time0_b);
+    param_linear(&w, "t_embedder.mlp.2", INIT_NORMAL, D, D, &p->time2_w, &p->time2_b);
+    p->label_table = param(&w, "y_embedder.embedding_table.weight", INIT_NORMAL, 2, c->classes + 1, D, 0, 0);
+    if (c->fixed_point) {
+        for (int i = 0; i < c->pre_depth; i++) param_block(&w, "blocks_pre", i, &p->block[i]);
+        param_linear(&w, "block_pre_projection", INIT_XAVIER, D, D, &p->inject_w, &p->inject_b);
+        param_linear(&w, "block_fixed_point_projection_fc1", INIT_XAVIER, 2 * D, 2 * D, &p->fp1_w, &p->fp1_b);
+        param_linear(&w, "block_fixed_point_projection_fc2", INIT_XAVIER, D, 2 * D, &p->fp2_w, &p->fp2_b);
+        param_block(&w, "block_fixed_point", -1, &p->block[c->pre_depth]);
+        for (int i = 0; i < c->post_depth; i++) param_block(&w, "blocks_post", i, &p->block[c->pre_depth + 1 + i]);
+    } else {
+        for (int i = 0; i < c->depth; i++) param_block(&w, "blocks", i, &p->block[i]);
+    }
+    param_linear(&w, "final_layer.linear", INIT_ZERO, pixels * config_out_channels(c), D, &p->final_w, &p->final_b);
+    param_linear(&w, "final_layer.adaLN_modulation.1", INIT_ZERO, 2 * D, D, &p->final_ada_w, &p->final_ada_b);
+    return w;
+}
+
+// Initial weights (SPEC 1): tensor number k of the list draws with step k.
+static void params_init(float *memory, const ParamTensor *list, int count, uint64_t seed) {
+    for (int k = 0; k < count; k++) {
+        const ParamTensor *t = &list[k];
+        int64_t fan_out = t->shape[0], fan_in = t->count / fan_out;
+        double range = sqrt(6.0 / (double)(fan_in + fan_out));
+        float *normal = NULL;
+        if (t->init == INIT_NORMAL) {
+            normal = (float *)xcalloc((size_t)t->count, sizeof *normal, "initial weights");
+            rng_normal(normal, (size_t)t->count, 0, seed, (uint32_t)k, STREAM_INIT);
+        }
+        for (int64_t e = 0; e < t->count; e++) {
+            uint32_t word[4];
+            if (t->init == INIT_XAVIER && e % 4 == 0) philox(word, seed, (uint32_t)(e / 4), (uint32_t)k, STREAM_INIT);
+            float value = 0;
+            if (t->init == INIT_XAVIER) value = (float)((2 * rng_uniform(word[e % 4]) - 1) * range);
+            if (t->init == INIT_NORMAL) value = (float)(0.02 * normal[e]);
+            memory[t->offset + e] = value;
+        }
+        xfree(normal);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Weights in files
+
+// Describes the tensors of `list` under PREFIX for st_save, with their values in `memory` (F32) or `half` (BF16).
+static int tensors_describe(Tensor *out, const ParamTensor *list, int count, const char *prefix, const float *memory,
+                            const uint16_t *half) {
+    for (int i = 0; i < count; i++) {
+        const ParamTensor *p = &list[i];
+        char name[100];
+        snprintf(name, sizeof name, "%s%s", prefix, p->name);
+        const void *data = half ? (const void *)(half + p->offset) : (const void *)(memory + p->offset);
+        int64_t shape[4] = {1, 1, 1, 1};
+        memcpy(shape, p->shape, sizeof *shape * (size_t)p->ndim);
+        out[i] = st_tensor(strdup(name), half ? BF16 : F32, data, p->ndim, shape[0], shape[1], shape[2], shape[3]);
+    }
+    return count;
+}
+
+static void shape_text(char *text, size_t size, const int64_t *shape, int ndim) {
+    *text = 0;
+    for (int d = 0; d < ndim; d++) {
+        size_t used = strlen(text);
+        snprintf(text + used, size - used, "%s%lld", d ? "," : "", (long long)shape[d]);
+    }
+}
+
+// Reads the tensors PREFIX + name into memory; dies with the names of file and tensor when one is missing or does not fit.
+static void tensors_read(const SafeTensors *f, const ParamTensor *list, int count, const char *prefix, float *memory) {
+    for (int i = 0; i < count; i++) {
+        const ParamTensor *p = &list[i];
+        char name[100], want[200], got[200];
+        snprintf(name, sizeof name, "%s%s", prefix, p->name);
+        const Tensor *t = st_find(f, name);
+        if (!t) die("%s: tensor %s is missing: this is not a file of this model", f->path, name);
+        shape_text(want, sizeof want, p->shape, p->ndim);
+        shape_text(got, sizeof got, t->shape, t->ndim);
+        if (strcmp(want, got))
+            die("%s: tensor %s has the shape (%s), but the metadata asks for (%s)", f->path, name, got, want);
+        st_to_float(f, t, memory + p->offset);
+        for (int64_t e = 0; e < p->count; e++) {
+            float value = memory[p->offset + e];
+            if (!isfinite(value))
+                die("%s: tensor %s holds %g at element %lld", f->path, name, (double)value, (long long)e);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What sampling is asked for
+
+// Labels of n pictures from "3,heart,7", in turn; without a list, each class in turn.
+static void parse_labels(int *y, int n, const char *list, int classes, const char *const *names) {
+    int *chosen = (int *)xcalloc(strlen(list) + 2, sizeof *chosen, "labels"), count = 0;
+    char *copy = strdup(list), *rest = copy;
+    for (char *word; *list && (word = strsep(&rest, ","));) {
+        char *end;
+        long value = strtol(word, &end, 10);
+        int label = *word && !*end && value >= 0 && value <= classes ? (int)value : -1;
+        for (int i = 0; label < 0 && names && i < classes; i++)
+            if (!strcmp(names[i], word)) label = i;
+        if (label < 0)
+            die("option --labels: '%s' is neither a class name nor a number from 0 to %d (%d: no label)", word, classes,
+                classes);
+        chosen[count++] = label;
+    }
+    for (int i = 0; i < n; i++) y[i] = count ? chosen[i % count] : classes ? i % classes : 0;
+    free(copy);
+    xfree(chosen);
+}
+
+// Iterations of each timestep from --iters, --budget and --alloc
+static void plan_iterations(int iters[DIFFUSION_STEPS], const Options *o, const Config *c) {
+    int S = o->sample_steps, per_step = c->pre_depth + c->post_depth, total = config_iterations(c) * S, listed = 0;
+    for (int i = 0; i < S; i++) iters[i] = 0;
+    if (o->budget && *o->iters) die("option --budget: give either iters or budget");
+    if (!c->fixed_point) {
+        if (o->budget && S * c->depth > o->budget)
+            die("option --budget: %d passes allow %d steps of this DiT with %d blocks: lower --steps", o->budget,
+                o->budget / c->depth, c->depth);
+        return;
+    }
+    char *copy = strdup(o->iters), *rest = copy;
+    for (char *word; *o->iters && (word = strsep(&rest, ",")); listed++) {
+        char *end;
+        long value = strtol(word, &end, 10);
+        if (!*word || *end || value < 1 || value > 1000)
+            die("option --iters: '%s' is not a whole number from 1 to 1000", word);
+        if (listed < S) iters[listed] = (int)value;
+    }
+    free(copy);
+    if (listed > 1 && listed != S) die("option --iters: %d numbers for %d timesteps; give one, or one each", listed, S);
+    if (listed > 1 && o->alloc) die("option --alloc: a list of iters is an allocation already");
+    if (listed > 1) return;
+    if (listed == 1) total = iters[0] * S;
+    if (o->budget) total = o->budget - per_step * S;
+    if (total < S)
+        die("option --budget: %d passes are too few for %d timesteps of at least %d: lower --steps or raise it",
+            o->budget, S, per_step + 1);
+    allocate_iterations(iters, S, total, o->alloc);
+    for (int i = 0; i < S; i++)
+        if (iters[i] > 1000) die("option --budget: more than 1000 iterations in a timestep; lower it or raise --steps");
+}
+
+// =====================================================================================================================
+// End of the shared block
+// =====================================================================================================================
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Threads
+
+#ifdef _OPENMP
+static int max_threads(void) { return omp_get_max_threads(); }
+static int thread_index(void) { return omp_get_thread_num(); }
+#else
+static int max_threads(void) { return 1; }
+static int thread_index(void) { return 0; }
+#endif
+
+static real sqrt_real(real x) { return sizeof x == 4 ? (real)sqrtf((float)x) : (real)sqrt((double)x); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Matrix multiplication
+
+// Vectors as wide as the machine's registers; plain C operators act on all lanes, so nothing below names an instruction set.
+#if defined __AVX512F__
+#define VEC_BYTES 64
+#elif defined __AVX__
+#define VEC_BYTES 32
+#else
+#define VEC_BYTES 16
+#endif
+typedef real vec
+    __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias)); // aligned(): loads from anywhere
+#ifndef XMR
+#define XMR 8
+#endif
+#ifndef XNV
+#define XNV 2
+#endif
+#ifndef XKC
+#define XKC 384
+#endif
+#ifndef XMC
+#define XMC 64
+#endif
+#ifndef XNC
+#define XNC 768
+#endif
+enum { VL = VEC_BYTES / sizeof(real), MR = XMR, NV = XNV, NR = NV * VL, KC = XKC, MC = XMC, NC = XNC };
+#define UNROLL _Pragma("GCC unroll 16")
+
+static int imin(int a, int b) { return a < b ? a : b; }
+
+typedef real vec4 __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)), may_alias));
+#define SHUFFLE4(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+
+// Panels of w columns, one after the other: p[(i/w*kc + k)*w + i%w] = src[i*is + k*ks] for i < n, and 0 up to a multiple of w
+static inline __attribute__((always_inline)) void gemm_pack(real *p, const int w, int n, int kc, const real *src,
+                                                            size_t is, size_t ks) {
+    int i = 0;
+    if (is == 1) { // the w values stand side by side
+        for (int k = 0; k < kc; k++)
+            for (i = 0; i + w <= n; i += w) memcpy(p + i * kc + k * w, src + i + k * ks, w * sizeof(real));
+    } else if (ks == 1) { // transposed, in blocks of 4 x 4
+        for (; i + 4 <= n; i += 4) {
+            real *d = p + i / w * w * kc + i % w;
+            const real *q = src + i * is;
+            int k = 0;
+            for (; k + 4 <= kc; k += 4, q += 4, d += 4 * w) {
+                vec4 x0 = *(const vec4 *)q, x1 = *(const vec4 *)(q + is), x2 = *(const vec4 *)(q + 2 * is),
+                     x3 = *(const vec4 *)(q + 3 * is);
+                vec4 a = SHUFFLE4(x0, x1, 0, 4, 1, 5), b = SHUFFLE4(x2, x3, 0, 4, 1, 5);
+                vec4 c = SHUFFLE4(x0, x1, 2, 6, 3, 7), e = SHUFFLE4(x2, x3, 2, 6, 3, 7);
+                *(vec4 *)d = SHUFFLE4(a, b, 0, 1, 4, 5), *(vec4 *)(d + w) = SHUFFLE4(a, b, 2, 3, 6, 7);
+                *(vec4 *)(d + 2 * w) = SHUFFLE4(c, e, 0, 1, 4, 5), *(vec4 *)(d + 3 * w) = SHUFFLE4(c, e, 2, 3, 6, 7);
+            }
+            for (; k < kc; k++, q++, d += w)
+                for (int r = 0; r < 4; r++) d[r] = q[r * is];
+        }
+    }
+    for (; i < (n + w - 1) / w * w; i++)
+        for (int k = 0; k < kc; k++) p[(i / w * kc + k) * w + i % w] = i < n ? src[i * is + k * ks] : 0;
+}
+
+// c (m,n; row stride ldc) = or += a (m,kc; strides ars, acs) . b (a packed panel)
+static void gemm_tile(real *c, size_t ldc, const real *a, size_t ars, size_t acs, const real *b, const real *bias,
+                      int add, int m, int n, int kc) {
+    vec acc[MR][NV] = {0};
+    for (int i = 0; i < m; i++) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + n - 1, 1);
+    for (int k = 0; k < kc; k++, a += acs, b += NR) {
+        vec bv[NV];
+        UNROLL
+        for (int j = 0; j < NV; j++) bv[j] = *(const vec *)(b + j * VL);
+        UNROLL
+        for (int i = 0; i < MR; i++) {
+            UNROLL
+            for (int j = 0; j < NV; j++) acc[i][j] += a[i * ars] * bv[j];
+        }
+    }
+    if (m == MR && n == NR) {
+        UNROLL
+        for (int i = 0; i < MR; i++) {
+            UNROLL
+            for (int j = 0; j < NV; j++) {
+                vec *d = (vec *)(c + i * ldc + j * VL);
+                vec x = acc[i][j];
+                if (bias) x += *(const vec *)(bias + j * VL);
+                if (add) x += *d;
+                *d = x;
+            }
+        }
+        return;
+    }
+    real t[MR * NR];
+    UNROLL
+    for (int i = 0; i < MR; i++) {
+        UNROLL
+        for (int j = 0; j < NV; j++) *(vec *)(t + i * NR + j * VL) = acc[i][j];
+    }
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++) c[i * ldc + j] = t[i * NR + j] + (bias ? bias[j] : 0) + (add ? c[i * ldc + j] : 0);
+}
+
+typedef struct {
+    real *C;
+    size_t ldc;
+    const real *A;
+    size_t ars, acs;
+    const real *B;
+    size_t brs, bcs;
+    const real *bias;
+    int add, M, N, K, next;
+    real *bp;
+} Gemm;
+
+static _Thread_local real gemm_ap[MC * KC] __attribute__((aligned(64)));
+static _Thread_local real gemm_bp[NC * KC] __attribute__((aligned(64)));
+
+static void gemm_work(Gemm *g, int tid, int nt) {
+    int done = 0, tiles = (g->M + MR - 1) / MR;
+    int nk = (g->K + KC - 1) / KC, nn = (g->N + NC - 1) / NC;
+    int cols = ((g->N + nn - 1) / nn + NR - 1) / NR * NR;
+    for (int kb = 0; kb < nk; kb++) {
+        int k0 = (int)((long)g->K * kb / nk), kc = (int)((long)g->K * (kb + 1) / nk) - k0;
+        int add = g->add || kb;
+        const real *bias = kb ? NULL : g->bias;
+        for (int n0 = 0; n0 < g->N; n0 += cols) {
+            int nc = imin(cols, g->N - n0);
+            int panels = (nc + NR - 1) / NR, j0 = panels * tid / nt * NR, j1 = imin(nc, panels * (tid + 1) / nt * NR);
+            gemm_pack(g->bp + j0 * kc, NR, j1 - j0, kc, g->B + (n0 + j0) * g->bcs + k0 * g->brs, g->bcs, g->brs);
+            if (nt > 1) {
+#pragma omp barrier
+            }
+            for (;;) {
+                int u, len;
+                if (nt == 1) {
+                    u = g->next - done, len = imin(tiles - u, MC / MR), g->next += len;
+                } else {
+#pragma omp critical(gemm_next)
+                    {
+                        u = g->next - done;
+                        len = imin((tiles - u + 2 * nt - 1) / (2 * nt), MC / MR);
+                        g->next += len;
+                    }
+                }
+                if (len <= 0) break;
+                int m0 = u * MR, mc = imin(g->M - m0, len * MR);
+                const real *A = g->A + m0 * g->ars + k0 * g->acs;
+                int direct = g->acs == 1 ? mc / MR * MR : 0;
+                gemm_pack(gemm_ap, MR, mc - direct, kc, A + direct * g->ars, g->ars, g->acs);
+                for (int i = 0; i < mc; i += MR) {
+                    const real *a = A + i * g->ars;
+                    int m = imin(MR, mc - i);
+                    size_t ars = g->ars, acs = g->acs;
+                    if (i >= direct) a = gemm_ap + (i - direct) * kc, ars = 1, acs = MR;
+                    for (int j = 0; j < nc; j += NR)
+                        gemm_tile(g->C + (m0 + i) * g->ldc + n0 + j, g->ldc, a, ars, acs, g->bp + j * kc,
+                                  bias ? bias + n0 + j : NULL, add, m, imin(NR, nc - j), kc);
+                }
+            }
+            done += tiles;
+            if (nt > 1) {
+#pragma omp barrier
+            }
+        }
+    }
+}
+
+static void gemm(real *C, size_t ldc, const real *A, size_t ars, size_t acs, const real *B, size_t brs, size_t bcs,
+                 const real *bias, int accumulate, int M, int N, int K) {
+    Gemm g = {C, ldc, A, ars, acs, B, brs, bcs, bias, accumulate, M, N, K, 0, gemm_bp};
+#ifdef _OPENMP
+    if (!omp_in_parallel() && omp_get_max_threads() > 1 && (double)M * N * K > 1e5) {
+#pragma omp parallel
+        gemm_work(&g, omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+#endif
+    gemm_work(&g, 0, 1);
+}
+
+// PLACEHOLDER exp
+static inline real exp_real(real x) { return sizeof x == 4 ? (real)expf((float)x) : (real)exp((double)x); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Layers: each forward above its backward. B pictures, T tokens, D width, H heads, hd head size. Matrices are row-major.
+// Outputs come first. A backward adds (+=) to weight and modulation gradients, and says whether it adds to its input's.
+
+// out (M,N) = in (M,K)·w^T + b; w (N,K), b (N)
+static void linear_forward(real *out, const real *in, const real *w, const real *b, int M, int K, int N) {
+    gemm(out, N, in, K, 1, w, 1, K, b, 0, M, N, K);
+}
+
+// db (N) += sum over the rows of dout (M,N). Columns are shared out, so each sum has one order for any number of threads.
+static void bias_backward(real *db, const real *dout, int M, int N) {
+#pragma omp parallel for schedule(static)
+    for (int first = 0; first < N; first += 64) {
+        int last = first + 64 < N ? first + 64 : N;
+        for (int i = 0; i < M; i++)
+#pragma omp simd
+            for (int j = first; j < last; j++) db[j] += dout[(size_t)i * N + j];
+    }
+}
+
+// dw (N,K) += dout^T·in,  db += column sums of dout,  din (M,K) = dout·w (skipped when NULL)
+static void linear_backward(real *din, real *dw, real *db, const real *dout, const real *in, const real *w, int M,
+                            int K, int N) {
+    gemm(dw, K, dout, 1, N, in, K, 1, NULL, 1, N, K, M);
+    if (db) bias_backward(db, dout, M, N);
+    if (din) gemm(din, K, dout, N, 1, w, K, 1, NULL, 0, M, K, N);
+}
+
+// out (B,T,D) = LN(x)·(1+scale)+shift; LN without weights, eps 1e-6. mod points at picture 0's shift (D) and, after it,
+// scale (D); `stride` is the distance to the next picture's.
+static void layernorm_modulate_forward(real *out, const real *x, const real *mod, int stride, int B, int T, int D) {
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < B * T; i++) {
+        const real *xi = x + (size_t)i * D, *shift = mod + (size_t)(i / T) * stride, *scale = shift + D;
+        real *oi = out + (size_t)i * D, mean = 0, var = 0;
+#pragma omp simd reduction(+ : mean)
+        for (int d = 0; d < D; d++) mean += xi[d];
+        mean /= D;
+#pragma omp simd reduction(+ : var)
+        for (int d = 0; d < D; d++) var += (xi[d] - mean) * (xi[d] - mean);
+        real rstd = 1 / (real)sqrt((double)(var / D) + 1e-6);
+#pragma omp simd
+        for (int d = 0; d < D; d++) oi[d] = (xi[d] - mean) * rstd * (1 + scale[d]) + shift[d];
+    }
+}
+
+// dx += the gradient through LN; dmod (as mod) += sums over the picture's tokens: dshift = sum dout, dscale = sum dout·LN(x).
+// stats (B·T,2) is scratch for mean and 1/sigma, which are cheaper to compute again than to keep.
+static void layernorm_modulate_backward(real *dx, real *dmod, real *stats, const real *dout, const real *x,
+                                        const real *mod, int stride, int B, int T, int D) {
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < B * T; i++) {
+        const real *xi = x + (size_t)i * D, *gi = dout + (size_t)i * D, *scale = mod + (size_t)(i / T) * stride + D;
+        real *di = dx + (size_t)i * D, mean = 0, var = 0, g_mean = 0, gx_mean = 0;
+#pragma omp simd reduction(+ : mean)
+        for (int d = 0; d < D; d++) mean += xi[d];
+        mean /= D;
+#pragma omp simd reduction(+ : var)
+        for (int d = 0; d < D; d++) var += (xi[d] - mean) * (xi[d] - mean);
+        real rstd = 1 / (real)sqrt((double)(var / D) + 1e-6);
+#pragma omp simd reduction(+ : g_mean, gx_mean)
+        for (int d = 0; d < D; d++) {
+            real g = gi[d] * (1 + scale[d]);
+            g_mean += g;
+            gx_mean += g * (xi[d] - mean);
+        }
+        g_mean /= D;
+        gx_mean *= rstd * rstd / D;
+#pragma omp simd
+        for (int d = 0; d < D; d++) di[d] += rstd * (gi[d] * (1 + scale[d]) - g_mean - (xi[d] - mean) * gx_mean);
+        stats[2 * i] = mean;
+        stats[2 * i + 1] = rstd;
+    }
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int b = 0; b < B; b++)
+        for (int first = 0; first < D; first += 64) {
+            int last = first + 64 < D ? first + 64 : D;
+            real *dshift = dmod + (size_t)b * stride, *dscale = dshift + D;
+            for (int i = b * T; i < (b + 1) * T; i++) {
+                real mean = stats[2 * i], rstd = stats[2 * i + 1];
+#pragma omp simd
+                for (int d = first; d < last; d++) {
+                    real g = dout[(size_t)i * D + d];
+                    dshift[d] += g;
+                    dscale[d] += g * (x[(size_t)i * D + d] - mean) * rstd;
+                }
+            }
+        }
+}
+
+// Multi-head attention without mask. qkv (B,T,3D): per token q|k|v, head, channel; out (B,T,D). One task is a block of
+// query rows of one head, so the T×T matrix never exists; lse (B,H,T) keeps log sum exp of each row for the backward pass.
+enum { QUERY_ROWS = 128 };
+static void attention_forward(real *out, real *lse, const real *qkv, real *scores, int B, int T, int D, int H) {
+    int hd = D / H, row_blocks = (T + QUERY_ROWS - 1) / QUERY_ROWS;
+    real scale = 1 / (real)sqrt((double)hd);
+#pragma omp parallel for schedule(static)
+    for (int task = 0; task < B * H * row_blocks; task++) {
+        int b = task / (H * row_blocks), h = task / row_blocks % H, first = task % row_blocks * QUERY_ROWS;
+        int rows = T - first < QUERY_ROWS ? T - first : QUERY_ROWS;
+        const real *q = qkv + (size_t)b * T * 3 * D + h * hd, *k = q + D, *v = q + 2 * D;
+        real *s = scores + (size_t)thread_index() * 2 * QUERY_ROWS * T,
+             *row_lse = lse + ((size_t)b * H + h) * T + first;
+        gemm(s, T, q + (size_t)first * 3 * D, 3 * D, 1, k, 1, 3 * D, NULL, 0, rows, T, hd);
+        for (int i = 0; i < rows; i++) {
+            real *si = s + (size_t)i * T, max = si[0], sum = 0;
+#pragma omp simd reduction(max : max)
+            for (int j = 0; j < T; j++) max = si[j] > max ? si[j] : max;
+#pragma omp simd reduction(+ : sum)
+            for (int j = 0; j < T; j++) {
+                si[j] = exp_real((si[j] - max) * scale);
+                sum += si[j];
+            }
+            real inverse = 1 / sum;
+#pragma omp simd
+            for (int j = 0; j < T; j++) si[j] *= inverse;
+            row_lse[i] = max * scale + (real)log((double)sum);
+        }
+        gemm(out + ((size_t)b * T + first) * D + h * hd, D, s, T, 1, v, 3 * D, 1, NULL, 0, rows, hd, T);
+    }
+}
+
+// dqkv (B,T,3D) is overwritten. Row block by row block, with P recomputed from q, k and lse:
+// dv += P^T·dout;  dP = dout·v^T;  dS = P·(dP - sum(dout·out))·scale;  dq = dS·k;  dk += dS^T·q
+static void attention_backward(real *dqkv, const real *dout, const real *out, const real *lse, const real *qkv,
+                               real *scores, int B, int T, int D, int H) {
+    int hd = D / H;
+    real scale = 1 / (real)sqrt((double)hd);
+#pragma omp parallel for schedule(static)
+    for (int task = 0; task < B * H; task++) {
+        int b = task / H, h = task % H;
+        size_t at = (size_t)b * T * 3 * D + h * hd;
+        const real *q = qkv + at, *k = q + D, *v = q + 2 * D;
+        real *dq = dqkv + at, *dk = dq + D, *dv = dq + 2 * D;
+        real *p = scores + (size_t)thread_index() * 2 * QUERY_ROWS * T, *dp = p + QUERY_ROWS * T;
+        for (int first = 0; first < T; first += QUERY_ROWS) {
+            int rows = T - first < QUERY_ROWS ? T - first : QUERY_ROWS, more = first > 0;
+            const real *go = dout + ((size_t)b * T + first) * D + h * hd,
+                       *o = out + ((size_t)b * T + first) * D + h * hd;
+            gemm(p, T, q + (size_t)first * 3 * D, 3 * D, 1, k, 1, 3 * D, NULL, 0, rows, T, hd);
+            gemm(dp, T, go, D, 1, v, 1, 3 * D, NULL, 0, rows, T, hd);
+            for (int i = 0; i < rows; i++) {
+                real *pi = p + (size_t)i * T, *di = dp + (size_t)i * T,
+                     row_lse = lse[((size_t)b * H + h) * T + first + i], dot = 0;
+#pragma omp simd reduction(+ : dot)
+                for (int d = 0; d < hd; d++) dot += go[(size_t)i * D + d] * o[(size_t)i * D + d];
+#pragma omp simd
+                for (int j = 0; j < T; j++) {
+                    pi[j] = exp_real(pi[j] * scale - row_lse);
+                    di[j] = pi[j] * (di[j] - dot) * scale;
+                }
+            }
+            gemm(dv, 3 * D, p, 1, T, go, D, 1, NULL, more, T, hd, rows);
+            gemm(dq + (size_t)first * 3 * D, 3 * D, dp, T, 1, k, 3 * D, 1, NULL, 0, rows, hd, T);
+            gemm(dk, 3 * D, dp, 1, T, q + (size_t)first * 3 * D, 3 * D, 1, NULL, more, T, hd, rows);
+        }
+    }
+}
+
+// gelu in the tanh form, as x·sigmoid(2·sqrt(2/pi)·(x + 0.044715·x^3)), which is the same function.
+static void gelu_forward(real *out, const real *in, size_t count) {
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < count; i++) {
+        real x = in[i], u = (real)-1.5957691216057308 * (x + (real)0.044715 * x * x * x);
+        out[i] = x / (1 + exp_real(u));
+    }
+}
+
+// out = gelu(x) once more, and x is replaced by gelu'(x): the exponential is shared, and x is not needed again.
+static void gelu_derivative(real *out, real *x, size_t count) {
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < count; i++) {
+        real xi = x[i], u = (real)-1.5957691216057308 * (xi + (real)0.044715 * xi * xi * xi);
+        real sigmoid = 1 / (1 + exp_real(u)), slope = (real)1.5957691216057308 * (1 + (real)0.134145 * xi * xi);
+        out[i] = xi * sigmoid;
+        x[i] = sigmoid + xi * sigmoid * (1 - sigmoid) * slope;
+    }
+}
+
+static void multiply(real *x, const real *y, size_t count) {
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < count; i++) x[i] *= y[i];
+}
+
+static void add(real *x, const real *y, size_t count) {
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < count; i++) x[i] += y[i];
+}
+
+// silu(x) = x·sigmoid(x), only ever applied to (B,D)
+static void silu_forward(real *out, const real *x, size_t count) {
+    for (size_t i = 0; i < count; i++) out[i] = x[i] / (1 + (real)exp((double)-x[i]));
+}
+
+// dx += dout·silu'(x)
+static void silu_backward(real *dx, const real *dout, const real *x, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        real sigmoid = 1 / (1 + (real)exp((double)-x[i]));
+        dx[i] += dout[i] * sigmoid * (1 + x[i] * (1 - sigmoid));
+    }
+}
+
+// out (B,T,D) = x + gate·branch, gate (D) of picture b at gate + b·stride. out may be x.
+static void gated_residual_forward(real *out, const real *x, const real *gate, int stride, const real *branch, int B,
+                                   int T, int D) {
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < B * T; i++) {
+        const real *g = gate + (size_t)(i / T) * stride;
+#pragma omp simd
+        for (int d = 0; d < D; d++) out[(size_t)i * D + d] = x[(size_t)i * D + d] + g[d] * branch[(size_t)i * D + d];
+    }
+}
+
+// dbranch = dout·gate, dgate += sum over tokens of dout·branch; the gradient of x is dout itself. dbranch may be branch.
+static void gated_residual_backward(real *dbranch, real *dgate, const real *dout, const real *gate, int stride,
+                                    const real *branch, int B, int T, int D) {
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int b = 0; b < B; b++)
+        for (int first = 0; first < D; first += 64) {
+            int last = first + 64 < D ? first + 64 : D;
+            real *dg = dgate + (size_t)b * stride;
+            const real *g = gate + (size_t)b * stride;
+            for (size_t i = (size_t)b * T; i < (size_t)(b + 1) * T; i++)
+#pragma omp simd
+                for (int d = first; d < last; d++) {
+                    dg[d] += dout[i * D + d] * branch[i * D + d];
+                    dbranch[i * D + d] = dout[i * D + d] * g[d];
+                }
+        }
+}
+
+// patches (B,T,C·p·p) from x (B,C,S,S), each flattened as (channel, row, column)
+static void unfold(real *patches, const real *x, int B, int C, int S, int p) {
+    int side = S / p;
+#pragma omp parallel for schedule(static)
+    for (int b = 0; b < B; b++)
+        for (int c = 0; c < C; c++)
+            for (int i = 0; i < S; i++)
+                for (int j = 0; j < S; j++)
+                    patches[((((size_t)b * side + i / p) * side + j / p) * C + c) * p * p + i % p * p + j % p] =
+                        x[(((size_t)b * C + c) * S + i) * S + j];
+}
+
+// Between tokens (B,T,p·p·C), a patch as (row, column, channel), and pictures (B,C,S,S): to_picture gives the direction.
+static void unpatch(real *pictures, real *tokens, int to_picture, int B, int C, int S, int p) {
+    int side = S / p;
+#pragma omp parallel for schedule(static)
+    for (int b = 0; b < B; b++)
+        for (int c = 0; c < C; c++)
+            for (int i = 0; i < S; i++)
+                for (int j = 0; j < S; j++) {
+                    real *token =
+                        tokens + ((((size_t)b * side + i / p) * side + j / p) * p * p + i % p * p + j % p) * C + c;
+                    real *pixel = pictures + (((size_t)b * C + c) * S + i) * S + j;
+                    if (to_picture)
+                        *pixel = *token;
+                    else
+                        *token = *pixel;
+                }
+}
+
+// pos (T,D): with w_i = 10000^(-i/(D/4)), the token at (row, column) gets [sin(column·w), cos(column·w), sin(row·w), cos(row·w)]
+static void position_embedding(real *pos, int side, int D) {
+    int quarter = D / 4;
+    for (int t = 0; t < side * side; t++)
+        for (int i = 0; i < quarter; i++) {
+            double w = pow(10000, -(double)i / quarter), column = t % side * w, row = t / side * w;
+            real *at = pos + (size_t)t * D + i;
+            at[0] = (real)sin(column);
+            at[quarter] = (real)cos(column);
+            at[2 * quarter] = (real)sin(row);
+            at[3 * quarter] = (real)cos(row);
+        }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Activations: one allocation. Every layer of the path that gets a gradient (pre blocks, the m iterations, post blocks; in
+// DiT all blocks) has its input x[l] and a slot with what its backward pass needs. With `recompute` all share one slot, which
+// the backward pass fills again from x[l]. A model that only samples has one slot and one x: everything happens in place.
+
+typedef struct {
+    real *u;    // (B,T,2D) fixed-point iterations only: the projection before its gelu
+    real *in;   // (B,T,D)  fixed-point iterations only: the block's input; elsewhere it is x[l]
+    real *qkv;  // (B,T,3D)
+    real *lse;  // (B,H,T)
+    real *att;  // (B,T,D)
+    real *proj; // (B,T,D)
+    real *fc1;  // (B,T,4D) before its gelu
+    real *fc2;  // (B,T,D)
+} Slot;
+
+typedef struct {
+    real **x; // inputs of the layers, x[l] (B,T,D), and the last output
+    Slot *slot;
+    real *pos;         // (T,D)
+    real *x_t;         // (B,C,S,S) input of the model
+    real *out;         // (B,Cout,S,S) its output
+    real *patches;     // (B,T,C·p·p)
+    real *time_freq;   // (B,256)
+    real *time_hidden; // (B,D) before silu
+    real *time_silu;   // (B,D)
+    real *cond;        // (B,D) c = t_emb + y_emb
+    real *cond_pp;     // (B,D) condition of pre, post and final layers: c or y_emb
+    real *cond_silu, *cond_pp_silu;
+    real *mod;       // (blocks,B,6D), computed once per timestep
+    real *final_mod; // (B,2D)
+    real *inj;       // (B,T,D) injection
+    real *inj_part;  // (B,T,2D) the half of the projection that does not change while z iterates
+    real *normed;    // (B,T,D) scratch: LN output
+    real *wide;      // (B,T,4D) scratch: gelu output
+    real *patch_out; // (B,T,p·p·Cout)
+    real *scores;    // (threads,2,QUERY_ROWS,T) attention scratch
+    real *z_before;  // (B,T,D) z_{k-1} for residuals; in training the gradient's scratch
+    real *reused;    // (B,T,D) the solution of the timestep before (sampling)
+    // backward
+    real *dx, *dnormed, *dwide, *dbranch; // (B,T,D), (B,T,D), (B,T,4D), (B,T,D)
+    real *du_sum;                         // (B,T,2D) gradient of inj_part, summed over the iterations
+    real *dmod, *dfinal_mod, *dcond, *dcond_pp, *dcond_silu, *dcond_pp_silu, *dtime, *stats;
+    real *dout; // (B,Cout,S,S)
+} Activations;
+
+enum Kind { MODEL_WEIGHTS, MODEL_GRADS, MODEL_ADAM_M, MODEL_ADAM_V, MODEL_EMA };
+typedef struct {
+    Config config;
+    int batch, max_m, recompute, training; // what the activations have room for
+    int n_tensors;
+    ParamTensor *tensors;
+    int64_t n_params;
+    real *memory[5]; // by enum Kind; only weights unless training
+    Params p, g;
+    Activations a;
+    real *activations; // what `a` points into
+    size_t activation_bytes;
+    int n_labels, *labels;                                            // of the current batch, for the backward pass
+    int B, m;                                                         // of the current forward pass
+    void (*probe)(const char *name, const real *data, int64_t count); // tests look at activations through this
+} Model;
+
+typedef struct {
+    real *memory;
+    size_t count;
+} Arena;
+static real *take(Arena *a, size_t count) {
+    real *at = a->memory ? a->memory + a->count : NULL;
+    a->count += (count + 15) & ~(size_t)15;
+    return at;
+}
+
+// Points the activations into `memory` (NULL: counts only). Returns the number of reals.
+static size_t activations_point(Model *m, real *memory) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    Arena arena = {memory, 0};
+    size_t B = m->batch, T = config_tokens(c), D = c->width, N = B * T * D, pixels = B * c->image_size * c->image_size;
+    int blocks = config_blocks(c), layers = blocks - c->fixed_point + (c->fixed_point ? m->max_m : 0);
+    for (int l = 0; l <= layers + c->fixed_point; l++) a->x[l] = m->training || !l ? take(&arena, N) : a->x[0];
+    for (int l = 0; l < layers; l++) {
+        Slot *s = &a->slot[l];
+        if (l > 0 && (m->recompute || !m->training)) {
+            *s = a->slot[0];
+            continue;
+        }
+        // m varies from step to step, so a slot behind the pre blocks serves an iteration or a post block.
+        int iteration = c->fixed_point && (l >= c->pre_depth || m->recompute || !m->training);
+        s->u = iteration ? take(&arena, 2 * N) : NULL;
+        s->in = iteration ? take(&arena, N) : NULL;
+        s->qkv = take(&arena, 3 * N);
+        s->lse = take(&arena, B * c->heads * T);
+        s->att = take(&arena, N);
+        s->proj = take(&arena, N);
+        s->fc1 = take(&arena, 4 * N);
+        s->fc2 = take(&arena, N);
+    }
+    a->pos = take(&arena, T * D);
+    a->x_t = take(&arena, pixels * c->channels);
+    a->out = take(&arena, pixels * config_out_channels(c));
+    a->patches = take(&arena, pixels * c->channels);
+    a->patch_out = take(&arena, pixels * config_out_channels(c));
+    a->time_freq = take(&arena, B * 256);
+    real **conditions[] = {&a->time_hidden, &a->time_silu, &a->cond, &a->cond_pp, &a->cond_silu, &a->cond_pp_silu};
+    for (int i = 0; i < 6; i++) *conditions[i] = take(&arena, B * D);
+    a->mod = take(&arena, blocks * B * 6 * D);
+    a->final_mod = take(&arena, B * 2 * D);
+    a->inj = c->fixed_point ? take(&arena, N) : NULL;
+    a->inj_part = c->fixed_point ? take(&arena, 2 * N) : NULL;
+    a->normed = take(&arena, N);
+    a->wide = take(&arena, 4 * N);
+    a->scores = take(&arena, (size_t)max_threads() * 2 * QUERY_ROWS * T);
+    a->z_before = take(&arena, N);
+    a->reused = c->fixed_point ? take(&arena, N) : NULL;
+    if (!m->training) return arena.count;
+    a->dx = take(&arena, N);
+    a->dnormed = take(&arena, N);
+    a->dwide = take(&arena, 4 * N);
+    a->dbranch = a->z_before;
+    a->du_sum = c->fixed_point ? take(&arena, 2 * N) : NULL;
+    a->dmod = take(&arena, blocks * B * 6 * D);
+    a->dfinal_mod = take(&arena, B * 2 * D);
+    real **gradients[] = {&a->dcond, &a->dcond_pp, &a->dcond_silu, &a->dcond_pp_silu, &a->dtime};
+    for (int i = 0; i < 5; i++) *gradients[i] = take(&arena, B * D);
+    a->stats = take(&arena, B * T * 2);
+    a->dout = take(&arena, pixels * config_out_channels(c));
+    return arena.count;
+}
+
+// A model with room for `batch` pictures and, for training, `max_m` gradient iterations. Its weights are zero.
+// Refuses sizes beyond the machine's memory, naming the options that lower it.
+static Model *model_create(const Config *config, int batch, int max_m, int recompute, int training) {
+    Model *m = (Model *)xcalloc(1, sizeof *m, "the model");
+    m->config = *config;
+    m->batch = batch;
+    m->max_m = training ? max_m : 1;
+    m->recompute = recompute;
+    m->training = training;
+    int layers = config_blocks(config) + m->max_m;
+    m->a.x = (real **)xcalloc((size_t)layers + 1, sizeof *m->a.x, "the model");
+    m->a.slot = (Slot *)xcalloc((size_t)layers, sizeof *m->a.slot, "the model");
+    m->labels = (int *)xcalloc((size_t)batch, sizeof *m->labels, "the model");
+    ParamWalk w = params_point(&m->p, config, NULL, NULL);
+    m->n_tensors = w.count;
+    m->n_params = w.size;
+    m->tensors = (ParamTensor *)xcalloc((size_t)w.count, sizeof *m->tensors, "the model");
+    size_t reals = activations_point(m, NULL);
+    m->activation_bytes = reals * sizeof(real);
+    double need = (double)m->activation_bytes + (double)w.size * sizeof(real) * (training ? 5 : 1);
+    double have = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGE_SIZE);
+    if (need > have)
+        die("this model with %d pictures at a time needs %.0f MB and the machine has %.0f MB: lower --batch%s", batch,
+            need / 1e6, have / 1e6, training ? ", set --micro_batch, or set --recompute 1" : "");
+    for (int kind = 0; kind < (training ? 5 : 1); kind++)
+        m->memory[kind] = xcalloc((size_t)w.size, sizeof(real), "weights, gradients and optimiser");
+    params_point(&m->p, config, m->memory[MODEL_WEIGHTS], m->tensors);
+    if (training) params_point(&m->g, config, m->memory[MODEL_GRADS], NULL);
+    m->activations = xcalloc(reals, sizeof(real), "activations");
+    activations_point(m, m->activations);
+    position_embedding(m->a.pos, config->image_size / config->patch, config->width);
+    return m;
+}
+
+static void model_free(Model *m) {
+    for (int kind = 0; kind < 5; kind++) xfree(m->memory[kind]);
+    xfree(m->activations);
+    xfree(m->a.x);
+    xfree(m->a.slot);
+    xfree(m->labels);
+    xfree(m->tensors);
+    xfree(m);
+}
+
+// Copies all of one kind from or to the host's float memory, laid out as the list of tensors says.
+static void model_upload(Model *m, int kind, const float *host) {
+    for (int64_t i = 0; i < m->n_params; i++) m->memory[kind][i] = (real)host[i];
+}
+
+static void model_download(const Model *m, int kind, float *host) {
+    for (int64_t i = 0; i < m->n_params; i++) host[i] = (float)m->memory[kind][i];
+}
+
+// The weights that the forward pass uses: MODEL_WEIGHTS or, for pictures during training, MODEL_EMA
+static void model_use(Model *m, int kind) { params_point(&m->p, &m->config, m->memory[kind], NULL); }
+
+// The output of the last forward pass, (B,Cout,S,S)
+static void model_output(const Model *m, float *host) {
+    size_t count = (size_t)m->B * config_out_channels(&m->config) * m->config.image_size * m->config.image_size;
+    for (size_t i = 0; i < count; i++) host[i] = (float)m->a.out[i];
+}
+
+static void model_zero_gradients(Model *m) { memset(m->memory[MODEL_GRADS], 0, (size_t)m->n_params * sizeof(real)); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The model
+
+static void show_probe(Model *m, const char *name, int k, const real *data, int64_t count) {
+    char text[32];
+    if (!m->probe) return;
+    snprintf(text, sizeof text, k ? "%s.%d" : "%s", name, k);
+    m->probe(text, data, count);
+}
+
+// out = Block(x, c) (SPEC 1): adaLN-Zero transformer block; s keeps what the backward pass needs. out may be x.
+//   mid = x + gate1·proj(attention(LN(x)·(1+scale1)+shift1));   out = mid + gate2·fc2(gelu(fc1(LN(mid)·(1+scale2)+shift2)))
+static void block_forward(Model *m, real *out, const real *x, const BlockParams *p, const real *mod, Slot *s) {
+    Activations *a = &m->a;
+    int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T, stride = 6 * D;
+    layernorm_modulate_forward(a->normed, x, mod, stride, B, T, D);
+    linear_forward(s->qkv, a->normed, p->qkv_w, p->qkv_b, M, D, 3 * D);
+    attention_forward(s->att, s->lse, s->qkv, a->scores, B, T, D, m->config.heads);
+    linear_forward(s->proj, s->att, p->proj_w, p->proj_b, M, D, D);
+    gated_residual_forward(out, x, mod + 2 * D, stride, s->proj, B, T, D);
+    layernorm_modulate_forward(a->normed, out, mod + 3 * D, stride, B, T, D);
+    linear_forward(s->fc1, a->normed, p->fc1_w, p->fc1_b, M, D, 4 * D);
+    gelu_forward(a->wide, s->fc1, (size_t)M * 4 * D);
+    linear_forward(s->fc2, a->wide, p->fc2_w, p->fc2_b, M, 4 * D, D);
+    gated_residual_forward(out, out, mod + 5 * D, stride, s->fc2, B, T, D);
+}
+
+// dx (B,T,D): the gradient of the output on entry, of the input on return. dmod (B,6D) is added to. x is the input.
+static void block_backward(Model *m, real *dx, real *dmod, const BlockParams *g, const real *x, const BlockParams *p,
+                           const real *mod, Slot *s) {
+    Activations *a = &m->a;
+    int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T, stride = 6 * D;
+    size_t wide = (size_t)M * 4 * D;
+    // MLP branch. a->wide = gelu(fc1), and fc1 becomes gelu'(fc1).
+    gated_residual_backward(s->fc2, dmod + 5 * D, dx, mod + 5 * D, stride, s->fc2, B, T, D);
+    gelu_derivative(a->wide, s->fc1, wide);
+    linear_backward(a->dwide, g->fc2_w, g->fc2_b, s->fc2, a->wide, p->fc2_w, M, 4 * D, D);
+    multiply(a->dwide, s->fc1, wide);
+    real *mid = a->dbranch;
+    gated_residual_forward(mid, x, mod + 2 * D, stride, s->proj, B, T, D);
+    layernorm_modulate_forward(a->normed, mid, mod + 3 * D, stride, B, T, D);
+    linear_backward(a->dnormed, g->fc1_w, g->fc1_b, a->dwide, a->normed, p->fc1_w, M, D, 4 * D);
+    layernorm_modulate_backward(dx, dmod + 3 * D, a->stats, a->dnormed, mid, mod + 3 * D, stride, B, T, D);
+    // Attention branch
+    gated_residual_backward(s->proj, dmod + 2 * D, dx, mod + 2 * D, stride, s->proj, B, T, D);
+    linear_backward(a->dnormed, g->proj_w, g->proj_b, s->proj, s->att, p->proj_w, M, D, D);
+    real *dqkv = a->dwide;
+    attention_backward(dqkv, a->dnormed, s->att, s->lse, s->qkv, a->scores, B, T, D, m->config.heads);
+    layernorm_modulate_forward(a->normed, x, mod, stride, B, T, D);
+    linear_backward(a->dnormed, g->qkv_w, g->qkv_b, dqkv, a->normed, p->qkv_w, M, D, 3 * D);
+    layernorm_modulate_backward(dx, dmod, a->stats, a->dnormed, x, mod, stride, B, T, D);
+}
+
+// One fixed-point iteration: out = Block(W2·gelu(W1z·z + inj_part) + b2, c), inj_part = W1inj·inj + b1. out may be z.
+static void iteration_forward(Model *m, real *out, const real *z, Slot *s) {
+    Activations *a = &m->a;
+    int D = m->config.width, M = m->B * config_tokens(&m->config), f = m->config.pre_depth;
+    memcpy(s->u, a->inj_part, (size_t)M * 2 * D * sizeof(real));
+    gemm(s->u, 2 * D, z, D, 1, m->p.fp1_w, 1, 2 * D, NULL, 1, M, 2 * D, D);
+    gelu_forward(a->wide, s->u, (size_t)M * 2 * D);
+    linear_forward(s->in, a->wide, m->p.fp2_w, m->p.fp2_b, M, 2 * D, D);
+    block_forward(m, out, s->in, &m->p.block[f], a->mod + (size_t)f * m->batch * 6 * D, s);
+}
+
+// dz (B,T,D): the gradient of the output on entry; on return, unless `first`, of z (nothing flows into the first z). What
+// reaches inj_part is summed in du_sum over the iterations: its matmuls follow once, after the last.
+static void iteration_backward(Model *m, real *dz, const real *z, Slot *s, int first) {
+    Activations *a = &m->a;
+    int D = m->config.width, M = m->B * config_tokens(&m->config), f = m->config.pre_depth;
+    size_t mods = (size_t)f * m->batch * 6 * D, wide = (size_t)M * 2 * D;
+    block_backward(m, dz, a->dmod + mods, &m->g.block[f], s->in, &m->p.block[f], a->mod + mods, s);
+    gelu_derivative(a->wide, s->u, wide);
+    linear_backward(a->dwide, m->g.fp2_w, m->g.fp2_b, dz, a->wide, m->p.fp2_w, M, 2 * D, D);
+    multiply(a->dwide, s->u, wide);
+    add(a->du_sum, a->dwide, wide);
+    gemm(m->g.fp1_w, 2 * D, a->dwide, 1, 2 * D, z, D, 1, NULL, 1, 2 * D, D, M);
+    if (!first) gemm(dz, D, a->dwide, 2 * D, 1, m->p.fp1_w, 2 * D, 1, NULL, 0, M, D, 2 * D);
+}
+
+// Mean over the pictures of ||z - before|| / ||z||
+static double residual_of(const real *z, const real *before, int B, size_t count) {
+    double sum = 0;
+    for (int b = 0; b < B; b++) {
+        double change = 0, norm = 0;
+        for (size_t i = b * count; i < (b + 1) * count; i++) {
+            change += (double)(z[i] - before[i]) * (z[i] - before[i]);
+            norm += (double)z[i] * z[i];
+        }
+        sum += sqrt(change / (norm > 0 ? norm : 1));
+    }
+    return sum / B;
+}
+
+// How sampling watches and steers the fixed point; training passes NULL.
+typedef struct {
+    int reuse, reuse_ready; // start from the solution of the timestep before, once there is one
+    int want_residual;
+    double tol;             // stop when the residual is below
+    double residuals[1000]; // of the iterations that ran, when wanted
+    int ran;
+} Solve;
+
+// Conditions c and c_pp from t and y, and with them the modulation of every block: constant while z iterates.
+static void condition_forward(Model *m, const int *t, const int *y) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    int B = m->B, D = c->width, blocks = config_blocks(c), pp = c->timestep_in_pre_post || !c->fixed_point;
+    for (int b = 0; b < B; b++) {
+        for (int i = 0; i < 128; i++) {
+            double angle = t[b] * exp(-log(10000) * i / 128);
+            a->time_freq[b * 256 + i] = (real)cos(angle);
+            a->time_freq[b * 256 + 128 + i] = (real)sin(angle);
+        }
+        m->labels[b] = y[b];
+    }
+    linear_forward(a->time_hidden, a->time_freq, m->p.time0_w, m->p.time0_b, B, 256, D);
+    silu_forward(a->time_silu, a->time_hidden, (size_t)B * D);
+    linear_forward(a->cond, a->time_silu, m->p.time2_w, m->p.time2_b, B, D, D);
+    for (int b = 0; b < B; b++)
+        for (int d = 0; d < D; d++) {
+            real label = m->p.label_table[(size_t)y[b] * D + d], *cond = &a->cond[b * D + d];
+            *cond += label;
+            a->cond_pp[b * D + d] = pp ? *cond : label;
+        }
+    silu_forward(a->cond_silu, a->cond, (size_t)B * D);
+    silu_forward(a->cond_pp_silu, a->cond_pp, (size_t)B * D);
+    for (int i = 0; i < blocks; i++) {
+        const real *cond = c->fixed_point && i == c->pre_depth ? a->cond_silu : a->cond_pp_silu;
+        linear_forward(a->mod + (size_t)i * m->batch * 6 * D, cond, m->p.block[i].ada_w, m->p.block[i].ada_b, B, D,
+                       6 * D);
+    }
+    linear_forward(a->final_mod, a->cond_pp_silu, m->p.final_ada_w, m->p.final_ada_b, B, D, 2 * D);
+}
+
+static void condition_backward(Model *m) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    int B = m->B, D = c->width, blocks = config_blocks(c), pp = c->timestep_in_pre_post || !c->fixed_point;
+    size_t bytes = (size_t)B * D * sizeof(real);
+    memset(a->dcond, 0, bytes);
+    memset(a->dcond_pp, 0, bytes);
+    memset(a->dcond_silu, 0, bytes);
+    memset(a->dcond_pp_silu, 0, bytes);
+    for (int i = -1; i < blocks; i++) { // -1: the final layer
+        int fixed = c->fixed_point && i == c->pre_depth, N = i < 0 ? 2 * D : 6 * D;
+        const real *dmod = i < 0 ? a->dfinal_mod : a->dmod + (size_t)i * m->batch * 6 * D;
+        const real *w = i < 0 ? m->p.final_ada_w : m->p.block[i].ada_w;
+        real *dw = i < 0 ? m->g.final_ada_w : m->g.block[i].ada_w, *db = i < 0 ? m->g.final_ada_b : m->g.block[i].ada_b;
+        linear_backward(a->dtime, dw, db, dmod, fixed ? a->cond_silu : a->cond_pp_silu, w, B, D, N);
+        add(fixed ? a->dcond_silu : a->dcond_pp_silu, a->dtime, (size_t)B * D);
+    }
+    silu_backward(a->dcond, a->dcond_silu, a->cond, (size_t)B * D);
+    silu_backward(a->dcond_pp, a->dcond_pp_silu, a->cond_pp, (size_t)B * D);
+    if (pp) add(a->dcond, a->dcond_pp, (size_t)B * D);
+    for (int b = 0; b < B; b++)
+        for (int d = 0; d < D; d++)
+            m->g.label_table[(size_t)m->labels[b] * D + d] += a->dcond[b * D + d] + (pp ? 0 : a->dcond_pp[b * D + d]);
+    linear_backward(a->dcond_silu, m->g.time2_w, m->g.time2_b, a->dcond, a->time_silu, m->p.time2_w, B, D, D);
+    memset(a->dtime, 0, bytes);
+    silu_backward(a->dtime, a->dcond_silu, a->time_hidden, (size_t)B * D);
+    linear_backward(NULL, m->g.time0_w, m->g.time0_b, a->dtime, a->time_freq, m->p.time0_w, B, 256, D);
+}
+
+// a.out (B,Cout,S,S) from a.x_t (B,C,S,S), timesteps t (B) and labels y (B): n iterations that keep nothing, then m that
+// keep what backpropagation needs (none in a model that only samples). In DiT n and m mean nothing.
+static void model_forward(Model *m, const int *t, const int *y, int B, int n, int iterations, Solve *solve) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    int T = config_tokens(c), D = c->width, M = B * T, pre = c->fixed_point ? c->pre_depth : c->depth, l = 0;
+    int64_t N = (int64_t)M * D;
+    size_t bytes = (size_t)N * sizeof(real);
+    assert(B <= m->batch && iterations <= (m->training ? m->max_m : 0));
+    m->B = B;
+    m->m = c->fixed_point ? iterations : 0;
+    condition_forward(m, t, y);
+    unfold(a->patches, a->x_t, B, c->channels, c->image_size, c->patch);
+    linear_forward(a->x[0], a->patches, m->p.patch_w, m->p.patch_b, M, c->channels * c->patch * c->patch, D);
+#pragma omp parallel for schedule(static)
+    for (int b = 0; b < B; b++)
+        for (int i = 0; i < T * D; i++) a->x[0][(size_t)b * T * D + i] += a->pos[i];
+    show_probe(m, "act.tokens", 0, a->x[0], N);
+    for (; l < pre; l++)
+        block_forward(m, a->x[l + 1], a->x[l], &m->p.block[l], a->mod + (size_t)l * m->batch * 6 * D, &a->slot[l]);
+    if (c->fixed_point) {
+        real *h = a->x[l];
+        show_probe(m, "act.pre", 0, h, N);
+        linear_forward(a->inj, h, m->p.inject_w, m->p.inject_b, M, D, D);
+        show_probe(m, "act.inj", 0, a->inj, N);
+        gemm(a->inj_part, 2 * D, a->inj, D, 1, m->p.fp1_w + D, 1, 2 * D, m->p.fp1_b, 0, M, 2 * D, D);
+        // x[l+1] is z_n, the input of the first iteration with gradient; the n before it happen there, in place.
+        real *z = a->x[l + 1];
+        const real *start = solve && solve->reuse && solve->reuse_ready ? a->reused : h;
+        if (z != start) memcpy(z, start, bytes);
+        for (int k = 1; k <= n + iterations; k++) {
+            real *next = k <= n ? z : a->x[l + 1 + k - n];
+            if (solve && solve->want_residual) memcpy(a->z_before, z, bytes);
+            iteration_forward(m, next, z, &a->slot[k <= n ? l : l + k - n - 1]);
+            z = next;
+            show_probe(m, "act.z", k, z, N);
+            if (!solve) continue;
+            solve->ran = k;
+            if (!solve->want_residual) continue;
+            solve->residuals[k - 1] = residual_of(z, a->z_before, B, (size_t)T * D);
+            if (solve->residuals[k - 1] < solve->tol) break;
+        }
+        if (solve && solve->reuse) {
+            memcpy(a->reused, z, bytes);
+            solve->reuse_ready = 1;
+        }
+        l += iterations;
+        for (int block = pre + 1; block < config_blocks(c); block++, l++)
+            block_forward(m, a->x[l + 2], a->x[l + 1], &m->p.block[block], a->mod + (size_t)block * m->batch * 6 * D,
+                          &a->slot[l]);
+    }
+    real *last = a->x[l + c->fixed_point];
+    show_probe(m, "act.post", 0, last, N);
+    int p = c->patch, Cout = config_out_channels(c);
+    layernorm_modulate_forward(a->normed, last, a->final_mod, 2 * D, B, T, D);
+    linear_forward(a->patch_out, a->normed, m->p.final_w, m->p.final_b, M, D, p * p * Cout);
+    unpatch(a->out, a->patch_out, 1, B, Cout, c->image_size, p);
+}
+
+// Adds to the gradients those of the loss whose gradient with respect to the output is a.dout.
+static void model_backward(Model *m) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    int B = m->B, T = config_tokens(c), D = c->width, M = B * T, pre = c->fixed_point ? c->pre_depth : c->depth,
+        blocks = config_blocks(c);
+    size_t bytes = (size_t)M * D * sizeof(real);
+    int p = c->patch, Cout = config_out_channels(c), l = blocks - c->fixed_point + m->m;
+    memset(a->dx, 0, bytes);
+    memset(a->dfinal_mod, 0, (size_t)B * 2 * D * sizeof(real));
+    memset(a->dmod, 0, (size_t)blocks * m->batch * 6 * D * sizeof(real));
+    const real *last = a->x[l + c->fixed_point];
+    unpatch(a->dout, a->patch_out, 0, B, Cout, c->image_size, p);
+    layernorm_modulate_forward(a->normed, last, a->final_mod, 2 * D, B, T, D);
+    linear_backward(a->dnormed, m->g.final_w, m->g.final_b, a->patch_out, a->normed, m->p.final_w, M, D, p * p * Cout);
+    layernorm_modulate_backward(a->dx, a->dfinal_mod, a->stats, a->dnormed, last, a->final_mod, 2 * D, B, T, D);
+    if (c->fixed_point) {
+        for (int block = blocks - 1; block > pre; block--) {
+            size_t mods = (size_t)block * m->batch * 6 * D;
+            l--;
+            if (m->recompute) block_forward(m, a->dnormed, a->x[l + 1], &m->p.block[block], a->mod + mods, &a->slot[l]);
+            block_backward(m, a->dx, a->dmod + mods, &m->g.block[block], a->x[l + 1], &m->p.block[block], a->mod + mods,
+                           &a->slot[l]);
+        }
+        memset(a->du_sum, 0, 2 * bytes);
+        for (int k = m->m - 1; k >= 0; k--) {
+            l--;
+            if (m->recompute) iteration_forward(m, a->dnormed, a->x[l + 1], &a->slot[l]);
+            iteration_backward(m, a->dx, a->x[l + 1], &a->slot[l], k == 0);
+        }
+        // Input injection: inj_part = W1inj·inj + b1, inj = Wp·h + bp; the pre blocks get their gradient through it alone.
+        gemm(m->g.fp1_w + D, 2 * D, a->du_sum, 1, 2 * D, a->inj, D, 1, NULL, 1, 2 * D, D, M);
+        bias_backward(m->g.fp1_b, a->du_sum, M, 2 * D);
+        gemm(a->dnormed, D, a->du_sum, 2 * D, 1, m->p.fp1_w + D, 2 * D, 1, NULL, 0, M, D, 2 * D);
+        linear_backward(a->dx, m->g.inject_w, m->g.inject_b, a->dnormed, a->x[l], m->p.inject_w, M, D, D);
+    }
+    while (--l >= 0) {
+        size_t mods = (size_t)l * m->batch * 6 * D;
+        if (m->recompute) block_forward(m, a->dnormed, a->x[l], &m->p.block[l], a->mod + mods, &a->slot[l]);
+        block_backward(m, a->dx, a->dmod + mods, &m->g.block[l], a->x[l], &m->p.block[l], a->mod + mods, &a->slot[l]);
+    }
+    linear_backward(NULL, m->g.patch_w, m->g.patch_b, a->dx, a->patches, m->p.patch_w, M, c->channels * p * p, D);
+    condition_backward(m);
+}
+
+// Multiply-adds count two. What the algorithm needs, by SPEC 1: constants of the iterations once, no recomputation.
+// n: iterations without gradient; m: with; backward adds twice the forward of what has a gradient.
+static double model_flops(const Config *c, int B, int n, int m, int backward) {
+    double D = c->width, T = config_tokens(c), M = B * T, pixels = (double)c->patch * c->patch;
+    double block = M * (24 * D * D + 4 * T * D), projection = M * 8 * D * D, inject = M * 6 * D * D;
+    double ends = M * 2 * D * pixels * (c->channels + config_out_channels(c));
+    double modulation = B * (2.0 * D * (6 * D * config_blocks(c) + 2 * D) + 2 * (256 * D + D * D));
+    double with_gradient = ends + modulation;
+    if (c->fixed_point)
+        with_gradient += (c->pre_depth + c->post_depth + m) * block + m * projection + inject;
+    else
+        with_gradient += c->depth * block;
+    double total = with_gradient + (c->fixed_point ? n * (block + projection) : 0);
+    // the gradients of the pixels and of the first z are not computed
+    if (backward) total += 2 * with_gradient - M * 2 * D * pixels * c->channels - (c->fixed_point ? M * 4 * D * D : 0);
+    return total;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Diffusion: the training loss (SPEC 2)
+
+// x_t = sqrt(alpha_bar)·x0 + sqrt(1-alpha_bar)·noise, or for flow (1-tau)·x0 + tau·noise with tau = t/1000. All (B,C,S,S).
+static void diffuse(real *x_t, const float *x0, const float *noise, const int *t, const Schedule *s, int prediction,
+                    int B, size_t count) {
+#pragma omp parallel for schedule(static)
+    for (int b = 0; b < B; b++) {
+        double tau = t[b] / (double)DIFFUSION_STEPS, ab = s->alpha_bar[t[b]];
+        double keep = prediction == PREDICT_FLOW ? 1 - tau : sqrt(ab),
+               add_noise = prediction == PREDICT_FLOW ? tau : sqrt(1 - ab);
+        for (size_t i = b * count; i < (b + 1) * count; i++) x_t[i] = (real)(keep * x0[i] + add_noise * noise[i]);
+    }
+}
+
+// cdf of the standard normal by its tanh form, and its derivative
+static double normal_cdf(double u) { return 0.5 * (1 + tanh(0.7978845608028654 * (u + 0.044715 * u * u * u))); }
+static double normal_cdf_slope(double u) {
+    double th = tanh(0.7978845608028654 * (u + 0.044715 * u * u * u));
+    return 0.5 * (1 - th * th) * 0.7978845608028654 * (1 + 0.134145 * u * u);
+}
+
+// One element's variational term in nats: KL(q || p) of two Gaussians for t > 0, minus log p(x0) of the discretised Gaussian
+// at t = 0. *slope = its derivative with respect to log_var, the log variance of p.
+static double variational_term(double *slope, int t, double x0, double mean, double log_var, double true_mean,
+                               double true_log_var) {
+    if (t > 0) {
+        double ratio = exp(true_log_var - log_var), square = (true_mean - mean) * (true_mean - mean) * exp(-log_var);
+        *slope = 0.5 * (1 - ratio - square);
+        return 0.5 * (-1 + log_var - true_log_var + ratio + square);
+    }
+    double inverse = exp(-0.5 * log_var), upper = inverse * (x0 - mean + 1 / 255.0),
+           lower = inverse * (x0 - mean - 1 / 255.0);
+    double mass, change; // probability of the bin; its derivative, from d u / d log_var = -u/2
+    if (x0 < -0.999) {
+        mass = normal_cdf(upper);
+        change = -0.5 * upper * normal_cdf_slope(upper);
+    } else if (x0 > 0.999) {
+        mass = 1 - normal_cdf(lower);
+        change = 0.5 * lower * normal_cdf_slope(lower);
+    } else {
+        mass = normal_cdf(upper) - normal_cdf(lower);
+        change = -0.5 * (upper * normal_cdf_slope(upper) - lower * normal_cdf_slope(lower));
+    }
+    *slope = mass < 1e-12 ? 0 : -change / mass;
+    return -log(mass < 1e-12 ? 1e-12 : mass);
+}
+
+// x0 and eps that a prediction stands for (eps and v)
+static void predicted(double *x0, double *eps, int prediction, double out, double x_t, double ab) {
+    *x0 = prediction == PREDICT_EPS ? (x_t - sqrt(1 - ab) * out) / sqrt(ab) : sqrt(ab) * x_t - sqrt(1 - ab) * out;
+    *eps = prediction == PREDICT_EPS ? out : sqrt(ab) * out + sqrt(1 - ab) * x_t;
+}
+
+// Per picture: mse[b] the (weighted) squared error, vb[b] the variational term in bits. dout (B,Cout,S,S), unless NULL, becomes
+// the gradient of `scale` times the sum of both over the pictures. In double: this is 1e-4 of a step's work.
+static void loss_forward_backward(double *mse, double *vb, real *dout, const real *out, const float *x0,
+                                  const float *noise, const real *x_t, const int *t, const Schedule *s, const Config *c,
+                                  double scale, int B) {
+    size_t count = (size_t)c->channels * c->image_size * c->image_size;
+#pragma omp parallel for schedule(static)
+    for (int b = 0; b < B; b++) {
+        int time = t[b];
+        double ab = s->alpha_bar[time], a = sqrt(ab), n = sqrt(1 - ab), weight = 1, square = 0, bits = 0;
+        if (c->prediction == PREDICT_V && c->v_weight == V_WEIGHT_P2)
+            weight = ab / n * (1 - ab); // (x0-x0_hat)^2 = (1-ab)(v-out)^2
+        for (size_t i = 0; i < count; i++) {
+            size_t at = b * count + i, out_at = b * count * (c->learn_sigma ? 2 : 1) + i;
+            double target = c->prediction == PREDICT_EPS ? noise[at]
+                            : c->prediction == PREDICT_V ? a * noise[at] - n * x0[at]
+                                                         : (double)x0[at] - noise[at];
+            double error = out[out_at] - target;
+            square += weight * error * error;
+            if (dout) dout[out_at] = (real)(scale * 2 * weight * error / count);
+            if (!c->learn_sigma) continue;
+            double x0_hat, eps_hat, slope, share = (out[out_at + count] + 1) / 2;
+            predicted(&x0_hat, &eps_hat, c->prediction, out[out_at], x_t[at], ab);
+            double log_var = share * s->log_beta[time] + (1 - share) * s->log_var[time];
+            double mean = s->c1[time] * x0_hat + s->c2[time] * x_t[at],
+                   true_mean = s->c1[time] * x0[at] + s->c2[time] * x_t[at];
+            bits += variational_term(&slope, time, x0[at], mean, log_var, true_mean, s->log_var[time]) / log(2);
+            if (dout)
+                dout[out_at + count] =
+                    (real)(scale * slope * 0.5 * (s->log_beta[time] - s->log_var[time]) / log(2) / count);
+        }
+        mse[b] = square / count;
+        vb[b] = bits / count;
+    }
+}
+
+// Forward, loss and backward of B pictures; the gradient of `scale`·(sum of their losses) is added to the model's gradients.
+// x0, noise (B,C,S,S); t, y (B); n and m iterations without and with gradient. Fills mse and vb (B).
+static void model_loss(Model *model, const Schedule *s, const float *x0, const float *noise, const int *t, const int *y,
+                       int B, int n, int m, double scale, double *mse, double *vb) {
+    const Config *c = &model->config;
+    Activations *a = &model->a;
+    diffuse(a->x_t, x0, noise, t, s, c->prediction, B, (size_t)c->channels * c->image_size * c->image_size);
+    model_forward(model, t, y, B, n, m, NULL);
+    loss_forward_backward(mse, vb, a->dout, a->out, x0, noise, a->x_t, t, s, c, scale, B);
+    model_backward(model);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sampling (SPEC 3)
+
+typedef struct {
+    int sampler, cfg_channels, reuse;
+    double eta, cfg, tol;
+    const int *iters; // per timestep, in sampling order
+    FILE *trace;      // CSV of residuals, or NULL
+    int64_t passes;   // Transformer-block passes per picture that were spent, counted up
+} SampleSettings;
+
+// Draws B pictures: x (B,C,S,S) holds x_T on entry and the pictures on return. z (steps,B,C,S,S), the noise of each step, is
+// given by tests; when NULL it is drawn: picture b is number first+b of the seed. The model needs room for 2B with guidance.
+static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int B,
+                         const float *z, uint64_t seed, int first) {
+    const Config *c = &model->config;
+    Activations *a = &model->a;
+    int guided = set->cfg != 1, rows = guided ? 2 * B : B, S = s->n;
+    size_t count = (size_t)c->channels * c->image_size * c->image_size, out_count = count * (c->learn_sigma ? 2 : 1);
+    size_t guided_count = count / c->channels * (set->cfg_channels < c->channels ? set->cfg_channels : c->channels);
+    int *t = (int *)xcalloc((size_t)rows, sizeof *t, "sampling"),
+        *labels = (int *)xcalloc((size_t)rows, sizeof *labels, "sampling");
+    float *noise = (float *)xcalloc(B * count, sizeof *noise, "sampling");
+    Solve solve = {.reuse = set->reuse && c->fixed_point, .want_residual = set->trace || set->tol > 0, .tol = set->tol};
+    for (int b = 0; b < rows; b++) labels[b] = b < B ? y[b] : c->classes;
+    for (int step = 0; step < S; step++) {
+        int i = S - 1 - step;
+        for (int b = 0; b < rows; b++) {
+            t[b] = s->t[i];
+            for (size_t e = 0; e < count; e++) a->x_t[b * count + e] = x[b % B * count + e];
+        }
+        model_forward(model, t, labels, rows, set->iters[step], 0, &solve);
+        set->passes += c->fixed_point ? c->pre_depth + solve.ran + c->post_depth : c->depth;
+        for (int k = 0; set->trace && k < solve.ran && c->fixed_point; k++)
+            fprintf(set->trace, "%d,%d,%d,%.6g\n", step, s->t[i], k + 1, solve.residuals[k]);
+        if (!z && i > 0 && (set->sampler == SAMPLER_DDPM || (set->sampler == SAMPLER_DDIM && set->eta > 0)))
+            for (int b = 0; b < B; b++)
+                rng_normal(noise + b * count, count, 0, seed, (uint32_t)((first + b) * DIFFUSION_STEPS + i), STREAM_Z);
+        double ab = s->alpha_bar[i], prev = s->alpha_bar_prev[i];
+#pragma omp parallel for schedule(static)
+        for (int b = 0; b < B; b++)
+            for (size_t e = 0; e < count; e++) {
+                size_t at = b * count + e;
+                const real *cond = a->out + b * out_count + e,
+                           *uncond = guided && e < guided_count ? a->out + (B + b) * out_count + e : cond;
+                double out = *uncond + set->cfg * ((double)*cond - *uncond), x0_hat, eps_hat, xi = x[at];
+                double zi = i == 0 ? 0 : z ? z[step * B * count + at] : noise[at];
+                if (set->sampler == SAMPLER_FLOW) {
+                    x[at] = (float)(xi + out / S);
+                    continue;
+                }
+                predicted(&x0_hat, &eps_hat, c->prediction, out, xi, ab);
+                if (set->sampler == SAMPLER_DDPM) {
+                    double share = c->learn_sigma ? (cond[count] + 1) / 2 : i > 0;
+                    double log_var = share * s->log_beta[i] + (1 - share) * s->log_var[i];
+                    x[at] = (float)(s->c1[i] * x0_hat + s->c2[i] * xi + exp(0.5 * log_var) * zi);
+                } else {
+                    double sigma = set->eta * sqrt((1 - prev) / (1 - ab)) * sqrt(1 - ab / prev),
+                           rest = 1 - prev - sigma * sigma;
+                    x[at] = (float)(sqrt(prev) * x0_hat + sqrt(rest > 0 ? rest : 0) * eps_hat + sigma * zi);
+                }
+            }
+    }
+    xfree(t);
+    xfree(labels);
+    xfree(noise);
+}
+
+// Which sampler suits the model; dies on one that does not.
+static int resolve_sampler(int sampler, const Config *c) {
+    int flow = c->prediction == PREDICT_FLOW;
+    if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
+    if ((sampler == SAMPLER_FLOW) != flow)
+        die("option --sampler: this model predicts %s; use --sampler auto",
+            flow ? "flow and needs the flow sampler" : "noise or v: ddpm or ddim");
+    return sampler;
+}
+
+// Pictures x (n,C,S,S) for the labels y (n), in batches that the model has room for.
+static void sample_pictures(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int n,
+                            uint64_t seed) {
+    const Config *c = &model->config;
+    size_t count = (size_t)c->channels * c->image_size * c->image_size;
+    int at_a_time = set->cfg != 1 ? model->batch / 2 : model->batch;
+    if (c->prediction == PREDICT_EPS && c->zero_terminal_snr)
+        die("a model of eps with zero_terminal_snr cannot be sampled: train with --prediction v");
+    for (int first = 0; first < n; first += at_a_time) {
+        int B = n - first < at_a_time ? n - first : at_a_time;
+        for (int b = 0; b < B; b++)
+            rng_normal(x + (first + b) * count, count, 0, seed, (uint32_t)(first + b), STREAM_XT);
+        set->passes = 0;
+        sample_batch(model, s, set, x + first * count, y + first, B, NULL, seed, first);
+    }
+}
+
+// A grid of pictures (n,C,S,S) as PNG, and in the terminal with `show`.
+static void save_grid(const char *path, const float *x, int n, const Config *c, int show) {
+    int columns = 1, width, height, zoom = c->image_size >= 64 ? 1 : c->image_size >= 32 ? 2 : 4;
+    if (c->classes > 1 && c->classes <= 20 && n > c->classes)
+        columns = c->classes;
+    else
+        while (columns * columns < n) columns++;
+    uint8_t *rgb = picture_grid(x, n, c->channels, c->image_size, c->image_size, columns, zoom, 2, &width, &height);
+    png_write(path, rgb, width, height);
+    xfree(rgb);
+    if (!show) return;
+    rgb = picture_grid(x, n, c->channels, c->image_size, c->image_size, columns, 1, 1, &width, &height);
+    show_picture(rgb, width, height);
+    xfree(rgb);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Optimiser: AdamW (arXiv:1711.05101) with decoupled decay, and the moving average (EMA) of the weights, in one pass
+
+// Sum of squares in double: partial sums of fixed pieces, added in order, so that no number of threads changes it.
+static double model_gradient_norm(const Model *m) {
+    enum { PIECE = 1 << 14 };
+    const real *grads = m->memory[MODEL_GRADS];
+    int64_t count = m->n_params;
+    int64_t pieces = (count + PIECE - 1) / PIECE;
+    double *partial = (double *)xcalloc((size_t)pieces, sizeof *partial, "the gradient norm"), sum = 0;
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < pieces; p++) {
+        int64_t last = (p + 1) * PIECE < count ? (p + 1) * PIECE : count;
+        for (int64_t i = p * PIECE; i < last; i++) partial[p] += (double)grads[i] * grads[i];
+    }
+    for (int64_t p = 0; p < pieces; p++) sum += partial[p];
+    xfree(partial);
+    return sqrt(sum);
+}
+
+// Update number `step` (from 1); gradients are multiplied by grad_scale first.
+static void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
+                         double grad_scale, double ema_decay) {
+    real b1 = (real)beta1, b2 = (real)beta2, new1 = (real)(1 - beta1), new2 = (real)(1 - beta2), epsilon = (real)eps;
+    real size = (real)(lr / (1 - pow(beta1, (double)step))), correct = (real)(1 / sqrt(1 - pow(beta2, (double)step)));
+    real keep = (real)(1 - lr * decay), scale = (real)grad_scale, toward = (real)(1 - ema_decay);
+    real *weights = model->memory[MODEL_WEIGHTS], *ema = model->memory[MODEL_EMA];
+    real *first = model->memory[MODEL_ADAM_M], *second = model->memory[MODEL_ADAM_V],
+         *grads = model->memory[MODEL_GRADS];
+#pragma omp parallel for simd schedule(static)
+    for (int64_t i = 0; i < model->n_params; i++) {
+        real g = grads[i] * scale, m = b1 * first[i] + new1 * g, v = b2 * second[i] + new2 * g * g;
+        real w = weights[i] * keep - size * m / (sqrt_real(v) * correct + epsilon);
+        first[i] = m;
+        second[i] = v;
+        weights[i] = w;
+        ema[i] += toward * (w - ema[i]);
+    }
+}
+
+// =====================================================================================================================
+// Programs: shared with fpdm.cu from here to the next such line
+// =====================================================================================================================
+
+// Metadata of a file of weights: the model's options, then class names and the scale of latents where there are any.
+static int weights_meta(Meta *meta, const Options *o, const Dataset *d, int use) {
+    int count = options_to_meta(meta, o, use);
+    if (d->class_names) {
+        meta[count].key = strdup("class_names");
+        meta[count++].value = format_class_names(d->class_names, d->classes);
+    }
+    if (d->latent_scale) {
+        meta[count].key = strdup("latent_scale");
+        meta[count++].value = strdup(d->latent_scale);
+    }
+    return count;
+}
+
+static void meta_free(Meta *meta, int count) {
+    for (int i = 0; i < count; i++) {
+        free((void *)meta[i].key);
+        free((void *)meta[i].value);
+    }
+}
+
+// OUT/weights.safetensors, the EMA weights, ready to sample; OUT/state.safetensors, all that is needed to go on as if the
+// run had never stopped
+static void save_run(const char *folder, const Options *o, const Dataset *d, const Model *m, int64_t step) {
+    static const struct {
+        const char *prefix;
+        int kind;
+    } parts[] = {{"ema.", MODEL_EMA}, {"model.", MODEL_WEIGHTS}, {"adam_m.", MODEL_ADAM_M}, {"adam_v.", MODEL_ADAM_V}};
+    char path[PATH_MAX], text[32];
+    Meta meta[N_OPTIONS + 4];
+    size_t size = (size_t)m->n_params;
+    int count = m->n_tensors, n = 0;
+    Tensor *tensors = (Tensor *)xcalloc(5 * (size_t)count, sizeof *tensors, "saving");
+    float *values = (float *)xcalloc(4 * size, sizeof *values, "saving");
+    uint16_t *half = o->weights_dtype ? (uint16_t *)xcalloc(size, sizeof *half, "saving") : NULL;
+    for (int i = 0; i < 4; i++) {
+        model_download(m, parts[i].kind, values + i * size);
+        n += tensors_describe(tensors + n, m->tensors, count, parts[i].prefix, values + i * size, NULL);
+    }
+    for (size_t i = 0; half && i < size; i++) half[i] = float_to_bf16(values[i]);
+    tensors_describe(tensors + n, m->tensors, count, "", values, half);
+    int n_meta = weights_meta(meta, o, d, WEIGHTS);
+    snprintf(path, sizeof path, "%s/weights.safetensors", folder);
+    st_save(path, tensors + n, count, meta, n_meta);
+    meta_free(meta, n_meta);
+
+    n_meta = weights_meta(meta, o, d, WEIGHTS | TRAIN);
+    snprintf(text, sizeof text, "%lld", (long long)step);
+    meta[n_meta].key = strdup("step");
+    meta[n_meta++].value = strdup(text);
+    snprintf(path, sizeof path, "%s/state.safetensors", folder);
+    st_save(path, tensors, n, meta, n_meta);
+    meta_free(meta, n_meta);
+    for (int i = 0; i < n + count; i++) free((void *)tensors[i].name);
+    xfree(tensors);
+    xfree(values);
+    xfree(half);
+}
+
+// Opens OUT/log.csv for appending; rows of steps from `step` on, which will be made again, are dropped.
+static FILE *open_log(const char *folder, int64_t step) {
+    char path[PATH_MAX], line[512];
+    snprintf(path, sizeof path, "%s/log.csv", folder);
+    FILE *old = step ? fopen(path, "r") : NULL, *file = open_temp(path);
+    fprintf(file, "step,loss,mse,vb,grad_norm,lr,n,m,ms,images_per_s\n");
+    while (old && fgets(line, sizeof line, old))
+        if (line[0] >= '0' && line[0] <= '9' && atoll(line) < step) fputs(line, file);
+    if (old) fclose(old);
+    commit_temp(file, path);
+    file = fopen(path, "a");
+    if (!file) die("%s: cannot write: %s", path, strerror(errno));
+    return file;
+}
+
+// Pictures from the EMA weights with the settings of --sample_steps, --cfg, --sampler, --reuse.
+static void sample_grid(const char *folder, const Options *o, Model *m, int64_t step) {
+    const Config *c = &m->config;
+    char path[PATH_MAX];
+    int n = c->classes > 1 && c->classes <= 20 ? 4 * c->classes : 36, iters[DIFFUSION_STEPS];
+    int *y = (int *)xcalloc((size_t)n, sizeof *y, "samples");
+    float *x = (float *)xcalloc((size_t)n * c->channels * c->image_size * c->image_size, sizeof *x, "samples");
+    Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "samples");
+    for (int i = 0; i < n; i++) y[i] = c->classes ? i % c->classes : 0;
+    for (int i = 0; i < o->sample_steps; i++) iters[i] = config_iterations(c);
+    schedule_make(s, c, o->sample_steps);
+    SampleSettings set = {resolve_sampler(o->sampler, c), 3, o->reuse, 0, m->batch > 1 ? o->cfg : 1, 0, iters, NULL, 0};
+    model_use(m, MODEL_EMA);
+    sample_pictures(m, s, &set, x, y, n, o->seed);
+    model_use(m, MODEL_WEIGHTS);
+    snprintf(path, sizeof path, "%s/samples_%06lld.png", folder, (long long)step);
+    save_grid(path, x, n, c, o->show);
+    printf("pictures: %s\n", path);
+    xfree(y);
+    xfree(x);
+    xfree(s);
+}
+
+static volatile sig_atomic_t interrupted;
+static void on_interrupt(int signal_number) {
+    (void)signal_number;
+    interrupted = 1;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Training
+
+static int train_main(int argc, char **argv) {
+    static const char about[] =
+        "Trains a fixed-point diffusion model (or DiT) on pictures; writes weights, state, log and samples into --out.";
+    Options options, *o = &options;
+    Config *c = &o->model;
+    char given[N_OPTIONS], path[PATH_MAX];
+    SafeTensors state;
+    int64_t start = 0;
+    options_default(o, TRAIN);
+    options_parse(o, TRAIN, argc, argv, about, given);
+    if (*o->resume) { // settings of the stopped run, then the command line over them
+        const char *folder = o->resume;
+        snprintf(path, sizeof path, "%s/state.safetensors", folder);
+        st_open(&state, path);
+        options_from_meta(o, &state, TRAIN | WEIGHTS);
+        const char *step = st_meta(&state, "step");
+        if (!step) die("%s: metadata 'step' is missing: not a training state", path);
+        start = atoll(step);
+        Config before = *c;
+        o->out = folder;
+        options_parse(o, TRAIN, argc, argv, about, given);
+        options_model(o, TRAIN, given);
+        if (memcmp(&before, c, sizeof before))
+            die("option --resume: %s holds another model; leave out the options that describe it", path);
+        if (start >= o->steps) die("option --steps: %s is at step %lld already; ask for more", path, (long long)start);
+    } else {
+        options_model(o, TRAIN, given);
+    }
+    if (o->dtype == COMPUTE_BF16) die("option --dtype: the CPU program computes in fp32");
+
+    Dataset data;
+    dataset_open(&data, o->data, c->image_size, o->seed);
+    if (*o->resume && (data.size != c->image_size || data.channels != c->channels || data.classes != c->classes))
+        die("%s: other sizes or classes than the run in %s was started with", o->data, o->resume);
+    c->image_size = data.size;
+    c->channels = data.channels;
+    c->classes = data.classes;
+    config_check(c, *o->resume ? path : "options");
+    if (c->prediction == PREDICT_EPS && c->zero_terminal_snr) die("option --zero_terminal_snr: needs --prediction v");
+    resolve_sampler(o->sampler, c);
+    int micro = o->micro_batch && o->micro_batch < o->batch ? o->micro_batch : o->batch;
+
+    if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
+    snprintf(path, sizeof path, "%s/state.safetensors", o->out);
+    if (!*o->resume && !access(path, F_OK))
+        die("%s: a run is stored here; give another --out, or go on with it: --resume %s", path, o->out);
+
+    Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1);
+    size_t n_params = (size_t)m->n_params;
+    float *values = (float *)xcalloc(n_params, sizeof *values, "initial weights");
+    if (*o->resume) {
+        static const struct {
+            const char *prefix;
+            int kind;
+        } parts[] = {
+            {"ema.", MODEL_EMA}, {"model.", MODEL_WEIGHTS}, {"adam_m.", MODEL_ADAM_M}, {"adam_v.", MODEL_ADAM_V}};
+        for (int i = 0; i < 4; i++) {
+            tensors_read(&state, m->tensors, m->n_tensors, parts[i].prefix, values);
+            model_upload(m, parts[i].kind, values);
+        }
+        st_close(&state);
+    } else {
+        params_init(values, m->tensors, m->n_tensors, o->seed);
+        model_upload(m, MODEL_WEIGHTS, values);
+        model_upload(m, MODEL_EMA, values);
+    }
+    xfree(values);
+    FILE *log = open_log(o->out, start);
+    double mb = 4e-6 * (double)n_params;
+    printf("data: %s, %dx%d, %d channels, %d classes%s\n", o->data, c->image_size, c->image_size, c->channels,
+           c->classes, data.count ? "" : ", endless");
+    printf("model: %s, width %d, %d heads, patch %d, %.2f million parameters\n", c->fixed_point ? "fixed point" : "DiT",
+           c->width, c->heads, c->patch, 1e-6 * (double)n_params);
+    printf("memory: parameters %.1f MB, gradients %.1f, Adam %.1f, EMA %.1f, activations %.1f; in all %.1f MB\n", mb,
+           mb, 2 * mb, mb, 1e-6 * (double)m->activation_bytes, 5 * mb + 1e-6 * (double)m->activation_bytes);
+
+    Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "the schedule");
+    schedule_make(s, c, DIFFUSION_STEPS);
+    size_t count = (size_t)c->channels * c->image_size * c->image_size;
+    float *x0 = (float *)xcalloc(micro * count, sizeof *x0, "a batch"),
+          *noise = (float *)xcalloc(micro * count, sizeof *noise, "a batch");
+    int *t = (int *)xcalloc((size_t)micro, sizeof *t, "a batch"),
+        *y = (int *)xcalloc((size_t)micro, sizeof *y, "a batch");
+    double *mse = (double *)xcalloc((size_t)micro, sizeof *mse, "a batch"),
+           *vb = (double *)xcalloc((size_t)micro, sizeof *vb, "a batch");
+    signal(SIGINT, on_interrupt);
+    signal(SIGTERM, on_interrupt);
+    double shown_ms = now_ms(), shown_flops = 0, shown_loss = 0, run_ms = now_ms();
+    int64_t shown = start, step = start, saved = *o->resume ? start : -1;
+    for (; step < o->steps && !interrupted; step++) {
+        double begin = now_ms(), loss_mse = 0, loss_vb = 0;
+        uint32_t word[4];
+        philox(word, o->seed, 0, (uint32_t)step, STREAM_NM);
+        int n =
+            o->no_grad_iters[0] + (int)rng_below(word[0], (uint32_t)(o->no_grad_iters[1] - o->no_grad_iters[0] + 1));
+        int iterations =
+            o->grad_iters[0] + (int)rng_below(word[1], (uint32_t)(o->grad_iters[1] - o->grad_iters[0] + 1));
+        model_zero_gradients(m);
+        for (int first = 0; first < o->batch; first += micro) {
+            int B = o->batch - first < micro ? o->batch - first : micro;
+            dataset_batch(&data, x0, y, step, o->batch, first, B, o->hflip, o->label_drop);
+            rng_normal(noise, B * count, first * count, o->seed, (uint32_t)step, STREAM_NOISE);
+            for (int b = 0; b < B; b++) {
+                philox(word, o->seed, (uint32_t)(first + b), (uint32_t)step, STREAM_T);
+                t[b] = (int)rng_below(word[0], DIFFUSION_STEPS);
+            }
+            model_loss(m, s, x0, noise, t, y, B, n, iterations, 1.0 / o->batch, mse, vb);
+            for (int b = 0; b < B; b++) loss_mse += mse[b] / o->batch, loss_vb += vb[b] / o->batch;
+        }
+        double norm = model_gradient_norm(m), loss = loss_mse + loss_vb;
+        if (!isfinite(loss) || !isfinite(norm)) {
+            fclose(log);
+            snprintf(path, sizeof path, "%s keeps the state of step %lld", o->out, (long long)saved);
+            die("step %lld: the loss is %g and the gradient's norm %g; %s: lower --lr, or set --grad_clip and --warmup",
+                (long long)step, loss, norm, saved < 0 ? "nothing was saved yet" : path);
+        }
+        double lr = o->lr * (step + 1 < o->warmup ? (double)(step + 1) / o->warmup : 1), ema = o->ema;
+        if (o->ema_warmup && (1.0 + step) / (10 + step) < ema) ema = (1.0 + step) / (10 + step);
+        double clip = o->grad_clip > 0 && norm > o->grad_clip ? o->grad_clip / (norm + 1e-6) : 1;
+        model_update(m, step + 1, lr, 0.9, 0.999, 1e-8, o->weight_decay, clip, ema);
+
+        double ms = now_ms() - begin;
+        fprintf(log, "%lld,%.9g,%.9g,%.9g,%.6g,%.6g,%d,%d,%.3f,%.1f\n", (long long)step, loss, loss_mse, loss_vb, norm,
+                lr, n, iterations, ms, o->batch / ms * 1e3);
+        shown_flops += model_flops(c, o->batch, n, iterations, 1);
+        shown_loss += loss;
+        int64_t done = step + 1;
+        if (done % o->log_every == 0 || done == o->steps) {
+            double elapsed = now_ms() - shown_ms,
+                   left = (now_ms() - run_ms) / (done - start) * (o->steps - done) / 1000;
+            printf("step %lld/%d  loss %.4f  %.0f images/s  %.1f GFLOP/s  %d:%02d left\n", (long long)done, o->steps,
+                   shown_loss / (done - shown), (done - shown) * o->batch / elapsed * 1e3, shown_flops / elapsed * 1e-6,
+                   (int)left / 60, (int)left % 60);
+            fflush(stdout);
+            if (fflush(log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
+            shown = done;
+            shown_ms = now_ms();
+            shown_flops = shown_loss = 0;
+        }
+        int last = done == o->steps || interrupted;
+        if (done % o->save_every == 0 || last) {
+            save_run(o->out, o, &data, m, done);
+            saved = done;
+        }
+        if ((o->sample_every && done % o->sample_every == 0 && !interrupted) || done == o->steps)
+            sample_grid(o->out, o, m, done);
+    }
+    if (fclose(log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
+    if (step < o->steps) {
+        printf("stopped after step %lld; go on with: %s --resume %s\n", (long long)step, argv[0], o->out);
+        return 130;
+    }
+    printf("weights: %s/weights.safetensors; draw more with: ./sample_cpu --weights %s/weights.safetensors\n", o->out,
+           o->out);
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sampling from a file of weights
+
+static int sample_main(int argc, char **argv) {
+    static const char about[] = "Draws pictures from trained weights.";
+    Options options, *o = &options;
+    Config *c = &o->model;
+    char given[N_OPTIONS];
+    options_default(o, SAMPLE);
+    options_parse(o, SAMPLE, argc, argv, about, given);
+    if (o->dtype == COMPUTE_BF16) die("option --dtype: the CPU program computes in fp32");
+    SafeTensors f;
+    st_open(&f, o->weights);
+    options_from_meta(o, &f, WEIGHTS);
+    int named = 0;
+    const char **names = parse_class_names(st_meta(&f, "class_names"), &named);
+    if (names && named != c->classes)
+        die("%s: metadata class_names has %d names for %d classes", o->weights, named, c->classes);
+    int iters[DIFFUSION_STEPS], guided = o->cfg != 1, n = o->n, *y = (int *)xcalloc((size_t)n, sizeof *y, "labels");
+    plan_iterations(iters, o, c);
+    parse_labels(y, n, o->labels, c->classes, names);
+    o->sampler = resolve_sampler(o->sampler, c);
+    int B = n < o->batch ? n : o->batch;
+    Model *m = model_create(c, guided ? 2 * B : B, 0, 0, 0);
+    float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
+    tensors_read(&f, m->tensors, m->n_tensors, "", values);
+    model_upload(m, MODEL_WEIGHTS, values);
+    xfree(values);
+    Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "the schedule");
+    schedule_make(s, c, o->sample_steps);
+    size_t count = (size_t)c->channels * c->image_size * c->image_size;
+    float *x = (float *)xcalloc(n * count, sizeof *x, "pictures");
+    SampleSettings set = {o->sampler, o->cfg_channels, o->reuse, o->eta, o->cfg, o->tol, iters, NULL, 0};
+    if (*o->trace) {
+        set.trace = open_temp(o->trace);
+        fprintf(set.trace, "step,t,iteration,residual\n");
+    }
+    double begin = now_ms();
+    sample_pictures(m, s, &set, x, y, n, o->seed);
+    double seconds = (now_ms() - begin) / 1000;
+    if (set.trace) commit_temp(set.trace, o->trace);
+    if (*o->latents) {
+        int64_t *label = (int64_t *)xcalloc((size_t)n, sizeof *label, "labels");
+        for (int i = 0; i < n; i++) label[i] = y[i];
+        Tensor tensors[2] = {st_tensor("x", F32, x, 4, n, c->channels, c->image_size, c->image_size),
+                             st_tensor("y", I64, label, 1, n, 1, 1, 1)};
+        Meta meta[2];
+        int n_meta = 0;
+        const char *keys[] = {"class_names", "latent_scale"};
+        for (int i = 0; i < 2; i++)
+            if (st_meta(&f, keys[i])) meta[n_meta].key = keys[i], meta[n_meta++].value = st_meta(&f, keys[i]);
+        st_save(o->latents, tensors, 2, meta, n_meta);
+    }
+    save_grid(o->out, x, n, c, o->show);
+    printf("%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s\n", n, seconds, o->sample_steps,
+           (long long)set.passes, guided ? " (and as many for guidance)" : "", o->out);
+    return 0;
+}
+
+// =====================================================================================================================
+// End of the shared block
+// =====================================================================================================================
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Benchmark: one figure a line, `name value unit`
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *values, int count) {
+    qsort(values, (size_t)count, sizeof *values, by_value);
+    return values[count / 2];
+}
+
+// Peak resident memory of the process so far, in MB
+static double peak_memory(void) {
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return usage.ru_maxrss * 1024.0 / 1e6;
+}
+
+// Independent chains x = x*scale + shift in registers; volatile, so that nothing about them is known at compile time.
+static void peak_chains(int reps) {
+    enum { CHAINS = 12 };
+    volatile real scale = 0.5, shift = 1, sink;
+    vec x[CHAINS], a = (vec){0} + scale, b = (vec){0} + shift;
+    for (int i = 0; i < CHAINS; i++) x[i] = a + (real)i;
+    for (int r = 0; r < reps; r++) {
+        UNROLL
+        for (int i = 0; i < CHAINS; i++) x[i] = x[i] * a + b;
+    }
+    for (int i = 1; i < CHAINS; i++) x[0] += x[i];
+    for (int i = 0; i < VL; i++) sink = x[0][i];
+    (void)sink;
+}
+static double peak_once(int reps) {
+    double t0 = now_ms();
+    int nt = 1;
+#ifdef _OPENMP
+    nt = omp_get_max_threads();
+#endif
+#pragma omp parallel
+    peak_chains(reps);
+    return 2e-9 * nt * VL * 12 * reps / (1e-3 * (now_ms() - t0));
+}
+
+// Peak rate of fused multiply-adds, then every matmul of the model in its three forms.
+static void bench_matmul(const Config *c, int B, int rounds) {
+    printf("peak_gflops %.1f GFLOP/s\n", peak_once(10000000));
+    int D = c->width, M = B * config_tokens(c),
+        shapes[][2] = {{3 * D, D}, {D, D}, {4 * D, D}, {D, 4 * D}, {2 * D, D}, {D, 2 * D}};
+    real *in = (real *)xcalloc((size_t)M * 4 * D, sizeof *in, "matmul"),
+         *out = (real *)xcalloc((size_t)M * 4 * D, sizeof *out, "matmul");
+    real *w = (real *)xcalloc((size_t)4 * D * D, sizeof *w, "matmul");
+    double times[100];
+    for (int i = 0; i < 6; i++)
+        for (int form = 0; form < 3; form++) {
+            int N = shapes[i][0], K = shapes[i][1];
+            for (int r = -1; r < rounds && r < 100; r++) {
+                double begin = now_ms();
+                if (form == 0) linear_forward(out, in, w, NULL, M, K, N);
+                if (form == 1) gemm(in, K, out, N, 1, w, K, 1, NULL, 0, M, K, N);
+                if (form == 2) gemm(w, K, out, 1, N, in, K, 1, NULL, 1, N, K, M);
+                if (r >= 0) times[r] = now_ms() - begin;
+            }
+            static const char *const forms[] = {"forward", "dx", "dw"};
+            if (rounds)
+                printf("gemm_gflops_%s_%dx%dx%d %.1f GFLOP/s\n", forms[form], M, N, K,
+                       2e-6 * M * N * K / median(times, rounds));
+        }
+    xfree(in);
+    xfree(out);
+    xfree(w);
+}
+
+static int bench_main(int argc, char **argv) {
+    static const char about[] = "Measures matmuls, a training step and sampling; prints `name value unit` lines.";
+    Options options, *o = &options;
+    Config *c = &o->model;
+    char given[N_OPTIONS];
+    options_default(o, BENCH);
+    options_parse(o, BENCH, argc, argv, about, given);
+    options_model(o, BENCH, given);
+    config_check(c, "options");
+    if (c->learn_sigma) c->prediction = PREDICT_EPS;
+    int B = o->batch, n = o->bench_n, iterations = o->bench_m;
+    double *times = (double *)xcalloc((size_t)o->rounds, sizeof *times, "times");
+    bench_matmul(c, B, o->bench_gemm ? o->rounds : 0);
+
+    Model *m = model_create(c, B, iterations, o->recompute, 1);
+    float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
+    rng_normal(values, (size_t)m->n_params, 0, o->seed, 0, STREAM_INIT);
+    for (int64_t i = 0; i < m->n_params; i++) values[i] *= 0.02f;
+    model_upload(m, MODEL_WEIGHTS, values);
+    xfree(values);
+    size_t count = (size_t)B * c->channels * c->image_size * c->image_size;
+    float *x0 = (float *)xcalloc(count, sizeof *x0, "a batch"),
+          *noise = (float *)xcalloc(count, sizeof *noise, "a batch");
+    int *t = (int *)xcalloc((size_t)B, sizeof *t, "a batch"), *y = (int *)xcalloc((size_t)B, sizeof *y, "a batch");
+    double *mse = (double *)xcalloc((size_t)B, sizeof *mse, "a batch"),
+           *vb = (double *)xcalloc((size_t)B, sizeof *vb, "a batch");
+    Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "the schedule");
+    schedule_make(s, c, DIFFUSION_STEPS);
+    rng_normal(x0, count, 0, o->seed, 0, STREAM_DATA);
+    rng_normal(noise, count, 0, o->seed, 0, STREAM_NOISE);
+    for (int b = 0; b < B; b++) t[b] = b * 997 % DIFFUSION_STEPS, y[b] = c->classes ? b % c->classes : 0;
+    for (int round = -1; round < o->rounds; round++) { // the first is a warm-up
+        double begin = now_ms();
+        model_zero_gradients(m);
+        model_loss(m, s, x0, noise, t, y, B, n, iterations, 1.0 / B, mse, vb);
+        double norm = model_gradient_norm(m);
+        model_update(m, round + 2, 1e-4, 0.9, 0.999, 1e-8, 0, norm > 1 ? 1 / norm : 1, 0.9999);
+        if (round >= 0) times[round] = now_ms() - begin;
+    }
+    double step_ms = median(times, o->rounds);
+    printf("train_step_ms %.2f ms\n", step_ms);
+    printf("train_gflops %.2f GFLOP/s\n", model_flops(c, B, n, iterations, 1) / step_ms * 1e-6);
+    printf("train_images_per_s %.2f images/s\n", B / step_ms * 1e3);
+    printf("train_peak_mb %.1f MB\n", peak_memory());
+
+    enum { STEPS = 4 };
+    int iters[STEPS] = {n + 1, n + 1, n + 1, n + 1};
+    SampleSettings set = {resolve_sampler(SAMPLER_AUTO, c), 3, 1, 0, 1, 0, iters, NULL, 0};
+    schedule_make(s, c, STEPS);
+    for (int round = 0; round < o->rounds; round++) {
+        double begin = now_ms();
+        set.passes = 0;
+        sample_batch(m, s, &set, x0, y, B, NULL, o->seed, 0);
+        times[round] = (now_ms() - begin) / (double)(set.passes * B);
+    }
+    printf("sample_passes_per_s %.1f passes/s\n", 1e3 / median(times, o->rounds));
+    return 0;
+}
+
+#ifdef PROGRAM // TRAIN, SAMPLE or BENCH; the tests include this file and have a main of their own
+int main(int argc, char **argv) {
+    return PROGRAM == TRAIN    ? train_main(argc, argv)
+           : PROGRAM == SAMPLE ? sample_main(argc, argv)
+                               : bench_main(argc, argv);
+}
+#endif

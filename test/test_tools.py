@@ -1,0 +1,458 @@
+#!/usr/bin/env python3
+"""Tests tools/data.py, tools/plot.py and tools/bench_torch.py from end to end, on small files that it makes itself.
+
+    python3 test/test_tools.py           # everything
+    python3 test/test_tools.py plot      # the tests with "plot" in their name
+
+Needs numpy, pillow, matplotlib and safetensors; what needs the emoji font or torch is skipped where they are missing.
+"""
+import gzip
+import importlib.util
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import safetensors
+from PIL import Image, features
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+GROUPS = Path("/usr/share/unicode/emoji/emoji-test.txt")
+rng = np.random.default_rng(0)
+
+
+class Skip(Exception):
+    pass
+
+
+def run(tool, *args):
+    """Standard output and standard error of a tool that must succeed."""
+    done = subprocess.run([sys.executable, TOOLS / tool, *map(str, args)], capture_output=True, text=True)
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr.strip()}"
+    return done.stdout, done.stderr
+
+
+def fails(words, tool, *args):
+    """A tool that must fail: exit 1, one line on standard error with these words in it, and no file left behind."""
+    before = sorted(Path().rglob("*"))
+    done = subprocess.run([sys.executable, TOOLS / tool, *map(str, args)], capture_output=True, text=True)
+    said = f"{tool} {' '.join(map(str, args))}: exit {done.returncode}, said {done.stderr.strip()[-400:]!r}"
+    assert done.returncode == 1, said
+    assert done.stderr.count("\n") == 1 and words in done.stderr, f"{said}; want one line with {words!r}"
+    assert sorted(Path().rglob("*")) == before, f"{said}; left a file behind"
+
+
+def load(path):
+    """Tensors and metadata by way of the safetensors package, which checks the file; BF16 as F32."""
+    raw = Path(path).read_bytes()
+    tensors = {}
+    for name, info in safetensors.deserialize(raw):
+        stored = {"U8": "u1", "I64": "<i8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}[info["dtype"]]
+        values = np.frombuffer(bytes(info["data"]), stored).reshape(info["shape"])
+        tensors[name] = (values.astype("<u4") << 16).view("<f4") if info["dtype"] == "BF16" else values
+    size = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + size])
+    assert size % 8 == 0 and header["x"]["data_offsets"][0] % 8 == 0, "tensors are not aligned to 8 bytes"
+    assert header["x"]["data_offsets"][1] == len(raw) - 8 - size, "x does not end where the file ends"
+    metadata = header.get("__metadata__", {})
+    metadata["dtype"] = header["x"]["dtype"]
+    return tensors, metadata
+
+
+def equal(got, want):
+    want = np.asarray(want)
+    assert got.shape == want.shape, f"shape {got.shape}, want {want.shape}"
+    assert (got == want).all(), f"{(got != want).sum()} of {got.size} values differ"
+
+
+def names(metadata):
+    return json.loads(metadata["class_names"])
+
+
+def emoji_needs():
+    if not FONT.exists() or not features.check("raqm"):
+        raise Skip("needs fonts-noto-color-emoji, and a pillow with libraqm")
+
+
+# ---- data.py
+
+
+def test_emoji_sequences():
+    emoji_needs()
+    Path("list.txt").write_text(
+        "# group: Smileys & Emotion\n# subgroup: face-smiling\n"
+        "1F600 ; fully-qualified # grinning face\n"
+        "263A FE0F ; fully-qualified # smiling face\n263A ; unqualified # smiling face\n"
+        "# group: People & Body\n# subgroup: family\n"
+        "1F468 200D 1F469 200D 1F466 ; fully-qualified # family: one glyph of three people\n"
+        "1F44B 1F3FB ; fully-qualified # waving hand: light skin tone\n"
+        "1F600 200D 1F600 ; fully-qualified # no font has this sequence\n"
+        "10FFFD ; fully-qualified # nor this\n"
+        "1F600 ; fully-qualified # drawn before\n"
+        "# group: Flags\n# subgroup: country-flag\n1F1EB 1F1F7 ; fully-qualified # France\n"
+    )
+    said, _ = run("data.py", "emoji", "--groups", "list.txt", "--size", 16, "--out", "a.safetensors")
+    assert "7 emoji wanted, 2 not in the font, 1 drawn" in said, said
+    tensors, metadata = load("a.safetensors")
+    assert names(metadata) == ["smileys", "people", "flags"], metadata
+    equal(tensors["y"], [0, 0, 1, 2])
+    x = tensors["x"].astype(int)
+    assert x.shape == (4, 16, 16, 3), x.shape
+    assert (x[:2, [0, 0, -1, -1], [0, -1, 0, -1]] > 250).all(), "corners are not white"
+    assert (x[0, 4, 6:9, 0] > 200).all() and (x[0, 4, 6:9, 2] < 120).all(), "a face is not yellow"
+    left, right = x[3, 8, 2], x[3, 8, -3]
+    assert left[2] > left[0] + 80 and right[0] > right[2] + 80, "the flag of France is not blue and red"
+
+    run("data.py", "emoji", "--groups", "list.txt", "--classes", "subgroup", "--skin_tones", "--background", "#000",
+        "--out", "b.safetensors")
+    tensors, metadata = load("b.safetensors")
+    assert names(metadata) == ["face-smiling", "family", "country-flag"], metadata
+    equal(tensors["y"], [0, 0, 1, 1, 2])
+    assert tensors["x"].shape == (5, 32, 32, 3) and (tensors["x"][0, 0, 0] == 0).all(), "background is not black"
+
+
+def test_emoji_all():
+    emoji_needs()
+    if not GROUPS.exists():
+        raise Skip("needs unicode-data")
+    said, _ = run("data.py", "emoji", "--out", "a.safetensors")
+    tensors, metadata = load("a.safetensors")
+    counts = np.bincount(tensors["y"])
+    assert len(tensors["x"]) > 1500 and (tensors["x"] != 255).any(axis=(1, 2, 3)).all(), "empty pictures"
+    assert len(names(metadata)) == len(counts) == 9 and counts.min() > 50, counts
+    for name, count in zip(names(metadata), counts):
+        assert f"{count} {name}\n" in said, said
+
+
+def make_folder():
+    """Two classes of pictures, each of one colour but for what a centre crop must cut away."""
+    for name in ("dog", 'cat "é"'):
+        os.makedirs(f"pictures/{name}/deeper")
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = (10, 200, 30)
+    Image.fromarray(wide).save('pictures/cat "é"/1.png')
+    tall = np.zeros((60, 20, 3), np.uint8)
+    tall[20:40] = (200, 10, 30)
+    Image.fromarray(tall).save('pictures/cat "é"/deeper/2.bmp')
+    Image.new("RGBA", (30, 30), (0, 0, 255, 0)).save("pictures/dog/1.png")
+    Image.new("L", (9, 9), 77).save("pictures/dog/2.png")
+    Image.new("RGB", (300, 300), (50, 100, 150)).save("pictures/dog/4.jpg", quality=95)
+    rotated = Image.new("RGB", (40, 20), (255, 0, 0))
+    rotated.paste((0, 0, 255), (20, 0, 40, 20))
+    exif = Image.Exif()
+    exif[274] = 3  # shown upside down: blue is then on the left
+    rotated.save("pictures/dog/5.png", exif=exif)
+    Path("pictures/dog/3.png").write_bytes(Path("pictures/dog/2.png").read_bytes()[:40])
+    Path("pictures/dog/notes.txt").write_text("not a picture")
+
+
+def test_folder_classes():
+    make_folder()
+    _, errors = run("data.py", "folder", "pictures", "--size", 8, "--out", "a.safetensors", "--workers", 2)
+    assert errors.count("\n") == 1 and "skipped pictures/dog/3.png" in errors, errors
+    tensors, metadata = load("a.safetensors")
+    assert names(metadata) == ['cat "é"', "dog"], metadata
+    equal(tensors["y"], [0, 0, 1, 1, 1, 1])
+    x = tensors["x"].astype(int)
+    for got, want in zip(x, [(10, 200, 30), (200, 10, 30), (255, 255, 255), (77, 77, 77), (50, 100, 150)]):
+        assert np.abs(got[2:-2, 2:-2] - want).max() <= 3, f"{got[4, 4]}, want {want}"
+    assert x[5, 4, 1, 2] > 200 and x[5, 4, -2, 0] > 200, "EXIF orientation"
+
+
+def test_folder_flat_grey():
+    make_folder()
+    for path in Path("pictures/dog/deeper").iterdir():
+        path.unlink()
+    Path("pictures/dog/deeper").rmdir()
+    grey = ("--size", 7, "--channels", 1, "--background", "black")
+    run("data.py", "folder", "pictures/dog", *grey, "--out", "a.safetensors")
+    tensors, metadata = load("a.safetensors")
+    assert "y" not in tensors and "class_names" not in metadata
+    assert tensors["x"].shape == (4, 7, 7, 1)
+    assert (tensors["x"][0] == 0).all() and (tensors["x"][1] == 77).all()
+
+
+def test_cifar10():
+    records = rng.integers(256, size=(7, 3073), dtype=np.uint8)
+    records[:, 0] = [3, 0, 9, 1, 1, 2, 5]
+    os.mkdir("batches")
+    records[:4].tofile("batches/data_batch_1.bin")
+    records[4:].tofile("batches/data_batch_2.bin")
+    records[:1].tofile("batches/test_batch.bin")
+    run("data.py", "cifar10", "batches", "--out", "a.safetensors")
+    tensors, metadata = load("a.safetensors")
+    equal(tensors["y"], records[:, 0])
+    equal(tensors["x"], records[:, 1:].reshape(7, 3, 32, 32).transpose(0, 2, 3, 1))
+    assert names(metadata)[3] == "cat" and len(names(metadata)) == 10
+    run("data.py", "cifar10", "batches/test_batch.bin", "--out", "b.safetensors")
+    assert len(load("b.safetensors")[0]["y"]) == 1
+
+
+def write_idx(path, values):
+    raw = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
+    Path(path).write_bytes(gzip.compress(raw) if path.endswith(".gz") else raw)
+
+
+def test_mnist():
+    x, y = rng.integers(256, size=(5, 28, 28), dtype=np.uint8), np.array([9, 0, 3, 3, 1], np.uint8)
+    write_idx("images.gz", x)
+    write_idx("labels", y)
+    run("data.py", "mnist", "images.gz", "labels", "--out", "a.safetensors")
+    tensors, metadata = load("a.safetensors")
+    equal(tensors["x"], x[..., None])
+    equal(tensors["y"], y)
+    assert names(metadata) == list("0123456789")
+    clothes = "t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,boot"
+    run("data.py", "mnist", "images.gz", "labels", "--size", 32, "--class_names", clothes, "--out", "b.safetensors")
+    tensors, metadata = load("b.safetensors")
+    equal(tensors["x"], np.pad(x, ((0, 0), (2, 2), (2, 2)))[..., None])
+    assert names(metadata) == clothes.split(",")
+
+
+def test_npy_pictures():
+    x, y = rng.integers(256, size=(5, 6, 6, 3), dtype=np.uint8), np.array([1, 0, 2, 2, 1], np.int32)
+    np.save("x.npy", x)
+    np.save("grey.npy", x[..., 0])
+    np.save("y.npy", y)
+    Path("names.txt").write_text("one\ntwo, three\nfour\n")
+    run("data.py", "npy", "x.npy", "--labels", "y.npy", "--class_names", "names.txt", "--out", "a.safetensors")
+    tensors, metadata = load("a.safetensors")
+    equal(tensors["x"], x)
+    equal(tensors["y"], y)
+    assert names(metadata) == ["one", "two, three", "four"] and metadata["dtype"] == "U8"
+    run("data.py", "npy", "grey.npy", "--out", "b.safetensors")
+    tensors, metadata = load("b.safetensors")
+    equal(tensors["x"], x[..., :1])
+    assert "y" not in tensors
+
+
+def test_npy_latents():
+    x = rng.standard_normal((5, 4, 8, 8)).astype(np.float32)
+    x[0, 0, 0, :4] = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF], np.uint32).view(np.float32)
+    np.save("x.npy", x)
+    np.save("y.npy", np.arange(5))
+    halves = {"F32": x, "F16": x.astype(np.float16), None: x.astype(np.float16)}
+    for dtype, want in halves.items():
+        option = ["--dtype", dtype] if dtype else []
+        option += ["--labels", "y.npy", "--latent_scale", 0.18215]
+        run("data.py", "npy", "x.npy", *option, "--out", "a.safetensors")
+        tensors, metadata = load("a.safetensors")
+        equal(tensors["x"], want)
+        assert metadata["dtype"] == (dtype or "F16") and metadata["latent_scale"] == "0.18215"
+    run("data.py", "npy", "x.npy", "--dtype", "BF16", "--out", "a.safetensors")
+    got = load("a.safetensors")[0]["x"]
+    assert (np.abs(got - x) <= 2.0**-8 * np.abs(x)).all(), "BF16 is further off than its rounding"
+    # half way between two BF16 goes to the even one; above to the upper; below to the lower
+    equal(got[0, 0, 0, :4].view(np.uint32), np.array([0x3F800000, 0x3F820000, 0x3F810000, 0x3F800000], np.uint32))
+
+
+def make_features(count):
+    x, y = rng.standard_normal((count, 4, 4, 4)).astype(np.float32), rng.integers(1000, size=count)
+    os.makedirs("features")
+    os.makedirs("labels")
+    for i in range(count):  # as fast-DiT's extract_features.py saves them
+        np.save(f"features/{i}.npy", x[i : i + 1])
+        np.save(f"labels/{i}.npy", y[i : i + 1])
+    return x, y
+
+
+def test_npy_fast_dit():
+    x, y = make_features(12)
+    run("data.py", "npy", "features", "--labels", "labels", "--latent_scale", 0.18215, "--out", "a.safetensors")
+    tensors, metadata = load("a.safetensors")
+    equal(tensors["x"], x.astype(np.float16))  # 2.npy comes before 10.npy
+    equal(tensors["y"], y)
+
+
+def test_show():
+    np.save("x.npy", rng.standard_normal((5, 4, 8, 8)))
+    np.save("p.npy", rng.integers(256, size=(5, 8, 8, 3), dtype=np.uint8))
+    np.save("y.npy", np.array([0, 0, 0, 2, 2]))
+    for source, option in (("x.npy", ["--dtype", "BF16"]), ("x.npy", []), ("p.npy", ["--labels", "y.npy"])):
+        run("data.py", "npy", source, *option, "--out", "a.safetensors")
+        said, _ = run("data.py", "show", "a.safetensors", "--out", "sheet.png", "--columns", 4, "--zoom", 3)
+        assert "(5, 8, 8, 3)" in said or "(5, 4, 8, 8)" in said, said
+        assert Image.open("sheet.png").size == (3 * 42, 3 * 22), Image.open("sheet.png").size
+
+
+def test_data_broken_input():
+    out = ("--out", "a.safetensors")
+    x, y = rng.integers(256, size=(3, 6, 6, 3), dtype=np.uint8), np.array([0, 1, 2], np.uint8)
+    for name, values in {"x": x, "y": y, "y2": y[:2], "minus": y.astype(int) - 1, "f": y * 0.5, "wide": x[:, :4],
+                         "latent": np.full((1, 4, 2, 2), 1e6), "odd": x.astype(int)}.items():
+        np.save(f"{name}.npy", values)
+    Path("text.npy").write_text("hello")
+    Path("text.png").write_text("hello")
+    np.save("objects.npy", np.array([None]), allow_pickle=True)
+    write_idx("images", x[..., 0])
+    write_idx("classes", y)
+    write_idx("classes2", y[:2])
+    Path("short").write_bytes(Path("images").read_bytes()[:-1])
+    Path("short.gz").write_bytes(gzip.compress(b"0123456789")[:-4])
+    os.makedirs("empty")
+    os.makedirs("broken/class")
+    Path("broken/class/1.png").write_text("hello")
+    make_features(3)
+
+    fails("--size", "data.py", "emoji", "--size", 0, *out)
+    fails("nocolour", "data.py", "emoji", "--background", "nocolour", *out)
+    fails("no.ttf", "data.py", "emoji", "--font", "no.ttf", *out)
+    if FONT.exists() and features.check("raqm"):
+        fails("no.txt", "data.py", "emoji", "--groups", "no.txt", *out)
+        fails("text.png", "data.py", "emoji", "--groups", "text.png", *out)
+    fails("missing", "data.py", "folder", "missing", *out)
+    fails("empty", "data.py", "folder", "empty", *out)
+    fails("no/a.safetensors", "data.py", "mnist", "images", "classes", "--out", "no/a.safetensors")
+    fails("missing.bin", "data.py", "cifar10", "missing.bin", *out)
+    fails("empty", "data.py", "cifar10", "empty", *out)
+    fails("images", "data.py", "cifar10", "images", *out)
+    fails("classes", "data.py", "mnist", "classes", "images", *out)
+    fails("classes2", "data.py", "mnist", "images", "classes2", *out)
+    fails("short", "data.py", "mnist", "short", "classes", *out)
+    fails("short.gz", "data.py", "mnist", "short.gz", "classes", *out)
+    fails("--size", "data.py", "mnist", "images", "classes", "--size", 4, *out)
+    fails("classes", "data.py", "mnist", "images", "classes", "--class_names", "a,b", *out)
+    fails("missing.npy", "data.py", "npy", "missing.npy", *out)
+    fails("text.npy", "data.py", "npy", "text.npy", *out)
+    fails("objects.npy", "data.py", "npy", "objects.npy", *out)
+    fails("empty", "data.py", "npy", "empty", *out)
+    fails("odd.npy", "data.py", "npy", "odd.npy", *out)
+    fails("wide.npy", "data.py", "npy", "wide.npy", *out)
+    fails("--dtype", "data.py", "npy", "x.npy", "--dtype", "F16", *out)
+    fails("y2.npy", "data.py", "npy", "x.npy", "--labels", "y2.npy", *out)
+    fails("f.npy", "data.py", "npy", "x.npy", "--labels", "f.npy", *out)
+    fails("minus.npy", "data.py", "npy", "x.npy", "--labels", "minus.npy", *out)
+    fails("latent.npy", "data.py", "npy", "latent.npy", *out)
+    fails("labels", "data.py", "npy", "x.npy", "--labels", "labels", *out)
+    os.remove("labels/1.npy")
+    fails("labels/1.npy", "data.py", "npy", "features", "--labels", "labels", *out)
+    np.save("features/2.npy", np.zeros((1, 4, 8, 8), np.float32))
+    fails("features/2.npy", "data.py", "npy", "features", *out)
+    fails("text.npy", "data.py", "show", "text.npy")
+    fails("--help", "data.py", "npy", "x.npy", "--nonsense", *out)
+    done = subprocess.run([sys.executable, TOOLS / "data.py", "folder", "broken", *out], capture_output=True, text=True)
+    assert done.returncode == 1 and "skipped broken/class/1.png" in done.stderr and "Traceback" not in done.stderr
+    assert not list(Path().glob("a.safetensors*")), "left a file behind"
+
+
+# ---- plot.py
+
+
+def write_log(path, steps, scale=1.0):
+    os.makedirs(Path(path).parent, exist_ok=True)
+    with open(path, "w") as file:
+        file.write("step,loss,mse,vb,grad_norm,lr,n,m,ms,images_per_s\n")
+        for step in range(steps):
+            loss = scale * (0.05 + np.exp(-step / 30)) * np.exp(0.2 * rng.standard_normal())
+            file.write(f"{step},{loss:.6f},{loss:.6f},0,{'nan' if step == 5 else 3 * loss},1e-4,3,4,120,66.7\n")
+
+
+def write_trace(path, steps):
+    with open(path, "w") as file:
+        file.write("step,t,iteration,residual\n")
+        for step in range(steps):
+            for k in range(1, 4 + step):
+                file.write(f"{step},{round((steps - 1 - step) * 999 / max(1, steps - 1))},{k},{0.5**k}\n")
+
+
+def is_plot(path):
+    with Image.open(path) as picture:
+        picture.load()
+        assert picture.format == "PNG" and picture.width >= 600 and picture.height >= 400, picture
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 20, "the picture is empty"
+
+
+def test_plot_logs():
+    write_log("one/log.csv", 200)
+    write_log("two/log.csv", 1, 2)
+    with open("one/log.csv", "a") as file:
+        file.write("200,0.1")  # as a program that is still running leaves it
+    run("plot.py", "one/log.csv", "--out", "a.png")
+    is_plot("a.png")
+    said, _ = run("plot.py", "one/log.csv", "two/log.csv", "--names", "A,B", "--columns", "loss,ms", "--smooth", 9,
+                  "--title", "T", "--out", "b.png")
+    assert said == "b.png: log of A, B\n", said
+    is_plot("b.png")
+    run("plot.py", "two/log.csv", "--out", "c.png")
+    is_plot("c.png")
+
+
+def test_plot_traces():
+    write_trace("x.csv", 12)
+    write_trace("y.csv", 1)
+    run("plot.py", "x.csv", "--out", "a.png")
+    run("plot.py", "x.csv", "y.csv", "--out", "b.png")
+    run("plot.py", "y.csv", "--out", "c.png")
+    for path in ("a.png", "b.png", "c.png"):
+        is_plot(path)
+
+
+def test_plot_broken_input():
+    write_log("log.csv", 3)
+    write_trace("trace.csv", 2)
+    Path("empty.csv").write_text("")
+    Path("header.csv").write_text("step,loss\n")
+    Path("other.csv").write_text("a,b\n1,2\n")
+    Path("bad.csv").write_text("step,loss\n1,2\n2,x\n3,4\n")
+    Path("zero.csv").write_text("step,t,iteration,residual\n0,999,1,0\n")
+    Path("binary.csv").write_bytes(bytes(range(256)))
+    for name in ("missing", "empty", "header", "other", "binary"):
+        fails(f"{name}.csv", "plot.py", f"{name}.csv", "--out", "a.png")
+    fails("bad.csv: row 3", "plot.py", "bad.csv", "--out", "a.png")
+    fails("residual", "plot.py", "zero.csv", "--out", "a.png")
+    fails("trace.csv", "plot.py", "log.csv", "trace.csv", "--out", "a.png")
+    fails("--names", "plot.py", "log.csv", "--names", "a,b", "--out", "a.png")
+    fails("nonsense", "plot.py", "log.csv", "--columns", "nonsense", "--out", "a.png")
+    fails("no/a.png", "plot.py", "log.csv", "--out", "no/a.png")
+
+
+# ---- bench_torch.py
+
+
+def test_bench_torch():
+    if not importlib.util.find_spec("torch"):
+        raise Skip("needs torch")
+    Path("bench").write_text("#!/bin/sh\necho peak_gflops 9 GF/s; echo train_step_ms 5 ms; echo train_peak_mb 7 MB\n")
+    Path("wrong").write_text("#!/bin/sh\necho peak_gflops 100 GFLOP/s\n")
+    os.chmod("bench", 0o755)
+    os.chmod("wrong", 0o755)
+    work = ("--width", 16, "--heads", 2, "--image_size", 8, "--batch", 2, "--n", 1, "--m", 2, "--warmup", 1,
+            "--rounds", 2, "--threads", 1, "--no_compile")
+    said, _ = run("bench_torch.py", *work, "--bench", "./bench")
+    assert said.count("\nround ") == 2 and "bench_cpu 5.0" in said, said
+    assert "time of torch-eager / bench_cpu: median" in said, said
+    fails("train_step_ms", "bench_torch.py", *work, "--bench", "./wrong")
+
+
+def main():
+    chosen = sys.argv[1] if len(sys.argv) > 1 else ""
+    passed, failed, skipped = 0, 0, 0
+    home = os.getcwd()
+    for name, test in list(globals().items()):
+        if not name.startswith("test_") or chosen not in name:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+            try:
+                test()
+                passed += 1
+                print(f"{name[5:]:24} ok", flush=True)
+            except Skip as reason:
+                skipped += 1
+                print(f"{name[5:]:24} skipped: {reason}", flush=True)
+            except Exception as error:
+                failed += 1
+                print(f"{name[5:]:24} FAIL: {type(error).__name__}: {error}", flush=True)
+            finally:
+                os.chdir(home)
+    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
