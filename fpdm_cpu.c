@@ -72,6 +72,7 @@ static void *xcalloc(size_t count, size_t size, const char *what) {
     return p;
 }
 
+// Releases what xcalloc gave.
 static void xfree(void *p) {
     if (p) free(((void **)p)[-1]);
 }
@@ -84,6 +85,7 @@ static void *grow(void *array, size_t n, size_t size) {
     return p;
 }
 
+// Milliseconds since some moment in the past, unaffected by changes of the clock.
 static double now_ms(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -92,6 +94,7 @@ static double now_ms(void) {
 
 // A file is written under a temporary name beside its target, synced, then renamed: whoever opens the target finds the
 // old file or the new one, never half of one, and a full disk or a crash costs nothing that existed before.
+// This is the temporary name; the process number keeps two programs with the same target apart.
 static void temp_name(char name[PATH_MAX], const char *path) {
     int length = snprintf(name, PATH_MAX, "%s.%ld.tmp", path, (long)getpid());
     if (length >= PATH_MAX) die("%.200s...: this path is too long; use a shorter one", path);
@@ -106,6 +109,7 @@ __attribute__((noreturn)) static void fail_temp(const char *path) {
     die("%s: cannot write: %s; check the folder, its permissions and the free space", path, why);
 }
 
+// Starts a file that commit_temp puts in place. A device or a folder is refused: the rename would replace it.
 static FILE *open_temp(const char *path) {
     char name[PATH_MAX];
     struct stat info;
@@ -116,10 +120,13 @@ static FILE *open_temp(const char *path) {
     return file;
 }
 
+// Writes bytes and checks that they were taken; fprintf and the like may be used as well, commit_temp sees their
+// errors.
 static void write_temp(FILE *file, const char *path, const void *data, size_t bytes) {
     if (bytes && fwrite(data, 1, bytes, file) != bytes) fail_temp(path);
 }
 
+// Closes the file and gives it its name, durably.
 static void commit_temp(FILE *file, const char *path) {
     char name[PATH_MAX], folder[PATH_MAX];
     temp_name(name, path);
@@ -129,7 +136,7 @@ static void commit_temp(FILE *file, const char *path) {
     if (slash) slash[slash == folder] = 0;
     int fd = open(slash ? folder : ".", O_RDONLY);
     if (fd < 0) return;
-    fsync(fd); // makes the rename itself durable where the file system can
+    fsync(fd); // makes the rename itself durable, where the file system can
     close(fd);
 }
 
@@ -164,6 +171,7 @@ static void philox4x32(uint32_t counter[4], uint32_t key0, uint32_t key1) {
     }
 }
 
+// Four random words: draw `index` of training or sampling step `step` for one purpose.
 static void philox(uint32_t out[4], uint64_t seed, uint32_t index, uint32_t step, uint32_t stream) {
     out[0] = index;
     out[1] = step;
@@ -178,8 +186,7 @@ static double rng_uniform(uint32_t word) { return (word + 0.5) / 4294967296; }
 // A word as an integer 0..n-1.
 static uint32_t rng_below(uint32_t word, uint32_t n) { return (uint32_t)(((uint64_t)word * n) >> 32); }
 
-// out[i] = standard normal number `first + i` of a draw. Four numbers come out of one Philox call by Box-Muller in
-// double.
+// out[i] = standard normal number `first + i` of a draw; one Philox call gives four, by Box-Muller in double precision.
 static void rng_normal(float *out, size_t count, size_t first, uint64_t seed, uint32_t step, uint32_t stream) {
     if (count == 0) return;
 #pragma omp parallel for schedule(static)
@@ -187,8 +194,8 @@ static void rng_normal(float *out, size_t count, size_t first, uint64_t seed, ui
         uint32_t word[4];
         philox(word, seed, (uint32_t)call, step, stream);
         for (size_t pair = 0; pair < 4; pair += 2) {
-            double r = sqrt(-2 * log(rng_uniform(word[pair]))),
-                   angle = 6.283185307179586477 * rng_uniform(word[pair + 1]);
+            double r = sqrt(-2 * log(rng_uniform(word[pair])));
+            double angle = 6.283185307179586477 * rng_uniform(word[pair + 1]);
             size_t e = 4 * call + pair;
             if (e >= first && e < first + count) out[e - first] = (float)(r * cos(angle));
             if (e + 1 >= first && e + 1 < first + count) out[e + 1 - first] = (float)(r * sin(angle));
@@ -235,12 +242,14 @@ typedef struct {
     int n_meta;
 } SafeTensors;
 
+// The float with these bits.
 static float bits_to_float(uint32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
 }
 
+// A bf16 is the upper half of a float.
 static float bf16_to_float(uint16_t h) { return bits_to_float((uint32_t)h << 16); }
 
 // Rounds to nearest, ties to even; a NaN stays a NaN (rounding its bits could carry into an infinity).
@@ -251,6 +260,7 @@ static uint16_t float_to_bf16(float x) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// IEEE half precision: 5 bits of exponent (bias 15), 10 of mantissa.
 static float f16_to_float(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3ff;
     if (exponent == 0) return (sign ? -1.0f : 1.0f) * (float)mantissa / 16777216; // zero and subnormal numbers
@@ -264,6 +274,7 @@ typedef struct {
     const unsigned char *start, *p, *end;
 } Json;
 
+// Ends the program: what is wrong, in which tensor, and where.
 __attribute__((noreturn)) static void json_fail(const Json *j, const char *why) {
     const char *name = j->tensor ? j->tensor : "";
     die("%s: %s%.200s%s%s (byte %td of the JSON text); the file is " ST_DAMAGED, j->path, j->tensor ? "tensor " : "",
@@ -278,12 +289,14 @@ static int json_accept(Json *j, char c) {
     return 1;
 }
 
+// Takes `c`, which must come next.
 static void json_expect(Json *j, char c) {
     char why[] = "expected 'c'";
     why[10] = c;
     if (!json_accept(j, c)) json_fail(j, why);
 }
 
+// The four digits of \uXXXX.
 static uint32_t json_hex4(Json *j) {
     uint32_t value = 0;
     for (int i = 0; i < 4; i++, j->p++) {
@@ -354,6 +367,7 @@ static char *json_string(Json *j) {
     return text;
 }
 
+// A whole number from 0 to about 2^63.
 static int64_t json_integer(Json *j) {
     if (json_accept(j, '-')) json_fail(j, "a number is negative");
     if (j->p == j->end || !isdigit(*j->p)) json_fail(j, "expected a number");
@@ -440,6 +454,7 @@ static const char *st_meta(const SafeTensors *f, const char *key) {
     return m ? m->value : NULL;
 }
 
+// The strings of __metadata__.
 static void json_metadata(Json *j, SafeTensors *f) {
     json_expect(j, '{');
     if (json_accept(j, '}')) return;
@@ -528,6 +543,7 @@ static void st_open(SafeTensors *f, const char *path) {
     sort_by_name(f, f->meta, f->n_meta, sizeof *f->meta);
 }
 
+// Releases everything; tensors and strings of the file must not be used any more.
 static void st_close(SafeTensors *f) {
     for (int i = 0; i < f->n_tensors; i++) free((char *)f->tensors[i].name);
     for (int i = 0; i < f->n_meta; i++) {
@@ -567,6 +583,7 @@ static Tensor st_tensor(const char *name, int dtype, const void *data, int ndim,
     return t;
 }
 
+// Writes text, which must be UTF-8, as a JSON string.
 static void json_write_string(FILE *out, const char *text) {
     fputc('"', out);
     for (const char *c = text; *c; c++) {
@@ -1107,6 +1124,7 @@ typedef struct {
     int n_bits;
 } BitWriter;
 
+// Appends the lowest n (up to 32) bits.
 static void put_bits(BitWriter *w, uint32_t bits, int n) {
     w->bits |= (uint64_t)bits << w->n_bits;
     for (w->n_bits += n; w->n_bits >= 8; w->n_bits -= 8, w->bits >>= 8) w->out[w->bytes++] = (uint8_t)w->bits;
@@ -1125,6 +1143,7 @@ static void put_symbol(BitWriter *w, uint32_t symbol) {
     if (symbol >= 280) put_code(w, 0xC0 + symbol - 280, 8);
 }
 
+// The position of the highest set bit of x > 0.
 static int log2_floor(uint32_t x) {
     int n = 0;
     while (x >>= 1) n++;
@@ -1175,6 +1194,7 @@ static size_t deflate_rows(uint8_t *out, const uint8_t *raw, size_t size, size_t
     return w.bytes;
 }
 
+// A chunk: length, type, data, CRC-32 of type and data.
 static void png_chunk(FILE *file, const char *path, const char *type, const uint8_t *data, size_t size) {
     uint8_t head[8], tail[4];
     uint32_t crc = ~0u;
@@ -1257,17 +1277,18 @@ static const float shape_xy[N_SHAPES][24] = {
     {0},
     {0},
     {-.8f, -.8f, .8f, -.8f, .8f, .8f, -.8f, .8f},
-    {0, -1.05f, 1.1f, .85f, -1.1f, .85f},
+    {0, -1.1f, 1.05f, .75f, -1.05f, .75f},
     {0, -1.15f, .31f,  -.43f, 1.09f, -.36f, .5f,    .16f,  .68f,  .93f,
      0, .53f,   -.68f, .93f,  -.5f,  .16f,  -1.09f, -.36f, -.31f, -.43f},
     {0},
-    {-.34f, -1, .34f,  -1, .34f,  -.34f, 1,  -.34f, 1,  .34f,  .34f,  .34f,
-     .34f,  1,  -.34f, 1,  -.34f, .34f,  -1, .34f,  -1, -.34f, -.34f, -.34f},
+    {-.36f, -1, .36f,  -1, .36f,  -.36f, 1,  -.36f, 1,  .36f,  .36f,  .36f,
+     .36f,  1,  -.36f, 1,  -.36f, .36f,  -1, .36f,  -1, -.36f, -.36f, -.36f},
     {0},
     {1.1f, 0, .15f, -.9f, .15f, -.35f, -1, -.35f, -1, .35f, .15f, .35f, .15f, .9f},
-    {0, -1.2f, .75f, 0, 0, 1.2f, -.75f, 0},
+    {0, -1.15f, .75f, 0, 0, 1.15f, -.75f, 0},
 };
 
+// Signed distance to a circle around the origin.
 static float circle_distance(float x, float y, float r) { return sqrtf(x * x + y * y) - r; }
 
 // Signed distance from a point to the outline of a shape of about unit size, negative inside
@@ -1301,8 +1322,8 @@ static void shapes_draw(float *x, int *label, int size, uint64_t seed, uint32_t 
     philox(word + 4, seed, 1, number, STREAM_DATA);
     for (int i = 0; i < 8; i++) u[i] = (float)rng_uniform(word[i]);
     *label = (int)rng_below(word[0], N_SHAPES);
-    float radius = (.31f + .08f * u[1]) * (float)size, angle = .7f * (u[2] - .5f);
-    float center_x = (.44f + .12f * u[3]) * (float)size, center_y = (.44f + .12f * u[4]) * (float)size;
+    float radius = (.33f + .06f * u[1]) * (float)size, angle = .5f * (u[2] - .5f);
+    float center_x = (.45f + .1f * u[3]) * (float)size, center_y = (.45f + .1f * u[4]) * (float)size;
     float co = cosf(angle) / radius, si = sinf(angle) / radius;
     for (int c = 0; c < 3; c++) { // any hue; a hint of another one in the background
         color[c] = .95f * cosf(6.2831853f * (u[5] - (float)c / 3));
@@ -2354,12 +2375,6 @@ static void model_download(const Model *m, int kind, float *host) {
 // The weights that the forward pass uses: MODEL_WEIGHTS or, for pictures during training, MODEL_EMA
 static void model_use(Model *m, int kind) { params_point(&m->p, &m->config, m->memory[kind], NULL); }
 
-// The output of the last forward pass, (B,Cout,S,S)
-static void model_output(const Model *m, float *host) {
-    size_t count = (size_t)m->B * config_out_channels(&m->config) * m->config.image_size * m->config.image_size;
-    for (size_t i = 0; i < count; i++) host[i] = (float)m->a.out[i];
-}
-
 static void model_zero_gradients(Model *m) { memset(m->memory[MODEL_GRADS], 0, (size_t)m->n_params * sizeof(real)); }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2582,6 +2597,7 @@ static void model_forward(Model *m, const int *t, const int *y, int B, int n, in
     layernorm_modulate_forward(a->normed, last, a->final_mod, 2 * D, B, T, D);
     linear_forward(a->patch_out, a->normed, m->p.final_w, m->p.final_b, M, D, p * p * Cout);
     unpatch(a->out, a->patch_out, 1, B, Cout, c->image_size, p);
+    show_probe(m, "output", 0, a->out, (int64_t)B * Cout * c->image_size * c->image_size);
 }
 
 // Adds to the gradients those of the loss whose gradient with respect to the output is a.dout.
@@ -3162,6 +3178,7 @@ static int train_main(int argc, char **argv) {
         printf("stopped after step %lld; go on with: %s --resume %s\n", (long long)step, argv[0], o->out);
         return 130;
     }
+    model_free(m);
     printf("weights: %s/weights.safetensors; draw more with: ./sample_cpu --weights %s/weights.safetensors\n", o->out,
            o->out);
     return 0;

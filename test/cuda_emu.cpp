@@ -1,0 +1,784 @@
+// cuda_emu.cpp: what stands behind cuda_emu.h: fibers, their scheduling, the operations of a warp, and the runtime.
+
+#include "cuda_emu.h"
+
+#include <algorithm>
+#include <cstdarg>
+#include <ctime>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <sys/mman.h>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if !defined(__x86_64__) && !defined(__aarch64__) && !defined(EMU_UCONTEXT)
+#define EMU_UCONTEXT // any other processor: correct, but a switch takes two system calls
+#endif
+#ifdef EMU_UCONTEXT
+#include <ucontext.h>
+#endif
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+unsigned emu::order = getenv("EMU_ORDER") ? unsigned(strtoul(getenv("EMU_ORDER"), nullptr, 10)) : 0;
+unsigned char *emu::dynamic_shared = nullptr;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Fibers
+
+namespace {
+
+struct Fiber {
+    void *sp = nullptr;          // where it was suspended
+    const void *stack = nullptr; // lowest address and size, for AddressSanitizer
+    size_t size = 0;
+    void *fake_stack = nullptr; // AddressSanitizer's own
+#ifdef EMU_UCONTEXT
+    ucontext_t context;
+#endif
+};
+
+Fiber main_fiber, *running = &main_fiber;
+std::vector<Fiber *> idle_fibers;
+
+#ifndef EMU_UCONTEXT
+// Saves what a call must preserve on this stack and its pointer in *save, and goes on where `load` was saved. `ret` and
+// not a jump, since the processor predicts it: lanes mostly wait at the same place.
+extern "C" void emu_switch(void **save, void *load) asm("emu_switch");
+#ifdef __x86_64__
+asm(R"(
+    .pushsection .text
+    .p2align 4
+emu_switch:
+    pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
+    ret
+    .popsection
+)");
+constexpr int FRAME = 8, ENTRY = 6; // words that a new stack starts with, and which of them is the return address
+#else
+asm(R"(
+    .pushsection .text
+    .p2align 4
+emu_switch:
+    sub sp, sp, #160
+    stp x19, x20, [sp];       stp x21, x22, [sp, #16];  stp x23, x24, [sp, #32]; stp x25, x26, [sp, #48]
+    stp x27, x28, [sp, #64];  stp x29, x30, [sp, #80];  stp d8, d9, [sp, #96];   stp d10, d11, [sp, #112]
+    stp d12, d13, [sp, #128]; stp d14, d15, [sp, #144]; mov x9, sp;              str x9, [x0]
+    mov sp, x1
+    ldp x19, x20, [sp];       ldp x21, x22, [sp, #16];  ldp x23, x24, [sp, #32]; ldp x25, x26, [sp, #48]
+    ldp x27, x28, [sp, #64];  ldp x29, x30, [sp, #80];  ldp d8, d9, [sp, #96];   ldp d10, d11, [sp, #112]
+    ldp d12, d13, [sp, #128]; ldp d14, d15, [sp, #144]; add sp, sp, #160
+    ret
+    .popsection
+)");
+constexpr int FRAME = 20, ENTRY = 11;
+#endif
+#endif
+
+void switch_to(Fiber *to) {
+    Fiber *from = running;
+    running = to;
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(&from->fake_stack, to->stack, to->size);
+#endif
+#ifdef EMU_UCONTEXT
+    swapcontext(&from->context, &to->context);
+#else
+    emu_switch(&from->sp, to->sp);
+#endif
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(from->fake_stack, nullptr, nullptr);
+#endif
+}
+
+// An idle fiber, or a new one that starts in `entry`. The memory below each stack is closed: overflow is a fault.
+Fiber *take_fiber(void (*entry)()) {
+    if (!idle_fibers.empty()) {
+        Fiber *fiber = idle_fibers.back();
+        idle_fibers.pop_back();
+        return fiber;
+    }
+    constexpr size_t guard = 65536, size = 262144; // address space, of which little is ever touched
+    void *map = mmap(nullptr, guard + size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *stack = static_cast<char *>(map) + guard;
+    if (map == MAP_FAILED || mprotect(stack, size, PROT_READ | PROT_WRITE) != 0) {
+        perror("cuda_emu: no memory for the stacks of a block's threads");
+        exit(1);
+    }
+    Fiber *fiber = new Fiber;
+    fiber->stack = stack;
+    fiber->size = size;
+#ifdef EMU_UCONTEXT
+    getcontext(&fiber->context);
+    fiber->context.uc_stack.ss_sp = stack;
+    fiber->context.uc_stack.ss_size = size;
+    makecontext(&fiber->context, entry, 0);
+#else
+    void **frame = reinterpret_cast<void **>(stack + size) - FRAME; // fresh pages: the rest is zero
+    frame[ENTRY] = reinterpret_cast<void *>(entry);
+    fiber->sp = frame;
+#endif
+    return fiber;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Scheduling
+
+constexpr unsigned MAX_THREADS = 1024;
+
+struct Thread;
+struct Operation { // what a thread can wait for
+    const char *name;
+    void (*complete)(Thread *lanes, unsigned mask); // does it for the lanes of the mask; null if there is nothing to do
+};
+
+struct Copy { // a cp.async in flight
+    unsigned char *to;
+    const unsigned char *from; // null: zeros
+    int bytes, group;
+    unsigned char data[16]; // the source when the copy was issued
+};
+
+struct Thread {
+    uint3 index;
+    unsigned number, place;   // in the block; in the order of execution, where the threads of a warp stay together
+    Fiber *fiber;             // null: not started, or returned
+    const Operation *waits;   // null: can run
+    unsigned mask;            // the lanes that it waits for
+    int line;                 // and where in the source
+    const void *in[2];        // the operation's arguments and results
+    void *out;                //
+    uint64_t value;           //
+    unsigned source;          //
+    std::vector<Copy> copies; // in flight, oldest first
+    int group;                // what cp_async_commit closes next
+};
+
+Thread threads[MAX_THREADS], *in_place[MAX_THREADS], *current = nullptr;
+unsigned waiting[MAX_THREADS / 32];            // by warp, a bit per lane: waits for an operation of the warp
+unsigned ready[MAX_THREADS / 32], ready_warps; // a bit per place, and per 32 places: can run
+unsigned thread_count, barrier_count;
+size_t dynamic_bytes = 0;
+const char *kernel_name = nullptr; // null between launches
+const std::function<void()> *kernel_body = nullptr;
+
+const Operation BARRIER{"__syncthreads", nullptr}, RETURNED{"return", nullptr};
+
+} // namespace
+
+void emu::fail(const char *format, ...) {
+    fflush(stdout);
+    fprintf(stderr, "cuda_emu: ");
+    if (kernel_name) fprintf(stderr, "kernel %s, block (%u,%u,%u): ", kernel_name, blockIdx.x, blockIdx.y, blockIdx.z);
+    if (current) fprintf(stderr, "thread (%u,%u,%u): ", current->index.x, current->index.y, current->index.z);
+    va_list list;
+    va_start(list, format);
+    vfprintf(stderr, format, list);
+    va_end(list);
+    fputc('\n', stderr);
+    abort();
+}
+
+namespace {
+
+using emu::fail;
+
+// Nothing can run and not all have returned: tells how many threads wait where.
+[[noreturn]] void fail_stuck() {
+    std::map<std::string, unsigned> where;
+    for (unsigned i = 0; i < thread_count; i++) {
+        const Thread &t = threads[i];
+        char text[100] = "returned";
+        if (t.waits == &BARRIER)
+            snprintf(text, sizeof text, "wait at __syncthreads, line %d", t.line);
+        else if (t.waits != &RETURNED)
+            snprintf(text, sizeof text, "wait at %s, line %d, mask %08x", t.waits->name, t.line, t.mask);
+        where[text]++;
+    }
+    std::string report;
+    for (auto &[text, count] : where) report += "\n    " + std::to_string(count) + " " + text;
+    current = nullptr;
+    fail("of its %u threads some wait for others that never come:%s", thread_count, report.c_str());
+}
+
+void set_ready(const Thread &t, bool can_run) {
+    unsigned &warp = ready[t.place / 32], lane_bit = 1u << t.place % 32, warp_bit = 1u << t.place / 32;
+    warp = can_run ? warp | lane_bit : warp & ~lane_bit;
+    ready_warps = warp ? ready_warps | warp_bit : ready_warps & ~warp_bit;
+}
+
+// The first bit of a mask (not zero) after position p, or around its end.
+unsigned next_bit(unsigned mask, unsigned p) {
+    unsigned after = mask & ~1u << p;
+    return unsigned(__builtin_ctz(after ? after : mask));
+}
+
+// The thread that runs after t: of the same warp as long as any can run, so that a warp gets as far ahead of the others
+// as it can, and races show. Null when all have returned.
+Thread *next_thread(const Thread &t) {
+    unsigned warp = t.place / 32;
+    if (ready[warp]) return in_place[warp * 32 + next_bit(ready[warp], t.place % 32)];
+    if (ready_warps) {
+        warp = next_bit(ready_warps, warp);
+        return in_place[warp * 32 + unsigned(__builtin_ctz(ready[warp]))];
+    }
+    for (unsigned i = 0; i < thread_count; i++)
+        if (threads[i].waits != &RETURNED) fail_stuck();
+    return nullptr;
+}
+
+void set_current(Thread *t) {
+    current = t;
+    threadIdx = t->index;
+}
+
+// Every fiber runs this for ever: thread after thread that has not started, until one is next that has its own fiber.
+void fiber_main() {
+#ifdef __SANITIZE_ADDRESS__
+    const void *bottom;
+    size_t size;
+    __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
+    if (!main_fiber.stack) main_fiber.stack = bottom, main_fiber.size = size; // the first fiber comes from main
+#endif
+    Fiber *self = running;
+    for (;;) {
+        Thread &t = *current;
+        (*kernel_body)();
+        if (!t.copies.empty()) fail("returns and never waits for its last %zu cp_async", t.copies.size());
+        t.waits = &RETURNED;
+        t.fiber = nullptr;
+        set_ready(t, false);
+        Thread *next = next_thread(t);
+        if (next) set_current(next);
+        if (next && !next->fiber) {
+            next->fiber = self;
+            continue;
+        }
+        idle_fibers.push_back(self);
+        switch_to(next ? next->fiber : &main_fiber);
+    }
+}
+
+void run_thread(Thread *t) {
+    if (t == current) return;
+    set_current(t);
+    if (!t->fiber) t->fiber = take_fiber(fiber_main);
+    switch_to(t->fiber);
+}
+
+// Waits until all lanes of the mask are here; the last one completes the operation. Arguments stand in *current.
+void warp_operation(const Operation &operation, unsigned mask, int line) {
+    Thread &t = *current, *lanes = &t - t.number % 32;
+    unsigned &here = waiting[t.number / 32];
+    if (!(mask >> t.number % 32 & 1)) fail("%s, line %d: not in its own mask %08x", operation.name, line, mask);
+    t.waits = &operation;
+    t.mask = mask;
+    t.line = line;
+    here |= 1u << t.number % 32;
+    if ((here & mask) != mask) {
+        set_ready(t, false);
+    } else {
+        for (unsigned m = mask; m; m &= m - 1) {
+            const Thread &other = lanes[__builtin_ctz(m)];
+            if (other.waits != &operation || other.mask != mask || other.line != line)
+                fail("%s, line %d, mask %08x, but lane %u waits at %s, line %d, mask %08x", operation.name, line, mask,
+                     other.number % 32, other.waits->name, other.line, other.mask);
+        }
+        if (operation.complete) operation.complete(lanes, mask);
+        for (unsigned m = mask; m; m &= m - 1) {
+            lanes[__builtin_ctz(m)].waits = nullptr;
+            set_ready(lanes[__builtin_ctz(m)], true);
+        }
+        here &= ~mask;
+    }
+    run_thread(next_thread(t));
+}
+
+} // namespace
+
+void emu::barrier(int line) {
+    Thread &t = *current;
+    t.waits = &BARRIER;
+    t.line = line;
+    if (++barrier_count < thread_count) {
+        set_ready(t, false);
+        run_thread(next_thread(t));
+        return;
+    }
+    barrier_count = 0;
+    for (unsigned i = 0; i < thread_count; i++)
+        if (threads[i].line != line)
+            fail("waits at the __syncthreads of line %d, but others at that of line %d", line, threads[i].line);
+    for (unsigned i = 0; i < thread_count; i++) {
+        threads[i].waits = nullptr;
+        set_ready(threads[i], true);
+    }
+    run_thread(in_place[0]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Votes and shuffles
+
+namespace {
+
+void complete_vote(Thread *lanes, unsigned mask) {
+    unsigned votes = 0;
+    for (unsigned m = mask; m; m &= m - 1) votes |= unsigned(lanes[__builtin_ctz(m)].value) << __builtin_ctz(m);
+    for (unsigned m = mask; m; m &= m - 1) lanes[__builtin_ctz(m)].value = votes;
+}
+
+void complete_shuffle(Thread *lanes, unsigned mask) {
+    uint64_t values[32];
+    for (unsigned m = mask; m; m &= m - 1) {
+        const Thread &t = lanes[__builtin_ctz(m)];
+        values[__builtin_ctz(m)] = t.value;
+        if (!(mask >> t.source & 1))
+            fail("a shuffle, line %d: lane %u reads lane %u, which is not in the mask %08x", t.line, t.number % 32,
+                 t.source, mask);
+    }
+    for (unsigned m = mask; m; m &= m - 1) lanes[__builtin_ctz(m)].value = values[lanes[__builtin_ctz(m)].source];
+}
+
+const Operation SYNC_WARP{"__syncwarp", nullptr}, VOTE{"a vote", complete_vote}, SHUFFLE{"a shuffle", complete_shuffle};
+
+} // namespace
+
+void emu::sync_warp(unsigned mask, int line) { warp_operation(SYNC_WARP, mask, line); }
+
+unsigned emu::ballot(unsigned mask, bool vote, int line) {
+    current->value = vote;
+    warp_operation(VOTE, mask, line);
+    return unsigned(current->value);
+}
+
+// A lane whose source is outside of its group gets its own value; XOR may read from an earlier group.
+uint64_t emu::shuffle(unsigned mask, uint64_t value, Source source, int x, int width, int line) {
+    if (width < 1 || width > 32 || (width & (width - 1))) fail("a shuffle's width is %d, line %d", width, line);
+    int lane = int(current->number % 32), first = lane & ~(width - 1), last = lane | (width - 1);
+    int from = source == INDEX ? first | (x & (width - 1)) : source == UP ? lane - x : source == DOWN ? lane + x : lane ^ x;
+    current->source = unsigned(from > last || (source == UP && from < first) ? lane : from);
+    current->value = value;
+    warp_operation(SHUFFLE, mask, line);
+    return current->value;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory: what belongs to the device, and what a block shares
+
+extern "C" {
+extern char __start_emu_shared[] __attribute__((weak)); // the linker's names for the ends of the section
+extern char __stop_emu_shared[] __attribute__((weak));
+}
+
+namespace {
+
+constexpr size_t TOTAL_MEMORY = size_t(8) << 30, DEFAULT_SHARED = 48 << 10, MAX_SHARED = 99 << 10; // the least of sm_8x
+
+struct Allocation {
+    size_t bytes;
+    std::vector<std::pair<const char *, size_t>> redzones;
+};
+std::map<const char *, Allocation> allocations; // by address
+size_t allocated = 0;
+
+// The allocation which the range [p, p + bytes) lies in; null if it is not in device memory.
+Allocation *find_allocation(const void *p, size_t bytes) {
+    auto next = allocations.upper_bound(static_cast<const char *>(p));
+    if (next == allocations.begin()) return nullptr;
+    auto &[start, found] = *--next;
+    size_t offset = size_t(static_cast<const char *>(p) - start);
+    return offset <= found.bytes && bytes <= found.bytes - offset ? &found : nullptr;
+}
+
+// While one of these exists device memory may be accessed. AddressSanitizer reports any access at another time.
+struct DeviceAccess {
+    static inline int depth = 0;
+    DeviceAccess() {
+        if (depth++ == 0) set(true);
+    }
+    ~DeviceAccess() {
+        if (--depth == 0) set(false);
+    }
+    static void set([[maybe_unused]] bool open) {
+#ifdef __SANITIZE_ADDRESS__
+        for (auto &[start, allocation] : allocations) {
+            (open ? __asan_unpoison_memory_region : __asan_poison_memory_region)(start, allocation.bytes);
+            for (auto &[zone, bytes] : allocation.redzones) __asan_poison_memory_region(zone, bytes);
+        }
+#endif
+    }
+};
+
+void check_shared(const char *what, const void *p, size_t bytes, int line) {
+    auto inside = [&](const void *start, size_t size) {
+        size_t offset = uintptr_t(p) - uintptr_t(start); // wraps to something large below the start
+        return offset <= size && bytes <= size - offset;
+    };
+    bool shared = inside(emu::dynamic_shared, dynamic_bytes) ||
+                  inside(__start_emu_shared, size_t(__stop_emu_shared - __start_emu_shared));
+#ifdef __SANITIZE_ADDRESS__
+    shared = true; // static variables are not in the section: they and the rest have red zones instead
+#endif
+    if (!shared) fail("%s, line %d: %p is not this block's shared memory", what, line, p);
+    if (uintptr_t(p) % bytes) fail("%s, line %d: %p is not aligned to %zu bytes", what, line, p, bytes);
+}
+
+} // namespace
+
+bool emu::is_device(const void *p, size_t bytes) { return find_allocation(p, bytes); }
+
+void emu::redzone(const void *p, size_t bytes) {
+    Allocation *found = find_allocation(p, bytes);
+    if (!found) fail("redzone: %p, %zu bytes, is not device memory", p, bytes);
+    found->redzones.push_back({static_cast<const char *>(p), bytes});
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tensor cores and asynchronous copies. Layouts: PTX ISA, "Matrix fragments for mma.m16n8k16" and "m16n8k8", "ldmatrix".
+// With g = lane / 4 and q = lane % 4, the register of an 8×8 tile of 16-bit numbers holds (g, 2q), low half, and (g, 2q+1).
+
+namespace {
+
+// The eight rows of tile i are at the addresses that lanes 8i to 8i + 7 give; .trans hands out the transposed tile.
+template <int TILES, bool TRANS> void complete_ldmatrix(Thread *lanes, unsigned) {
+    uint16_t tile[TILES][8][8];
+    for (int i = 0; i < TILES * 8; i++) memcpy(tile[i / 8][i % 8], lanes[i].in[0], 16);
+    for (int lane = 0; lane < 32; lane++)
+        for (int i = 0, g = lane / 4, q = lane % 4 * 2; i < TILES; i++) {
+            uint32_t low = TRANS ? tile[i][q][g] : tile[i][g][q], high = TRANS ? tile[i][q + 1][g] : tile[i][g][q + 1];
+            static_cast<uint32_t *>(lanes[lane].out)[i] = low | high << 16;
+        }
+}
+
+// A register of A or B holds PER numbers: two bf16 or one tf32. A's registers are its quarters: upper left, lower left,
+// upper right, lower right; B's are its upper and lower half, and there g is the column; D's are in rows g and g + 8.
+template <int PER> void complete_mma(Thread *lanes, unsigned) {
+    typedef float Row __attribute__((vector_size(32)));
+    constexpr int K = 8 * PER;
+    auto number = [](uint32_t r, int i) {
+        return emu::bits<float>(PER == 1 ? r & ~0x1fffu : i ? r & ~0xffffu : r << 16);
+    };
+    float a[16][K];
+    Row b[K], d[16];
+    for (int lane = 0; lane < 32; lane++) {
+        const uint32_t *ra = static_cast<const uint32_t *>(lanes[lane].in[0]);
+        const uint32_t *rb = static_cast<const uint32_t *>(lanes[lane].in[1]);
+        for (int i = 0, g = lane / 4, q = lane % 4 * PER; i < PER; i++) {
+            for (int r = 0; r < 4; r++) a[g + r % 2 * 8][q + i + r / 2 * (K / 2)] = number(ra[r], i);
+            for (int r = 0; r < 2; r++) b[q + i + r * (K / 2)][g] = number(rb[r], i);
+        }
+    }
+    for (int row = 0; row < 16; row++) {
+        d[row] = a[row][0] * b[0];
+        for (int k = 1; k < K; k++) d[row] += a[row][k] * b[k];
+    }
+    for (int lane = 0; lane < 32; lane++)
+        for (int i = 0; i < 4; i++)
+            static_cast<float *>(lanes[lane].out)[i] += d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+}
+
+const Operation LDMATRIX[2][5] = {
+    {{}, {"ldmatrix_x1", complete_ldmatrix<1, false>}, {"ldmatrix_x2", complete_ldmatrix<2, false>}, {},
+     {"ldmatrix_x4", complete_ldmatrix<4, false>}},
+    {{}, {"ldmatrix_x1_trans", complete_ldmatrix<1, true>}, {"ldmatrix_x2_trans", complete_ldmatrix<2, true>}, {},
+     {"ldmatrix_x4_trans", complete_ldmatrix<4, true>}}};
+const Operation MMA_BF16{"mma_bf16", complete_mma<2>}, MMA_TF32{"mma_tf32", complete_mma<1>};
+
+} // namespace
+
+void emu::ldmatrix(uint32_t *r, const void *smem, int tiles, bool trans, int line) {
+    const Operation &operation = LDMATRIX[trans][tiles];
+    if (int(current->number % 32) < tiles * 8) check_shared(operation.name, smem, 16, line);
+    current->in[0] = smem;
+    current->out = r;
+    warp_operation(operation, ALL_LANES, line);
+}
+
+void emu::mma(float *d, const uint32_t *a, const uint32_t *b, bool bf16, int line) {
+    current->in[0] = a;
+    current->in[1] = b;
+    current->out = d;
+    warp_operation(bf16 ? MMA_BF16 : MMA_TF32, ALL_LANES, line);
+}
+
+// Until cp_async_wait brings the data the target is NaN: neither what was there nor what will be there can be used.
+void emu::cp_async(void *smem, const void *gmem, bool valid, int bytes, int line) {
+    size_t size = size_t(bytes);
+    check_shared("cp_async", smem, size, line);
+    if (uintptr_t(gmem) % size) fail("cp_async, line %d: source %p is not aligned to %d bytes", line, gmem, bytes);
+    if (valid && !is_device(gmem, size)) fail("cp_async, line %d: source %p is not device memory", line, gmem);
+    Copy copy{static_cast<unsigned char *>(smem), nullptr, bytes, current->group, {}};
+    if (valid) {
+        copy.from = static_cast<const unsigned char *>(gmem);
+        memcpy(copy.data, gmem, size);
+    }
+    memset(smem, 0xff, size);
+    current->copies.push_back(copy);
+}
+
+void emu::cp_async_commit() { current->group++; }
+
+void emu::cp_async_wait(int keep, int line) {
+    auto &copies = current->copies;
+    size_t landed = 0;
+    for (; landed < copies.size() && copies[landed].group < current->group - keep; landed++) {
+        const Copy &copy = copies[landed];
+        if (std::any_of(copy.to, copy.to + copy.bytes, [](unsigned char c) { return c != 0xff; }))
+            fail("cp_async_wait, line %d: a target was written while its copy was in flight", line);
+        if (copy.from && memcmp(copy.from, copy.data, size_t(copy.bytes)))
+            fail("cp_async_wait, line %d: a source was written while its copy was in flight", line);
+        memcpy(copy.to, copy.data, size_t(copy.bytes));
+    }
+    copies.erase(copies.begin(), copies.begin() + long(landed));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launches
+
+struct EmuGraph {
+    std::vector<std::function<void()>> work;
+};
+struct EmuStream {
+    EmuGraph *capture; // null: runs at once
+};
+struct EmuEvent {
+    double seconds;
+};
+
+namespace {
+
+int captures = 0; // streams that capture
+cudaError_t last_error = cudaSuccess;
+std::map<const void *, size_t> shared_limits; // of kernels, as set by cudaFuncSetAttribute
+
+cudaError_t result(cudaError_t error) {
+    if (error != cudaSuccess) last_error = error;
+    return error;
+}
+
+// What may not happen during a capture.
+cudaError_t synchronous() { return result(captures ? cudaErrorStreamCaptureUnsupported : cudaSuccess); }
+
+// The numbers below n in the order that is asked for.
+std::vector<unsigned> ordered(unsigned n, uint64_t *random) {
+    std::vector<unsigned> list(n);
+    for (unsigned i = 0; i < n; i++) list[i] = emu::order == 1 ? n - 1 - i : i;
+    for (unsigned i = n; emu::order > 1 && i > 1; i--) {
+        *random = *random * 6364136223846793005u + 1442695040888963407u;
+        std::swap(list[i - 1], list[(*random >> 33) % i]);
+    }
+    return list;
+}
+
+} // namespace
+
+void emu::submit(cudaStream_t stream, std::function<void()> work) {
+    if (stream && stream->capture) {
+        stream->capture->work.push_back(std::move(work));
+        return;
+    }
+    if (captures && !stream) fail("work for the default stream while another stream is captured");
+    DeviceAccess access;
+    work();
+}
+
+void emu::check_launch(const Grid &grid, const void *kernel) {
+    dim3 b = grid.blocks, t = grid.threads;
+    auto limit = shared_limits.find(kernel);
+    if (grid.shared > (limit == shared_limits.end() ? DEFAULT_SHARED : limit->second))
+        fail("%s: %zu bytes of dynamic shared memory need cudaFuncSetAttribute", grid.name, grid.shared);
+    if (!t.x || !t.y || !t.z || t.z > 64 || uint64_t(t.x) * t.y * t.z > MAX_THREADS)
+        fail("%s: a block of %u x %u x %u threads", grid.name, t.x, t.y, t.z);
+    if (!b.x || !b.y || !b.z || b.x > 0x7fffffff || b.y > 65535 || b.z > 65535)
+        fail("%s: a grid of %u x %u x %u blocks", grid.name, b.x, b.y, b.z);
+}
+
+void emu::run(const Grid &grid, const std::function<void()> &thread) {
+    if (kernel_name) fail("launches another kernel, %s", grid.name);
+    void *memory = nullptr;
+    if (posix_memalign(&memory, 128, grid.shared)) fail("%s: no memory", grid.name);
+    uint64_t random = order;
+    gridDim = grid.blocks;
+    blockDim = grid.threads;
+    kernel_name = grid.name;
+    kernel_body = &thread;
+    dynamic_shared = static_cast<unsigned char *>(memory);
+    dynamic_bytes = grid.shared;
+    thread_count = blockDim.x * blockDim.y * blockDim.z;
+    unsigned place = 0;
+    for (unsigned warp : ordered((thread_count + 31) / 32, &random)) {
+        for (unsigned lane : ordered(std::min(32u, thread_count - warp * 32), &random)) {
+            Thread &t = threads[warp * 32 + lane];
+            t.number = warp * 32 + lane;
+            t.index = {t.number % blockDim.x, t.number / blockDim.x % blockDim.y, t.number / blockDim.x / blockDim.y};
+            t.place = place;
+            in_place[place++] = &t;
+        }
+        place = (place + 31) / 32 * 32; // the last warp of the block may be short, and stand anywhere in the order
+    }
+    for (unsigned block : ordered(gridDim.x * gridDim.y * gridDim.z, &random)) {
+        blockIdx = {block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y};
+        std::fill(dynamic_shared, dynamic_shared + dynamic_bytes, 0xff);
+        std::fill(__start_emu_shared, __stop_emu_shared, 0xff);
+        for (unsigned i = 0; i < thread_count; i++) {
+            threads[i].waits = nullptr;
+            set_ready(threads[i], true);
+        }
+        run_thread(in_place[0]); // comes back when all have returned
+        current = nullptr;
+    }
+    kernel_name = nullptr;
+    dynamic_bytes = 0;
+    free(memory);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The runtime
+
+cudaError_t cudaPeekAtLastError() { return last_error; }
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+const char *cudaGetErrorString(cudaError_t error) {
+    switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorMemoryAllocation: return "out of memory";
+    case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
+    }
+    return "unknown error";
+}
+
+cudaError_t cudaSetDevice(int device) { return result(device ? cudaErrorInvalidValue : cudaSuccess); }
+cudaError_t cudaGetDeviceCount(int *count) { return *count = 1, cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() { return synchronous(); }
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
+    *properties = {"CPU (cuda_emu)", TOTAL_MEMORY, DEFAULT_SHARED, MAX_SHARED, MAX_SHARED + 1024, 8, 0, 3, 32,
+                   int(MAX_THREADS), 1536, 65536, 1 << 20}; // 3 multiprocessors, so that strides and remainders occur
+    return cudaSetDevice(device);
+}
+cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
+    *total = TOTAL_MEMORY;
+    *available = TOTAL_MEMORY - allocated;
+    return cudaSuccess;
+}
+cudaError_t emu::set_attribute(const void *kernel, cudaFuncAttribute attribute, int value) {
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+    if (value < 0 || size_t(value) > MAX_SHARED) return result(cudaErrorInvalidValue);
+    shared_limits[kernel] = std::max(DEFAULT_SHARED, size_t(value));
+    return cudaSuccess;
+}
+cudaError_t emu::max_blocks(int *n, int block, size_t shared) {
+    *n = std::min(1536 / block, int((MAX_SHARED + 1024) / (shared + 1024)));
+    return cudaSuccess;
+}
+
+// Each allocation is one of malloc's, so that AddressSanitizer sees its ends.
+void *emu::allocate(size_t bytes, bool device, cudaError_t *error) {
+    void *p = nullptr;
+    *error = device ? synchronous() : cudaSuccess;
+    if (*error != cudaSuccess || !bytes) return nullptr;
+    if ((device && bytes > TOTAL_MEMORY - allocated) || posix_memalign(&p, 256, bytes)) {
+        *error = result(cudaErrorMemoryAllocation);
+        return nullptr;
+    }
+    memset(p, 0xff, bytes);
+    if (!device) return p;
+    DeviceAccess access;
+    allocations[static_cast<char *>(p)] = {bytes, {}};
+    allocated += bytes;
+    return p;
+}
+cudaError_t cudaFree(void *p) {
+    auto found = allocations.find(static_cast<char *>(p));
+    if (!p || found == allocations.end()) return result(p ? cudaErrorInvalidValue : synchronous());
+    found->second.redzones.clear();
+    allocated -= found->second.bytes;
+    DeviceAccess access; // opened with it, and closed without
+    allocations.erase(found);
+    free(p);
+    return cudaSuccess;
+}
+cudaError_t cudaFreeHost(void *p) { return free(p), cudaSuccess; }
+
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+    auto check = [bytes](const char *what, const void *p, bool device) {
+        if (device ? !emu::is_device(p, bytes) : emu::is_device(p, 0))
+            fail("cudaMemcpy %s %p, %zu bytes: not %s memory", what, p, bytes, device ? "device" : "host");
+    };
+    if (!bytes) return cudaSuccess;
+    check("to", to, kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice);
+    check("from", from, kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice);
+    emu::submit(stream, [=] { memmove(to, from, bytes); });
+    return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream) {
+    if (!bytes) return cudaSuccess;
+    if (!emu::is_device(p, bytes)) fail("cudaMemset %p, %zu bytes: not device memory", p, bytes);
+    emu::submit(stream, [=] { memset(p, value, bytes); });
+    return cudaSuccess;
+}
+cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
+    return captures ? synchronous() : cudaMemcpyAsync(to, from, bytes, kind, nullptr);
+}
+cudaError_t cudaMemset(void *p, int value, size_t bytes) {
+    return captures ? synchronous() : cudaMemsetAsync(p, value, bytes, nullptr);
+}
+cudaError_t emu::copy_to_symbol(void *symbol, size_t size, const void *from, size_t bytes) {
+    if (captures || bytes > size) return result(cudaErrorInvalidValue);
+    memcpy(symbol, from, bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreate(cudaStream_t *stream) { return *stream = new EmuStream{nullptr}, cudaSuccess; }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) { return cudaStreamCreate(stream); }
+cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return synchronous(); }
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+cudaError_t cudaEventCreate(cudaEvent_t *event) { return *event = new EmuEvent{0}, cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) { return cudaEventCreate(event); }
+cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return synchronous(); }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    emu::submit(stream, [event] {
+        timespec now;
+        timespec_get(&now, TIME_UTC);
+        event->seconds = double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
+    });
+    return cudaSuccess;
+}
+cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) {
+    *milliseconds = float(1e3 * (end->seconds - start->seconds));
+    return cudaSuccess;
+}
+
+// A graph is the list of the work that its stream was given, with the arguments as they were then.
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+    if (!stream || stream->capture) return result(cudaErrorStreamCaptureUnsupported);
+    stream->capture = new EmuGraph;
+    captures++;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
+    if (!stream || !stream->capture) return result(cudaErrorInvalidValue);
+    *graph = std::exchange(stream->capture, nullptr);
+    captures--;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long) {
+    return *exec = new EmuGraph(*graph), cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+    emu::submit(stream, [exec] {
+        for (auto &work : exec->work) work();
+    });
+    return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete exec, cudaSuccess; }
