@@ -33,6 +33,7 @@
 #include <omp.h>
 #endif
 
+#define TARGET "cpu" // what this program's name ends in
 #ifndef REAL
 #define REAL float // tests also build with -DREAL=double, for a numerical check of the gradients
 #endif
@@ -1713,6 +1714,52 @@ static void plan_iterations(int iters[DIFFUSION_STEPS], const Options *o, const 
         if (iters[i] > 1000) die("option --budget: more than 1000 iterations in a timestep; lower it or raise --steps");
 }
 
+typedef struct {
+    int sampler, cfg_channels, reuse;
+    double eta, cfg, tol;
+    const int *iters; // per timestep, in sampling order
+    FILE *trace;      // CSV of residuals, or NULL
+    int64_t passes;   // Transformer-block passes per picture that were spent, counted up
+} SampleSettings;
+
+// Which sampler suits the model; dies on one that does not.
+static int resolve_sampler(int sampler, const Config *c) {
+    int flow = c->prediction == PREDICT_FLOW;
+    if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
+    if ((sampler == SAMPLER_FLOW) != flow)
+        die("option --sampler: this model predicts %s; use --sampler auto",
+            flow ? "flow and needs the flow sampler" : "noise or v: ddpm or ddim");
+    return sampler;
+}
+
+// Multiply-adds count two. What the algorithm needs, by SPEC 1: constants of the iterations once, no recomputation.
+// n: iterations without gradient; m: with; backward adds twice the forward of what has a gradient.
+static double model_flops(const Config *c, int B, int n, int m, int backward) {
+    double D = c->width, T = config_tokens(c), M = B * T, pixels = (double)c->patch * c->patch;
+    double block = M * (24 * D * D + 4 * T * D), projection = M * 8 * D * D, inject = M * 6 * D * D;
+    double ends = M * 2 * D * pixels * (c->channels + config_out_channels(c));
+    double modulation = B * (2.0 * D * (6 * D * config_blocks(c) + 2 * D) + 2 * (256 * D + D * D));
+    double with_gradient = ends + modulation;
+    if (c->fixed_point)
+        with_gradient += (c->pre_depth + c->post_depth + m) * block + m * projection + inject;
+    else
+        with_gradient += c->depth * block;
+    double total = with_gradient + (c->fixed_point ? n * (block + projection) : 0);
+    // the gradients of the pixels and of the first z are not computed
+    if (backward) total += 2 * with_gradient - M * 2 * D * pixels * c->channels - (c->fixed_point ? M * 4 * D * D : 0);
+    return total;
+}
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *values, int count) {
+    qsort(values, (size_t)count, sizeof *values, by_value);
+    return values[count / 2];
+}
+
 // =====================================================================================================================
 // End of the shared block
 // =====================================================================================================================
@@ -1911,8 +1958,29 @@ static void gemm(real *C, size_t ldc, const real *A, size_t ars, size_t acs, con
     gemm_work(&g, 0, 1);
 }
 
-// PLACEHOLDER exp
-static inline real exp_real(real x) { return sizeof x == 4 ? (real)expf((float)x) : (real)exp((double)x); }
+// exp(x) in arithmetic that an `omp simd` loop turns into vector instructions: x = n ln 2 + r, exp(x) = 2^n * polynomial(r)
+// (Cephes coefficients; 1.2 ulp at most over all floats). Below -87.3 it gives 0, above 88 exp(88) = 1.7e38, and NaN stays
+// NaN: a comparison with NaN is false, so neither limit replaces it. Double precision, for the gradient checks, calls libm.
+static inline real exp_real(real x) {
+    if (sizeof(real) == 8) return (real)exp((double)x);
+    float y = x > 88 ? 88 : x < -87.3f ? -87.3f : (float)x;
+    float t =
+        y * 1.44269504f + 12582912.0f; // 1.5 * 2^23: the sum has no room for a fraction, n stands in its last bits
+    float n = t - 12582912.0f, r = y - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1;
+    union {
+        float f;
+        uint32_t i;
+    } scale = {t};
+    scale.i = (scale.i << 23) + 0x3f800000u; // 2^n, by its exponent bits
+    return x < -87.3f ? 0 : p * scale.f;
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Layers: each forward above its backward. B pictures, T tokens, D width, H heads, hd head size. Matrices are row-major.
@@ -2073,35 +2141,35 @@ static void attention_backward(real *dqkv, const real *dout, const real *out, co
     }
 }
 
-// gelu in the tanh form, as x·sigmoid(2·sqrt(2/pi)·(x + 0.044715·x^3)), which is the same function.
+// Element by element; pieces of fixed size, because the last elements of a loop may be rounded otherwise than those that fill
+// a vector, and where a loop ends must not depend on the number of threads.
+enum { PIECE = 1 << 12 };
+#define FOR_EACH_PIECE \
+    _Pragma("omp parallel for schedule(static)") for (size_t piece = 0; piece < count; piece += PIECE)
+#define FOR_EACH_ELEMENT \
+    _Pragma("omp simd") for (size_t i = piece; i < (piece + PIECE < count ? piece + PIECE : count); i++)
+
+// gelu in its tanh form: with u = 2·sqrt(2/pi)·(x + 0.044715·x^3), gelu(x) = x/2·(1 + tanh(u/2)) = x·sigmoid(u)
+#define GELU_SLOPE ((real)1.5957691216057308)
+#define GELU_CUBIC ((real)0.044715)
 static void gelu_forward(real *out, const real *in, size_t count) {
-#pragma omp parallel for simd schedule(static)
-    for (size_t i = 0; i < count; i++) {
-        real x = in[i], u = (real)-1.5957691216057308 * (x + (real)0.044715 * x * x * x);
-        out[i] = x / (1 + exp_real(u));
+    FOR_EACH_PIECE FOR_EACH_ELEMENT {
+        out[i] = in[i] / (1 + exp_real(-GELU_SLOPE * in[i] * (1 + GELU_CUBIC * in[i] * in[i])));
     }
 }
 
 // out = gelu(x) once more, and x is replaced by gelu'(x): the exponential is shared, and x is not needed again.
 static void gelu_derivative(real *out, real *x, size_t count) {
-#pragma omp parallel for simd schedule(static)
-    for (size_t i = 0; i < count; i++) {
-        real xi = x[i], u = (real)-1.5957691216057308 * (xi + (real)0.044715 * xi * xi * xi);
-        real sigmoid = 1 / (1 + exp_real(u)), slope = (real)1.5957691216057308 * (1 + (real)0.134145 * xi * xi);
-        out[i] = xi * sigmoid;
-        x[i] = sigmoid + xi * sigmoid * (1 - sigmoid) * slope;
+    FOR_EACH_PIECE FOR_EACH_ELEMENT {
+        real xi = x[i], xx = xi * xi, s = 1 / (1 + exp_real(-GELU_SLOPE * xi * (1 + GELU_CUBIC * xx)));
+        out[i] = xi * s;
+        x[i] = s + xi * s * (1 - s) * GELU_SLOPE * (1 + 3 * GELU_CUBIC * xx);
     }
 }
 
-static void multiply(real *x, const real *y, size_t count) {
-#pragma omp parallel for simd schedule(static)
-    for (size_t i = 0; i < count; i++) x[i] *= y[i];
-}
+static void multiply(real *x, const real *y, size_t count) { FOR_EACH_PIECE FOR_EACH_ELEMENT x[i] *= y[i]; }
 
-static void add(real *x, const real *y, size_t count) {
-#pragma omp parallel for simd schedule(static)
-    for (size_t i = 0; i < count; i++) x[i] += y[i];
-}
+static void add(real *x, const real *y, size_t count) { FOR_EACH_PIECE FOR_EACH_ELEMENT x[i] += y[i]; }
 
 // silu(x) = x·sigmoid(x), only ever applied to (B,D)
 static void silu_forward(real *out, const real *x, size_t count) {
@@ -2319,9 +2387,16 @@ static size_t activations_point(Model *m, real *memory) {
     return arena.count;
 }
 
+// The arithmetic that --dtype asks for; dies when this program does not have it.
+static int compute_dtype(int dtype) {
+    if (dtype == COMPUTE_BF16) die("option --dtype: the CPU program computes in fp32");
+    return COMPUTE_FP32;
+}
+
 // A model with room for `batch` pictures and, for training, `max_m` gradient iterations. Its weights are zero.
 // Refuses sizes beyond the machine's memory, naming the options that lower it.
-static Model *model_create(const Config *config, int batch, int max_m, int recompute, int training) {
+static Model *model_create(const Config *config, int batch, int max_m, int recompute, int training, int dtype) {
+    (void)dtype;
     Model *m = (Model *)xcalloc(1, sizeof *m, "the model");
     m->config = *config;
     m->batch = batch;
@@ -2645,24 +2720,6 @@ static void model_backward(Model *m) {
     condition_backward(m);
 }
 
-// Multiply-adds count two. What the algorithm needs, by SPEC 1: constants of the iterations once, no recomputation.
-// n: iterations without gradient; m: with; backward adds twice the forward of what has a gradient.
-static double model_flops(const Config *c, int B, int n, int m, int backward) {
-    double D = c->width, T = config_tokens(c), M = B * T, pixels = (double)c->patch * c->patch;
-    double block = M * (24 * D * D + 4 * T * D), projection = M * 8 * D * D, inject = M * 6 * D * D;
-    double ends = M * 2 * D * pixels * (c->channels + config_out_channels(c));
-    double modulation = B * (2.0 * D * (6 * D * config_blocks(c) + 2 * D) + 2 * (256 * D + D * D));
-    double with_gradient = ends + modulation;
-    if (c->fixed_point)
-        with_gradient += (c->pre_depth + c->post_depth + m) * block + m * projection + inject;
-    else
-        with_gradient += c->depth * block;
-    double total = with_gradient + (c->fixed_point ? n * (block + projection) : 0);
-    // the gradients of the pixels and of the first z are not computed
-    if (backward) total += 2 * with_gradient - M * 2 * D * pixels * c->channels - (c->fixed_point ? M * 4 * D * D : 0);
-    return total;
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Diffusion: the training loss (SPEC 2)
 
@@ -2768,14 +2825,6 @@ static void model_loss(Model *model, const Schedule *s, const float *x0, const f
 // ---------------------------------------------------------------------------------------------------------------------
 // Sampling (SPEC 3)
 
-typedef struct {
-    int sampler, cfg_channels, reuse;
-    double eta, cfg, tol;
-    const int *iters; // per timestep, in sampling order
-    FILE *trace;      // CSV of residuals, or NULL
-    int64_t passes;   // Transformer-block passes per picture that were spent, counted up
-} SampleSettings;
-
 // Draws B pictures: x (B,C,S,S) holds x_T on entry and the pictures on return. z (steps,B,C,S,S), the noise of each step, is
 // given by tests; when NULL it is drawn: picture b is number first+b of the seed. The model needs room for 2B with guidance.
 static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int B,
@@ -2833,15 +2882,113 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
     xfree(noise);
 }
 
-// Which sampler suits the model; dies on one that does not.
-static int resolve_sampler(int sampler, const Config *c) {
-    int flow = c->prediction == PREDICT_FLOW;
-    if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
-    if ((sampler == SAMPLER_FLOW) != flow)
-        die("option --sampler: this model predicts %s; use --sampler auto",
-            flow ? "flow and needs the flow sampler" : "noise or v: ddpm or ddim");
-    return sampler;
+// ---------------------------------------------------------------------------------------------------------------------
+// Optimiser: AdamW (arXiv:1711.05101) with decoupled decay, and the moving average (EMA) of the weights, in one pass
+
+// Sum of squares in double: partial sums of fixed pieces, added in order, so that no number of threads changes it.
+static double model_gradient_norm(const Model *m) {
+    const real *grads = m->memory[MODEL_GRADS];
+    int64_t count = m->n_params;
+    int64_t pieces = (count + PIECE - 1) / PIECE;
+    double *partial = (double *)xcalloc((size_t)pieces, sizeof *partial, "the gradient norm"), sum = 0;
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < pieces; p++) {
+        int64_t last = (p + 1) * PIECE < count ? (p + 1) * PIECE : count;
+        for (int64_t i = p * PIECE; i < last; i++) partial[p] += (double)grads[i] * grads[i];
+    }
+    for (int64_t p = 0; p < pieces; p++) sum += partial[p];
+    xfree(partial);
+    return sqrt(sum);
 }
+
+// Update number `step` (from 1); gradients are multiplied by grad_scale first.
+static void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
+                         double grad_scale, double ema_decay) {
+    real b1 = (real)beta1, b2 = (real)beta2, new1 = (real)(1 - beta1), new2 = (real)(1 - beta2), epsilon = (real)eps;
+    real size = (real)(lr / (1 - pow(beta1, (double)step))), correct = (real)(1 / sqrt(1 - pow(beta2, (double)step)));
+    real keep = (real)(1 - lr * decay), scale = (real)grad_scale, toward = (real)(1 - ema_decay);
+    real *weights = model->memory[MODEL_WEIGHTS], *ema = model->memory[MODEL_EMA];
+    size_t count = (size_t)model->n_params;
+    real *first = model->memory[MODEL_ADAM_M], *second = model->memory[MODEL_ADAM_V],
+         *grads = model->memory[MODEL_GRADS];
+    FOR_EACH_PIECE FOR_EACH_ELEMENT {
+        real g = grads[i] * scale, m = b1 * first[i] + new1 * g, v = b2 * second[i] + new2 * g * g;
+        real w = weights[i] * keep - size * m / (sqrt_real(v) * correct + epsilon);
+        first[i] = m;
+        second[i] = v;
+        weights[i] = w;
+        ema[i] += toward * (w - ema[i]);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What the benchmark measures of the machine
+
+// Peak resident memory of the process so far, in MB
+static double peak_memory(void) {
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return usage.ru_maxrss * 1024.0 / 1e6;
+}
+
+// Independent chains x = x*scale + shift in registers; volatile, so that nothing about them is known at compile time.
+static void peak_chains(int reps) {
+    enum { CHAINS = 12 };
+    volatile real scale = 0.5, shift = 1, sink;
+    vec x[CHAINS], a = (vec){0} + scale, b = (vec){0} + shift;
+    for (int i = 0; i < CHAINS; i++) x[i] = a + (real)i;
+    for (int r = 0; r < reps; r++) {
+        UNROLL
+        for (int i = 0; i < CHAINS; i++) x[i] = x[i] * a + b;
+    }
+    for (int i = 1; i < CHAINS; i++) x[0] += x[i];
+    for (int i = 0; i < VL; i++) sink = x[0][i];
+    (void)sink;
+}
+static double peak_once(int reps) {
+    double t0 = now_ms();
+    int nt = 1;
+#ifdef _OPENMP
+    nt = omp_get_max_threads();
+#endif
+#pragma omp parallel
+    peak_chains(reps);
+    return 2e-9 * nt * VL * 12 * reps / (1e-3 * (now_ms() - t0));
+}
+
+// Peak rate of fused multiply-adds, then every matmul of the model in its three forms.
+static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
+    (void)dtype;
+    printf("peak_gflops %.1f GFLOP/s\n", peak_once(10000000));
+    int D = c->width, M = B * config_tokens(c),
+        shapes[][2] = {{3 * D, D}, {D, D}, {4 * D, D}, {D, 4 * D}, {2 * D, D}, {D, 2 * D}};
+    real *in = (real *)xcalloc((size_t)M * 4 * D, sizeof *in, "matmul"),
+         *out = (real *)xcalloc((size_t)M * 4 * D, sizeof *out, "matmul");
+    real *w = (real *)xcalloc((size_t)4 * D * D, sizeof *w, "matmul");
+    double times[100];
+    for (int i = 0; i < 6; i++)
+        for (int form = 0; form < 3; form++) {
+            int N = shapes[i][0], K = shapes[i][1];
+            for (int r = -1; r < rounds && r < 100; r++) {
+                double begin = now_ms();
+                if (form == 0) linear_forward(out, in, w, NULL, M, K, N);
+                if (form == 1) gemm(in, K, out, N, 1, w, K, 1, NULL, 0, M, K, N);
+                if (form == 2) gemm(w, K, out, 1, N, in, K, 1, NULL, 1, N, K, M);
+                if (r >= 0) times[r] = now_ms() - begin;
+            }
+            static const char *const forms[] = {"forward", "dx", "dw"};
+            if (rounds)
+                printf("gemm_gflops_%s_%dx%dx%d %.1f GFLOP/s\n", forms[form], M, N, K,
+                       2e-6 * M * N * K / median(times, rounds));
+        }
+    xfree(in);
+    xfree(out);
+    xfree(w);
+}
+
+// =====================================================================================================================
+// Programs: shared with fpdm.cu from here to the next such line
+// =====================================================================================================================
 
 // Pictures x (n,C,S,S) for the labels y (n), in batches that the model has room for.
 static void sample_pictures(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int n,
@@ -2875,50 +3022,6 @@ static void save_grid(const char *path, const float *x, int n, const Config *c, 
     show_picture(rgb, width, height);
     xfree(rgb);
 }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Optimiser: AdamW (arXiv:1711.05101) with decoupled decay, and the moving average (EMA) of the weights, in one pass
-
-// Sum of squares in double: partial sums of fixed pieces, added in order, so that no number of threads changes it.
-static double model_gradient_norm(const Model *m) {
-    enum { PIECE = 1 << 14 };
-    const real *grads = m->memory[MODEL_GRADS];
-    int64_t count = m->n_params;
-    int64_t pieces = (count + PIECE - 1) / PIECE;
-    double *partial = (double *)xcalloc((size_t)pieces, sizeof *partial, "the gradient norm"), sum = 0;
-#pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < pieces; p++) {
-        int64_t last = (p + 1) * PIECE < count ? (p + 1) * PIECE : count;
-        for (int64_t i = p * PIECE; i < last; i++) partial[p] += (double)grads[i] * grads[i];
-    }
-    for (int64_t p = 0; p < pieces; p++) sum += partial[p];
-    xfree(partial);
-    return sqrt(sum);
-}
-
-// Update number `step` (from 1); gradients are multiplied by grad_scale first.
-static void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
-                         double grad_scale, double ema_decay) {
-    real b1 = (real)beta1, b2 = (real)beta2, new1 = (real)(1 - beta1), new2 = (real)(1 - beta2), epsilon = (real)eps;
-    real size = (real)(lr / (1 - pow(beta1, (double)step))), correct = (real)(1 / sqrt(1 - pow(beta2, (double)step)));
-    real keep = (real)(1 - lr * decay), scale = (real)grad_scale, toward = (real)(1 - ema_decay);
-    real *weights = model->memory[MODEL_WEIGHTS], *ema = model->memory[MODEL_EMA];
-    real *first = model->memory[MODEL_ADAM_M], *second = model->memory[MODEL_ADAM_V],
-         *grads = model->memory[MODEL_GRADS];
-#pragma omp parallel for simd schedule(static)
-    for (int64_t i = 0; i < model->n_params; i++) {
-        real g = grads[i] * scale, m = b1 * first[i] + new1 * g, v = b2 * second[i] + new2 * g * g;
-        real w = weights[i] * keep - size * m / (sqrt_real(v) * correct + epsilon);
-        first[i] = m;
-        second[i] = v;
-        weights[i] = w;
-        ema[i] += toward * (w - ema[i]);
-    }
-}
-
-// =====================================================================================================================
-// Programs: shared with fpdm.cu from here to the next such line
-// =====================================================================================================================
 
 // Metadata of a file of weights: the model's options, then class names and the scale of latents where there are any.
 static int weights_meta(Meta *meta, const Options *o, const Dataset *d, int use) {
@@ -3054,7 +3157,7 @@ static int train_main(int argc, char **argv) {
     } else {
         options_model(o, TRAIN, given);
     }
-    if (o->dtype == COMPUTE_BF16) die("option --dtype: the CPU program computes in fp32");
+    int dtype = compute_dtype(o->dtype);
 
     Dataset data;
     dataset_open(&data, o->data, c->image_size, o->seed);
@@ -3073,7 +3176,7 @@ static int train_main(int argc, char **argv) {
     if (!*o->resume && !access(path, F_OK))
         die("%s: a run is stored here; give another --out, or go on with it: --resume %s", path, o->out);
 
-    Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1);
+    Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, dtype);
     size_t n_params = (size_t)m->n_params;
     float *values = (float *)xcalloc(n_params, sizeof *values, "initial weights");
     if (*o->resume) {
@@ -3179,8 +3282,8 @@ static int train_main(int argc, char **argv) {
         return 130;
     }
     model_free(m);
-    printf("weights: %s/weights.safetensors; draw more with: ./sample_cpu --weights %s/weights.safetensors\n", o->out,
-           o->out);
+    printf("weights: %s/weights.safetensors; draw more with: ./sample_" TARGET " --weights %s/weights.safetensors\n",
+           o->out, o->out);
     return 0;
 }
 
@@ -3194,7 +3297,7 @@ static int sample_main(int argc, char **argv) {
     char given[N_OPTIONS];
     options_default(o, SAMPLE);
     options_parse(o, SAMPLE, argc, argv, about, given);
-    if (o->dtype == COMPUTE_BF16) die("option --dtype: the CPU program computes in fp32");
+    int dtype = compute_dtype(o->dtype);
     SafeTensors f;
     st_open(&f, o->weights);
     options_from_meta(o, &f, WEIGHTS);
@@ -3207,7 +3310,7 @@ static int sample_main(int argc, char **argv) {
     parse_labels(y, n, o->labels, c->classes, names);
     o->sampler = resolve_sampler(o->sampler, c);
     int B = n < o->batch ? n : o->batch;
-    Model *m = model_create(c, guided ? 2 * B : B, 0, 0, 0);
+    Model *m = model_create(c, guided ? 2 * B : B, 0, 0, 0, dtype);
     float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
     tensors_read(&f, m->tensors, m->n_tensors, "", values);
     model_upload(m, MODEL_WEIGHTS, values);
@@ -3243,83 +3346,8 @@ static int sample_main(int argc, char **argv) {
     return 0;
 }
 
-// =====================================================================================================================
-// End of the shared block
-// =====================================================================================================================
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Benchmark: one figure a line, `name value unit`
-
-static int by_value(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double *values, int count) {
-    qsort(values, (size_t)count, sizeof *values, by_value);
-    return values[count / 2];
-}
-
-// Peak resident memory of the process so far, in MB
-static double peak_memory(void) {
-    struct rusage usage;
-    getrusage(RUSAGE_SELF, &usage);
-    return usage.ru_maxrss * 1024.0 / 1e6;
-}
-
-// Independent chains x = x*scale + shift in registers; volatile, so that nothing about them is known at compile time.
-static void peak_chains(int reps) {
-    enum { CHAINS = 12 };
-    volatile real scale = 0.5, shift = 1, sink;
-    vec x[CHAINS], a = (vec){0} + scale, b = (vec){0} + shift;
-    for (int i = 0; i < CHAINS; i++) x[i] = a + (real)i;
-    for (int r = 0; r < reps; r++) {
-        UNROLL
-        for (int i = 0; i < CHAINS; i++) x[i] = x[i] * a + b;
-    }
-    for (int i = 1; i < CHAINS; i++) x[0] += x[i];
-    for (int i = 0; i < VL; i++) sink = x[0][i];
-    (void)sink;
-}
-static double peak_once(int reps) {
-    double t0 = now_ms();
-    int nt = 1;
-#ifdef _OPENMP
-    nt = omp_get_max_threads();
-#endif
-#pragma omp parallel
-    peak_chains(reps);
-    return 2e-9 * nt * VL * 12 * reps / (1e-3 * (now_ms() - t0));
-}
-
-// Peak rate of fused multiply-adds, then every matmul of the model in its three forms.
-static void bench_matmul(const Config *c, int B, int rounds) {
-    printf("peak_gflops %.1f GFLOP/s\n", peak_once(10000000));
-    int D = c->width, M = B * config_tokens(c),
-        shapes[][2] = {{3 * D, D}, {D, D}, {4 * D, D}, {D, 4 * D}, {2 * D, D}, {D, 2 * D}};
-    real *in = (real *)xcalloc((size_t)M * 4 * D, sizeof *in, "matmul"),
-         *out = (real *)xcalloc((size_t)M * 4 * D, sizeof *out, "matmul");
-    real *w = (real *)xcalloc((size_t)4 * D * D, sizeof *w, "matmul");
-    double times[100];
-    for (int i = 0; i < 6; i++)
-        for (int form = 0; form < 3; form++) {
-            int N = shapes[i][0], K = shapes[i][1];
-            for (int r = -1; r < rounds && r < 100; r++) {
-                double begin = now_ms();
-                if (form == 0) linear_forward(out, in, w, NULL, M, K, N);
-                if (form == 1) gemm(in, K, out, N, 1, w, K, 1, NULL, 0, M, K, N);
-                if (form == 2) gemm(w, K, out, 1, N, in, K, 1, NULL, 1, N, K, M);
-                if (r >= 0) times[r] = now_ms() - begin;
-            }
-            static const char *const forms[] = {"forward", "dx", "dw"};
-            if (rounds)
-                printf("gemm_gflops_%s_%dx%dx%d %.1f GFLOP/s\n", forms[form], M, N, K,
-                       2e-6 * M * N * K / median(times, rounds));
-        }
-    xfree(in);
-    xfree(out);
-    xfree(w);
-}
 
 static int bench_main(int argc, char **argv) {
     static const char about[] = "Measures matmuls, a training step and sampling; prints `name value unit` lines.";
@@ -3333,9 +3361,9 @@ static int bench_main(int argc, char **argv) {
     if (c->learn_sigma) c->prediction = PREDICT_EPS;
     int B = o->batch, n = o->bench_n, iterations = o->bench_m;
     double *times = (double *)xcalloc((size_t)o->rounds, sizeof *times, "times");
-    bench_matmul(c, B, o->bench_gemm ? o->rounds : 0);
+    bench_matmul(c, B, o->bench_gemm ? o->rounds : 0, compute_dtype(o->dtype));
 
-    Model *m = model_create(c, B, iterations, o->recompute, 1);
+    Model *m = model_create(c, B, iterations, o->recompute, 1, compute_dtype(o->dtype));
     float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
     rng_normal(values, (size_t)m->n_params, 0, o->seed, 0, STREAM_INIT);
     for (int64_t i = 0; i < m->n_params; i++) values[i] *= 0.02f;
@@ -3379,6 +3407,10 @@ static int bench_main(int argc, char **argv) {
     printf("sample_passes_per_s %.1f passes/s\n", 1e3 / median(times, o->rounds));
     return 0;
 }
+
+// =====================================================================================================================
+// End of the shared block
+// =====================================================================================================================
 
 #ifdef PROGRAM // TRAIN, SAMPLE or BENCH; the tests include this file and have a main of their own
 int main(int argc, char **argv) {

@@ -6,11 +6,15 @@
 #include <cstdarg>
 #include <ctime>
 #include <map>
+#include <new>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include <sys/mman.h>
+#if EMU_FILLS_STATIC_SHARED
+#include <link.h>
+#endif
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -99,6 +103,20 @@ void switch_to(Fiber *to) {
 #endif
 }
 
+// Lets the first switch to the fiber call `entry`.
+void prepare(Fiber *fiber, char *stack, void (*entry)()) {
+#ifdef EMU_UCONTEXT
+    getcontext(&fiber->context);
+    fiber->context.uc_stack.ss_sp = stack;
+    fiber->context.uc_stack.ss_size = fiber->size;
+    makecontext(&fiber->context, entry, 0);
+#else
+    void **frame = reinterpret_cast<void **>(stack + fiber->size) - FRAME; // fresh pages: the rest is zero
+    frame[ENTRY] = reinterpret_cast<void *>(entry);
+    fiber->sp = frame;
+#endif
+}
+
 // An idle fiber, or a new one that starts in `entry`. The memory below each stack is closed: overflow is a fault.
 Fiber *take_fiber(void (*entry)()) {
     if (!idle_fibers.empty()) {
@@ -106,26 +124,18 @@ Fiber *take_fiber(void (*entry)()) {
         idle_fibers.pop_back();
         return fiber;
     }
-    constexpr size_t guard = 65536, size = 262144; // address space, of which little is ever touched
-    void *map = mmap(nullptr, guard + size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    constexpr size_t head = 8192, guard = 65536, total = 327680; // address space: little of it is ever touched
+    static_assert(sizeof(Fiber) <= head, "");
+    void *map = mmap(nullptr, total, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     char *stack = static_cast<char *>(map) + guard;
-    if (map == MAP_FAILED || mprotect(stack, size, PROT_READ | PROT_WRITE) != 0) {
+    if (map == MAP_FAILED || mprotect(stack, total - guard, PROT_READ | PROT_WRITE) != 0) {
         perror("cuda_emu: no memory for the stacks of a block's threads");
         exit(1);
     }
-    Fiber *fiber = new Fiber;
+    Fiber *fiber = new (stack + total - guard - head) Fiber; // above its stack
     fiber->stack = stack;
-    fiber->size = size;
-#ifdef EMU_UCONTEXT
-    getcontext(&fiber->context);
-    fiber->context.uc_stack.ss_sp = stack;
-    fiber->context.uc_stack.ss_size = size;
-    makecontext(&fiber->context, entry, 0);
-#else
-    void **frame = reinterpret_cast<void **>(stack + size) - FRAME; // fresh pages: the rest is zero
-    frame[ENTRY] = reinterpret_cast<void *>(entry);
-    fiber->sp = frame;
-#endif
+    fiber->size = total - guard - head;
+    prepare(fiber, stack, entry);
     return fiber;
 }
 
@@ -151,13 +161,13 @@ struct Thread {
     uint3 index;
     unsigned number, place;   // in the block; in the order of execution, where the threads of a warp stay together
     Fiber *fiber;             // null: not started, or returned
-    const Operation *waits;   // null: can run
+    const Operation *waits;   // for this, unless it is ready
     unsigned mask;            // the lanes that it waits for
     int line;                 // and where in the source
-    const void *in[2];        // the operation's arguments and results
-    void *out;                //
-    uint64_t value;           //
-    unsigned source;          //
+    const void *in[2];        // an ldmatrix's address or mma's a and b
+    void *out;                // and where the result goes
+    uint64_t value;           // what a vote or shuffle gives and gets
+    unsigned source;          // and from which lane
     std::vector<Copy> copies; // in flight, oldest first
     int group;                // what cp_async_commit closes next
 };
@@ -293,10 +303,7 @@ void warp_operation(const Operation &operation, unsigned mask, int line) {
                      other.number % 32, other.waits->name, other.line, other.mask);
         }
         if (operation.complete) operation.complete(lanes, mask);
-        for (unsigned m = mask; m; m &= m - 1) {
-            lanes[__builtin_ctz(m)].waits = nullptr;
-            set_ready(lanes[__builtin_ctz(m)], true);
-        }
+        for (unsigned m = mask; m; m &= m - 1) set_ready(lanes[__builtin_ctz(m)], true);
         here &= ~mask;
     }
     run_thread(next_thread(t));
@@ -317,10 +324,7 @@ void emu::barrier(int line) {
     for (unsigned i = 0; i < thread_count; i++)
         if (threads[i].line != line)
             fail("waits at the __syncthreads of line %d, but others at that of line %d", line, threads[i].line);
-    for (unsigned i = 0; i < thread_count; i++) {
-        threads[i].waits = nullptr;
-        set_ready(threads[i], true);
-    }
+    for (unsigned i = 0; i < thread_count; i++) set_ready(threads[i], true);
     run_thread(in_place[0]);
 }
 
@@ -363,8 +367,11 @@ unsigned emu::ballot(unsigned mask, bool vote, int line) {
 uint64_t emu::shuffle(unsigned mask, uint64_t value, Source source, int x, int width, int line) {
     if (width < 1 || width > 32 || (width & (width - 1))) fail("a shuffle's width is %d, line %d", width, line);
     int lane = int(current->number % 32), first = lane & ~(width - 1), last = lane | (width - 1);
-    int from = source == INDEX ? first | (x & (width - 1)) : source == UP ? lane - x : source == DOWN ? lane + x : lane ^ x;
-    current->source = unsigned(from > last || (source == UP && from < first) ? lane : from);
+    int from = lane ^ x;
+    if (source == INDEX) from = first | (x & (width - 1));
+    if (source == UP) from = lane - x < first ? lane : lane - x;
+    if (source == DOWN) from = lane + x;
+    current->source = unsigned(from > last ? lane : from);
     current->value = value;
     warp_operation(SHUFFLE, mask, line);
     return current->value;
@@ -372,11 +379,6 @@ uint64_t emu::shuffle(unsigned mask, uint64_t value, Source source, int x, int w
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Memory: what belongs to the device, and what a block shares
-
-extern "C" {
-extern char __start_emu_shared[] __attribute__((weak)); // the linker's names for the ends of the section
-extern char __stop_emu_shared[] __attribute__((weak));
-}
 
 namespace {
 
@@ -417,17 +419,30 @@ struct DeviceAccess {
     }
 };
 
+// Where the static __shared__ variables are: all that is thread-local in the program, as long as nothing else is.
+unsigned char *static_shared = nullptr;
+size_t static_bytes = 0;
+
+#if EMU_FILLS_STATIC_SHARED
+int find_static_shared(dl_phdr_info *program, size_t, void *) {
+    bool has_libraries = false;
+    for (int i = 0; i < program->dlpi_phnum; i++) {
+        has_libraries |= program->dlpi_phdr[i].p_type == PT_INTERP;
+        if (program->dlpi_phdr[i].p_type == PT_TLS) static_bytes = program->dlpi_phdr[i].p_memsz;
+    }
+    if (!has_libraries) fail("needs a program linked dynamically: the C library's variables must not be among ours");
+    static_shared = static_cast<unsigned char *>(program->dlpi_tls_data);
+    return 1; // the program comes first: ask for no other
+}
+#endif
+
 void check_shared(const char *what, const void *p, size_t bytes, int line) {
     auto inside = [&](const void *start, size_t size) {
         size_t offset = uintptr_t(p) - uintptr_t(start); // wraps to something large below the start
         return offset <= size && bytes <= size - offset;
     };
-    bool shared = inside(emu::dynamic_shared, dynamic_bytes) ||
-                  inside(__start_emu_shared, size_t(__stop_emu_shared - __start_emu_shared));
-#ifdef __SANITIZE_ADDRESS__
-    shared = true; // static variables are not in the section: they and the rest have red zones instead
-#endif
-    if (!shared) fail("%s, line %d: %p is not this block's shared memory", what, line, p);
+    if (!inside(emu::dynamic_shared, dynamic_bytes) && !inside(static_shared, static_bytes) && EMU_FILLS_STATIC_SHARED)
+        fail("%s, line %d: %p is not this block's shared memory", what, line, p);
     if (uintptr_t(p) % bytes) fail("%s, line %d: %p is not aligned to %zu bytes", what, line, p, bytes);
 }
 
@@ -443,12 +458,14 @@ void emu::redzone(const void *p, size_t bytes) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tensor cores and asynchronous copies. Layouts: PTX ISA, "Matrix fragments for mma.m16n8k16" and "m16n8k8", "ldmatrix".
-// With g = lane / 4 and q = lane % 4, the register of an 8×8 tile of 16-bit numbers holds (g, 2q), low half, and (g, 2q+1).
+// With g = lane / 4 and q = lane % 4, a register for an 8x8 tile of 16-bit numbers holds elements (g, 2q), in its low
+// half, and (g, 2q + 1).
 
 namespace {
 
 // The eight rows of tile i are at the addresses that lanes 8i to 8i + 7 give; .trans hands out the transposed tile.
-template <int TILES, bool TRANS> void complete_ldmatrix(Thread *lanes, unsigned) {
+template <int TILES, bool TRANS>
+void complete_ldmatrix(Thread *lanes, unsigned) {
     uint16_t tile[TILES][8][8];
     for (int i = 0; i < TILES * 8; i++) memcpy(tile[i / 8][i % 8], lanes[i].in[0], 16);
     for (int lane = 0; lane < 32; lane++)
@@ -460,14 +477,14 @@ template <int TILES, bool TRANS> void complete_ldmatrix(Thread *lanes, unsigned)
 
 // A register of A or B holds PER numbers: two bf16 or one tf32. A's registers are its quarters: upper left, lower left,
 // upper right, lower right; B's are its upper and lower half, and there g is the column; D's are in rows g and g + 8.
-template <int PER> void complete_mma(Thread *lanes, unsigned) {
+template <int PER>
+void complete_mma(Thread *lanes, unsigned) {
     typedef float Row __attribute__((vector_size(32)));
     constexpr int K = 8 * PER;
     auto number = [](uint32_t r, int i) {
         return emu::bits<float>(PER == 1 ? r & ~0x1fffu : i ? r & ~0xffffu : r << 16);
     };
-    float a[16][K];
-    Row b[K], d[16];
+    alignas(32) float a[16][K], b[K][8], d[16][8];
     for (int lane = 0; lane < 32; lane++) {
         const uint32_t *ra = static_cast<const uint32_t *>(lanes[lane].in[0]);
         const uint32_t *rb = static_cast<const uint32_t *>(lanes[lane].in[1]);
@@ -477,25 +494,28 @@ template <int PER> void complete_mma(Thread *lanes, unsigned) {
         }
     }
     for (int row = 0; row < 16; row++) {
-        d[row] = a[row][0] * b[0];
-        for (int k = 1; k < K; k++) d[row] += a[row][k] * b[k];
+        Row sum = {};
+        for (int k = 0; k < K; k++) sum += a[row][k] * *reinterpret_cast<const Row *>(b[k]);
+        memcpy(d[row], &sum, sizeof sum);
     }
     for (int lane = 0; lane < 32; lane++)
         for (int i = 0; i < 4; i++)
             static_cast<float *>(lanes[lane].out)[i] += d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
-const Operation LDMATRIX[2][5] = {
-    {{}, {"ldmatrix_x1", complete_ldmatrix<1, false>}, {"ldmatrix_x2", complete_ldmatrix<2, false>}, {},
+const Operation LDMATRIX[2][3] = { // of 1, 2 and 4 tiles
+    {{"ldmatrix_x1", complete_ldmatrix<1, false>},
+     {"ldmatrix_x2", complete_ldmatrix<2, false>},
      {"ldmatrix_x4", complete_ldmatrix<4, false>}},
-    {{}, {"ldmatrix_x1_trans", complete_ldmatrix<1, true>}, {"ldmatrix_x2_trans", complete_ldmatrix<2, true>}, {},
+    {{"ldmatrix_x1_trans", complete_ldmatrix<1, true>},
+     {"ldmatrix_x2_trans", complete_ldmatrix<2, true>},
      {"ldmatrix_x4_trans", complete_ldmatrix<4, true>}}};
 const Operation MMA_BF16{"mma_bf16", complete_mma<2>}, MMA_TF32{"mma_tf32", complete_mma<1>};
 
 } // namespace
 
 void emu::ldmatrix(uint32_t *r, const void *smem, int tiles, bool trans, int line) {
-    const Operation &operation = LDMATRIX[trans][tiles];
+    const Operation &operation = LDMATRIX[trans][tiles / 2];
     if (int(current->number % 32) < tiles * 8) check_shared(operation.name, smem, 16, line);
     current->in[0] = smem;
     current->out = r;
@@ -605,6 +625,9 @@ void emu::run(const Grid &grid, const std::function<void()> &thread) {
     if (kernel_name) fail("launches another kernel, %s", grid.name);
     void *memory = nullptr;
     if (posix_memalign(&memory, 128, grid.shared)) fail("%s: no memory", grid.name);
+#if EMU_FILLS_STATIC_SHARED
+    if (!static_shared) dl_iterate_phdr(find_static_shared, nullptr);
+#endif
     uint64_t random = order;
     gridDim = grid.blocks;
     blockDim = grid.threads;
@@ -627,11 +650,8 @@ void emu::run(const Grid &grid, const std::function<void()> &thread) {
     for (unsigned block : ordered(gridDim.x * gridDim.y * gridDim.z, &random)) {
         blockIdx = {block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y};
         std::fill(dynamic_shared, dynamic_shared + dynamic_bytes, 0xff);
-        std::fill(__start_emu_shared, __stop_emu_shared, 0xff);
-        for (unsigned i = 0; i < thread_count; i++) {
-            threads[i].waits = nullptr;
-            set_ready(threads[i], true);
-        }
+        std::fill(static_shared, static_shared + static_bytes, 0xff);
+        for (unsigned i = 0; i < thread_count; i++) set_ready(threads[i], true);
         run_thread(in_place[0]); // comes back when all have returned
         current = nullptr;
     }
@@ -646,12 +666,10 @@ void emu::run(const Grid &grid, const std::function<void()> &thread) {
 cudaError_t cudaPeekAtLastError() { return last_error; }
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 const char *cudaGetErrorString(cudaError_t error) {
-    switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorInvalidValue: return "invalid argument";
-    case cudaErrorMemoryAllocation: return "out of memory";
-    case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
-    }
+    if (error == cudaSuccess) return "no error";
+    if (error == cudaErrorInvalidValue) return "invalid argument";
+    if (error == cudaErrorMemoryAllocation) return "out of memory";
+    if (error == cudaErrorStreamCaptureUnsupported) return "operation not permitted when stream is capturing";
     return "unknown error";
 }
 
@@ -659,8 +677,19 @@ cudaError_t cudaSetDevice(int device) { return result(device ? cudaErrorInvalidV
 cudaError_t cudaGetDeviceCount(int *count) { return *count = 1, cudaSuccess; }
 cudaError_t cudaDeviceSynchronize() { return synchronous(); }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
-    *properties = {"CPU (cuda_emu)", TOTAL_MEMORY, DEFAULT_SHARED, MAX_SHARED, MAX_SHARED + 1024, 8, 0, 3, 32,
-                   int(MAX_THREADS), 1536, 65536, 1 << 20}; // 3 multiprocessors, so that strides and remainders occur
+    *properties = {};
+    snprintf(properties->name, sizeof properties->name, "CPU (cuda_emu)");
+    properties->totalGlobalMem = TOTAL_MEMORY;
+    properties->sharedMemPerBlock = DEFAULT_SHARED;
+    properties->sharedMemPerBlockOptin = MAX_SHARED;
+    properties->sharedMemPerMultiprocessor = MAX_SHARED + 1024;
+    properties->major = 8;
+    properties->multiProcessorCount = 3; // few and odd, so that strides and remainders occur
+    properties->warpSize = warpSize;
+    properties->maxThreadsPerBlock = MAX_THREADS;
+    properties->maxThreadsPerMultiProcessor = 1536;
+    properties->regsPerBlock = 65536;
+    properties->l2CacheSize = 1 << 20;
     return cudaSetDevice(device);
 }
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {

@@ -1,8 +1,8 @@
 // cuda_emu: runs CUDA source on a CPU, to test it where there is no GPU, and to see what a GPU would forgive.
 //
-//     g++ -x c++ -std=c++17 -O2 -Wall -Wextra -Wshadow -Wno-unknown-pragmas fpdm.cu test/cuda_emu.cpp    (or clang++)
-//     ... -fsanitize=address,undefined       to check every access
-//     EMU_ORDER=0|1|N ./program              blocks, warps and lanes run forward, backward, or shuffled with seed N
+//     g++ -x c++ -std=c++17 -O3 -Wall -Wextra -Wshadow -Wno-unknown-pragmas fpdm.cu test/cuda_emu.cpp    (or clang++)
+//     ... -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined    to check every access
+//     EMU_ORDER=0|1|N ./program      blocks, warps and lanes run forward, backward, or shuffled with seed N
 //
 // It is also the first port of fpdm.cu: a new accelerator has to give a meaning to the same names.
 //   1. the language: __global__ __device__ __shared__ ..., threadIdx, float4, __nv_bfloat16, __expf, integer atomics
@@ -34,10 +34,11 @@
 //     that touches device memory. Tensors that share an allocation need emu::redzone(p, bytes) in gaps between them
 //   - with UndefinedBehaviorSanitizer: misaligned vector loads
 // Made visible: fresh device and shared memory and the target of a copy in flight are NaN (all bits set; static
-// __shared__ only without AddressSanitizer); a race between threads of a kernel makes results differ between orders.
+// __shared__ only without sanitizers); a race between threads of a kernel makes results differ between orders.
 // Not seen: host pointers inside a struct argument; missing waits between streams (every call finishes at once);
 // lack of __threadfence; bank conflicts, and speed. Fast intrinsics are exact here: a GPU's __expf errs by some 1e-6.
-// Not there: waiting on another block or warp through memory, float atomics, cooperative groups, textures, __half.
+// Not there: waiting on another block or warp through memory, float atomics, cooperative groups, textures, __half,
+// `extern __shared__` (use SHARED_DYNAMIC), launches from several host threads, other thread_local variables.
 
 #ifndef CUDA_EMU_H
 #define CUDA_EMU_H
@@ -54,20 +55,25 @@
 // ---------------------------------------------------------------------------------------------------------------------
 // The language
 
-// Static __shared__ variables are collected in a section, so that each block can start with NaN in them. AddressSanitizer
-// leaves such sections alone: with it they are plain statics, with red zones. "Section type conflict" means that one
-// stands in a __device__ function that is inline or a template: give that function a pointer to shared memory instead.
+// Static __shared__ variables are thread-local, which puts them together where they can be found, so that each block
+// can start with NaN in them. AddressSanitizer does not guard that place, and sanitizers keep variables of their own
+// there: with them they are plain statics.
 #if defined(__has_feature) // how clang tells; gcc defines __SANITIZE_ADDRESS__
 #if __has_feature(address_sanitizer) && !defined(__SANITIZE_ADDRESS__)
 #define __SANITIZE_ADDRESS__ 1
 #endif
+#if __has_feature(undefined_behavior_sanitizer)
+#define __SANITIZE_UNDEFINED__ 1
 #endif
-#if defined(__SANITIZE_ADDRESS__) || !defined(__ELF__)
+#endif
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_UNDEFINED__) || !defined(__linux__)
+#define EMU_FILLS_STATIC_SHARED 0
 #define __shared__ static
 #else
-#define __shared__ static __attribute__((section("emu_shared")))
+#define EMU_FILLS_STATIC_SHARED 1
+#define __shared__ static thread_local
 #endif
-#define __global__ static
+#define __global__
 #define __device__
 #define __host__
 #define __constant__
@@ -79,13 +85,13 @@
 #define LAUNCH(kernel, grid, block, smem, stream, ...) \
     emu::launch(#kernel, kernel, grid, block, smem, stream)(__VA_ARGS__)
 
-#define EMU_VECTORS(T, name2, name4) \
-    struct alignas(8) name2 { \
-        T x, y; \
-    }; \
-    struct alignas(16) name4 { \
-        T x, y, z, w; \
-    }; \
+#define EMU_VECTORS(T, name2, name4)                       \
+    struct alignas(8) name2 {                              \
+        T x, y;                                            \
+    };                                                     \
+    struct alignas(16) name4 {                             \
+        T x, y, z, w;                                      \
+    };                                                     \
     inline name2 make_##name2(T x, T y) { return {x, y}; } \
     inline name4 make_##name4(T x, T y, T z, T w) { return {x, y, z, w}; }
 EMU_VECTORS(float, float2, float4)
@@ -103,11 +109,14 @@ extern uint3 threadIdx, blockIdx; // of the thread that runs: set at every switc
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
-#define EMU_MIN_MAX(name, floats, order) \
-    template <typename T, typename U> constexpr std::common_type_t<T, U> name(T a, U b) { \
-        using V = std::common_type_t<T, U>; \
-        if constexpr (std::is_floating_point_v<V>) return floats(V(a), V(b)); \
-        else return V(a) order V(b) ? V(a) : V(b); \
+#define EMU_MIN_MAX(name, floats, order)                \
+    template <typename T, typename U>                   \
+    constexpr std::common_type_t<T, U> name(T a, U b) { \
+        using V = std::common_type_t<T, U>;             \
+        if constexpr (std::is_floating_point_v<V>)      \
+            return floats(V(a), V(b));                  \
+        else                                            \
+            return V(a) order V(b) ? V(a) : V(b);       \
     }
 EMU_MIN_MAX(min, std::fmin, <)
 EMU_MIN_MAX(max, std::fmax, >)
@@ -123,7 +132,8 @@ EMU_MIN_MAX(max, std::fmax, >)
 #define rsqrtf(x) (1.0f / sqrtf(x))
 
 namespace emu {
-template <typename To, typename From> inline To bits(From from) {
+template <typename To, typename From>
+inline To bits(From from) {
     static_assert(sizeof(To) == sizeof(From), "");
     To to;
     memcpy(&to, &from, sizeof to);
@@ -148,9 +158,19 @@ inline int __float_as_int(float a) { return emu::bits<int>(a); }
 inline unsigned __float_as_uint(float a) { return emu::bits<unsigned>(a); }
 inline float __int_as_float(int a) { return emu::bits<float>(a); }
 inline float __uint_as_float(unsigned a) { return emu::bits<float>(a); }
-template <typename T> inline T __ldg(const T *p) { return *p; } // hints for caches: plain loads and stores
-template <typename T> inline T __ldcs(const T *p) { return *p; }
-template <typename T> inline void __stcs(T *p, T value) { *p = value; }
+// Hints for caches: plain loads and stores.
+template <typename T>
+inline T __ldg(const T *p) {
+    return *p;
+}
+template <typename T>
+inline T __ldcs(const T *p) {
+    return *p;
+}
+template <typename T>
+inline void __stcs(T *p, T value) {
+    *p = value;
+}
 
 // bfloat16 only converts here: CUDA's operators would round after each operation, which is never what we want.
 struct __nv_bfloat16 {
@@ -180,7 +200,7 @@ inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 a) { return a.bits; }
 inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short a) { return emu::bits<__nv_bfloat16>(a); }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What threads do together. Each of these knows the line that it was called from: threads that meet must be on the same.
+// What threads do together. Each of these knows the line that it was called from: threads that meet must be on one.
 
 namespace emu {
 
@@ -201,7 +221,8 @@ void cp_async(void *smem, const void *gmem, bool valid, int bytes, int line);
 void cp_async_commit();
 void cp_async_wait(int keep, int line);
 
-template <typename T> inline T shuffle_bits(unsigned mask, T value, Source source, int x, int width, int line) {
+template <typename T>
+inline T shuffle_bits(unsigned mask, T value, Source source, int x, int width, int line) {
     static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "CUDA shuffles 32 or 64 bits");
     uint64_t word = 0;
     memcpy(&word, &value, sizeof value);
@@ -209,7 +230,8 @@ template <typename T> inline T shuffle_bits(unsigned mask, T value, Source sourc
     memcpy(&value, &word, sizeof value);
     return value;
 }
-template <typename T> struct Identity {
+template <typename T>
+struct Identity {
     using type = T; // a parameter of this type takes no part in deduction
 };
 
@@ -224,9 +246,10 @@ inline void __syncwarp(unsigned mask = emu::ALL_LANES, EMU_LINE) { emu::sync_war
 inline unsigned __ballot_sync(unsigned mask, int vote, EMU_LINE) { return emu::ballot(mask, vote, line); }
 inline int __any_sync(unsigned mask, int vote, EMU_LINE) { return emu::ballot(mask, vote, line) != 0; }
 inline int __all_sync(unsigned mask, int vote, EMU_LINE) { return emu::ballot(mask, vote, line) == mask; }
-#define EMU_SHUFFLE(name, source) \
-    template <typename T> inline T name(unsigned mask, T value, int x, int width = 32, EMU_LINE) { \
-        return emu::shuffle_bits(mask, value, source, x, width, line); \
+#define EMU_SHUFFLE(name, source)                                            \
+    template <typename T>                                                    \
+    inline T name(unsigned mask, T value, int x, int width = 32, EMU_LINE) { \
+        return emu::shuffle_bits(mask, value, source, x, width, line);       \
     }
 EMU_SHUFFLE(__shfl_sync, emu::INDEX)
 EMU_SHUFFLE(__shfl_up_sync, emu::UP)
@@ -246,26 +269,33 @@ inline uint32_t to_tf32(float a) { // to nearest, ties away from zero
 }
 inline void cp_async4(void *smem, const void *gmem, bool valid, EMU_LINE) { emu::cp_async(smem, gmem, valid, 4, line); }
 inline void cp_async8(void *smem, const void *gmem, bool valid, EMU_LINE) { emu::cp_async(smem, gmem, valid, 8, line); }
-inline void cp_async16(void *smem, const void *gmem, bool valid, EMU_LINE) { emu::cp_async(smem, gmem, valid, 16, line); }
+inline void cp_async16(void *smem, const void *gmem, bool valid, EMU_LINE) {
+    emu::cp_async(smem, gmem, valid, 16, line);
+}
 inline void cp_async_commit() { emu::cp_async_commit(); }
-template <int N> inline void cp_async_wait(EMU_LINE) { emu::cp_async_wait(N, line); }
+template <int N>
+inline void cp_async_wait(EMU_LINE) {
+    emu::cp_async_wait(N, line);
+}
 
 // On integers alone: sums of floats in the order of arrival do not repeat.
-#define EMU_ATOMIC(name, change) \
-    template <typename T> inline T name(T *p, typename emu::Identity<T>::type v) { \
+#define EMU_ATOMIC(name, change)                                          \
+    template <typename T>                                                 \
+    inline T name(T *p, typename emu::Identity<T>::type v) {              \
         static_assert(std::is_integral_v<T>, "atomics are for integers"); \
-        T old = *p; \
-        *p = T(change); \
-        return old; \
+        T old = *p;                                                       \
+        *p = T(change);                                                   \
+        return old;                                                       \
     }
 EMU_ATOMIC(atomicAdd, old + v)
 EMU_ATOMIC(atomicSub, old - v)
 EMU_ATOMIC(atomicMin, old < v ? old : v)
 EMU_ATOMIC(atomicMax, old > v ? old : v)
 EMU_ATOMIC(atomicOr, old | v)
-EMU_ATOMIC(atomicAnd, old & v)
+EMU_ATOMIC(atomicAnd, (old)&v)
 EMU_ATOMIC(atomicExch, v)
-template <typename T> inline T atomicCAS(T *p, typename emu::Identity<T>::type old, typename emu::Identity<T>::type v) {
+template <typename T>
+inline T atomicCAS(T *p, typename emu::Identity<T>::type old, typename emu::Identity<T>::type v) {
     return atomicExch(p, *p == old ? v : *p);
 }
 
@@ -285,7 +315,11 @@ enum cudaMemcpyKind {
     cudaMemcpyDeviceToDevice = 3
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
+enum cudaStreamCaptureMode {
+    cudaStreamCaptureModeGlobal,
+    cudaStreamCaptureModeThreadLocal,
+    cudaStreamCaptureModeRelaxed
+};
 enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
 
 struct cudaDeviceProp { // what exists of it
@@ -315,7 +349,8 @@ cudaError_t cudaMemGetInfo(size_t *available, size_t *total);
 cudaError_t cudaFree(void *p);
 cudaError_t cudaFreeHost(void *p);
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind);
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = nullptr);
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream = nullptr);
 cudaError_t cudaMemset(void *p, int value, size_t bytes);
 cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream = nullptr);
 
@@ -356,7 +391,8 @@ void check_launch(const Grid &grid, const void *kernel);
 void submit(cudaStream_t stream, std::function<void()> work); // does it, or adds it to what the stream captures
 void run(const Grid &grid, const std::function<void()> &thread);
 
-template <typename... P> struct Launch {
+template <typename... P>
+struct Launch {
     static_assert((std::is_trivially_copyable_v<P> && ...), "a kernel's arguments are copied byte by byte");
     void (*kernel)(P...);
     Grid grid;
@@ -369,14 +405,16 @@ template <typename... P> struct Launch {
             run(g, [&] { std::apply(k, copied); });
         });
     }
-    template <typename T> void check([[maybe_unused]] int i, [[maybe_unused]] T argument) const {
+    template <typename T>
+    void check([[maybe_unused]] int i, [[maybe_unused]] T argument) const {
         if constexpr (std::is_pointer_v<T>)
             if (argument && !is_device(argument, 0)) fail("%s: argument %d is not device memory", grid.name, i);
     }
 };
 
 template <typename... P>
-inline Launch<P...> launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t s) {
+inline Launch<P...> launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
+                           cudaStream_t s) {
     Grid g{name, grid, block, shared};
     check_launch(g, reinterpret_cast<const void *>(kernel));
     return {kernel, g, s};
@@ -384,17 +422,20 @@ inline Launch<P...> launch(const char *name, void (*kernel)(P...), dim3 grid, di
 
 } // namespace emu
 
-template <typename T> inline cudaError_t cudaMalloc(T **p, size_t bytes) {
+template <typename T>
+inline cudaError_t cudaMalloc(T **p, size_t bytes) {
     cudaError_t error;
     *p = static_cast<T *>(emu::allocate(bytes, true, &error));
     return error;
 }
-template <typename T> inline cudaError_t cudaMallocHost(T **p, size_t bytes) {
+template <typename T>
+inline cudaError_t cudaMallocHost(T **p, size_t bytes) {
     cudaError_t error;
     *p = static_cast<T *>(emu::allocate(bytes, false, &error));
     return error;
 }
-template <typename T> inline cudaError_t cudaMemcpyToSymbol(T &symbol, const void *from, size_t bytes) {
+template <typename T>
+inline cudaError_t cudaMemcpyToSymbol(T &symbol, const void *from, size_t bytes) {
     return emu::copy_to_symbol(&symbol, sizeof symbol, from, bytes);
 }
 template <typename... P>

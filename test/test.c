@@ -1,6 +1,6 @@
 // Runs test cases (SPEC 5): safetensors files that hold a model and what must come out of it, computed in float64.
 //
-//   test_cpu [FILE ...]      without a file: all of test/cases
+//   test_cpu [--dtype=bf16] [FILE ...]      without a file: all of test/cases
 //
 // One line for each expected tensor: name, relative L2 error, limit, ok or FAIL; last `N passed, N failed` over the cases.
 // The program under test is included whole: fpdm_cpu.c, or with -DGPU fpdm.cu, whose interface is the same.
@@ -11,15 +11,12 @@
 #include "../fpdm_cpu.c"
 #endif
 #include <dirent.h>
-#ifndef USES_BF16
-#define USES_BF16 0
-#endif
 #ifndef RECOMPUTE
 #define RECOMPUTE 0
 #endif
 
 enum { OUTPUT, LOSS, GRADIENT, ACTIVATION, SAMPLED };
-static int case_failed, compared;
+static int dtype = COMPUTE_FP32, case_failed, compared;
 static double loosest(int what, int bf16) {
     if (bf16) return what == GRADIENT || what == ACTIVATION ? 6e-2 : 3e-2;
     return what == GRADIENT || what == ACTIVATION ? 1e-4 : 1e-5;
@@ -27,7 +24,7 @@ static double loosest(int what, int bf16) {
 
 // Prints and counts one comparison. `scale` is the norm to divide by when it is larger than want's own.
 static void compare(const char *name, const float *got, const float *want, int64_t count, int what, double scale) {
-    double error = 0, norm = 0, limit = loosest(what, USES_BF16);
+    double error = 0, norm = 0, limit = loosest(what, dtype == COMPUTE_BF16);
     for (int64_t i = 0; i < count; i++) {
         error += ((double)got[i] - want[i]) * ((double)got[i] - want[i]);
         norm += (double)want[i] * want[i];
@@ -111,7 +108,7 @@ static void compare_activation(const char *name, const real *data, int64_t count
 }
 
 static Model *case_model(const Options *o, int batch, int max_m, int training) {
-    Model *m = model_create(&o->model, batch, max_m, RECOMPUTE, training);
+    Model *m = model_create(&o->model, batch, max_m, RECOMPUTE, training, dtype);
     float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
     tensors_read(&file, m->tensors, m->n_tensors, "", values);
     model_upload(m, MODEL_WEIGHTS, values);
@@ -237,6 +234,12 @@ int main(int argc, char **argv) {
     int passed = 0, failed = 0, count = 0;
     char **paths = NULL;
     setvbuf(stdout, NULL, _IOLBF, 0);
+    if (argc > 1 && !strncmp(argv[1], "--dtype=", 8)) {
+        int choice = choice_index("auto|fp32|bf16", argv[1] + 8);
+        if (choice < 0) die("option --dtype: '%s' is not fp32 or bf16", argv[1] + 8);
+        dtype = compute_dtype(choice);
+        argv++, argc--;
+    }
     for (int i = 1; i < argc; i++) {
         paths = (char **)grow(paths, (size_t)count, sizeof *paths);
         paths[count++] = argv[i];

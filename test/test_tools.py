@@ -147,6 +147,9 @@ def make_folder():
     exif = Image.Exif()
     exif[274] = 3  # shown upside down: blue is then on the left
     rotated.save("pictures/dog/5.png", exif=exif)
+    Image.new("CMYK", (9, 9), (0, 255, 255, 0)).save("pictures/dog/6.jpg")
+    Image.fromarray(np.full((9, 9), 77 * 257, np.uint16)).save("pictures/dog/7.png")
+    Image.new("P", (9, 9), 0).save("pictures/dog/8.gif", transparency=0)
     Path("pictures/dog/3.png").write_bytes(Path("pictures/dog/2.png").read_bytes()[:40])
     Path("pictures/dog/notes.txt").write_text("not a picture")
 
@@ -157,10 +160,12 @@ def test_folder_classes():
     assert errors.count("\n") == 1 and "skipped pictures/dog/3.png" in errors, errors
     tensors, metadata = load("a.safetensors")
     assert names(metadata) == ['cat "é"', "dog"], metadata
-    equal(tensors["y"], [0, 0, 1, 1, 1, 1])
+    equal(tensors["y"], [0, 0, 1, 1, 1, 1, 1, 1, 1])
     x = tensors["x"].astype(int)
     for got, want in zip(x, [(10, 200, 30), (200, 10, 30), (255, 255, 255), (77, 77, 77), (50, 100, 150)]):
         assert np.abs(got[2:-2, 2:-2] - want).max() <= 3, f"{got[4, 4]}, want {want}"
+    for got, want in zip(x[6:], [(255, 0, 0), (77, 77, 77), (255, 255, 255)]):
+        assert np.abs(got - want).max() <= 3, f"{got[4, 4]}, want {want}"
     assert x[5, 4, 1, 2] > 200 and x[5, 4, -2, 0] > 200, "EXIF orientation"
 
 
@@ -173,7 +178,7 @@ def test_folder_flat_grey():
     run("data.py", "folder", "pictures/dog", *grey, "--out", "a.safetensors")
     tensors, metadata = load("a.safetensors")
     assert "y" not in tensors and "class_names" not in metadata
-    assert tensors["x"].shape == (4, 7, 7, 1)
+    assert tensors["x"].shape == (7, 7, 7, 1)
     assert (tensors["x"][0] == 0).all() and (tensors["x"][1] == 77).all()
 
 
@@ -294,6 +299,7 @@ def test_data_broken_input():
     write_idx("classes2", y[:2])
     Path("short").write_bytes(Path("images").read_bytes()[:-1])
     Path("short.gz").write_bytes(gzip.compress(b"0123456789")[:-4])
+    Path("latin1.txt").write_bytes("café".encode("latin1"))
     os.makedirs("empty")
     os.makedirs("broken/class")
     Path("broken/class/1.png").write_text("hello")
@@ -321,6 +327,7 @@ def test_data_broken_input():
     fails("text.npy", "data.py", "npy", "text.npy", *out)
     fails("objects.npy", "data.py", "npy", "objects.npy", *out)
     fails("empty", "data.py", "npy", "empty", *out)
+    fails("latin1.txt", "data.py", "npy", "x.npy", "--class_names", "latin1.txt", *out)
     fails("odd.npy", "data.py", "npy", "odd.npy", *out)
     fails("wide.npy", "data.py", "npy", "wide.npy", *out)
     fails("--dtype", "data.py", "npy", "x.npy", "--dtype", "F16", *out)

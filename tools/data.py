@@ -99,25 +99,25 @@ class Writer:
         self.file.write(to_dtype(x, self.dtype, where))
         self.n += len(x)
 
-    def __exit__(self, kind, value, trace):
+    def __exit__(self, error, *_):
         try:
-            if kind is None and self.n == 0:
-                die(f"{self.path}: not written, for there was no picture to put into it")
-            if kind is None:
-                head = self.x_start - 8 - 8 * len(self.labels)
-                self.file.seek(0)
-                self.file.write(struct.pack("<Q", head) + self.header(self.n).ljust(head))
-                self.file.write(np.array(self.labels, "<i8"))
-                self.file.flush()
-                os.fsync(self.file.fileno())
-        finally:
-            self.file.close()
-            if kind is None and self.n:
-                os.replace(f"{self.path}.tmp", self.path)
-            else:
-                os.remove(f"{self.path}.tmp")
-        if kind is None:
-            print_counts(self.path, self.dtype, [self.n, *self.shape], self.labels, self.class_names)
+            if error is None:
+                self.finish()
+        finally:  # after finish() there is none, after an error of any kind it goes
+            Path(f"{self.path}.tmp").unlink(missing_ok=True)
+
+    def finish(self):
+        if self.n == 0:
+            die(f"{self.path}: not written, for there was no picture to put into it")
+        head = self.x_start - 8 - 8 * len(self.labels)
+        self.file.seek(0)
+        self.file.write(struct.pack("<Q", head) + self.header(self.n).ljust(head))
+        self.file.write(np.array(self.labels, "<i8"))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(f"{self.path}.tmp", self.path)
+        print_counts(self.path, self.dtype, [self.n, *self.shape], self.labels, self.class_names)
 
 
 def print_counts(path, dtype, shape, labels, class_names):
@@ -135,12 +135,19 @@ def print_counts(path, dtype, shape, labels, class_names):
 def names_option(text):
     """--class_names: a file with one name a line, or the names themselves with commas between."""
     if text and os.path.isfile(text):
-        return Path(text).read_text(encoding="utf-8").splitlines()
+        try:
+            return Path(text).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            die(f"--class_names {text}: {error}; want a text file in UTF-8, one name a line")
     return text.split(",") if text else None
 
 
 def flatten(image, background):
     """The picture as RGB, whatever its mode, transparent parts showing the background colour."""
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clip to 8 instead of scaling
+        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 257).astype(np.uint8))
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image.convert("RGB")
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")
 
