@@ -1,15 +1,4360 @@
-@HEAD@
+// fpdm.cu: fixed-point diffusion models (arXiv:2401.08741) on NVIDIA GPUs, the whole program in one file, with its own
+// kernels for everything: nvcc is all it needs. It does what fpdm_cpu.c does, with the same options, files and draws.
+//
+//   make train_gpu && ./train_gpu       trains on pictures that the program draws itself, writes weights and samples to out/
+//   make sample_gpu && ./sample_gpu     draws pictures from trained weights
+//   make bench_gpu && ./bench_gpu       measures speed and memory;   make test_gpu: tests;   --help: every option
+//   make test_emu && ./test_emu         the same tests without a GPU: g++ and test/cuda_emu.h stand in for it
+//
+// --dtype bf16, the default: what goes into a matmul is bf16, stored activations are too; weights, their gradients, the
+// optimiser, the EMA, the residual stream x, LayerNorm's statistics and every accumulator are fp32. --dtype fp32: all fp32.
+// No atomic adds: every sum has one order, so the same seed gives the same bits on the same kind of GPU.
+//
+// Order: utilities, random numbers, files, options, data, parameters (these are the same bytes in fpdm_cpu.c); then the
+// device, matmul and layers, each forward above its backward; the model with its fixed point; loss, sampler, optimiser;
+// last the programs.
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <assert.h>
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#else
+#include "test/cuda_emu.h" // gives all of this a meaning on a CPU
+#endif
+
+#define TARGET "gpu"     // what this program's name ends in
+typedef float real;      // of parameters; activations that feed matmuls have a type of their own, see Act
+typedef __nv_bfloat16 bf16;
 
 // =====================================================================================================================
-// Shared with fpdm.cu: from here
+// Shared with fpdm.cu: from here to the next such line, both files hold the same bytes.
+// =====================================================================================================================
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Utilities: errors, memory, time, files that appear whole or not at all
+
+// Every mistake of the user ends here: one line on standard error, exit status 1. Control characters are masked because
+// names that come out of files are printed, and because a message must stay one line.
+__attribute__((noreturn, format(printf, 1, 2))) static void die(const char *fmt, ...) {
+    char line[2048];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(line, sizeof line, fmt, args);
+    va_end(args);
+    for (char *c = line; *c; c++) {
+        if ((unsigned char)*c < 32 || *c == 127) *c = '?';
+    }
+    fprintf(stderr, "error: %s\n", line);
+    exit(1);
+}
+
+// Zeroed memory, aligned to 64 bytes (a cache line, the widest vector). calloc gets large blocks from the system as
+// pages that are zero when first touched, so no time goes into clearing them. Released with xfree: calloc's own pointer
+// is kept in the word before.
+static void *xcalloc(size_t count, size_t size, const char *what) {
+    char *block = size == 0 || count <= (SIZE_MAX - 128) / size ? (char *)calloc(1, count * size + 128) : NULL;
+    if (!block)
+        die("no memory for %s: %.0f MB; use a smaller batch or model", what, (double)count * (double)size / 1e6);
+    void **p = (void **)(((uintptr_t)block + 127) & ~(uintptr_t)63);
+    p[-1] = block;
+    return p;
+}
+
+// Releases what xcalloc gave.
+static void xfree(void *p) {
+    if (p) free(((void **)p)[-1]);
+}
+
+// Makes room for element n of an array that grows one by one from NULL; the capacity is the power of two above n.
+static void *grow(void *array, size_t n, size_t size) {
+    if (n & (n - 1)) return array;
+    void *p = n <= SIZE_MAX / 2 / size ? realloc(array, (n ? 2 * n : 1) * size) : NULL;
+    if (!p) die("no memory for a list of %zu entries; close other programs", n);
+    return p;
+}
+
+// Milliseconds since some moment in the past, unaffected by changes of the clock.
+static double now_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return 1e3 * (double)t.tv_sec + 1e-6 * (double)t.tv_nsec;
+}
+
+// A file is written under a temporary name beside its target, synced, then renamed: whoever opens the target finds the
+// old file or the new one, never half of one, and a full disk or a crash costs nothing that existed before.
+// This is the temporary name; the process number keeps two programs with the same target apart.
+static void temp_name(char name[PATH_MAX], const char *path) {
+    int length = snprintf(name, PATH_MAX, "%s.%ld.tmp", path, (long)getpid());
+    if (length >= PATH_MAX) die("%.200s...: this path is too long; use a shorter one", path);
+}
+
+// Ends the program after a failed write; errno says why.
+__attribute__((noreturn)) static void fail_temp(const char *path) {
+    const char *why = strerror(errno);
+    char name[PATH_MAX];
+    temp_name(name, path);
+    remove(name);
+    die("%s: cannot write: %s; check the folder, its permissions and the free space", path, why);
+}
+
+// Starts a file that commit_temp puts in place. A device or a folder is refused: the rename would replace it.
+static FILE *open_temp(const char *path) {
+    char name[PATH_MAX];
+    struct stat info;
+    temp_name(name, path);
+    if (stat(path, &info) == 0 && !S_ISREG(info.st_mode)) die("%s: is not a regular file; use another name", path);
+    FILE *file = fopen(name, "wb");
+    if (!file) fail_temp(path);
+    return file;
+}
+
+// Writes bytes and checks that they were taken; fprintf and the like may be used as well, commit_temp sees their
+// errors.
+static void write_temp(FILE *file, const char *path, const void *data, size_t bytes) {
+    if (bytes && fwrite(data, 1, bytes, file) != bytes) fail_temp(path);
+}
+
+// Closes the file and gives it its name, durably.
+static void commit_temp(FILE *file, const char *path) {
+    char name[PATH_MAX], folder[PATH_MAX];
+    temp_name(name, path);
+    if (ferror(file) || fflush(file) || fsync(fileno(file)) || fclose(file) || rename(name, path)) fail_temp(path);
+    snprintf(folder, sizeof folder, "%s", path);
+    char *slash = strrchr(folder, '/');
+    if (slash) slash[slash == folder] = 0;
+    int fd = open(slash ? folder : ".", O_RDONLY);
+    if (fd < 0) return;
+    fsync(fd); // makes the rename itself durable, where the file system can
+    close(fd);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")
+//
+// There is no generator state: a draw is a function of (seed, index, step, stream). Any number of threads, either
+// program and a resumed run therefore see the same numbers.
+
+enum Streams {
+    STREAM_INIT,    // initial weights
+    STREAM_DATA,    // which samples make a batch; the pictures of `shapes`
+    STREAM_T,       // timesteps
+    STREAM_NOISE,   // noise added in training
+    STREAM_DROP,    // labels dropped for guidance
+    STREAM_NM,      // numbers of iterations without and with gradient
+    STREAM_XT,      // noise that sampling starts from
+    STREAM_Z,       // noise added during sampling
+    STREAM_AUGMENT, // flips
+};
+
+// Ten rounds over the counter; the key advances by the golden ratio and sqrt(3)-1 between rounds.
+static void philox4x32(uint32_t counter[4], uint32_t key0, uint32_t key1) {
+    for (int round = 0; round < 10; round++) {
+        uint64_t a = (uint64_t)counter[0] * 0xD2511F53u, b = (uint64_t)counter[2] * 0xCD9E8D57u;
+        counter[0] = (uint32_t)(b >> 32) ^ counter[1] ^ key0;
+        counter[2] = (uint32_t)(a >> 32) ^ counter[3] ^ key1;
+        counter[1] = (uint32_t)b;
+        counter[3] = (uint32_t)a;
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+    }
+}
+
+// Four random words: draw `index` of training or sampling step `step` for one purpose.
+static void philox(uint32_t out[4], uint64_t seed, uint32_t index, uint32_t step, uint32_t stream) {
+    out[0] = index;
+    out[1] = step;
+    out[2] = stream;
+    out[3] = 0;
+    philox4x32(out, (uint32_t)seed, (uint32_t)(seed >> 32));
+}
+
+// A word as a number in the open interval (0, 1): log(u) is finite.
+static double rng_uniform(uint32_t word) { return (word + 0.5) / 4294967296; }
+
+// A word as an integer 0..n-1.
+static uint32_t rng_below(uint32_t word, uint32_t n) { return (uint32_t)(((uint64_t)word * n) >> 32); }
+
+// out[i] = standard normal number `first + i` of a draw; one Philox call gives four, by Box-Muller in double precision.
+static void rng_normal(float *out, size_t count, size_t first, uint64_t seed, uint32_t step, uint32_t stream) {
+    if (count == 0) return;
+#pragma omp parallel for schedule(static)
+    for (size_t call = first / 4; call <= (first + count - 1) / 4; call++) {
+        uint32_t word[4];
+        philox(word, seed, (uint32_t)call, step, stream);
+        for (size_t pair = 0; pair < 4; pair += 2) {
+            double r = sqrt(-2 * log(rng_uniform(word[pair])));
+            double angle = 6.283185307179586477 * rng_uniform(word[pair + 1]);
+            size_t e = 4 * call + pair;
+            if (e >= first && e < first + count) out[e - first] = (float)(r * cos(angle));
+            if (e + 1 >= first && e + 1 < first + count) out[e + 1 - first] = (float)(r * sin(angle));
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// safetensors: 8-byte little-endian header length, JSON header, raw little-endian tensors
+//
+// {"__metadata__": {"key": "value", ...}, "name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
+// Offsets count from the end of the header; the tensors must cover the rest of the file without holes or overlap.
+// https://github.com/huggingface/safetensors#format. A file may come from anywhere: nothing in it is trusted.
+
+enum Dtype { F64, F32, F16, BF16, I64, I32, I16, I8, U64, U32, U16, U8, BOOL, F8_E4M3, F8_E5M2, C64, N_DTYPES };
+static const char *const dtype_names[N_DTYPES] = {"F64", "F32", "F16", "BF16", "I64",  "I32",     "I16",     "I8",
+                                                  "U64", "U32", "U16", "U8",   "BOOL", "F8_E4M3", "F8_E5M2", "C64"};
+static const size_t dtype_sizes[N_DTYPES] = {8, 4, 2, 2, 8, 4, 2, 1, 8, 4, 2, 1, 1, 1, 1, 8};
+
+enum { MAX_DIMS = 8, MAX_HEADER = 100000000 };
+
+#define ST_DAMAGED "damaged: make or copy it again"
+
+typedef struct {
+    const char *name;
+    int dtype, ndim;
+    int64_t shape[MAX_DIMS];
+    int64_t count;    // elements
+    size_t bytes;     // count * element size
+    const void *data; // row-major; in an opened file it points into the read-only map and may be unaligned
+} Tensor;
+
+typedef struct {
+    const char *key, *value;
+} Meta;
+
+typedef struct {
+    char *path;
+    unsigned char *map;
+    size_t size;
+    Tensor *tensors; // sorted by name
+    int n_tensors;
+    Meta *meta; // sorted by key
+    int n_meta;
+} SafeTensors;
+
+// The float with these bits.
+static float bits_to_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// A bf16 is the upper half of a float.
+static float bf16_to_float(uint16_t h) { return bits_to_float((uint32_t)h << 16); }
+
+// Rounds to nearest, ties to even; a NaN stays a NaN (rounding its bits could carry into an infinity).
+static uint16_t float_to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if (x != x) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// IEEE half precision: 5 bits of exponent (bias 15), 10 of mantissa.
+static float f16_to_float(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3ff;
+    if (exponent == 0) return (sign ? -1.0f : 1.0f) * (float)mantissa / 16777216; // zero and subnormal numbers
+    if (exponent == 31) return bits_to_float(sign | 0x7f800000 | mantissa << 13); // infinity and NaN
+    return bits_to_float(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+
+// The part of JSON that the format uses: objects, lists, strings and whole numbers, read by position without recursion.
+typedef struct {
+    const char *path, *tensor; // named in errors; tensor is NULL outside of a tensor's entry
+    const unsigned char *start, *p, *end;
+} Json;
+
+// Ends the program: what is wrong, in which tensor, and where.
+__attribute__((noreturn)) static void json_fail(const Json *j, const char *why) {
+    const char *name = j->tensor ? j->tensor : "";
+    die("%s: %s%.200s%s%s (byte %td of the JSON text); the file is " ST_DAMAGED, j->path, j->tensor ? "tensor " : "",
+        name, j->tensor ? ": " : "", why, j->p - j->start);
+}
+
+// Skips white space, then takes `c` if it comes next.
+static int json_accept(Json *j, char c) {
+    while (j->p < j->end && (*j->p == ' ' || *j->p == '\n' || *j->p == '\t' || *j->p == '\r')) j->p++;
+    if (j->p == j->end || *j->p != c) return 0;
+    j->p++;
+    return 1;
+}
+
+// Takes `c`, which must come next.
+static void json_expect(Json *j, char c) {
+    char why[] = "expected 'c'";
+    why[10] = c;
+    if (!json_accept(j, c)) json_fail(j, why);
+}
+
+// The four digits of \uXXXX.
+static uint32_t json_hex4(Json *j) {
+    uint32_t value = 0;
+    for (int i = 0; i < 4; i++, j->p++) {
+        if (j->p == j->end || !isxdigit(*j->p)) json_fail(j, "\\u needs four hexadecimal digits");
+        value = 16 * value + (uint32_t)(*j->p <= '9' ? *j->p - '0' : (*j->p | 32) - 'a' + 10);
+    }
+    return value;
+}
+
+// Reads what follows a backslash; returns the end of what it appended to `out` as UTF-8.
+static char *json_escape(Json *j, char *out) {
+    static const char from[] = "\"\\/bfnrtu", to[] = "\"\\/\b\f\n\r\t";
+    const char *which = j->p < j->end && *j->p ? strchr(from, *j->p) : NULL;
+    if (!which) json_fail(j, "unknown escape in a string");
+    j->p++;
+    if (*which != 'u') {
+        *out++ = to[which - from];
+        return out;
+    }
+    uint32_t code = json_hex4(j);
+    if (code >> 10 == 0xD800 >> 10 && j->end - j->p >= 2 && j->p[0] == '\\' && j->p[1] == 'u') {
+        j->p += 2;
+        uint32_t low = json_hex4(j);
+        if (low >> 10 != 0xDC00 >> 10) json_fail(j, "broken surrogate pair in a string");
+        code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
+    }
+    if (code == 0 || code >> 11 == 0xD800 >> 11) json_fail(j, "\\u0000 or half a surrogate pair in a string");
+    int more = (code > 0x7f) + (code > 0x7ff) + (code > 0xffff); // continuation bytes
+    static const unsigned char lead[] = {0, 0xC0, 0xE0, 0xF0};
+    *out++ = (char)(lead[more] | code >> 6 * more);
+    while (more--) *out++ = (char)(0x80 | (code >> 6 * more & 0x3f));
+    return out;
+}
+
+// Bytes of the UTF-8 character at p; 0 if there is none (cut short, overlong, a surrogate, beyond U+10FFFF).
+static int utf8_length(const unsigned char *p, const unsigned char *end) {
+    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
+    int length = *p < 0x80 ? 1 : *p >> 5 == 6 ? 2 : *p >> 4 == 14 ? 3 : *p >> 3 == 30 ? 4 : 0;
+    if (length > end - p) return 0;
+    uint32_t code = length > 1 ? *p & (0x7fu >> length) : *p;
+    for (int i = 1; i < length; i++) {
+        if (p[i] >> 6 != 2) return 0;
+        code = code << 6 | (p[i] & 0x3f);
+    }
+    return code >= least[length] && code <= 0x10FFFF && code >> 11 != 0xD800 >> 11 ? length : 0;
+}
+
+// Returns a new string. Decoding never makes it longer, so the distance to the closing quote is room enough.
+static char *json_string(Json *j) {
+    json_expect(j, '"');
+    const unsigned char *close = j->p;
+    while (close < j->end && *close != '"') close += *close == '\\' ? 2 : 1;
+    if (close >= j->end) json_fail(j, "a string does not end");
+    char *text = (char *)malloc((size_t)(close - j->p) + 1), *out = text;
+    if (!text) die("%s: no memory for its header; close other programs", j->path);
+    while (j->p < close) {
+        int length = utf8_length(j->p, close);
+        if (length == 0 || *j->p < 32) json_fail(j, "a string is not valid UTF-8 text");
+        if (*j->p == '\\') {
+            j->p++;
+            out = json_escape(j, out);
+        } else {
+            while (length--) *out++ = (char)*j->p++;
+        }
+    }
+    *out = 0;
+    j->p++;
+    return text;
+}
+
+// A whole number from 0 to about 2^63.
+static int64_t json_integer(Json *j) {
+    if (json_accept(j, '-')) json_fail(j, "a number is negative");
+    if (j->p == j->end || !isdigit(*j->p)) json_fail(j, "expected a number");
+    if (*j->p == '0' && j->p + 1 < j->end && isdigit(j->p[1])) json_fail(j, "a number starts with 0");
+    int64_t value = 0;
+    for (; j->p < j->end && isdigit(*j->p); j->p++) {
+        if (value > (INT64_MAX - 9) / 10) json_fail(j, "a number is too large");
+        value = 10 * value + (*j->p - '0');
+    }
+    if (j->p < j->end && (*j->p == '.' || (*j->p | 32) == 'e')) json_fail(j, "a number is not whole");
+    return value;
+}
+
+// Reads a list of at most `room` whole numbers; returns how many there are.
+static int json_integers(Json *j, int64_t *values, int room) {
+    int n = 0;
+    json_expect(j, '[');
+    if (json_accept(j, ']')) return 0;
+    do {
+        if (n == room) json_fail(j, "a list is too long");
+        values[n++] = json_integer(j);
+    } while (json_accept(j, ','));
+    json_expect(j, ']');
+    return n;
+}
+
+// Reads one {"dtype", "shape", "data_offsets"} and checks it against itself and against the `room` bytes of data.
+static void json_tensor(Json *j, Tensor *t, const unsigned char *data, size_t room) {
+    int64_t offsets[2] = {0, 0};
+    int seen = 0;
+    json_expect(j, '{');
+    do {
+        char *key = json_string(j), *dtype;
+        int field = !strcmp(key, "dtype") ? 1 : !strcmp(key, "shape") ? 2 : !strcmp(key, "data_offsets") ? 4 : 0;
+        if (field == 0 || (seen & field)) json_fail(j, "a key is unknown or stands there twice");
+        seen |= field;
+        free(key);
+        json_expect(j, ':');
+        if (field == 1) {
+            dtype = json_string(j);
+            while (t->dtype < N_DTYPES && strcmp(dtype, dtype_names[t->dtype])) t->dtype++;
+            if (t->dtype == N_DTYPES)
+                die("%s: tensor %.200s: unknown dtype %.40s; convert it", j->path, t->name, dtype);
+            free(dtype);
+        } else if (field == 2) {
+            t->ndim = json_integers(j, t->shape, MAX_DIMS);
+        } else if (json_integers(j, offsets, 2) != 2) {
+            json_fail(j, "data_offsets must be two numbers");
+        }
+    } while (json_accept(j, ','));
+    json_expect(j, '}');
+    if (seen != 7) json_fail(j, "dtype, shape or data_offsets is missing");
+    t->count = 1;
+    for (int i = 0; i < t->ndim; i++) {
+        if (t->shape[i] && t->count > INT64_MAX / 8 / t->shape[i]) json_fail(j, "its shape is too large");
+        t->count *= t->shape[i];
+    }
+    t->bytes = (size_t)t->count * dtype_sizes[t->dtype];
+    if (offsets[0] > offsets[1]) json_fail(j, "its data ends before it begins");
+    if ((size_t)offsets[1] > room) json_fail(j, "its data lies beyond the end of the file");
+    if (t->bytes != (size_t)(offsets[1] - offsets[0]))
+        json_fail(j, "its shape and dtype do not fit its number of bytes");
+    t->data = data + offsets[0];
+}
+
+// Orders both lists: a Tensor and a Meta begin with their name.
+static int by_name(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
+
+// By place in the file; an empty tensor comes before the one that begins where it stands.
+static int by_place(const void *a, const void *b) {
+    const Tensor *s = (const Tensor *)a, *t = (const Tensor *)b;
+    if (s->data != t->data) return (const char *)s->data < (const char *)t->data ? -1 : 1;
+    return (s->bytes > t->bytes) - (s->bytes < t->bytes);
+}
+
+// A tensor by name, NULL if the file does not have it.
+static const Tensor *st_find(const SafeTensors *f, const char *name) {
+    return (const Tensor *)bsearch(&name, f->tensors, (size_t)f->n_tensors, sizeof *f->tensors, by_name);
+}
+
+// The value of a metadata key, NULL if the file does not have it.
+static const char *st_meta(const SafeTensors *f, const char *key) {
+    const Meta *m = (const Meta *)bsearch(&key, f->meta, (size_t)f->n_meta, sizeof *f->meta, by_name);
+    return m ? m->value : NULL;
+}
+
+// The strings of __metadata__.
+static void json_metadata(Json *j, SafeTensors *f) {
+    json_expect(j, '{');
+    if (json_accept(j, '}')) return;
+    do {
+        f->meta = (Meta *)grow(f->meta, (size_t)f->n_meta, sizeof *f->meta);
+        Meta *m = &f->meta[f->n_meta++];
+        m->key = json_string(j);
+        json_expect(j, ':');
+        m->value = json_string(j);
+    } while (json_accept(j, ','));
+    json_expect(j, '}');
+}
+
+// Sorts tensors or metadata by name for bsearch, which also brings a name that stands there twice to light.
+static void sort_by_name(const SafeTensors *f, void *list, int n, size_t size) {
+    qsort(list, (size_t)n, size, by_name);
+    for (const char *entry = (const char *)list; n > 1; n--, entry += size) {
+        if (by_name(entry, entry + size)) continue;
+        die("%s: the name %.200s stands there twice; the file is " ST_DAMAGED, f->path, *(const char *const *)entry);
+    }
+}
+
+// The tensors must cover the bytes from `data` to the end of the file, each byte once.
+static void check_cover(const SafeTensors *f, const unsigned char *data) {
+    qsort(f->tensors, (size_t)f->n_tensors, sizeof *f->tensors, by_place);
+    for (int i = 0; i < f->n_tensors; i++) {
+        const Tensor *t = &f->tensors[i];
+        const char *why =
+            (const unsigned char *)t->data < data ? "shares bytes with another tensor" : "a gap lies before it";
+        if (t->data != data) die("%s: tensor %.200s: %s; the file is " ST_DAMAGED, f->path, t->name, why);
+        data += t->bytes;
+    }
+    if (data != f->map + f->size) die("%s: bytes follow the last tensor; the file is " ST_DAMAGED, f->path);
+}
+
+// Maps a file and reads its header. Whatever is wrong with it ends the program with the reason.
+static void st_open(SafeTensors *f, const char *path) {
+    memset(f, 0, sizeof *f);
+    struct stat info;
+    int fd = open(path, O_RDONLY);
+    if (fd < 0 || fstat(fd, &info)) die("%s: cannot open: %s; check the path", path, strerror(errno));
+    if (!S_ISREG(info.st_mode)) die("%s: is not a file; give the path of a .safetensors file", path);
+    f->size = (size_t)info.st_size;
+    if (f->size < 8) die("%s: is only %zu bytes long; the file is " ST_DAMAGED, path, f->size);
+    f->map = (unsigned char *)mmap(NULL, f->size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (f->map == MAP_FAILED) die("%s: cannot map: %s; copy it to a local disk", path, strerror(errno));
+    close(fd);
+    f->path = strdup(path);
+    f->tensors = (Tensor *)grow(NULL, 0, sizeof *f->tensors);
+    f->meta = (Meta *)grow(NULL, 0, sizeof *f->meta);
+
+    uint64_t header = 0;
+    for (int i = 7; i >= 0; i--) header = header << 8 | f->map[i];
+    if (header > MAX_HEADER || header > f->size - 8) {
+        die("%s: no header can be %.0f bytes long; this is no safetensors file, or it is " ST_DAMAGED, path,
+            (double)header);
+    }
+    const unsigned char *start = f->map + 8, *data = start + header;
+    Json j = {path, NULL, start, start, data};
+    if (header == 0 || *start != '{') json_fail(&j, "no header");
+    json_expect(&j, '{');
+    int seen_metadata = 0;
+    if (!json_accept(&j, '}')) {
+        do {
+            char *name = json_string(&j);
+            json_expect(&j, ':');
+            if (strcmp(name, "__metadata__") == 0) {
+                if (seen_metadata++) json_fail(&j, "__metadata__ is there twice");
+                json_metadata(&j, f);
+                free(name);
+            } else {
+                f->tensors = (Tensor *)grow(f->tensors, (size_t)f->n_tensors, sizeof *f->tensors);
+                Tensor *t = &f->tensors[f->n_tensors++];
+                memset(t, 0, sizeof *t);
+                t->name = j.tensor = name;
+                json_tensor(&j, t, data, f->size - 8 - header);
+                j.tensor = NULL;
+            }
+        } while (json_accept(&j, ','));
+        json_expect(&j, '}');
+    }
+    json_accept(&j, ' '); // the padding
+    if (j.p != data) json_fail(&j, "text follows the header");
+    check_cover(f, data);
+    sort_by_name(f, f->tensors, f->n_tensors, sizeof *f->tensors);
+    sort_by_name(f, f->meta, f->n_meta, sizeof *f->meta);
+}
+
+// Releases everything; tensors and strings of the file must not be used any more.
+static void st_close(SafeTensors *f) {
+    for (int i = 0; i < f->n_tensors; i++) free((char *)f->tensors[i].name);
+    for (int i = 0; i < f->n_meta; i++) {
+        free((char *)f->meta[i].key);
+        free((char *)f->meta[i].value);
+    }
+    free(f->tensors);
+    free(f->meta);
+    free(f->path);
+    munmap(f->map, f->size);
+    memset(f, 0, sizeof *f);
+}
+
+// out[0..count-1] = the tensor as floats.
+static void st_to_float(const SafeTensors *f, const Tensor *t, float *out) {
+    const unsigned char *data = (const unsigned char *)t->data;
+    if (t->dtype != F32 && t->dtype != F16 && t->dtype != BF16) {
+        die("%s: tensor %.200s: is %s; convert it to F32, F16 or BF16", f->path, t->name, dtype_names[t->dtype]);
+    }
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < t->count; i++) {
+        uint16_t half;
+        if (t->dtype == F32) {
+            memcpy(out + i, data + 4 * i, 4);
+        } else {
+            memcpy(&half, data + 2 * i, 2);
+            out[i] = t->dtype == F16 ? f16_to_float(half) : bf16_to_float(half);
+        }
+    }
+}
+
+// A tensor to be saved; pass 1 for the dimensions beyond ndim.
+static Tensor st_tensor(const char *name, int dtype, const void *data, int ndim, int64_t a, int64_t b, int64_t c,
+                        int64_t d) {
+    int64_t count = a * b * c * d;
+    Tensor t = {name, dtype, ndim, {a, b, c, d}, count, (size_t)count * dtype_sizes[dtype], data};
+    return t;
+}
+
+// Writes text, which must be UTF-8, as a JSON string.
+static void json_write_string(FILE *out, const char *text) {
+    fputc('"', out);
+    for (const char *c = text; *c; c++) {
+        if (*c == '"' || *c == '\\') fputc('\\', out);
+        fprintf(out, (unsigned char)*c < 32 ? "\\u%04x" : "%c", *c);
+    }
+    fputc('"', out);
+}
+
+// Writes a file. Tensors of larger elements come first, so that every one is aligned to its element when mapped.
+static void st_save(const char *path, const Tensor *tensors, int n, const Meta *meta, int n_meta) {
+    char *header = NULL;
+    size_t length = 0, offset = 0;
+    FILE *text = open_memstream(&header, &length), *file = open_temp(path);
+    if (!text) fail_temp(path);
+    fputs("{\"__metadata__\":{", text);
+    for (int i = 0; i < n_meta; i++) {
+        if (i) fputc(',', text);
+        json_write_string(text, meta[i].key);
+        fputc(':', text);
+        json_write_string(text, meta[i].value);
+    }
+    fputc('}', text);
+    for (size_t size = 8; size; size /= 2) {
+        for (int i = 0; i < n; i++) {
+            const Tensor *t = &tensors[i];
+            if (dtype_sizes[t->dtype] != size) continue;
+            fputc(',', text);
+            json_write_string(text, t->name);
+            fprintf(text, ":{\"dtype\":\"%s\",\"shape\":[", dtype_names[t->dtype]);
+            for (int d = 0; d < t->ndim; d++) fprintf(text, "%s%lld", d ? "," : "", (long long)t->shape[d]);
+            fprintf(text, "],\"data_offsets\":[%zu,%zu]}", offset, offset + t->bytes);
+            offset += t->bytes;
+        }
+    }
+    fputc('}', text);
+    while (ftell(text) % 8) fputc(' ', text);
+    if (fclose(text)) fail_temp(path);
+
+    unsigned char prefix[8];
+    for (int i = 0; i < 8; i++) prefix[i] = (unsigned char)((uint64_t)length >> 8 * i);
+    write_temp(file, path, prefix, 8);
+    write_temp(file, path, header, length);
+    for (size_t size = 8; size; size /= 2) {
+        for (int i = 0; i < n; i++) {
+            if (dtype_sizes[tensors[i].dtype] == size) write_temp(file, path, tensors[i].data, tensors[i].bytes);
+        }
+    }
+    commit_temp(file, path);
+    free(header);
+}
+
+// The metadata value `class_names`, a JSON list of strings, as an array; NULL if json is NULL or the list is empty.
+static const char **parse_class_names(const char *json, int *count) {
+    const char **names = NULL;
+    *count = 0;
+    if (!json) return NULL;
+    const unsigned char *start = (const unsigned char *)json;
+    Json j = {"class_names", NULL, start, start, start + strlen(json)};
+    json_expect(&j, '[');
+    if (!json_accept(&j, ']')) {
+        do {
+            names = (const char **)grow(names, (size_t)*count, sizeof *names);
+            names[(*count)++] = json_string(&j);
+        } while (json_accept(&j, ','));
+        json_expect(&j, ']');
+    }
+    json_accept(&j, ' ');
+    if (j.p != j.end) json_fail(&j, "text follows the list");
+    return names;
+}
+
+// The reverse: a new string.
+static char *format_class_names(const char *const *names, int count) {
+    char *json = NULL;
+    size_t length;
+    FILE *out = open_memstream(&json, &length);
+    if (!out) die("no memory for the class names; close other programs");
+    fputc('[', out);
+    for (int i = 0; i < count; i++) {
+        if (i) fputs(", ", out);
+        json_write_string(out, names[i]);
+    }
+    fputc(']', out);
+    fclose(out);
+    return json;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Configuration and options: one table describes every option once. The command line, --help, the metadata of weight
+// files and the settings of a training state are all read and written through it.
+
+enum Prediction { PREDICT_EPS, PREDICT_V, PREDICT_FLOW };
+enum VWeight { V_WEIGHT_1, V_WEIGHT_P2 };
+enum Sampler { SAMPLER_AUTO, SAMPLER_DDPM, SAMPLER_DDIM, SAMPLER_FLOW };
+enum Allocation { ALLOC_CONST, ALLOC_INC, ALLOC_DEC };
+enum Arithmetic { COMPUTE_AUTO, COMPUTE_FP32, COMPUTE_BF16 };
+
+typedef struct {     // what a weight file's metadata says: the model and the diffusion that it was trained for
+    int image_size;  // H = W of the input, pixels (or latent pixels)
+    int channels;    // C
+    int patch;       // p: tokens T = (image_size / p)^2
+    int width;       // D
+    int heads;       // H: head size hd = D / H
+    int mlp_ratio;   // always 4
+    int classes;     // label `classes` is the "no label" token; 0 for unlabelled data
+    int learn_sigma; // 2C output channels: prediction, then variance
+    int fixed_point; // 0: plain DiT
+    int depth;       // DiT: blocks; fixed point: sets the default iterations, depth - pre - post
+    int pre_depth, post_depth;
+    int timestep_in_pre_post;
+    int prediction; // enum Prediction
+    int zero_terminal_snr;
+    int v_weight;        // enum VWeight
+    int diffusion_steps; // always 1000
+} Config;
+
+typedef struct {
+    Config model;
+    // training
+    const char *data, *model_name, *out, *resume;
+    int no_grad_iters[2], grad_iters[2];
+    int batch, micro_batch, steps, warmup, ema_warmup, hflip, recompute, dtype, weights_dtype;
+    int save_every, sample_every, log_every;
+    double lr, weight_decay, grad_clip, ema, label_drop;
+    uint64_t seed;
+    // sampling
+    const char *weights, *labels, *iters, *latents, *trace;
+    int n, sampler, sample_steps, budget, alloc, reuse, cfg_channels, show;
+    double eta, tol, cfg;
+    // benchmark
+    int bench_n, bench_m, rounds, bench_gemm;
+} Options;
+
+enum { OPT_INT, OPT_SEED, OPT_REAL, OPT_TEXT, OPT_FLAG, OPT_RANGE, OPT_CHOICE };
+enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8 }; // where an option is used; WEIGHTS: metadata of weight files
+
+typedef struct {
+    const char *name;
+    int use, type;
+    size_t offset;       // of the value inside Options
+    const char *initial; // default, as text
+    double lo, hi;       // smallest and largest value accepted
+    const char *choices; // OPT_CHOICE: the words, separated by '|'
+    const char *help;
+} Option;
+
+#define AT(field) offsetof(Options, field)
+static const Option option_table[] = {
+    {"data", TRAIN, OPT_TEXT, AT(data), "shapes", 0, 0, NULL,
+     "dataset file (safetensors), or 'shapes': drawn by the program"},
+    {"image_size", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.image_size), "16", 1, 4096, NULL,
+     "height and width of the pictures of 'shapes'"},
+    {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0, NULL,
+     "S, B, L or XL with a patch size: S/2 sets width, heads, depth, patch"},
+    {"width", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.width), "128", 8, 16384, NULL,
+     "D, channels of a token; a multiple of 8"},
+    {"heads", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.heads), "4", 1, 1024, NULL,
+     "attention heads; width / heads is the head size"},
+    {"depth", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.depth), "8", 1, 64, NULL,
+     "DiT: blocks; fixed point: default iterations + pre + post"},
+    {"patch", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.patch), "2", 1, 64, NULL, "side of a patch in pixels"},
+    {"fixed_point", TRAIN | BENCH | WEIGHTS, OPT_FLAG, AT(model.fixed_point), "1", 0, 1, NULL,
+     "1: middle layers are one block, iterated; 0: plain DiT"},
+    {"pre_depth", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.pre_depth), "1", 0, 32, NULL,
+     "blocks before the fixed point"},
+    {"post_depth", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.post_depth), "1", 0, 32, NULL, "blocks after it"},
+    {"timestep_in_pre_post", TRAIN | BENCH | WEIGHTS, OPT_FLAG, AT(model.timestep_in_pre_post), "0", 0, 1, NULL,
+     "1: pre, post and final layers see the timestep too"},
+    {"channels", BENCH | WEIGHTS, OPT_INT, AT(model.channels), "3", 1, 1024, NULL, "channels of a picture"},
+    {"classes", BENCH | WEIGHTS, OPT_INT, AT(model.classes), "10", 0, 1000000, NULL, "number of labels"},
+    {"mlp_ratio", WEIGHTS, OPT_INT, AT(model.mlp_ratio), "4", 4, 4, NULL, ""},
+    {"diffusion_steps", WEIGHTS, OPT_INT, AT(model.diffusion_steps), "1000", 1000, 1000, NULL, ""},
+    {"prediction", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.prediction), "flow", 0, 0, "eps|v|flow",
+     "what the model predicts"},
+    {"learn_sigma", TRAIN | BENCH | WEIGHTS, OPT_FLAG, AT(model.learn_sigma), "0", 0, 1, NULL,
+     "1: predict the variance too (eps and v)"},
+    {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1, NULL,
+     "1: the last timestep is pure noise (needs v)"},
+    {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0, "1|p2", "weight of the v loss"},
+    {"no_grad_iters", TRAIN, OPT_RANGE, AT(no_grad_iters), "0,3", 0, 1000, NULL,
+     "n: iterations without gradient, drawn from this range"},
+    {"grad_iters", TRAIN, OPT_RANGE, AT(grad_iters), "1,4", 1, 1000, NULL, "m: iterations with gradient"},
+    {"batch", TRAIN | BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, NULL, "pictures per step"},
+    {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, NULL,
+     "pictures at a time: gradients accumulate over them; 0: all"},
+    {"steps", TRAIN, OPT_INT, AT(steps), "1500", 1, 2000000000, NULL, "training steps"},
+    {"lr", TRAIN, OPT_REAL, AT(lr), "1e-3", 0, 10, NULL, "learning rate of AdamW"},
+    {"warmup", TRAIN, OPT_INT, AT(warmup), "50", 0, 2000000000, NULL, "steps of linear warm-up"},
+    {"weight_decay", TRAIN, OPT_REAL, AT(weight_decay), "0", 0, 10, NULL, "decay of AdamW"},
+    {"grad_clip", TRAIN, OPT_REAL, AT(grad_clip), "1", 0, 1e9, NULL, "largest norm of the gradient; 0: any"},
+    {"ema", TRAIN, OPT_REAL, AT(ema), "0.995", 0, 1, NULL, "decay of the moving average of the weights"},
+    {"ema_warmup", TRAIN, OPT_FLAG, AT(ema_warmup), "1", 0, 1, NULL, "1: decay = min(ema, (1+step)/(10+step))"},
+    {"label_drop", TRAIN, OPT_REAL, AT(label_drop), "0.1", 0, 1, NULL, "probability that a label becomes 'no label'"},
+    {"hflip", TRAIN, OPT_FLAG, AT(hflip), "0", 0, 1, NULL, "1: mirror half of the pictures"},
+    {"recompute", TRAIN | BENCH, OPT_FLAG, AT(recompute), "0", 0, 1, NULL,
+     "1: keep only each layer's input; less memory, more time"},
+    {"dtype", TRAIN | SAMPLE | BENCH, OPT_CHOICE, AT(dtype), "auto", 0, 0, "auto|fp32|bf16",
+     "arithmetic; auto: fp32 on a CPU, bf16 on a GPU"},
+    {"resume", TRAIN, OPT_TEXT, AT(resume), "", 0, 0, NULL, "folder of a run to go on with"},
+    {"save_every", TRAIN, OPT_INT, AT(save_every), "500", 1, 2000000000, NULL,
+     "steps between saves of weights and state"},
+    {"sample_every", TRAIN, OPT_INT, AT(sample_every), "500", 0, 2000000000, NULL,
+     "steps between sample grids; 0: only at the end"},
+    {"log_every", TRAIN, OPT_INT, AT(log_every), "10", 1, 2000000000, NULL, "steps between progress lines"},
+    {"weights_dtype", TRAIN, OPT_CHOICE, AT(weights_dtype), "f32", 0, 0, "f32|bf16",
+     "type of the tensors in weights.safetensors"},
+    {"weights", SAMPLE, OPT_TEXT, AT(weights), "weights/emoji.safetensors", 0, 0, NULL, "weight file"},
+    {"n", SAMPLE, OPT_INT, AT(n), "40", 1, 1000000, NULL, "number of pictures"},
+    {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0, NULL,
+     "numbers or class names, 3,7,heart; default: each class in turn"},
+    {"sampler", TRAIN | SAMPLE, OPT_CHOICE, AT(sampler), "auto", 0, 0, "auto|ddpm|ddim|flow",
+     "auto: flow for flow models, ddim otherwise"},
+    {"steps", SAMPLE, OPT_INT, AT(sample_steps), "20", 2, 1000, NULL, "timesteps S"},
+    {"sample_steps", TRAIN, OPT_INT, AT(sample_steps), "20", 2, 1000, NULL, "timesteps of the sample grids"},
+    {"eta", SAMPLE, OPT_REAL, AT(eta), "0", 0, 1, NULL, "noise of ddim: 0 none, 1 as much as ddpm"},
+    {"iters", SAMPLE, OPT_TEXT, AT(iters), "", 0, 0, NULL,
+     "iterations per timestep: one number, or a list in sampling order"},
+    {"budget", SAMPLE, OPT_INT, AT(budget), "0", 0, 100000000, NULL,
+     "Transformer-block passes per picture in all; instead of iters"},
+    {"alloc", SAMPLE, OPT_CHOICE, AT(alloc), "const", 0, 0, "const|inc|dec",
+     "share of iterations; inc: more at large t"},
+    {"reuse", TRAIN | SAMPLE, OPT_FLAG, AT(reuse), "1", 0, 1, NULL,
+     "1: start from the solution of the timestep before"},
+    {"tol", SAMPLE, OPT_REAL, AT(tol), "0", 0, 1, NULL, "stop a timestep once the mean residual is below this"},
+    {"cfg", TRAIN | SAMPLE, OPT_REAL, AT(cfg), "2", -100, 100, NULL, "scale of classifier-free guidance; 1: none"},
+    {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024, NULL, "prediction channels that are guided"},
+    {"batch", SAMPLE, OPT_INT, AT(batch), "40", 1, 1 << 20, NULL, "pictures at a time"},
+    {"latents", SAMPLE, OPT_TEXT, AT(latents), "", 0, 0, NULL, "also write the result as a safetensors file"},
+    {"trace", SAMPLE, OPT_TEXT, AT(trace), "", 0, 0, NULL, "write the residual of every iteration as CSV"},
+    {"show", TRAIN | SAMPLE, OPT_FLAG, AT(show), "0", 0, 1, NULL, "1: draw the pictures in the terminal"},
+    {"seed", TRAIN | SAMPLE | BENCH, OPT_SEED, AT(seed), "1", 0, 0, NULL, "every random draw follows from it"},
+    {"out", TRAIN, OPT_TEXT, AT(out), "out", 0, 0, NULL, "folder for weights, state, log and pictures"},
+    {"out", SAMPLE, OPT_TEXT, AT(out), "samples.png", 0, 0, NULL, "PNG file"},
+    {"n", BENCH, OPT_INT, AT(bench_n), "5", 0, 1000, NULL, "iterations without gradient"},
+    {"m", BENCH, OPT_INT, AT(bench_m), "6", 1, 1000, NULL, "iterations with gradient"},
+    {"rounds", BENCH, OPT_INT, AT(rounds), "5", 1, 10000, NULL, "timed runs; the median counts"},
+    {"gemm", BENCH, OPT_FLAG, AT(bench_gemm), "1", 0, 1, NULL, "0: leave out the matmul shapes"},
+};
+enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
+
+// The words of an OPT_CHOICE: index of `word`, or -1.
+static int choice_index(const char *choices, const char *word) {
+    int index = 0;
+    for (const char *p = choices; p; index++) {
+        const char *bar = strchr(p, '|');
+        size_t length = bar ? (size_t)(bar - p) : strlen(p);
+        if (strlen(word) == length && !strncmp(p, word, length)) return index;
+        p = bar ? bar + 1 : NULL;
+    }
+    return -1;
+}
+
+// Sets one option from text; `where` names the source in error messages ("option --" or a file).
+static void option_set(Options *o, const Option *opt, const char *text, const char *where) {
+    char *field = (char *)o + opt->offset, *end = NULL;
+    errno = 0;
+    if (opt->type == OPT_TEXT) {
+        *(const char **)field = text;
+    } else if (opt->type == OPT_CHOICE) {
+        int index = choice_index(opt->choices, text);
+        if (index < 0) die("%s%s: '%s' is not one of %s", where, opt->name, text, opt->choices);
+        *(int *)field = index;
+    } else if (opt->type == OPT_SEED) {
+        uint64_t value = strtoull(text, &end, 10);
+        if (end == text || *end || errno || *text == '-')
+            die("%s%s: '%s' is not a whole number from 0", where, opt->name, text);
+        *(uint64_t *)field = value;
+    } else if (opt->type == OPT_RANGE) {
+        long lo = strtol(text, &end, 10), hi = lo;
+        const char *second = end + 1;
+        if (end != text && *end == ',') hi = strtol(second, &end, 10);
+        if (end == text || end == second || *end || errno || lo > hi || lo < opt->lo || hi > opt->hi)
+            die("%s%s: '%s' is not a range like %s (from %g to %g)", where, opt->name, text, opt->initial, opt->lo,
+                opt->hi);
+        ((int *)field)[0] = (int)lo;
+        ((int *)field)[1] = (int)hi;
+    } else {
+        double value = strtod(text, &end);
+        if (end == text || *end || !(value >= opt->lo && value <= opt->hi) ||
+            (opt->type != OPT_REAL && value != floor(value)))
+            die("%s%s: '%s' is not a %s from %g to %g", where, opt->name, text,
+                opt->type == OPT_REAL ? "number" : "whole number", opt->lo, opt->hi);
+        if (opt->type == OPT_REAL)
+            *(double *)field = value;
+        else
+            *(int *)field = (int)value;
+    }
+}
+
+// The value of an option as text, such that option_set gives the same value back.
+static void option_text(char *text, size_t size, const Options *o, const Option *opt) {
+    const char *field = (const char *)o + opt->offset;
+    if (opt->type == OPT_TEXT)
+        snprintf(text, size, "%s", *(const char *const *)field);
+    else if (opt->type == OPT_SEED)
+        snprintf(text, size, "%llu", (unsigned long long)*(const uint64_t *)field);
+    else if (opt->type == OPT_REAL)
+        snprintf(text, size, "%.17g", *(const double *)field);
+    else if (opt->type == OPT_RANGE)
+        snprintf(text, size, "%d,%d", ((const int *)field)[0], ((const int *)field)[1]);
+    else if (opt->type == OPT_CHOICE) {
+        const char *p = opt->choices;
+        for (int i = *(const int *)field; i > 0; i--) p = strchr(p, '|') + 1;
+        snprintf(text, size, "%.*s", (int)strcspn(p, "|"), p);
+    } else
+        snprintf(text, size, "%d", *(const int *)field);
+}
+
+static void options_default(Options *o, int use) {
+    memset(o, 0, sizeof *o);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *opt = &option_table[i];
+        if (opt->use & (use | WEIGHTS))
+            option_set(o, opt, opt->initial, "default of ");
+        else if (opt->type == OPT_TEXT && !*(const char **)((char *)o + opt->offset))
+            option_set(o, opt, "", "");
+    }
+}
+
+static void print_help(const char *program, int use, const char *about) {
+    printf("%s\n\nUsage: %s [--name value | --name=value] ...\n\n", about, program);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *opt = &option_table[i];
+        if (!(opt->use & use)) continue;
+        printf("  --%-21s %s%s%s%s [%s]\n", opt->name, opt->help, opt->choices ? " (" : "",
+               opt->choices ? opt->choices : "", opt->choices ? ")" : "", *opt->initial ? opt->initial : "none");
+    }
+}
+
+// Levenshtein distance, to name the option that was probably meant.
+static int edit_distance(const char *a, const char *b) {
+    int row[64], la = (int)strlen(a), lb = (int)strlen(b);
+    if (la > 63 || lb > 63) return 1000;
+    for (int j = 0; j <= lb; j++) row[j] = j;
+    for (int i = 1; i <= la; i++) {
+        int diagonal = row[0];
+        row[0] = i;
+        for (int j = 1; j <= lb; j++) {
+            int change = diagonal + (a[i - 1] != b[j - 1]);
+            diagonal = row[j];
+            int best = row[j] < row[j - 1] ? row[j] + 1 : row[j - 1] + 1;
+            row[j] = change < best ? change : best;
+        }
+    }
+    return row[lb];
+}
+
+// Applies the command line to `o`; given[i] becomes 1 for each option of option_table that it names.
+static void options_parse(Options *o, int use, int argc, char **argv, const char *about, char given[N_OPTIONS]) {
+    memset(given, 0, N_OPTIONS);
+    for (int a = 1; a < argc; a++) {
+        if (!strcmp(argv[a], "--help") || !strcmp(argv[a], "-h")) {
+            print_help(argv[0], use, about);
+            exit(0);
+        }
+        if (strncmp(argv[a], "--", 2))
+            die("'%s' is not an option: options are --name value; --help lists them", argv[a]);
+        char name[64];
+        const char *value = strchr(argv[a], '=');
+        size_t length = value ? (size_t)(value - argv[a] - 2) : strlen(argv[a] + 2);
+        snprintf(name, sizeof name, "%.*s", (int)(length < 63 ? length : 63), argv[a] + 2);
+        int found = -1, nearest = -1, distance = 1000;
+        for (int i = 0; i < N_OPTIONS; i++) {
+            if (!(option_table[i].use & use)) continue;
+            int d = edit_distance(name, option_table[i].name);
+            if (d < distance) distance = d, nearest = i;
+            if (!d) found = i;
+        }
+        if (found < 0)
+            die("unknown option --%s; did you mean --%s? (--help lists them)", name, option_table[nearest].name);
+        const Option *opt = &option_table[found];
+        if (value)
+            value++;
+        else if (a + 1 < argc && strncmp(argv[a + 1], "--", 2))
+            value = argv[++a];
+        else if (opt->type == OPT_FLAG)
+            value = "1";
+        else
+            die("option --%s needs a value", name);
+        option_set(o, opt, value, "option --");
+        given[found] = 1;
+    }
+}
+
+static const Option *option_find(const char *name, int use) {
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (option_table[i].use & use && !strcmp(option_table[i].name, name)) return &option_table[i];
+    return NULL;
+}
+
+static int option_given(const char *name, int use, const char given[N_OPTIONS]) {
+    return given[option_find(name, use) - option_table];
+}
+
+// --model XL/2 sets width, heads, depth and patch, except those that the command line gives itself.
+static void options_model(Options *o, int use, const char given[N_OPTIONS]) {
+    static const struct {
+        const char *name;
+        int depth, width, heads;
+    } sizes[] = {{"S", 12, 384, 6}, {"B", 12, 768, 12}, {"L", 24, 1024, 16}, {"XL", 28, 1152, 16}};
+    if (!*o->model_name) return;
+    const char *slash = strchr(o->model_name, '/');
+    int patch = slash ? atoi(slash + 1) : 0;
+    for (int i = 0; i < 4; i++) {
+        size_t length = strlen(sizes[i].name);
+        if (patch < 1 || (size_t)(slash - o->model_name) != length || strncmp(o->model_name, sizes[i].name, length))
+            continue;
+        if (!option_given("width", use, given)) o->model.width = sizes[i].width;
+        if (!option_given("heads", use, given)) o->model.heads = sizes[i].heads;
+        if (!option_given("depth", use, given)) o->model.depth = sizes[i].depth;
+        if (!option_given("patch", use, given)) o->model.patch = patch;
+        return;
+    }
+    die("option --model: '%s' is not S, B, L or XL with a patch size, such as S/2", o->model_name);
+}
+
+// Dies with one line when the sizes do not fit together; `where` is what the user should change.
+static void config_check(const Config *c, const char *where) {
+    if (c->image_size % c->patch)
+        die("%s: image_size %d is not a multiple of patch %d", where, c->image_size, c->patch);
+    if (c->width % c->heads) die("%s: width %d is not a multiple of heads %d", where, c->width, c->heads);
+    if (c->width % 4) die("%s: width %d is not a multiple of 4", where, c->width);
+    if (c->learn_sigma && c->prediction == PREDICT_FLOW)
+        die("%s: learn_sigma 1 needs prediction eps or v, not flow", where);
+    double tokens = (double)c->image_size / c->patch * c->image_size / c->patch;
+    if (tokens > 65536) die("%s: %g tokens per picture; at most 65536: use a larger patch", where, tokens);
+}
+
+static int config_tokens(const Config *c) { return (c->image_size / c->patch) * (c->image_size / c->patch); }
+static int config_out_channels(const Config *c) { return c->learn_sigma ? 2 * c->channels : c->channels; }
+static int config_blocks(const Config *c) { return c->fixed_point ? c->pre_depth + 1 + c->post_depth : c->depth; }
+static int config_iterations(const Config *c) { // default iterations per timestep
+    int k = c->depth - c->pre_depth - c->post_depth;
+    return k < 1 ? 1 : k;
+}
+
+// Metadata: every option with one of the bits in `use`, as text, and then what the caller adds.
+static int options_to_meta(Meta *meta, const Options *o, int use) {
+    int count = 0;
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *opt = &option_table[i];
+        char text[4096];
+        if (!(opt->use & use) || !strcmp(opt->name, "resume")) continue;
+        option_text(text, sizeof text, o, opt);
+        meta[count].key = strdup(opt->name);
+        meta[count++].value = strdup(text);
+    }
+    return count;
+}
+
+static void options_from_meta(Options *o, const SafeTensors *f, int use) {
+    char where[1200];
+    snprintf(where, sizeof where, "%s: metadata ", f->path);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const Option *opt = &option_table[i];
+        if (!(opt->use & use) || !strcmp(opt->name, "resume")) continue;
+        const char *text = st_meta(f, opt->name);
+        if (!text) die("%s'%s' is missing: is this a file of weights of this project?", where, opt->name);
+        option_set(o, opt, opt->type == OPT_TEXT ? strdup(text) : text, where);
+    }
+    snprintf(where, sizeof where, "%s: metadata", f->path);
+    config_check(&o->model, where);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Noise schedule (SPEC 2 and 3): beta linear from 1e-4 to 0.02 over 1000 timesteps, or `steps` of those timesteps with
+// betas recomputed from alpha_bar. Tables in double; index i runs over the chosen timesteps.
+
+enum { DIFFUSION_STEPS = 1000 };
+typedef struct {
+    int n;
+    int t[DIFFUSION_STEPS];                                             // the model's timestep at position i
+    double alpha_bar[DIFFUSION_STEPS], alpha_bar_prev[DIFFUSION_STEPS]; // product of 1 - beta; prev is 1 at i = 0
+    double log_beta[DIFFUSION_STEPS], log_var[DIFFUSION_STEPS]; // the variances between which the model interpolates
+    double c1[DIFFUSION_STEPS], c2[DIFFUSION_STEPS];            // posterior mean = c1·x0 + c2·x_t
+} Schedule;
+
+static void schedule_make(Schedule *s, const Config *c, int steps) {
+    double alpha_bar[DIFFUSION_STEPS], product = 1;
+    for (int t = 0; t < DIFFUSION_STEPS; t++)
+        alpha_bar[t] = product *= 1 - (1e-4 + (0.02 - 1e-4) * t / (DIFFUSION_STEPS - 1));
+    if (c->zero_terminal_snr) {
+        double first = sqrt(alpha_bar[0]), last = sqrt(alpha_bar[DIFFUSION_STEPS - 1]);
+        for (int t = 0; t < DIFFUSION_STEPS; t++) {
+            double root = (sqrt(alpha_bar[t]) - last) * first / (first - last);
+            alpha_bar[t] = root * root;
+        }
+    }
+    s->n = steps;
+    for (int i = 0; i < steps; i++) {
+        s->t[i] = steps == DIFFUSION_STEPS ? i : (int)nearbyint((double)i * (DIFFUSION_STEPS - 1) / (steps - 1));
+        double ab = alpha_bar[s->t[i]], prev = i ? s->alpha_bar[i - 1] : 1, beta = 1 - ab / prev;
+        s->alpha_bar[i] = ab;
+        s->alpha_bar_prev[i] = prev;
+        s->log_beta[i] = log(beta);
+        s->log_var[i] = log(beta * (1 - prev) / (1 - ab));
+        s->c1[i] = beta * sqrt(prev) / (1 - ab);
+        s->c2[i] = (1 - prev) * sqrt(1 - beta) / (1 - ab);
+    }
+    s->log_var[0] = s->log_var[1]; // at i = 0 it would be log 0
+}
+
+// Iterations of each timestep in sampling order (large t first), iters[0..S-1]; returns their sum. A real-valued share of
+// 1 + (total - S)·ratio/sum(ratio) is rounded through its running sum: each is then at least 1 and the sum is `total`.
+static int allocate_iterations(int *iters, int S, int total, int alloc) {
+    double sum = 0, running = 0;
+    int spent = 0;
+    for (int pass = 0; pass < 2; pass++)
+        for (int s = 0; s < S; s++) {
+            double position = S > 1 ? (double)s / (S - 1) : 0.5; // 0 at the largest t
+            double ratio = alloc == ALLOC_INC ? 1.5 - position : alloc == ALLOC_DEC ? 0.5 + position : 1;
+            if (!pass) {
+                sum += ratio;
+                continue;
+            }
+            running += 1 + (total - S) * ratio / sum;
+            iters[s] = (int)floor(running + 1e-6) - spent;
+            spent += iters[s];
+        }
+    return spent;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Pictures: PNG files, the terminal, and shapes drawn by the program itself
+
+// A pixel of a model's picture, -1..1, as a byte; NaN gives 0.
+static uint8_t to_byte(float x) {
+    float v = 127.5f * x + 128;
+    return (uint8_t)(v > 0 ? v < 255 ? v : 255 : 0);
+}
+
+// Bits of a deflate stream (RFC 1951), the lowest first.
+typedef struct {
+    uint8_t *out;
+    size_t bytes;
+    uint64_t bits;
+    int n_bits;
+} BitWriter;
+
+// Appends the lowest n (up to 32) bits.
+static void put_bits(BitWriter *w, uint32_t bits, int n) {
+    w->bits |= (uint64_t)bits << w->n_bits;
+    for (w->n_bits += n; w->n_bits >= 8; w->n_bits -= 8, w->bits >>= 8) w->out[w->bytes++] = (uint8_t)w->bits;
+}
+
+// A Huffman code goes out highest bit first.
+static void put_code(BitWriter *w, uint32_t code, int n) {
+    while (n--) put_bits(w, code >> n & 1, 1);
+}
+
+// A literal byte or the symbol of a length, in deflate's fixed code.
+static void put_symbol(BitWriter *w, uint32_t symbol) {
+    if (symbol < 144) put_code(w, 0x30 + symbol, 8);
+    if (symbol >= 144 && symbol < 256) put_code(w, 0x190 + symbol - 144, 9);
+    if (symbol >= 256 && symbol < 280) put_code(w, symbol - 256, 7);
+    if (symbol >= 280) put_code(w, 0xC0 + symbol - 280, 8);
+}
+
+// The position of the highest set bit of x > 0.
+static int log2_floor(uint32_t x) {
+    int n = 0;
+    while (x >>= 1) n++;
+    return n;
+}
+
+// Copy `length` (4..257) bytes from `distance` (3..32768) back. Either is a symbol for a range and extra bits within.
+static void put_match(BitWriter *w, uint32_t length, uint32_t distance) {
+    uint32_t l = length - 3, d = distance - 1;
+    int nl = l < 8 ? 0 : log2_floor(l) - 2, nd = log2_floor(d) - 1;
+    put_symbol(w, 257 + 4 * (uint32_t)nl + (l >> nl));
+    put_bits(w, l & ((1u << nl) - 1), nl);
+    put_code(w, 2 * (uint32_t)nd + (d >> nd), 5);
+    put_bits(w, d & ((1u << nd) - 1), nd);
+}
+
+// Compresses to zlib format (RFC 1950). A picture repeats the pixel before (distance 3) or the row above (`row`), above
+// all one that was enlarged. Looking only there needs no search and makes samples enlarged 4 times 10 times smaller.
+static size_t deflate_rows(uint8_t *out, const uint8_t *raw, size_t size, size_t row) {
+    BitWriter w = {out, 0, 0, 0};
+    uint32_t a = 1, b = 0; // Adler-32
+    put_bits(&w, 0x0178, 16);
+    put_bits(&w, 3, 3); // the last block, fixed Huffman code
+    for (size_t i = 0; i < size;) {
+        size_t best = 0, distance = 0, candidates[2] = {3, row};
+        for (int c = 0; c < 2; c++) {
+            size_t n = 0, back = candidates[c];
+            while (back <= i && back <= 32768 && n < 257 && i + n < size && raw[i + n] == raw[i + n - back]) n++;
+            if (n > best) {
+                best = n;
+                distance = back;
+            }
+        }
+        if (best < 4) {
+            best = 1;
+            put_symbol(&w, raw[i]);
+        } else {
+            put_match(&w, (uint32_t)best, (uint32_t)distance);
+        }
+        for (size_t end = i + best; i < end; i++) {
+            a = (a + raw[i]) % 65521;
+            b = (b + a) % 65521;
+        }
+    }
+    put_symbol(&w, 256);
+    put_bits(&w, 0, 7); // up to a whole byte
+    for (int shift = 24; shift >= 0; shift -= 8) out[w.bytes++] = (uint8_t)((b << 16 | a) >> shift);
+    return w.bytes;
+}
+
+// A chunk: length, type, data, CRC-32 of type and data.
+static void png_chunk(FILE *file, const char *path, const char *type, const uint8_t *data, size_t size) {
+    uint8_t head[8], tail[4];
+    uint32_t crc = ~0u;
+    for (int i = 0; i < 4; i++) head[i] = (uint8_t)(size >> (24 - 8 * i)), head[4 + i] = (uint8_t)type[i];
+    for (size_t i = 0; i < 4 + size; i++) {
+        crc ^= i < 4 ? head[4 + i] : data[i - 4];
+        for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
+    }
+    for (int i = 0; i < 4; i++) tail[i] = (uint8_t)(~crc >> (24 - 8 * i));
+    write_temp(file, path, head, 8);
+    write_temp(file, path, data, size);
+    write_temp(file, path, tail, 4);
+}
+
+// rgb (h,w,3). Every row gets the filter byte 0 (none) in front.
+static void png_write(const char *path, const uint8_t *rgb, int w, int h) {
+    size_t row = 3 * (size_t)w + 1, size = row * (size_t)h;
+    uint8_t *raw = (uint8_t *)xcalloc(size, 1, "a picture");
+    uint8_t *packed = (uint8_t *)xcalloc(size + size / 8 + 64, 1, "a picture"); // a byte takes at most 9 bits
+    for (size_t y = 0; y < (size_t)h; y++) memcpy(raw + y * row + 1, rgb + y * (row - 1), row - 1);
+    size_t packed_size = deflate_rows(packed, raw, size, row);
+    uint8_t head[13] = {0, 0, 0, 0, 0, 0, 0, 0, 8, 2, 0, 0, 0}; // width, height, 8 bits, RGB
+    for (int i = 0; i < 4; i++) head[i] = (uint8_t)(w >> (24 - 8 * i)), head[4 + i] = (uint8_t)(h >> (24 - 8 * i));
+    FILE *file = open_temp(path);
+    write_temp(file, path, "\x89PNG\r\n\x1a\n", 8);
+    png_chunk(file, path, "IHDR", head, sizeof head);
+    png_chunk(file, path, "IDAT", packed, packed_size);
+    png_chunk(file, path, "IEND", NULL, 0);
+    commit_temp(file, path);
+    xfree(raw);
+    xfree(packed);
+}
+
+// Prints rgb (h,w,3) to a terminal: a character is an upper half block, two pixels high.
+static void show_picture(const uint8_t *rgb, int w, int h) {
+    for (int y = 0; y < h; y += 2) {
+        for (int x = 0; x < w; x++) {
+            const uint8_t *top = rgb + 3 * ((size_t)y * (size_t)w + (size_t)x), *low = top + 3 * (size_t)w;
+            printf("\x1b[38;2;%d;%d;%dm", top[0], top[1], top[2]);
+            if (y + 1 < h) printf("\x1b[48;2;%d;%d;%dm", low[0], low[1], low[2]);
+            fputs("\xe2\x96\x80", stdout);
+        }
+        puts("\x1b[0m");
+    }
+}
+
+// images (n,C,h,w) in -1..1, side by side in `columns`, a pixel enlarged to zoom x zoom, `gap` light pixels between
+// them. Of latents (C=4) the first three channels show. Returns rgb (*out_h,*out_w,3), to be released with xfree.
+static uint8_t *picture_grid(const float *images, int n, int C, int h, int w, int columns, int zoom, int gap,
+                             int *out_w, int *out_h) {
+    if (columns > n) columns = n;
+    *out_w = columns * (w * zoom + gap) + gap;
+    *out_h = (n + columns - 1) / columns * (h * zoom + gap) + gap;
+    size_t size = 3 * (size_t)*out_w * (size_t)*out_h;
+    uint8_t *rgb = (uint8_t *)xcalloc(size, 1, "a picture");
+    memset(rgb, 230, size);
+    for (int i = 0; i < n; i++) {
+        for (int y = 0; y < h * zoom; y++) {
+            int Y = gap + i / columns * (h * zoom + gap) + y, X = gap + i % columns * (w * zoom + gap);
+            uint8_t *out = rgb + 3 * ((size_t)Y * (size_t)*out_w + (size_t)X);
+            for (int x = 0; x < w * zoom * 3; x++) {
+                size_t plane = (size_t)i * (size_t)C + (size_t)(C < 3 ? 0 : x % 3);
+                out[x] = to_byte(images[(plane * (size_t)h + (size_t)(y / zoom)) * (size_t)w + (size_t)(x / 3 / zoom)]);
+            }
+        }
+    }
+    return rgb;
+}
+
+// `shapes`, the data that needs no file: ten kinds of coloured shape on a light background, as many as anyone wants.
+// Place, size, angle and both colours vary, little enough for a small model to learn them in minutes. The kinds can be
+// told apart at 8x8 pixels, and remain what they are when flipped left to right.
+enum Shapes { CIRCLE, RING, SQUARE, TRIANGLE, STAR, HEART, CROSS, CRESCENT, ARROW, DIAMOND, N_SHAPES };
+static const char *const shape_names[N_SHAPES] = {"circle", "ring",  "square",   "triangle", "star",
+                                                  "heart",  "cross", "crescent", "arrow",    "diamond"};
+
+// Corners x, y of the shapes that are polygons, y pointing down, all of about the same area.
+static const int shape_corners[N_SHAPES] = {0, 0, 4, 3, 10, 0, 12, 0, 7, 4};
+static const float shape_xy[N_SHAPES][24] = {
+    {0},
+    {0},
+    {-.8f, -.8f, .8f, -.8f, .8f, .8f, -.8f, .8f},
+    {0, -1.1f, 1.05f, .75f, -1.05f, .75f},
+    {0, -1.15f, .31f,  -.43f, 1.09f, -.36f, .5f,    .16f,  .68f,  .93f,
+     0, .53f,   -.68f, .93f,  -.5f,  .16f,  -1.09f, -.36f, -.31f, -.43f},
+    {0},
+    {-.36f, -1, .36f,  -1, .36f,  -.36f, 1,  -.36f, 1,  .36f,  .36f,  .36f,
+     .36f,  1,  -.36f, 1,  -.36f, .36f,  -1, .36f,  -1, -.36f, -.36f, -.36f},
+    {0},
+    {1.1f, 0, .15f, -.9f, .15f, -.35f, -1, -.35f, -1, .35f, .15f, .35f, .15f, .9f},
+    {0, -1.15f, .75f, 0, 0, 1.15f, -.75f, 0},
+};
+
+// Signed distance to a circle around the origin.
+static float circle_distance(float x, float y, float r) { return sqrtf(x * x + y * y) - r; }
+
+// Signed distance from a point to the outline of a shape of about unit size, negative inside
+// (https://iquilezles.org/articles/distfunctions2d).
+static float shape_distance(int shape, float x, float y) {
+    if (shape == CIRCLE) return circle_distance(x, y, .95f);
+    if (shape == RING) return fabsf(circle_distance(x, y, .75f)) - .25f;
+    if (shape == CRESCENT) return fmaxf(circle_distance(x, y, 1), -circle_distance(x - .5f, y, .75f));
+    if (shape == HEART) { // a square that stands on a corner, with a circle on each of its upper sides
+        float square = (fabsf(x) + fabsf(y - .05f) - .9f) * .7071f;
+        return fminf(square, circle_distance(fabsf(x) - .46f, y + .36f, .6f));
+    }
+    const float *corner = shape_xy[shape], *last = corner + 2 * (shape_corners[shape] - 1);
+    float nearest = 1e9f, sign = 1;
+    for (const float *a = corner, *b = last; a <= last; b = a, a += 2) { // the side from a to b
+        float ex = b[0] - a[0], ey = b[1] - a[1], px = x - a[0], py = y - a[1];
+        float along = fminf(fmaxf((px * ex + py * ey) / (ex * ex + ey * ey), 0), 1);
+        float dx = px - along * ex, dy = py - along * ey;
+        nearest = fminf(nearest, dx * dx + dy * dy);
+        int below = py >= 0, above = (y < b[1]), left = (ex * py > ey * px);
+        if (below == above && above == left) sign = -sign; // a ray to one side crosses it
+    }
+    return sign * sqrtf(nearest);
+}
+
+// x (3,size,size) in -1..1 and its label: picture `number` of the endless sequence that belongs to `seed`.
+static void shapes_draw(float *x, int *label, int size, uint64_t seed, uint32_t number) {
+    uint32_t word[8];
+    float u[8], color[3], background[3];
+    philox(word, seed, 0, number, STREAM_DATA);
+    philox(word + 4, seed, 1, number, STREAM_DATA);
+    for (int i = 0; i < 8; i++) u[i] = (float)rng_uniform(word[i]);
+    *label = (int)rng_below(word[0], N_SHAPES);
+    float radius = (.33f + .06f * u[1]) * (float)size, angle = .5f * (u[2] - .5f);
+    float center_x = (.45f + .1f * u[3]) * (float)size, center_y = (.45f + .1f * u[4]) * (float)size;
+    float co = cosf(angle) / radius, si = sinf(angle) / radius;
+    for (int c = 0; c < 3; c++) { // any hue; a hint of another one in the background
+        color[c] = .95f * cosf(6.2831853f * (u[5] - (float)c / 3));
+        background[c] = .82f + .12f * u[6] + .06f * cosf(6.2831853f * (u[7] - (float)c / 3));
+    }
+    for (int i = 0; i < size * size; i++) {
+        float px = (float)(i % size) + .5f - center_x, py = (float)(i / size) + .5f - center_y;
+        float distance = radius * shape_distance(*label, px * co + py * si, py * co - px * si);
+        float inside = fminf(fmaxf(.5f - distance, 0), 1); // the edge is one pixel wide
+        for (int c = 0; c < 3; c++) x[c * size * size + i] = background[c] + inside * (color[c] - background[c]);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Data: a memory-mapped dataset file, or the endless pictures of `shapes`. Which sample stands at which place of which
+// batch follows from (seed, step) alone.
+
+typedef struct {
+    SafeTensors file;    // unused for shapes
+    const Tensor *x, *y; // y NULL: unlabelled
+    int64_t count;       // samples; 0: endless
+    int channels, size, classes;
+    const char **class_names; // `classes` of them, or NULL
+    const char *latent_scale; // metadata of latents, passed on to the weights; or NULL
+    int32_t *order;           // permutation of the current epoch
+    int64_t order_epoch;
+    uint64_t seed;
+} Dataset;
+
+static void dataset_open(Dataset *d, const char *path, int shapes_size, uint64_t seed) {
+    memset(d, 0, sizeof *d);
+    d->seed = seed;
+    d->order_epoch = -1;
+    if (!strcmp(path, "shapes")) {
+        d->channels = 3;
+        d->size = shapes_size;
+        d->classes = N_SHAPES;
+        d->class_names = (const char **)shape_names;
+        return;
+    }
+    st_open(&d->file, path);
+    d->x = st_find(&d->file, "x");
+    d->y = st_find(&d->file, "y");
+    if (!d->x) die("%s: no tensor 'x': is this a dataset? tools/data.py makes them", path);
+    int bytes = d->x->dtype == U8;
+    if (d->x->ndim != 4 || (!bytes && d->x->dtype != F32 && d->x->dtype != F16 && d->x->dtype != BF16))
+        die("%s: tensor x: want U8 (N,H,W,C), or F32, F16 or BF16 (N,C,H,W)", path);
+    const int64_t *shape = d->x->shape;
+    if (shape[0] < 1 || shape[0] > INT32_MAX)
+        die("%s: tensor x: %lld samples; want 1 to 2^31-1", path, (long long)shape[0]);
+    if (shape[bytes ? 1 : 2] != shape[bytes ? 2 : 3]) die("%s: tensor x: pictures must be square", path);
+    if (shape[2] < 1 || shape[2] > 4096 || shape[bytes ? 3 : 1] < 1 || shape[bytes ? 3 : 1] > 1024)
+        die("%s: tensor x: want sides from 1 to 4096 and 1 to 1024 channels", path);
+    d->count = shape[0];
+    d->size = (int)shape[2];
+    d->channels = (int)shape[bytes ? 3 : 1];
+    d->class_names = parse_class_names(st_meta(&d->file, "class_names"), &d->classes);
+    d->latent_scale = st_meta(&d->file, "latent_scale");
+    if (d->y) {
+        if (d->y->dtype != I64 || d->y->ndim != 1 || d->y->shape[0] != d->count)
+            die("%s: tensor y: want I64 with one label for each of the %lld samples", path, (long long)d->count);
+        int64_t largest = 0;
+        for (int64_t i = 0; i < d->count; i++) {
+            int64_t label;
+            memcpy(&label, (const char *)d->y->data + 8 * i, 8);
+            if (label < 0 || label >= (d->class_names ? d->classes : 1000000))
+                die("%s: tensor y: label %lld of sample %lld is out of range 0..%d", path, (long long)label,
+                    (long long)i, d->class_names ? d->classes - 1 : 999999);
+            if (label > largest) largest = label;
+        }
+        if (!d->class_names) d->classes = (int)largest + 1;
+    } else {
+        d->classes = 0;
+        d->class_names = NULL;
+    }
+    d->order = (int32_t *)xcalloc((size_t)d->count, sizeof *d->order, "the order of the samples");
+}
+
+// Which sample is number g = step·batch + b of the run: position g mod N in epoch g / N, each epoch a Fisher-Yates shuffle.
+static int64_t dataset_index(Dataset *d, int64_t g) {
+    int64_t epoch = g / d->count;
+    if (epoch != d->order_epoch) {
+        for (int64_t i = 0; i < d->count; i++) d->order[i] = (int32_t)i;
+        for (int64_t i = d->count - 1; i > 0; i--) {
+            uint32_t word[4];
+            philox(word, d->seed, (uint32_t)i, (uint32_t)epoch, STREAM_DATA);
+            uint32_t j = rng_below(word[0], (uint32_t)i + 1);
+            int32_t swap = d->order[i];
+            d->order[i] = d->order[j];
+            d->order[j] = swap;
+        }
+        d->order_epoch = epoch;
+    }
+    return d->order[g % d->count];
+}
+
+// x (C,H,W) in -1..1 and the label of sample `index` (of the file, or of the endless shapes).
+static void dataset_sample(const Dataset *d, float *x, int *label, int64_t index) {
+    int hw = d->size * d->size, C = d->channels;
+    if (!d->count) {
+        shapes_draw(x, label, d->size, d->seed, (uint32_t)index);
+        return;
+    }
+    const unsigned char *source = (const unsigned char *)d->x->data + (size_t)index * (d->x->bytes / (size_t)d->count);
+    if (d->x->dtype == U8) {
+        for (int c = 0; c < C; c++)
+            for (int i = 0; i < hw; i++) x[c * hw + i] = source[i * C + c] / 127.5f - 1;
+    } else {
+        Tensor one = *d->x;
+        one.data = (void *)source;
+        one.count = (int64_t)C * hw;
+        st_to_float(&d->file, &one, x);
+        for (int i = 0; i < C * hw; i++)
+            if (!isfinite(x[i]))
+                die("%s: tensor x: sample %lld holds %g; remove it", d->file.path, (long long)index, x[i]);
+    }
+    *label = 0;
+    if (d->y) {
+        int64_t y;
+        memcpy(&y, (const char *)d->y->data + 8 * index, 8);
+        *label = (int)y;
+    }
+}
+
+// Samples first..first+count-1 of the batch of a step: x (count,C,H,W), labels y (count) with some dropped.
+static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch, int first, int count, int hflip,
+                          double label_drop) {
+    size_t chw = (size_t)d->channels * d->size * d->size;
+    int64_t *index = (int64_t *)xcalloc((size_t)count, sizeof *index, "a batch");
+    for (int b = 0; b < count; b++) {
+        int64_t g = step * batch + first + b;
+        index[b] = d->count ? dataset_index(d, g) : g;
+    }
+#pragma omp parallel for schedule(static)
+    for (int b = 0; b < count; b++) {
+        uint32_t drop[4], flip[4];
+        float *picture = x + b * chw;
+        dataset_sample(d, picture, &y[b], index[b]);
+        philox(drop, d->seed, (uint32_t)(first + b), (uint32_t)step, STREAM_DROP);
+        philox(flip, d->seed, (uint32_t)(first + b), (uint32_t)step, STREAM_AUGMENT);
+        if (rng_uniform(drop[0]) < label_drop) y[b] = d->classes;
+        if (!hflip || !(flip[0] & 1)) continue;
+        for (size_t row = 0; row < chw; row += (size_t)d->size)
+            for (int i = 0, j = d->size - 1; i < j; i++, j--) {
+                float swap = picture[row + i];
+                picture[row + i] = picture[row + j];
+                picture[row + j] = swap;
+            }
+    }
+    xfree(index);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Parameters: one allocation each for weights, gradients, the two Adam moments and the EMA, all laid out alike. The list of
+// tensors (names as in the published PyTorch state dict) and the struct of pointers into an allocation are made together.
+
+typedef struct {
+    real *qkv_w, *qkv_b;   // (3D,D), (3D)
+    real *proj_w, *proj_b; // (D,D), (D)
+    real *fc1_w, *fc1_b;   // (4D,D), (4D)
+    real *fc2_w, *fc2_b;   // (D,4D), (D)
+    real *ada_w, *ada_b;   // (6D,D), (6D): shift1, scale1, gate1, shift2, scale2, gate2
+} BlockParams;
+
+enum { MAX_BLOCKS = 66 }; // pre, the fixed-point block and post; or DiT's
+typedef struct {
+    real *patch_w, *patch_b;         // (D,C·p·p), (D)
+    real *time0_w, *time0_b;         // (D,256), (D)
+    real *time2_w, *time2_b;         // (D,D), (D)
+    real *label_table;               // (classes+1,D)
+    BlockParams block[MAX_BLOCKS];   // pre blocks, [fixed-point block], post blocks
+    real *inject_w, *inject_b;       // (D,D), (D)     block_pre_projection
+    real *fp1_w, *fp1_b;             // (2D,2D), (2D)  block_fixed_point_projection_fc1: columns of z, then of inj
+    real *fp2_w, *fp2_b;             // (D,2D), (D)    block_fixed_point_projection_fc2
+    real *final_w, *final_b;         // (p·p·Cout,D), (p·p·Cout)
+    real *final_ada_w, *final_ada_b; // (2D,D), (2D): shift, scale
+} Params;
+
+enum { INIT_ZERO, INIT_XAVIER, INIT_NORMAL };
+typedef struct {
+    char name[80];
+    int init, ndim;
+    int64_t shape[4];
+    int64_t offset, count; // in elements of the allocation
+} ParamTensor;
+
+typedef struct {
+    const Config *config;
+    real *memory; // NULL: the sizes alone
+    ParamTensor *list;
+    int count;
+    int64_t size;
+} ParamWalk;
+
+static real *param(ParamWalk *w, const char *name, int init, int ndim, int64_t n0, int64_t n1, int64_t n2, int64_t n3) {
+    int64_t shape[4] = {n0, n1, n2, n3}, offset = w->size, elements = 1;
+    for (int i = 0; i < ndim; i++) elements *= shape[i];
+    if (w->list) {
+        ParamTensor *t = &w->list[w->count];
+        snprintf(t->name, sizeof t->name, "%s", name);
+        t->init = init;
+        t->ndim = ndim;
+        memcpy(t->shape, shape, sizeof shape);
+        t->offset = offset;
+        t->count = elements;
+    }
+    w->count++;
+    w->size += elements;
+    return w->memory ? w->memory + offset : NULL;
+}
+
+// weight (N,K) and bias (N) of NAME
+static void param_linear(ParamWalk *w, const char *name, int init, int64_t N, int64_t K, real **weight, real **bias) {
+    char text[80];
+    snprintf(text, sizeof text, "%s.weight", name);
+    *weight = param(w, text, init, 2, N, K, 0, 0);
+    snprintf(text, sizeof text, "%s.bias", name);
+    *bias = param(w, text, INIT_ZERO, 1, N, 0, 0, 0);
+}
+
+static void param_block(ParamWalk *w, const char *group, int index, BlockParams *p) {
+    int64_t D = w->config->width;
+    char prefix[48], name[80];
+    if (index < 0)
+        snprintf(prefix, sizeof prefix, "%s", group);
+    else
+        snprintf(prefix, sizeof prefix, "%s.%d", group, index);
+    snprintf(name, sizeof name, "%s.attn.qkv", prefix);
+    param_linear(w, name, INIT_XAVIER, 3 * D, D, &p->qkv_w, &p->qkv_b);
+    snprintf(name, sizeof name, "%s.attn.proj", prefix);
+    param_linear(w, name, INIT_XAVIER, D, D, &p->proj_w, &p->proj_b);
+    snprintf(name, sizeof name, "%s.mlp.fc1", prefix);
+    param_linear(w, name, INIT_XAVIER, 4 * D, D, &p->fc1_w, &p->fc1_b);
+    snprintf(name, sizeof name, "%s.mlp.fc2", prefix);
+    param_linear(w, name, INIT_XAVIER, D, 4 * D, &p->fc2_w, &p->fc2_b);
+    snprintf(name, sizeof name, "%s.adaLN_modulation.1", prefix);
+    param_linear(w, name, INIT_ZERO, 6 * D, D, &p->ada_w, &p->ada_b);
+}
+
+// Points *p into `memory` and fills `list` (at most max_param_tensors entries); either may be NULL. Returns the walk: sizes.
+static ParamWalk params_point(Params *p, const Config *c, real *memory, ParamTensor *list) {
+    ParamWalk w = {c, memory, list, 0, 0};
+    int64_t D = c->width, pixels = (int64_t)c->patch * c->patch;
+    p->patch_w = param(&w, "x_embedder.proj.weight", INIT_XAVIER, 4, D, c->channels, c->patch, c->patch);
+    p->patch_b = param(&w, "x_embedder.proj.bias", INIT_ZERO, 1, D, 0, 0, 0);
+    param_linear(&w, "t_embedder.mlp.0", INIT_NORMAL, D, 256, &p->time0_w, &p->time0_b);
+    param_linear(&w, "t_embedder.mlp.2", INIT_NORMAL, D, D, &p->time2_w, &p->time2_b);
+    p->label_table = param(&w, "y_embedder.embedding_table.weight", INIT_NORMAL, 2, c->classes + 1, D, 0, 0);
+    if (c->fixed_point) {
+        for (int i = 0; i < c->pre_depth; i++) param_block(&w, "blocks_pre", i, &p->block[i]);
+        param_linear(&w, "block_pre_projection", INIT_XAVIER, D, D, &p->inject_w, &p->inject_b);
+        param_linear(&w, "block_fixed_point_projection_fc1", INIT_XAVIER, 2 * D, 2 * D, &p->fp1_w, &p->fp1_b);
+        param_linear(&w, "block_fixed_point_projection_fc2", INIT_XAVIER, D, 2 * D, &p->fp2_w, &p->fp2_b);
+        param_block(&w, "block_fixed_point", -1, &p->block[c->pre_depth]);
+        for (int i = 0; i < c->post_depth; i++) param_block(&w, "blocks_post", i, &p->block[c->pre_depth + 1 + i]);
+    } else {
+        for (int i = 0; i < c->depth; i++) param_block(&w, "blocks", i, &p->block[i]);
+    }
+    param_linear(&w, "final_layer.linear", INIT_ZERO, pixels * config_out_channels(c), D, &p->final_w, &p->final_b);
+    param_linear(&w, "final_layer.adaLN_modulation.1", INIT_ZERO, 2 * D, D, &p->final_ada_w, &p->final_ada_b);
+    return w;
+}
+
+// Initial weights (SPEC 1): tensor number k of the list draws with step k.
+static void params_init(float *memory, const ParamTensor *list, int count, uint64_t seed) {
+    for (int k = 0; k < count; k++) {
+        const ParamTensor *t = &list[k];
+        int64_t fan_out = t->shape[0], fan_in = t->count / fan_out;
+        double range = sqrt(6.0 / (double)(fan_in + fan_out));
+        float *normal = NULL;
+        if (t->init == INIT_NORMAL) {
+            normal = (float *)xcalloc((size_t)t->count, sizeof *normal, "initial weights");
+            rng_normal(normal, (size_t)t->count, 0, seed, (uint32_t)k, STREAM_INIT);
+        }
+        for (int64_t e = 0; e < t->count; e++) {
+            uint32_t word[4];
+            if (t->init == INIT_XAVIER && e % 4 == 0) philox(word, seed, (uint32_t)(e / 4), (uint32_t)k, STREAM_INIT);
+            float value = 0;
+            if (t->init == INIT_XAVIER) value = (float)((2 * rng_uniform(word[e % 4]) - 1) * range);
+            if (t->init == INIT_NORMAL) value = (float)(0.02 * normal[e]);
+            memory[t->offset + e] = value;
+        }
+        xfree(normal);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Weights in files
+
+// Describes the tensors of `list` under PREFIX for st_save, with their values in `memory` (F32) or `half` (BF16).
+static int tensors_describe(Tensor *out, const ParamTensor *list, int count, const char *prefix, const float *memory,
+                            const uint16_t *half) {
+    for (int i = 0; i < count; i++) {
+        const ParamTensor *p = &list[i];
+        char name[100];
+        snprintf(name, sizeof name, "%s%s", prefix, p->name);
+        const void *data = half ? (const void *)(half + p->offset) : (const void *)(memory + p->offset);
+        int64_t shape[4] = {1, 1, 1, 1};
+        memcpy(shape, p->shape, sizeof *shape * (size_t)p->ndim);
+        out[i] = st_tensor(strdup(name), half ? BF16 : F32, data, p->ndim, shape[0], shape[1], shape[2], shape[3]);
+    }
+    return count;
+}
+
+static void shape_text(char *text, size_t size, const int64_t *shape, int ndim) {
+    *text = 0;
+    for (int d = 0; d < ndim; d++) {
+        size_t used = strlen(text);
+        snprintf(text + used, size - used, "%s%lld", d ? "," : "", (long long)shape[d]);
+    }
+}
+
+// Reads the tensors PREFIX + name into memory; dies with the names of file and tensor when one is missing or does not fit.
+static void tensors_read(const SafeTensors *f, const ParamTensor *list, int count, const char *prefix, float *memory) {
+    for (int i = 0; i < count; i++) {
+        const ParamTensor *p = &list[i];
+        char name[100], want[200], got[200];
+        snprintf(name, sizeof name, "%s%s", prefix, p->name);
+        const Tensor *t = st_find(f, name);
+        if (!t) die("%s: tensor %s is missing: this is not a file of this model", f->path, name);
+        shape_text(want, sizeof want, p->shape, p->ndim);
+        shape_text(got, sizeof got, t->shape, t->ndim);
+        if (strcmp(want, got))
+            die("%s: tensor %s has the shape (%s), but the metadata asks for (%s)", f->path, name, got, want);
+        st_to_float(f, t, memory + p->offset);
+        for (int64_t e = 0; e < p->count; e++) {
+            float value = memory[p->offset + e];
+            if (!isfinite(value))
+                die("%s: tensor %s holds %g at element %lld", f->path, name, (double)value, (long long)e);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What sampling is asked for
+
+// Labels of n pictures from "3,heart,7", in turn; without a list, each class in turn.
+static void parse_labels(int *y, int n, const char *list, int classes, const char *const *names) {
+    int *chosen = (int *)xcalloc(strlen(list) + 2, sizeof *chosen, "labels"), count = 0;
+    char *copy = strdup(list), *rest = copy;
+    for (char *word; *list && (word = strsep(&rest, ","));) {
+        char *end;
+        long value = strtol(word, &end, 10);
+        int label = *word && !*end && value >= 0 && value <= classes ? (int)value : -1;
+        for (int i = 0; label < 0 && names && i < classes; i++)
+            if (!strcmp(names[i], word)) label = i;
+        if (label < 0)
+            die("option --labels: '%s' is neither a class name nor a number from 0 to %d (%d: no label)", word, classes,
+                classes);
+        chosen[count++] = label;
+    }
+    for (int i = 0; i < n; i++) y[i] = count ? chosen[i % count] : classes ? i % classes : 0;
+    free(copy);
+    xfree(chosen);
+}
+
+// Iterations of each timestep from --iters, --budget and --alloc
+static void plan_iterations(int iters[DIFFUSION_STEPS], const Options *o, const Config *c) {
+    int S = o->sample_steps, per_step = c->pre_depth + c->post_depth, total = config_iterations(c) * S, listed = 0;
+    for (int i = 0; i < S; i++) iters[i] = 0;
+    if (o->budget && *o->iters) die("option --budget: give either iters or budget");
+    if (!c->fixed_point) {
+        if (o->budget && S * c->depth > o->budget)
+            die("option --budget: %d passes allow %d steps of this DiT with %d blocks: lower --steps", o->budget,
+                o->budget / c->depth, c->depth);
+        return;
+    }
+    char *copy = strdup(o->iters), *rest = copy;
+    for (char *word; *o->iters && (word = strsep(&rest, ",")); listed++) {
+        char *end;
+        long value = strtol(word, &end, 10);
+        if (!*word || *end || value < 1 || value > 1000)
+            die("option --iters: '%s' is not a whole number from 1 to 1000", word);
+        if (listed < S) iters[listed] = (int)value;
+    }
+    free(copy);
+    if (listed > 1 && listed != S) die("option --iters: %d numbers for %d timesteps; give one, or one each", listed, S);
+    if (listed > 1 && o->alloc) die("option --alloc: a list of iters is an allocation already");
+    if (listed > 1) return;
+    if (listed == 1) total = iters[0] * S;
+    if (o->budget) total = o->budget - per_step * S;
+    if (total < S)
+        die("option --budget: %d passes are too few for %d timesteps of at least %d: lower --steps or raise it",
+            o->budget, S, per_step + 1);
+    allocate_iterations(iters, S, total, o->alloc);
+    for (int i = 0; i < S; i++)
+        if (iters[i] > 1000) die("option --budget: more than 1000 iterations in a timestep; lower it or raise --steps");
+}
+
+typedef struct {
+    int sampler, cfg_channels, reuse;
+    double eta, cfg, tol;
+    const int *iters; // per timestep, in sampling order
+    FILE *trace;      // CSV of residuals, or NULL
+    int64_t passes;   // Transformer-block passes per picture that were spent, counted up
+} SampleSettings;
+
+// Which sampler suits the model; dies on one that does not.
+static int resolve_sampler(int sampler, const Config *c) {
+    int flow = c->prediction == PREDICT_FLOW;
+    if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
+    if ((sampler == SAMPLER_FLOW) != flow)
+        die("option --sampler: this model predicts %s; use --sampler auto",
+            flow ? "flow and needs the flow sampler" : "noise or v: ddpm or ddim");
+    return sampler;
+}
+
+// Multiply-adds count two. What the algorithm needs, by SPEC 1: constants of the iterations once, no recomputation.
+// n: iterations without gradient; m: with; backward adds twice the forward of what has a gradient.
+static double model_flops(const Config *c, int B, int n, int m, int backward) {
+    double D = c->width, T = config_tokens(c), M = B * T, pixels = (double)c->patch * c->patch;
+    double block = M * (24 * D * D + 4 * T * D), projection = M * 8 * D * D, inject = M * 6 * D * D;
+    double ends = M * 2 * D * pixels * (c->channels + config_out_channels(c));
+    double modulation = B * (2.0 * D * (6 * D * config_blocks(c) + 2 * D) + 2 * (256 * D + D * D));
+    double with_gradient = ends + modulation;
+    if (c->fixed_point)
+        with_gradient += (c->pre_depth + c->post_depth + m) * block + m * projection + inject;
+    else
+        with_gradient += c->depth * block;
+    double total = with_gradient + (c->fixed_point ? n * (block + projection) : 0);
+    // the gradients of the pixels and of the first z are not computed
+    if (backward) total += 2 * with_gradient - M * 2 * D * pixels * c->channels - (c->fixed_point ? M * 4 * D * D : 0);
+    return total;
+}
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *values, int count) {
+    qsort(values, (size_t)count, sizeof *values, by_value);
+    return values[count / 2];
+}
+
 // =====================================================================================================================
 // End of the shared block
 // =====================================================================================================================
 
-@ACC@
+// ---------------------------------------------------------------------------------------------------------------------
+// The device. A port to another accelerator gives a meaning to what stands in this section; test/cuda_emu.h lists it.
+
+#ifdef __CUDACC__
+
+#define SHARED_DYNAMIC(type, name)                                 \
+    extern __shared__ __align__(128) unsigned char shared_bytes[]; \
+    type *name = reinterpret_cast<type *>(shared_bytes)
+#define LAUNCH(kernel, grid, block, smem, stream, ...) kernel<<<grid, block, smem, stream>>>(__VA_ARGS__)
+
+__device__ inline uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// Four 8x8 tiles of 16-bit values from shared memory. Lanes 8i..8i+7 give the addresses of tile i's rows; r[i] becomes the
+// two values of row lane/4 at columns 2·(lane%4) and the next one; _trans: of the transposed tile.
+__device__ inline void ldmatrix_x4(uint32_t *r, const void *smem) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(smem))
+                 : "memory");
+}
+__device__ inline void ldmatrix_x4_trans(uint32_t *r, const void *smem) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(smem))
+                 : "memory");
+}
+
+// d (16,8) += a (16,16)·b (16,8), by a warp. Lane l holds of d: rows l/4 and l/4+8, columns 2·(l%4) and the next one; a: the
+// four 8x8 quarters, upper left, lower left, upper right, lower right; b: upper and lower half, transposed.
+__device__ inline void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// 16 bytes from global to shared memory, or zeros unless `valid`. The copy runs on while the thread does: commit closes a
+// group of them, wait<N> waits until at most the N newest groups are under way.
+__device__ inline void cp_async16(void *smem, const void *gmem, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(smem)), "l"(gmem),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ inline void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+#endif
+
+// The GPU, opened by the first model
+static struct {
+    int ready, sms;      // sms: streaming multiprocessors
+    cudaStream_t stream; // everything happens in this one, in order
+    size_t allocated;    // bytes of device memory that this program holds
+} gpu;
+
+static void check(cudaError_t error, const char *what) {
+    if (error != cudaSuccess) die("CUDA: %s: %s", what, cudaGetErrorString(error));
+}
+#define CHECK(call) check(call, #call)
+
+// Starts a kernel; more than 48 KB of shared memory have to be asked for.
+#define RUN(kernel, grid, block, smem, ...)                                                                   \
+    do {                                                                                                      \
+        if ((smem) > 48 * 1024)                                                                               \
+            CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(smem)));    \
+        LAUNCH((kernel), grid, block, smem, gpu.stream, __VA_ARGS__);                                         \
+        check(cudaGetLastError(), #kernel);                                                                   \
+    } while (0)
+
+static void gpu_open(void) {
+    if (gpu.ready) return;
+    int count = 0;
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess || count == 0)
+        die("no GPU that this program can use: %s; install a current NVIDIA driver, or use the CPU program",
+            error != cudaSuccess ? cudaGetErrorString(error) : "none was found");
+    cudaDeviceProp info;
+    CHECK(cudaGetDeviceProperties(&info, 0));
+    if (info.major < 8)
+        die("the GPU %s has compute capability %d.%d; this program needs 8.0 (Ampere) or newer", info.name, info.major,
+            info.minor);
+    gpu.sms = info.multiProcessorCount;
+    CHECK(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
+    gpu.ready = 1;
+}
+
+static void gpu_wait(void) { CHECK(cudaStreamSynchronize(gpu.stream)); }
+
+// Zeroed device memory
+static void *gpu_calloc(size_t bytes, const char *what) {
+    void *p = NULL;
+    if (cudaMalloc(&p, bytes ? bytes : 1) != cudaSuccess)
+        die("no GPU memory for %s: %.0f MB; use a smaller batch or model", what, (double)bytes / 1e6);
+    CHECK(cudaMemsetAsync(p, 0, bytes, gpu.stream));
+    gpu.allocated += bytes;
+    return p;
+}
+
+static void gpu_free(void *p, size_t bytes) {
+    CHECK(cudaFree(p));
+    gpu.allocated -= p ? bytes : 0;
+}
+
+static void gpu_upload(void *device, const void *host, size_t bytes) {
+    CHECK(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, gpu.stream));
+}
+
+static void gpu_download(void *host, const void *device, size_t bytes) {
+    CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, gpu.stream));
+    gpu_wait();
+}
+
+static void gpu_copy(void *to, const void *from, size_t bytes) {
+    CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, gpu.stream));
+}
+
+static void gpu_zero(void *p, size_t bytes) { CHECK(cudaMemsetAsync(p, 0, bytes, gpu.stream)); }
+
+static int imin(int a, int b) { return a < b ? a : b; }
+static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+
+// An activation that feeds a matmul: its elements are bf16 or float as --dtype says, and kernels are templates of the element
+// type A. TYPED(half, ...) runs a statement with A standing for that type.
+typedef struct Act Act;
+#define TYPED(half, ...)     \
+    do {                     \
+        if (half) {          \
+            typedef bf16 A;  \
+            __VA_ARGS__;     \
+        } else {             \
+            typedef float A; \
+            __VA_ARGS__;     \
+        }                    \
+    } while (0)
+
+// V neighbours as one access of up to 16 bytes, converted to float and back
+template <typename T, int V> struct alignas(sizeof(T) * V) Vec {
+    T v[V];
+};
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ inline void from_float(float *to, float x) { *to = x; }
+__device__ inline void from_float(bf16 *to, float x) { *to = __float2bfloat16_rn(x); }
+template <int V, typename T> __device__ inline void load(float (&x)[V], const T *p) {
+    Vec<T, V> vec = *reinterpret_cast<const Vec<T, V> *>(p);
+#pragma unroll
+    for (int i = 0; i < V; i++) x[i] = to_float(vec.v[i]);
+}
+template <int V, typename T> __device__ inline void store(T *p, const float (&x)[V]) {
+    Vec<T, V> vec;
+#pragma unroll
+    for (int i = 0; i < V; i++) from_float(&vec.v[i], x[i]);
+    *reinterpret_cast<Vec<T, V> *>(p) = vec;
+}
+// Two floats as the two bf16 of a register, x in the low half
+__device__ inline uint32_t pack_bf16(float x, float y) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+    uint32_t bits;
+    memcpy(&bits, &pair, sizeof bits);
+    return bits;
+}
+
+// The sum over the lanes of a warp, in all of them
+template <typename T> __device__ inline T warp_sum(T x) {
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
+    return x;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Matrix multiplication. One description serves the three products of a linear layer, y = x·w^T + b:
+//   forward           y (M,N)  = x (M,K)·w (N,K)^T        both operands have k as their fast dimension
+//   input gradient    dx (M,N) = dy (M,K)·w (K,N)         TB: the second operand has k as its slow dimension
+//   weight gradient   dw (M,N) += dy (K,M)^T·x (K,N)      TA and TB: both have; db (M) += the column sums of dy
+// and what follows a product happens in its epilogue, while the result is in registers.
+
+enum Epilogue {
+    EPI_STORE,  // out = v,                     v = product + bias + add
+    EPI_FLOAT,  // the same, but out is fp32 whatever the type of activations
+    EPI_GELU,   // pre = v, out = gelu(v)       pre may be NULL
+    EPI_GATED,  // pre = v, out = residual + gate·v, copy = out, both fp32 but copy; pre and copy may be NULL
+    EPI_DGELU,  // out = product·gelu'(pre), copy = gelu(pre), sum += out; sum may be NULL
+    EPI_WEIGHT, // out += product, fp32; or the product alone into a workspace, when the sum over k is split
+};
+
+typedef struct {
+    const void *a, *b;
+    int lda, ldb, M, N, K;
+    int k_chunk; // each blockIdx.z sums this many k
+    void *out;   // (M,N), row stride ldc
+    int ldc;
+    const float *bias, *add; // (N); (add_rows,N): row i takes row i % add_rows. NULL: none
+    int add_rows;
+    void *pre, *copy;            // (M,N)
+    const float *residual, *gate; // (M,N); (N) of picture i at gate + i·gate_stride, a picture has `tokens` rows
+    int gate_stride, tokens;
+    float *sum, *db; // (M,N); (M)
+    int overwrite;   // EPI_WEIGHT: = instead of +=
+} Matmul;
+
+// gelu in the tanh form, as x·sigmoid(2·sqrt(2/pi)·(x + 0.044715·x^3)), which is the same function, and its slope
+__device__ inline float gelu(float x, float *slope) {
+    float e = exp2f(-2.302208198f * (x + 0.044715f * x * x * x)); // 2·sqrt(2/pi)·log2(e)
+    float sigmoid = 1 / (1 + e);
+    *slope = sigmoid + x * sigmoid * (1 - sigmoid) * 1.5957691216f * (1 + 0.134145f * x * x);
+    return x * sigmoid;
+}
+
+template <bool FIRST, typename S, typename T> struct Choose {
+    typedef S type;
+};
+template <typename S, typename T> struct Choose<false, S, T> {
+    typedef T type;
+};
+
+// Takes V neighbours in a row of the product to where they belong. A: type of activations
+template <int EPI, typename A, int V>
+__device__ inline void epilogue(const Matmul &g, int row, int col, float (&v)[V]) {
+    typedef typename Choose<EPI == EPI_STORE || EPI == EPI_GELU || EPI == EPI_DGELU, A, float>::type Out;
+    size_t at = (size_t)row * g.N + col;
+    Out *out = (Out *)g.out + (size_t)row * g.ldc + col;
+    float x[V], slope;
+    if (EPI == EPI_WEIGHT) {
+        if (!g.overwrite) {
+            load(x, out);
+#pragma unroll
+            for (int i = 0; i < V; i++) v[i] += x[i];
+        }
+        store(out, v);
+        return;
+    }
+    if (EPI == EPI_DGELU) {
+        load(x, (const A *)g.pre + at);
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            x[i] = gelu(x[i], &slope);
+            v[i] *= slope;
+        }
+        store((A *)g.copy + at, x);
+        store(out, v);
+        if (!g.sum) return;
+        load(x, g.sum + at);
+#pragma unroll
+        for (int i = 0; i < V; i++) x[i] += v[i];
+        store(g.sum + at, x);
+        return;
+    }
+    if (g.bias) {
+        load(x, g.bias + col);
+#pragma unroll
+        for (int i = 0; i < V; i++) v[i] += x[i];
+    }
+    if (EPI != EPI_GATED && g.add) {
+        load(x, g.add + (size_t)(row % g.add_rows) * g.N + col);
+#pragma unroll
+        for (int i = 0; i < V; i++) v[i] += x[i];
+    }
+    if ((EPI == EPI_GELU || EPI == EPI_GATED) && g.pre) store((A *)g.pre + at, v);
+    if (EPI == EPI_GELU) {
+#pragma unroll
+        for (int i = 0; i < V; i++) v[i] = gelu(v[i], &slope);
+    }
+    if (EPI == EPI_GATED) {
+        float gate[V];
+        load(x, g.residual + at);
+        load(gate, g.gate + (size_t)(row / g.tokens) * g.gate_stride + col);
+#pragma unroll
+        for (int i = 0; i < V; i++) v[i] = x[i] + gate[i] * v[i];
+        if (g.copy) store((A *)g.copy + at, v);
+    }
+    store(out, v);
+}
+
+// Each split of a weight gradient has its own place in the workspace: all products first, then all column sums.
+__device__ inline void weight_split(Matmul *g) {
+    if (!g->overwrite) return;
+    g->out = (float *)g->out + (size_t)blockIdx.z * g->M * g->N;
+    if (g->db) g->db += (size_t)blockIdx.z * g->M;
+}
+
+// bf16 operands on the tensor cores. A block computes TILE x TILE of the product with four warps, each a quarter. Tiles of
+// both operands, BK deep, come in through cp.async into a ring of STAGES buffers, so that loads run STAGES - 1 steps ahead
+// of the arithmetic. A warp of the large tile makes 64x64 out of 64+64 rows of fragments: 32 mma for 8 ldmatrix.
+//
+// Shared memory has 32 banks of 4 bytes: eight rows of 16 bytes, what a tile of ldmatrix reads, must lie in different ones.
+// Rows are therefore stored with their 16-byte pieces permuted by the row number (a swizzle).
+enum { BK = 32, STAGES = 3, MATMUL_THREADS = 128 };
+
+template <int COLS> __device__ inline int swizzled(int row, int piece) {
+    return row * COLS + 8 * (COLS == 32 ? piece ^ (row >> 1 & 3) : piece ^ (row & 7));
+}
+
+// tile (ROWS,COLS) = the part of matrix p (rows,cols; row stride ld) at row0, col0; zero outside of it
+template <int ROWS, int COLS>
+__device__ inline void load_tile(bf16 *tile, const bf16 *p, int ld, int row0, int col0, int rows, int cols) {
+#pragma unroll
+    for (int i = 0; i < ROWS * COLS / 8 / MATMUL_THREADS; i++) {
+        int piece = i * MATMUL_THREADS + (int)threadIdx.x, r = piece / (COLS / 8), c = piece % (COLS / 8);
+        bool inside = row0 + r < rows && col0 + 8 * c < cols;
+        cp_async16(tile + swizzled<COLS>(r, c), inside ? p + (size_t)(row0 + r) * ld + col0 + 8 * c : p, inside);
+    }
+}
+
+template <int TILE, bool TA, bool TB, int EPI>
+__global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g) {
+    constexpr int OPERAND = TILE * BK, W = TILE / 2, MI = W / 16, NI = W / 8; // a warp: W x W, in MI x NI pieces of mma
+    SHARED_DYNAMIC(bf16, shared);
+    const bf16 *a = (const bf16 *)g.a, *b = (const bf16 *)g.b;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, wm = warp / 2 * W, wn = warp % 2 * W;
+    int m0 = blockIdx.y * TILE, n0 = blockIdx.x * TILE, k_begin = blockIdx.z * g.k_chunk;
+    int k_end = min(g.K, k_begin + g.k_chunk), steps = (k_end - k_begin + BK - 1) / BK;
+    if (EPI == EPI_WEIGHT) weight_split(&g);
+    bool sum_rows = EPI == EPI_WEIGHT && g.db && blockIdx.x == 0 && wn == 0;
+    float acc[MI][NI][4] = {}, row_sums[EPI == EPI_WEIGHT ? MI : 1][4] = {};
+
+    auto load_step = [&](int step) {
+        bf16 *ta = shared + step % STAGES * 2 * OPERAND, *tb = ta + OPERAND;
+        int k = k_begin + step * BK;
+        if (TA) load_tile<BK, TILE>(ta, a, g.lda, k, m0, k_end, g.M);
+        else load_tile<TILE, BK>(ta, a, g.lda, m0, k, g.M, k_end);
+        if (TB) load_tile<BK, TILE>(tb, b, g.ldb, k, n0, k_end, g.N);
+        else load_tile<TILE, BK>(tb, b, g.ldb, n0, k, g.N, k_end);
+    };
+    for (int step = 0; step < STAGES - 1; step++) {
+        if (step < steps) load_step(step);
+        cp_async_commit();
+    }
+    for (int step = 0; step < steps; step++) {
+        cp_async_wait<STAGES - 2>();
+        __syncthreads(); // the step has arrived for everyone, and everyone is done with the buffer that is filled next
+        if (step + STAGES - 1 < steps) load_step(step + STAGES - 1);
+        cp_async_commit();
+        const bf16 *ta = shared + step % STAGES * 2 * OPERAND, *tb = ta + OPERAND;
+#pragma unroll
+        for (int k = 0; k < BK; k += 16) {
+            uint32_t fa[MI][4], fb[NI / 2][4];
+#pragma unroll
+            for (int i = 0; i < MI; i++) {
+                int m = wm + 16 * i;
+                if (TA)
+                    ldmatrix_x4_trans(fa[i], ta + swizzled<TILE>(k + lane % 8 + lane / 16 * 8, m / 8 + lane / 8 % 2));
+                else
+                    ldmatrix_x4(fa[i], ta + swizzled<BK>(m + lane % 16, k / 8 + lane / 16));
+            }
+#pragma unroll
+            for (int j = 0; j < NI / 2; j++) {
+                int n = wn + 16 * j;
+                if (TB)
+                    ldmatrix_x4_trans(fb[j], tb + swizzled<TILE>(k + lane % 16, n / 8 + lane / 16));
+                else
+                    ldmatrix_x4(fb[j], tb + swizzled<BK>(n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
+            }
+#pragma unroll
+            for (int i = 0; i < MI; i++) {
+#pragma unroll
+                for (int j = 0; j < NI; j++) mma_bf16(acc[i][j], fa[i], fb[j / 2] + j % 2 * 2);
+            }
+            if (sum_rows) { // the bias gradient is dy^T times a matrix of ones
+                const uint32_t ones[2] = {0x3F803F80u, 0x3F803F80u};
+#pragma unroll
+                for (int i = 0; i < MI; i++) mma_bf16(row_sums[EPI == EPI_WEIGHT ? i : 0], fa[i], ones);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < MI; i++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int row = m0 + wm + 16 * i + 8 * half + lane / 4;
+            if (row >= g.M) continue;
+#pragma unroll
+            for (int j = 0; j < NI; j++) {
+                int col = n0 + wn + 8 * j + lane % 4 * 2;
+                float v[2] = {acc[i][j][2 * half], acc[i][j][2 * half + 1]};
+                if (col < g.N) epilogue<EPI, bf16>(g, row, col, v);
+            }
+            if (sum_rows && lane % 4 == 0) {
+                float sum = row_sums[EPI == EPI_WEIGHT ? i : 0][2 * half];
+                g.db[row] = g.overwrite ? sum : g.db[row] + sum;
+            }
+        }
+    }
+}
+
+// The same product in fp32 with plain multiply-adds (tensor cores would round to tf32, which misses 1e-5). A block computes
+// 64x64 with 128 threads, each 8x4; the next 16 k wait in registers while these are in use. It takes any size and stride,
+// so it also serves where bf16 cannot, or where rounding costs more than time: pixels, conditioning, the final layer.
+enum { F32_TILE = 64, F32_BK = 16, F32_ROW = F32_TILE + 4 };
+
+template <bool TA, bool TB, int EPI> __global__ void __launch_bounds__(128) matmul_fp32(Matmul g) {
+    SHARED_DYNAMIC(float, ta);
+    float *tb = ta + F32_BK * F32_ROW;
+    const float *a = (const float *)g.a, *b = (const float *)g.b;
+    int m0 = blockIdx.y * F32_TILE, n0 = blockIdx.x * F32_TILE, k_begin = blockIdx.z * g.k_chunk;
+    int k_end = min(g.K, k_begin + g.k_chunk), ty = threadIdx.x / 16 * 8, tx = threadIdx.x % 16 * 4;
+    float acc[8][4] = {}, row_sums[8] = {}, next_a[8], next_b[8];
+    if (EPI == EPI_WEIGHT) weight_split(&g);
+
+    // Element i of this thread: neighbouring threads read neighbouring addresses.
+    auto k_of = [](bool slow, int e) { return slow ? e / F32_TILE : e % F32_BK; };
+    auto m_of = [](bool slow, int e) { return slow ? e % F32_TILE : e / F32_BK; };
+    auto fetch = [&](int k0) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            int e = i * 128 + threadIdx.x, k = k0 + k_of(TA, e), m = m0 + m_of(TA, e);
+            next_a[i] = k < k_end && m < g.M ? a[TA ? (size_t)k * g.lda + m : (size_t)m * g.lda + k] : 0;
+            k = k0 + k_of(TB, e);
+            int n = n0 + m_of(TB, e);
+            next_b[i] = k < k_end && n < g.N ? b[TB ? (size_t)k * g.ldb + n : (size_t)n * g.ldb + k] : 0;
+        }
+    };
+    fetch(k_begin);
+    for (int k0 = k_begin; k0 < k_end; k0 += F32_BK) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            int e = i * 128 + threadIdx.x;
+            ta[k_of(TA, e) * F32_ROW + m_of(TA, e)] = next_a[i];
+            tb[k_of(TB, e) * F32_ROW + m_of(TB, e)] = next_b[i];
+        }
+        __syncthreads();
+        fetch(k0 + F32_BK);
+#pragma unroll
+        for (int k = 0; k < F32_BK; k++) {
+            float x[2][4], y[4];
+            load(x[0], ta + k * F32_ROW + ty);
+            load(x[1], ta + k * F32_ROW + ty + 4);
+            load(y, tb + k * F32_ROW + tx);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                if (EPI == EPI_WEIGHT) row_sums[i] += x[i / 4][i % 4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) acc[i][j] += x[i / 4][i % 4] * y[j];
+            }
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        int row = m0 + ty + i;
+        if (row >= g.M) break;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float v[1] = {acc[i][j]};
+            if (n0 + tx + j < g.N) epilogue<EPI, float>(g, row, n0 + tx + j, v);
+        }
+        if (EPI == EPI_WEIGHT && g.db && n0 + tx == 0) g.db[row] = g.overwrite ? row_sums[i] : g.db[row] + row_sums[i];
+    }
+}
+
+// dw (M,N; row stride ldc) += the sum over `splits` of the partial products (M,N) in `part`, in order; db (M) likewise from
+// the partial sums behind them
+__global__ void split_sum_kernel(float *dw, int ldc, float *db, const float *part, int M, int N, int splits) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, count = (size_t)M * N;
+    float sum = 0;
+    if (i < count) {
+        for (int s = 0; s < splits; s++) sum += part[s * count + i];
+        dw[i / N * ldc + i % N] += sum;
+    } else if (db && i < count + M) {
+        for (int s = 0; s < splits; s++) sum += part[splits * count + (size_t)s * M + i - count];
+        db[i - count] += sum;
+    }
+}
+
+// Starts the product; `half` says whether the operands are bf16. The sum over k of a weight gradient is as long as the batch has
+// tokens, and its result small: it is split where that fills the GPU better, as far as the workspace reaches.
+static struct {
+    float *memory;
+    size_t count; // floats
+} workspace;
+
+static void workspace_reserve(size_t count) {
+    if (count <= workspace.count) return;
+    gpu_free(workspace.memory, workspace.count * sizeof(float));
+    workspace.count = count;
+    workspace.memory = (float *)gpu_calloc(count * sizeof(float), "partial sums");
+}
+
+template <bool TA, bool TB, int EPI> static void matmul(int half, Matmul g) {
+    size_t m128 = ceil_div(g.M, 128), n128 = ceil_div(g.N, 128);
+    int large = half && (EPI == EPI_WEIGHT ? g.M >= 128 && g.N >= 128 : m128 * n128 >= (size_t)gpu.sms);
+    int tile = large ? 128 : 64, step = half ? (int)BK : (int)F32_BK, splits = 1;
+    dim3 grid((unsigned)ceil_div(g.N, tile), (unsigned)ceil_div(g.M, tile));
+    Matmul whole = g;
+    if (EPI == EPI_WEIGHT) { // the fewest splits within 5 % of the best use of all multiprocessors
+        double best = 0;
+        for (int s = 1; s <= 16 && s * ((size_t)g.M * g.N + g.M) <= workspace.count && s * 256 <= g.K; s++) {
+            double waves = (double)grid.x * grid.y * s / (gpu.sms * (large ? 2 : 4)), use = waves / ceil(waves);
+            if (use > 1.05 * best) best = use, splits = s;
+        }
+    }
+    g.k_chunk = (int)ceil_div(ceil_div(g.K, splits), step) * step;
+    grid.z = splits;
+    if (splits > 1) {
+        g.out = workspace.memory;
+        g.ldc = g.N;
+        g.overwrite = 1;
+        if (g.db) g.db = workspace.memory + splits * (size_t)g.M * g.N;
+    }
+    if (!half)
+        RUN((matmul_fp32<TA, TB, EPI>), grid, 128, 2 * F32_BK * F32_ROW * sizeof(float), g);
+    else if (large)
+        RUN((matmul_bf16<128, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 128 * BK * sizeof(bf16), g);
+    else
+        RUN((matmul_bf16<64, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 64 * BK * sizeof(bf16), g);
+    if (splits > 1)
+        RUN(split_sum_kernel, (unsigned)ceil_div((size_t)g.M * g.N + g.M, 256), 256, 0, (float *)whole.out, whole.ldc,
+            whole.db, workspace.memory, g.M, g.N, splits);
+}
+
+// y (M,N) of EPI from x (M,K) and w (N,K), row stride ldw
+static Matmul linear(void *y, const void *x, const void *w, int ldw, const float *b, int M, int K, int N) {
+    Matmul g = {};
+    g.a = x;
+    g.b = w;
+    g.lda = K;
+    g.ldb = ldw;
+    g.M = M;
+    g.N = N;
+    g.K = K;
+    g.out = y;
+    g.ldc = N;
+    g.bias = b;
+    return g;
+}
+
+// dx (M,K) of EPI = dy (M,N)·w (N,K), row stride ldw
+static Matmul linear_input(void *dx, const void *dy, const void *w, int ldw, int M, int K, int N) {
+    return linear(dx, dy, w, ldw, NULL, M, N, K);
+}
+
+// dw (N,K; row stride ldw) += dy (M,N)^T·x (M,K), db (N) += column sums of dy
+static void linear_weight(int half, float *dw, int ldw, float *db, const void *dy, const void *x, int M, int K, int N) {
+    Matmul g = linear(dw, dy, x, K, NULL, N, M, K);
+    g.lda = N;
+    g.ldc = ldw;
+    g.db = db;
+    matmul<true, true, EPI_WEIGHT>(half, g);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Layers: each forward above its backward. B pictures, T tokens, D width, H heads, hd head size. Matrices are row-major.
+// Outputs come first. A backward adds (+=) to weight and modulation gradients, and says whether it adds to its input's.
+
+// A row of x (D) for each warp: mean and 1/sigma, eps 1e-6. Read twice; the second time, it is in the cache.
+enum { ROW_THREADS = 256, ROWS_PER_BLOCK = ROW_THREADS / 32 };
+__device__ inline void row_statistics(float *mean, float *rstd, const float *x, int D) {
+    float sum = 0, var = 0, v[4];
+    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+        load(v, x + d);
+        sum += v[0] + v[1] + v[2] + v[3];
+    }
+    *mean = warp_sum(sum) / D;
+    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+        load(v, x + d);
+#pragma unroll
+        for (int i = 0; i < 4; i++) var += (v[i] - *mean) * (v[i] - *mean);
+    }
+    *rstd = rsqrtf(warp_sum(var) / D + 1e-6f);
+}
+
+// out (B,T,D) = LN(x)·(1+scale)+shift; LN without weights. mod points at picture 0's shift (D) and, after it, scale (D);
+// `stride` is the distance to the next picture's. With a branch, x is first replaced by mid = x + gate·branch. A warp a row.
+template <typename A, typename Branch>
+__global__ void layernorm_modulate_kernel(A *out, const float *x, const float *mod, int stride, int rows, int T, int D,
+                                          float *mid, const Branch *branch, const float *gate) {
+    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32;
+    if (row >= rows) return;
+    size_t at = (size_t)row * D, picture = (size_t)(row / T) * stride;
+    const float *shift = mod + picture, *scale = shift + D;
+    float v[4], s[4], b[4], mean, rstd;
+    if (mid) {
+        for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+            load(v, x + at + d);
+            load(s, gate + picture + d);
+            load(b, branch + at + d);
+#pragma unroll
+            for (int i = 0; i < 4; i++) v[i] += s[i] * b[i];
+            store(mid + at + d, v);
+        }
+        x = mid;
+    }
+    row_statistics(&mean, &rstd, x + at, D);
+    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+        load(v, x + at + d);
+        load(s, scale + d);
+        load(b, shift + d);
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[i] = (v[i] - mean) * rstd * (1 + s[i]) + b[i];
+        store(out + at + d, v);
+    }
+}
+
+// dx += the gradient through LN, with dout (B,T,D) that of its modulated output; stats (B·T,2) = mean, 1/sigma for the sums over
+// tokens below; copy = dx for a matmul, unless NULL
+template <typename A, typename Copy>
+__global__ void layernorm_backward_kernel(float *dx, Copy *copy, float2 *stats, const A *dout, const float *x,
+                                          const float *mod, int stride, int rows, int T, int D) {
+    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32;
+    if (row >= rows) return;
+    size_t at = (size_t)row * D;
+    const float *scale = mod + (size_t)(row / T) * stride + D;
+    float v[4], g[4], s[4], mean, rstd, g_sum = 0, gx_sum = 0;
+    row_statistics(&mean, &rstd, x + at, D);
+    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+        load(v, x + at + d);
+        load(g, dout + at + d);
+        load(s, scale + d);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            g_sum += g[i] * (1 + s[i]);
+            gx_sum += g[i] * (1 + s[i]) * (v[i] - mean);
+        }
+    }
+    g_sum = warp_sum(g_sum) / D;
+    gx_sum = warp_sum(gx_sum) * rstd * rstd / D;
+    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+        float out[4];
+        load(v, x + at + d);
+        load(g, dout + at + d);
+        load(s, scale + d);
+        load(out, dx + at + d);
+#pragma unroll
+        for (int i = 0; i < 4; i++) out[i] += rstd * (g[i] * (1 + s[i]) - g_sum - (v[i] - mean) * gx_sum);
+        store(dx + at + d, out);
+        if (copy) store(copy + at + d, out);
+    }
+    if (threadIdx.x % 32 == 0) stats[row] = make_float2(mean, rstd);
+}
+
+// Sums over the tokens of a picture: a block has 64 channels of one picture, each warp every eighth token, each lane two
+// channels. This adds what the warps have, in order, to sum (D) of that picture.
+__device__ inline void add_over_warps(float *sum, int d, int D, float2 mine, float2 *shared) {
+    shared[threadIdx.x] = mine;
+    __syncthreads();
+    if (threadIdx.x < 32 && d < D) {
+        for (int w = 1; w < ROWS_PER_BLOCK; w++) {
+            mine.x += shared[threadIdx.x + 32 * w].x;
+            mine.y += shared[threadIdx.x + 32 * w].y;
+        }
+        sum[d] += mine.x;
+        sum[d + 1] += mine.y;
+    }
+    __syncthreads();
+}
+
+// dmod (as mod) += sums over the picture's tokens: dshift = sum dout, dscale = sum dout·LN(x)
+template <typename A>
+__global__ void modulate_backward_kernel(float *dmod, const float2 *stats, const A *dout, const float *x, int stride,
+                                         int T, int D) {
+    SHARED_DYNAMIC(float2, shared);
+    int d = blockIdx.x * 64 + threadIdx.x % 32 * 2;
+    float2 shift = make_float2(0, 0), scale = shift;
+    for (int t = threadIdx.x / 32; t < T && d < D; t += ROWS_PER_BLOCK) {
+        size_t row = (size_t)blockIdx.y * T + t;
+        float g[2], v[2];
+        load(g, dout + row * D + d);
+        load(v, x + row * D + d);
+        float2 s = stats[row];
+        shift.x += g[0];
+        shift.y += g[1];
+        scale.x += g[0] * (v[0] - s.x) * s.y;
+        scale.y += g[1] * (v[1] - s.x) * s.y;
+    }
+    dmod += (size_t)blockIdx.y * stride;
+    add_over_warps(dmod, d, D, shift, shared);
+    add_over_warps(dmod + D, d, D, scale, shared);
+}
+
+// The gated residual out = x + gate·branch (its forward is EPI_GATED): dbranch = dout·gate, dgate += sum over the tokens of
+// dout·branch; the gradient of x is dout itself.
+template <typename A>
+__global__ void gate_backward_kernel(A *dbranch, float *dgate, const float *dout, const float *gate, int stride,
+                                     const A *branch, int T, int D) {
+    SHARED_DYNAMIC(float2, shared);
+    int d = blockIdx.x * 64 + threadIdx.x % 32 * 2;
+    float2 sum = make_float2(0, 0);
+    gate += (size_t)blockIdx.y * stride;
+    for (int t = threadIdx.x / 32; t < T && d < D; t += ROWS_PER_BLOCK) {
+        size_t at = ((size_t)blockIdx.y * T + t) * D + d;
+        float g[2], b[2], s[2];
+        load(g, dout + at);
+        load(b, branch + at);
+        load(s, gate + d);
+        sum.x += g[0] * b[0];
+        sum.y += g[1] * b[1];
+        g[0] *= s[0];
+        g[1] *= s[1];
+        store(dbranch + at, g);
+    }
+    add_over_warps(dgate + (size_t)blockIdx.y * stride, d, D, sum, shared);
+}
+
+// Multi-head attention without mask (FlashAttention, arXiv:2205.14135 and 2307.08691). A block has ROWS rows (queries) of one
+// head of one picture and walks over the columns (keys), COLS at a time; each warp makes 16 rows of S = q·k^T in registers,
+// in the layout of mma_bf16, and turns them into its part of the result: the T x T matrix exists nowhere. HD is the head size
+// rounded up to what the kernels are made for; channels beyond it are zeros. In fp32 the same steps run on plain
+// multiply-adds. Rows of a tile are 16 bytes longer than they need: an odd number of 16-byte pieces has no bank conflicts.
+template <typename A> struct Tiles {
+    enum { WARPS = sizeof(A) == 2 ? 4 : 2, THREADS = 32 * WARPS, ROWS = 16 * WARPS, COLS = ROWS, NT = COLS / 8 };
+    enum { PIECE = 16 / sizeof(A) }; // elements in 16 bytes
+};
+
+// tile (ROWS,HD) = rows first.. of one head: p (T,hd), row stride ld; zero beyond both sizes
+template <typename A, int HD> __device__ inline void load_head(A *tile, const A *p, int ld, int first, int T, int hd) {
+    enum { PIECE = Tiles<A>::PIECE, PIECES = HD / PIECE };
+    for (int i = threadIdx.x; i < Tiles<A>::ROWS * PIECES; i += Tiles<A>::THREADS) {
+        int r = i / PIECES, c = i % PIECES * PIECE;
+        bool inside = first + r < T && c < hd;
+        cp_async16(tile + r * (HD + PIECE) + c, inside ? p + (size_t)(first + r) * ld + c : p, inside);
+    }
+}
+
+// s (16,8·NT) = rows (16,HD)·cols (8·NT,HD)^T
+template <int HD, int NT> __device__ inline void tile_scores(float (&s)[NT][4], const bf16 *rows, const bf16 *cols) {
+    enum { LD = HD + 8 };
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < NT; j++) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0;
+#pragma unroll
+    for (int k = 0; k < HD; k += 16) {
+        uint32_t a[4], b[4];
+        ldmatrix_x4(a, rows + lane % 16 * LD + k + lane / 16 * 8);
+#pragma unroll
+        for (int j = 0; j < NT; j += 2) {
+            ldmatrix_x4(b, cols + (8 * j + lane % 8 + lane / 16 * 8) * LD + k + lane / 8 % 2 * 8);
+            mma_bf16(s[j], a, b);
+            mma_bf16(s[j + 1], a, b + 2);
+        }
+    }
+}
+
+template <int HD, int NT> __device__ inline void tile_scores(float (&s)[NT][4], const float *rows, const float *cols) {
+    enum { LD = HD + 4 };
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < NT; j++) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0;
+    for (int k = 0; k < HD; k += 4) {
+        float r[2][4], c[2][4];
+        load(r[0], rows + lane / 4 * LD + k);
+        load(r[1], rows + (lane / 4 + 8) * LD + k);
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            load(c[0], cols + (8 * j + lane % 4 * 2) * LD + k);
+            load(c[1], cols + (8 * j + lane % 4 * 2 + 1) * LD + k);
+#pragma unroll
+            for (int i = 0; i < 16; i++) s[j][i / 4] += r[i / 8][i % 4] * c[i / 4 % 2][i % 4];
+        }
+    }
+}
+
+// out (16,HD) += p (16,8·NT)·cols (8·NT,HD). What a lane holds of the result of one mma is what the next one wants of its
+// first operand, so p goes from registers to registers.
+template <int HD, int NT> __device__ inline void tile_apply(float (&out)[HD / 8][4], float (&p)[NT][4], const bf16 *cols) {
+    enum { LD = HD + 8 };
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < NT; k += 2) {
+        uint32_t a[4] = {pack_bf16(p[k][0], p[k][1]), pack_bf16(p[k][2], p[k][3]), pack_bf16(p[k + 1][0], p[k + 1][1]),
+                         pack_bf16(p[k + 1][2], p[k + 1][3])};
+#pragma unroll
+        for (int j = 0; j < HD / 8; j += 2) {
+            uint32_t b[4];
+            ldmatrix_x4_trans(b, cols + (8 * k + lane % 16) * LD + 8 * j + lane / 16 * 8);
+            mma_bf16(out[j], a, b);
+            mma_bf16(out[j + 1], a, b + 2);
+        }
+    }
+}
+
+template <int HD, int NT>
+__device__ inline void tile_apply(float (&out)[HD / 8][4], float (&p)[NT][4], const float *cols) {
+    enum { LD = HD + 4 };
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < 8 * NT; k++) { // the four lanes of a row hold two columns each
+        float p0 = __shfl_sync(0xffffffffu, p[k / 8][k % 2], k % 8 / 2, 4);
+        float p1 = __shfl_sync(0xffffffffu, p[k / 8][k % 2 + 2], k % 8 / 2, 4);
+#pragma unroll
+        for (int j = 0; j < HD / 8; j++) {
+            float c[2];
+            load(c, cols + k * LD + 8 * j + lane % 4 * 2);
+            out[j][0] += p0 * c[0];
+            out[j][1] += p0 * c[1];
+            out[j][2] += p1 * c[0];
+            out[j][3] += p1 * c[1];
+        }
+    }
+}
+
+// Rows of a result to memory: p (T,hd) at `first`, row stride ld
+template <int HD, typename A>
+__device__ inline void store_head(A *p, int ld, int first, int T, int hd, const float (&x)[HD / 8][4]) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int row = first + lane / 4 + 8 * half;
+        if (row >= T) continue;
+#pragma unroll
+        for (int j = 0; j < HD / 8; j++) {
+            float v[2] = {x[j][2 * half], x[j][2 * half + 1]};
+            if (8 * j < hd) store(p + (size_t)row * ld + 8 * j + lane % 4 * 2, v);
+        }
+    }
+}
+
+// qkv (B,T,3D): per token q|k|v, head, channel; out (B,T,D). lse (B,H,T), unless NULL, = log2 of the sum of a row's exponentials,
+// for the backward pass. `scale` is log2(e)/sqrt(hd): everything is in powers of two. The running maximum and sum of a row are
+// corrected as larger scores turn up (the online softmax).
+template <typename A, int HD>
+__global__ void __launch_bounds__(128) attention_kernel(A *out, float *lse, const A *qkv, int T, int D, int hd, float scale) {
+    enum { LD = HD + Tiles<A>::PIECE, ROWS = Tiles<A>::ROWS, COLS = Tiles<A>::COLS, NT = Tiles<A>::NT };
+    SHARED_DYNAMIC(A, tq);
+    A *tk = tq + ROWS * LD, *tv = tk + COLS * LD;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * ROWS + 16 * warp;
+    const A *q = qkv + (size_t)blockIdx.z * T * 3 * D + blockIdx.y * hd;
+    float o[HD / 8][4] = {}, largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    load_head<A, HD>(tq, q, 3 * D, blockIdx.x * ROWS, T, hd);
+    for (int c0 = 0; c0 < T; c0 += COLS) {
+        float s[NT][4];
+        load_head<A, HD>(tk, q + D, 3 * D, c0, T, hd);
+        cp_async_commit();
+        load_head<A, HD>(tv, q + 2 * D, 3 * D, c0, T, hd);
+        cp_async_commit();
+        cp_async_wait<1>(); // v may arrive while the scores are made
+        __syncthreads();
+        tile_scores<HD>(s, tq + 16 * warp * LD, tk);
+#pragma unroll
+        for (int i = 0; i < 2; i++) { // rows lane/4 and lane/4 + 8
+            float top = largest[i];
+#pragma unroll
+            for (int j = 0; j < 2 * NT; j++) {
+                float *x = &s[j / 2][2 * i + j % 2];
+                if (c0 + j / 2 * 8 + lane % 4 * 2 + j % 2 >= T) *x = -INFINITY;
+                top = fmaxf(top, *x);
+            }
+            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+            float correct = exp2f((largest[i] - top) * scale);
+            largest[i] = top;
+            sum[i] *= correct;
+#pragma unroll
+            for (int j = 0; j < HD / 8; j++) {
+                o[j][2 * i] *= correct;
+                o[j][2 * i + 1] *= correct;
+            }
+#pragma unroll
+            for (int j = 0; j < 2 * NT; j++) {
+                float *x = &s[j / 2][2 * i + j % 2];
+                *x = exp2f((*x - top) * scale);
+                sum[i] += *x;
+            }
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+        tile_apply<HD>(o, s, tv);
+        __syncthreads(); // before the next columns take the place of these
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
+        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
+        int row = first + lane / 4 + 8 * i;
+        if (lse && lane % 4 == 0 && row < T)
+            lse[((size_t)blockIdx.z * gridDim.y + blockIdx.y) * T + row] = largest[i] * scale + log2f(sum[i]);
+#pragma unroll
+        for (int j = 0; j < HD / 8; j++) {
+            o[j][2 * i] /= sum[i];
+            o[j][2 * i + 1] /= sum[i];
+        }
+    }
+    store_head<HD>(out + (size_t)blockIdx.z * T * D + blockIdx.y * hd, D, first, T, hd, o);
+}
+
+// delta (B,H,T) = sum over a head's channels of dout·out: what softmax's backward subtracts from each row. A warp a row of D.
+template <typename A>
+__global__ void attention_delta_kernel(float *delta, const A *dout, const A *out, int rows, int T, int D, int H) {
+    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32, hd = D / H;
+    if (row >= rows) return;
+    for (int h = 0; h < H; h++) {
+        float sum = 0, g[2], o[2];
+        for (int d = threadIdx.x % 32 * 2; d < hd; d += 64) {
+            load(g, dout + (size_t)row * D + h * hd + d);
+            load(o, out + (size_t)row * D + h * hd + d);
+            sum += g[0] * o[0] + g[1] * o[1];
+        }
+        sum = warp_sum(sum);
+        if (threadIdx.x % 32 == 0) delta[((size_t)(row / T) * H + h) * T + row % T] = sum;
+    }
+}
+
+// With P recomputed from q, k and lse: dP = dout·v^T, dS = P·(dP - delta)/sqrt(hd), dq = dS·k. Rows are queries. Another kernel
+// makes dk and dv, with keys as rows: this costs the scores twice, and saves adding up dq across blocks in some order.
+template <typename A, int HD>
+__global__ void __launch_bounds__(128) attention_dq_kernel(A *dqkv, const A *dout, const float *lse, const float *delta,
+                                                           const A *qkv, int T, int D, int hd, float scale) {
+    enum { LD = HD + Tiles<A>::PIECE, ROWS = Tiles<A>::ROWS, COLS = Tiles<A>::COLS, NT = Tiles<A>::NT };
+    SHARED_DYNAMIC(A, tq);
+    A *tg = tq + ROWS * LD, *tk = tg + ROWS * LD, *tv = tk + COLS * LD;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * ROWS + 16 * warp;
+    size_t at = (size_t)blockIdx.z * T * 3 * D + blockIdx.y * hd, head = (size_t)blockIdx.z * gridDim.y + blockIdx.y;
+    float dq[HD / 8][4] = {}, row_lse[2] = {0, 0}, row_delta[2] = {0, 0};
+    for (int i = 0; i < 2; i++) {
+        int row = first + lane / 4 + 8 * i;
+        if (row < T) row_lse[i] = lse[head * T + row];
+        if (row < T) row_delta[i] = delta[head * T + row];
+    }
+    load_head<A, HD>(tq, qkv + at, 3 * D, blockIdx.x * ROWS, T, hd);
+    load_head<A, HD>(tg, dout + (size_t)blockIdx.z * T * D + blockIdx.y * hd, D, blockIdx.x * ROWS, T, hd);
+    for (int c0 = 0; c0 < T; c0 += COLS) {
+        float s[NT][4], dp[NT][4];
+        load_head<A, HD>(tk, qkv + at + D, 3 * D, c0, T, hd);
+        load_head<A, HD>(tv, qkv + at + 2 * D, 3 * D, c0, T, hd);
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+        tile_scores<HD>(s, tq + 16 * warp * LD, tk);
+        tile_scores<HD>(dp, tg + 16 * warp * LD, tv);
+#pragma unroll
+        for (int j = 0; j < NT; j++) { // a column beyond T meets a row of zeros in k
+#pragma unroll
+            for (int i = 0; i < 4; i++) s[j][i] = exp2f(s[j][i] * scale - row_lse[i / 2]) * (dp[j][i] - row_delta[i / 2]);
+        }
+        tile_apply<HD>(dq, s, tk);
+        __syncthreads();
+    }
+#pragma unroll
+    for (int j = 0; j < HD / 8; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) dq[j][i] *= scale * 0.6931471806f;
+    }
+    store_head<HD>(dqkv + at, 3 * D, first, T, hd, dq);
+}
+
+// dv = P^T·dout and dk = dS^T·q. Rows are keys, columns queries: P^T and dS^T come out of the products directly.
+template <typename A, int HD>
+__global__ void __launch_bounds__(128) attention_dkv_kernel(A *dqkv, const A *dout, const float *lse, const float *delta,
+                                                            const A *qkv, int T, int D, int hd, float scale) {
+    enum { LD = HD + Tiles<A>::PIECE, ROWS = Tiles<A>::ROWS, COLS = Tiles<A>::COLS, NT = Tiles<A>::NT };
+    SHARED_DYNAMIC(A, tk);
+    A *tv = tk + ROWS * LD, *tq = tv + ROWS * LD, *tg = tq + COLS * LD;
+    float *col_lse = (float *)(tg + COLS * LD), *col_delta = col_lse + COLS;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * ROWS + 16 * warp;
+    size_t at = (size_t)blockIdx.z * T * 3 * D + blockIdx.y * hd, head = (size_t)blockIdx.z * gridDim.y + blockIdx.y;
+    float dk[HD / 8][4] = {}, dv[HD / 8][4] = {};
+    load_head<A, HD>(tk, qkv + at + D, 3 * D, blockIdx.x * ROWS, T, hd);
+    load_head<A, HD>(tv, qkv + at + 2 * D, 3 * D, blockIdx.x * ROWS, T, hd);
+    for (int c0 = 0; c0 < T; c0 += COLS) {
+        float p[NT][4], ds[NT][4];
+        load_head<A, HD>(tq, qkv + at, 3 * D, c0, T, hd);
+        load_head<A, HD>(tg, dout + (size_t)blockIdx.z * T * D + blockIdx.y * hd, D, c0, T, hd);
+        cp_async_commit();
+        if (threadIdx.x < COLS) { // a query beyond T has no weight anywhere
+            int col = c0 + threadIdx.x;
+            col_lse[threadIdx.x] = col < T ? lse[head * T + col] : INFINITY;
+            col_delta[threadIdx.x] = col < T ? delta[head * T + col] : 0;
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+        tile_scores<HD>(p, tk + 16 * warp * LD, tq);
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            float l[2];
+            load(l, col_lse + 8 * j + lane % 4 * 2);
+#pragma unroll
+            for (int i = 0; i < 4; i++) p[j][i] = exp2f(p[j][i] * scale - l[i % 2]);
+        }
+        tile_scores<HD>(ds, tv + 16 * warp * LD, tg);
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            float l[2];
+            load(l, col_delta + 8 * j + lane % 4 * 2);
+#pragma unroll
+            for (int i = 0; i < 4; i++) ds[j][i] = p[j][i] * (ds[j][i] - l[i % 2]);
+        }
+        tile_apply<HD>(dv, p, tg);
+        tile_apply<HD>(dk, ds, tq);
+        __syncthreads();
+    }
+#pragma unroll
+    for (int j = 0; j < HD / 8; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) dk[j][i] *= scale * 0.6931471806f;
+    }
+    store_head<HD>(dqkv + at + D, 3 * D, first, T, hd, dk);
+    store_head<HD>(dqkv + at + 2 * D, 3 * D, first, T, hd, dv);
+}
+
+// Runs a statement with HD standing for the smallest size that the kernels are made for and that holds head size hd.
+#define HEAD_SIZE(hd, ...)                \
+    do {                                  \
+        if ((hd) <= 32) {                 \
+            enum { HD = 32 };             \
+            __VA_ARGS__;                  \
+        } else if ((hd) <= 64) {          \
+            enum { HD = 64 };             \
+            __VA_ARGS__;                  \
+        } else if ((hd) <= 80) {          \
+            enum { HD = 80 };             \
+            __VA_ARGS__;                  \
+        } else {                          \
+            enum { HD = 128 };            \
+            __VA_ARGS__;                  \
+        }                                 \
+    } while (0)
+
+static void attention_forward(int half, Act *out, float *lse, const Act *qkv, int B, int T, int D, int H) {
+    int hd = D / H;
+    float scale = (float)(1.4426950408889634 / sqrt((double)hd));
+    TYPED(half, HEAD_SIZE(hd, {
+              typedef Tiles<A> S;
+              size_t row = (HD + S::PIECE) * sizeof(A);
+              dim3 grid((unsigned)ceil_div(T, S::ROWS), H, B);
+              RUN((attention_kernel<A, HD>), grid, S::THREADS, row * (S::ROWS + 2 * S::COLS), (A *)out, lse,
+                  (const A *)qkv, T, D, hd, scale);
+          }));
+}
+
+// dqkv (B,T,3D) is overwritten; delta (B,H,T) is scratch.
+static void attention_backward(int half, Act *dqkv, float *delta, const Act *dout, const Act *out, const float *lse,
+                               const Act *qkv, int B, int T, int D, int H) {
+    int hd = D / H;
+    float scale = (float)(1.4426950408889634 / sqrt((double)hd));
+    TYPED(half, HEAD_SIZE(hd, {
+              typedef Tiles<A> S;
+              size_t row = (HD + S::PIECE) * sizeof(A);
+              dim3 grid((unsigned)ceil_div(T, S::ROWS), H, B);
+              RUN((attention_delta_kernel<A>), (unsigned)ceil_div((size_t)B * T, ROWS_PER_BLOCK), ROW_THREADS, 0, delta,
+                  (const A *)dout, (const A *)out, B * T, T, D, H);
+              RUN((attention_dq_kernel<A, HD>), grid, S::THREADS, row * 2 * (S::ROWS + S::COLS), (A *)dqkv,
+                  (const A *)dout, lse, delta, (const A *)qkv, T, D, hd, scale);
+              RUN((attention_dkv_kernel<A, HD>), grid, S::THREADS,
+                  row * 2 * (S::ROWS + S::COLS) + 2 * S::COLS * sizeof(float), (A *)dqkv, (const A *)dout, lse, delta,
+                  (const A *)qkv, T, D, hd, scale);
+          }));
+}
+
+// out = in as the type of activations
+template <typename A> __global__ void convert_kernel(A *out, const float *in, size_t count) {
+    size_t i = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
+    float v[4];
+    if (i >= count) return; // counts are multiples of 4
+    load(v, in + i);
+    store(out + i, v);
+}
+
+// Between pictures (B,C,S,S) and tokens (B,T,C·p·p): a thread a pixel. A patch is (channel, row, column), as the patch layer
+// wants it, or with channel_last (row, column, channel), as the final layer gives it.
+__global__ void patches_kernel(float *tokens, float *pictures, int to_picture, int channel_last, int B, int C, int S,
+                               int p) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (size_t)B * C * S * S) return;
+    int column = i % S, row = i / S % S, c = i / S / S % C, side = S / p;
+    size_t b = i / S / S / C, token = (b * side + row / p) * side + column / p;
+    int within = row % p * p + column % p;
+    float *at = tokens + token * C * p * p + (channel_last ? within * C + c : c * p * p + within);
+    if (to_picture) pictures[i] = *at;
+    else *at = pictures[i];
+}
+
+// silu(x) = x·sigmoid(x), only ever applied to (B,D)
+__device__ inline float silu(float x) { return x / (1 + expf(-x)); }
+__device__ inline float silu_slope(float x) {
+    float sigmoid = 1 / (1 + expf(-x));
+    return sigmoid * (1 + x * (1 - sigmoid));
+}
+
+__global__ void silu_kernel(float *out, const float *x, int count) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) out[i] = silu(x[i]);
+}
+
+// dx = dout·silu'(x)
+__global__ void silu_backward_kernel(float *dx, const float *dout, const float *x, int count) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) dx[i] = dout[i] * silu_slope(x[i]);
+}
+
+// freq (B,256) = rows t of the table of embeddings of all timesteps
+__global__ void time_kernel(float *freq, const float *table, const int *t) {
+    freq[blockIdx.x * 256 + threadIdx.x] = table[t[blockIdx.x] * 256 + threadIdx.x];
+}
+
+// cond (B,D) comes in as t_emb and becomes c = t_emb + y_emb; cond_pp = c or, with label_only, y_emb; and silu of both
+__global__ void condition_kernel(float *cond, float *cond_pp, float *cond_silu, float *cond_pp_silu,
+                                 const float *label_table, const int *y, int label_only, int B, int D) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= B * D) return;
+    float label = label_table[(size_t)y[i / D] * D + i % D], c = cond[i] + label, pp = label_only ? label : c;
+    cond[i] = c;
+    cond_pp[i] = pp;
+    cond_silu[i] = silu(c);
+    cond_pp_silu[i] = silu(pp);
+}
+
+// dcond and dcond_pp (B,D) come in as gradients of silu(c) and silu(c_pp). dtable row y[b] += that of y_emb, picture by picture,
+// since labels repeat; dcond becomes that of t_emb.
+__global__ void condition_backward_kernel(float *dcond, const float *dcond_pp, float *dtable, const float *cond,
+                                          const float *cond_pp, const int *y, int label_only, int B, int D) {
+    int d = blockIdx.x * blockDim.x + threadIdx.x;
+    if (d >= D) return;
+    for (int b = 0; b < B; b++) {
+        int i = b * D + d;
+        float c = dcond[i] * silu_slope(cond[i]), pp = dcond_pp[i] * silu_slope(cond_pp[i]);
+        dtable[(size_t)y[b] * D + d] += c + pp;
+        dcond[i] = label_only ? c : c + pp;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Activations: one allocation. Every layer of the path that gets a gradient (pre blocks, the m iterations, post blocks; in
+// DiT all blocks) has its input x[l] and a slot with what its backward pass needs. With `recompute` all share one slot, which
+// the backward pass fills again from x[l]. A model that only samples has one slot and one x: everything happens in place.
+
+typedef struct {
+    Act *u;    // (B,T,2D) fixed-point iterations only: the projection before its gelu
+    float *in; // (B,T,D)  fixed-point iterations only: the block's input; elsewhere it is x[l]
+    Act *qkv;  // (B,T,3D)
+    float *lse; // (B,H,T)
+    Act *att;  // (B,T,D)
+    Act *proj; // (B,T,D)
+    Act *fc1;  // (B,T,4D) before its gelu
+    Act *fc2;  // (B,T,D)
+} Slot;
+
+typedef struct { // a sampler's step is linear: x <- of_x·x + of_out·out + sigma·z
+    int t, noisy;
+    int learned; // sigma is exp(0.5 log var), with log var between these two as the model says
+    double of_x, of_out, sigma, log_beta, log_var;
+} SampleStep;
+
+typedef struct { // of one picture: its place in the schedule
+    double keep, noise;        // x_t = keep·x0 + noise·eps
+    double target_x0, target_noise; // what the model should give is target_x0·x0 + target_noise·eps
+    double weight;             // of the squared error
+    double slip;               // x0_hat - x0 = slip·(target - out)
+    double c1, log_beta, log_var;
+    int t;
+} LossPlace;
+
+typedef struct {
+    float **x; // inputs of the layers, x[l] (B,T,D), and the last output: the residual stream
+    Slot *slot;
+    float *pos;         // (T,D)
+    float *time_table;  // (1000,256) embeddings of all timesteps
+    int *t, *y;         // (B)
+    float *picture;     // (B,C,S,S) x0 in training, x in sampling
+    float *noise;       // (B,C,S,S)
+    float *x_t;         // (B,C,S,S) input of the model
+    float *out;         // (B,Cout,S,S) its output
+    float *patches;     // (B,T,C·p·p)
+    float *time_freq;   // (B,256)
+    float *time_hidden; // (B,D) before silu
+    float *time_silu;   // (B,D)
+    float *cond;        // (B,D) c = t_emb + y_emb
+    float *cond_pp;     // (B,D) condition of pre, post and final layers: c or y_emb
+    float *cond_silu, *cond_pp_silu;
+    float *mod;       // (blocks,B,6D), computed once per timestep
+    float *final_mod; // (B,2D)
+    Act *inj;         // (B,T,D) injection
+    float *inj_part;  // (B,T,2D) the half of the projection that does not change while z iterates
+    Act *z;           // (B,T,D) bf16 only: z for the matmul
+    Act *normed;      // (B,T,D) scratch: LN output
+    Act *wide;        // (B,T,4D) scratch: gelu output
+    float *patch_out; // (B,T,p·p·Cout)
+    float *mid;       // (B,T,D) scratch: z_{k-1} for residuals; a block's middle in the backward pass; the final LN's output
+    float *reused;    // (B,T,D) the solution of the timestep before (sampling)
+    double *sums;     // (B,2) or partial sums of the gradient norm
+    SampleStep *steps; // (1000) in sampling order
+    int *step;
+    // backward
+    float *dx;     // (B,T,D)
+    Act *dx_act;   // (B,T,D) bf16 only: the same for a matmul
+    Act *dnormed;  // (B,T,D)
+    Act *dbranch;  // (B,T,D)
+    Act *dwide;    // (B,T,4D)
+    float *du_sum; // (B,T,2D) gradient of inj_part, summed over the iterations
+    float *dmod, *dfinal_mod, *dcond, *dcond_pp, *dtime;
+    float2 *stats; // (B,T)
+    float *delta;  // (B,H,T)
+    float *dout;   // (B,Cout,S,S)
+    LossPlace *places; // (B)
+} Activations;
+
+enum { NORM_BLOCKS = 1024 };
+enum Kind { MODEL_WEIGHTS, MODEL_GRADS, MODEL_ADAM_M, MODEL_ADAM_V, MODEL_EMA };
+typedef struct {
+    Config config;
+    int batch, max_m, recompute, training; // what the activations have room for
+    int half;                              // activations are bf16
+    int n_tensors;
+    ParamTensor *tensors;
+    int64_t n_params;
+    real *memory[5]; // by enum Kind; only weights unless training
+    bf16 *half_weights; // of the weights in use, for matmuls; laid out alike
+    Params p, g;
+    Activations a;
+    char *activations; // what `a` points into
+    size_t activation_bytes;
+    int B, m;                                                         // of the current forward pass
+    void (*probe)(const char *name, const real *data, int64_t count); // tests look at activations through this
+} Model;
+
+typedef struct {
+    char *memory;
+    size_t bytes;
+} Arena;
+
+// Every array starts at a multiple of 256 bytes. In the harness a gap lies between them: see redzone in test/cuda_emu.h.
+static char *take(Arena *a, size_t bytes) {
+    char *at = a->memory ? a->memory + a->bytes : NULL;
+    a->bytes += ceil_div(bytes, 256) * 256;
+#ifndef __CUDACC__
+    if (a->memory) emu::redzone(at + bytes, a->memory + a->bytes + 256 - at - bytes);
+    a->bytes += 256;
+#endif
+    return at;
+}
+static float *take_floats(Arena *a, size_t count) { return (float *)take(a, count * sizeof(float)); }
+
+// Points the activations into `memory` (NULL: counts only). Returns the number of bytes.
+static size_t activations_point(Model *m, char *memory) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    Arena arena = {memory, 0}, *r = &arena;
+    size_t B = m->batch, T = config_tokens(c), D = c->width, N = B * T * D, pixels = B * c->image_size * c->image_size;
+    size_t A = m->half ? sizeof(bf16) : sizeof(float), in_size = pixels * c->channels;
+    size_t out_size = pixels * config_out_channels(c);
+    int blocks = config_blocks(c), layers = blocks - c->fixed_point + (c->fixed_point ? m->max_m : 0);
+    for (int l = 0; l <= layers + c->fixed_point; l++) a->x[l] = m->training || !l ? take_floats(r, N) : a->x[0];
+    for (int l = 0; l < layers; l++) {
+        Slot *s = &a->slot[l];
+        if (l > 0 && (m->recompute || !m->training)) {
+            *s = a->slot[0];
+            continue;
+        }
+        // m varies from step to step, so a slot behind the pre blocks serves an iteration or a post block.
+        int iteration = c->fixed_point && (l >= c->pre_depth || m->recompute || !m->training);
+        s->in = iteration ? take_floats(r, N) : NULL;
+        s->qkv = (Act *)take(r, 3 * N * A);
+        s->att = (Act *)take(r, N * A);
+        if (!m->training) continue;
+        s->u = iteration ? (Act *)take(r, 2 * N * A) : NULL;
+        s->lse = take_floats(r, B * c->heads * T);
+        s->proj = (Act *)take(r, N * A);
+        s->fc1 = (Act *)take(r, 4 * N * A);
+        s->fc2 = (Act *)take(r, N * A);
+    }
+    a->pos = take_floats(r, T * D);
+    a->time_table = take_floats(r, DIFFUSION_STEPS * 256);
+    a->t = (int *)take(r, B * sizeof(int));
+    a->y = (int *)take(r, B * sizeof(int));
+    a->picture = take_floats(r, in_size);
+    a->noise = take_floats(r, in_size);
+    a->x_t = take_floats(r, in_size);
+    a->out = take_floats(r, out_size);
+    a->patches = take_floats(r, in_size);
+    a->patch_out = take_floats(r, out_size);
+    a->time_freq = take_floats(r, B * 256);
+    float **conditions[] = {&a->time_hidden, &a->time_silu, &a->cond, &a->cond_pp, &a->cond_silu, &a->cond_pp_silu};
+    for (int i = 0; i < 6; i++) *conditions[i] = take_floats(r, B * D);
+    a->mod = take_floats(r, blocks * B * 6 * D);
+    a->final_mod = take_floats(r, B * 2 * D);
+    a->inj = c->fixed_point ? (Act *)take(r, N * A) : NULL;
+    a->inj_part = c->fixed_point ? take_floats(r, 2 * N) : NULL;
+    a->z = c->fixed_point && m->half ? (Act *)take(r, N * A) : NULL;
+    a->normed = (Act *)take(r, N * A);
+    a->wide = (Act *)take(r, 4 * N * A);
+    a->mid = take_floats(r, N);
+    a->reused = c->fixed_point ? take_floats(r, N) : NULL;
+    a->sums = (double *)take(r, (2 * B + NORM_BLOCKS) * sizeof(double));
+    a->steps = (SampleStep *)take(r, DIFFUSION_STEPS * sizeof(SampleStep));
+    a->step = (int *)take(r, sizeof(int));
+    if (!m->training) return arena.bytes;
+    a->dx = take_floats(r, N);
+    a->dx_act = m->half ? (Act *)take(r, N * A) : NULL;
+    a->dnormed = (Act *)take(r, N * A);
+    a->dbranch = (Act *)take(r, N * A);
+    a->dwide = (Act *)take(r, 4 * N * A);
+    a->du_sum = c->fixed_point ? take_floats(r, 2 * N) : NULL;
+    a->dmod = take_floats(r, blocks * B * 6 * D);
+    a->dfinal_mod = take_floats(r, B * 2 * D);
+    float **gradients[] = {&a->dcond, &a->dcond_pp, &a->dtime};
+    for (int i = 0; i < 3; i++) *gradients[i] = take_floats(r, B * D);
+    a->stats = (float2 *)take(r, B * T * sizeof(float2));
+    a->delta = take_floats(r, B * c->heads * T);
+    a->dout = take_floats(r, out_size);
+    a->places = (LossPlace *)take(r, B * sizeof(LossPlace));
+    return arena.bytes;
+}
+
+// The arithmetic that --dtype asks for; dies when there is no GPU for it.
+static int compute_dtype(int dtype) {
+    gpu_open();
+    return dtype == COMPUTE_FP32 ? COMPUTE_FP32 : COMPUTE_BF16;
+}
+
+// Bytes of device memory for parameters of all kinds, and for the workspace of split sums
+static size_t params_bytes(const Model *m) {
+    return (size_t)m->n_params * ((m->training ? 5 : 1) * sizeof(real) + (m->half ? sizeof(bf16) : 0));
+}
+static size_t workspace_floats(const Model *m) {
+    return m->training ? 16 * (size_t)m->config.width * (size_t)m->config.width : 0;
+}
+
+// pos (T,D) and the embeddings of all timesteps, made once, in double (SPEC 1)
+static void model_tables(Model *m) {
+    int side = m->config.image_size / m->config.patch, D = m->config.width, quarter = D / 4;
+    float *pos = (float *)xcalloc((size_t)side * side * D, sizeof *pos, "tables");
+    float *time = (float *)xcalloc(DIFFUSION_STEPS * 256, sizeof *time, "tables");
+    for (int t = 0; t < side * side; t++)
+        for (int i = 0; i < quarter; i++) {
+            double w = pow(10000, -(double)i / quarter), column = t % side * w, row = t / side * w;
+            float *at = pos + (size_t)t * D + i;
+            at[0] = (float)sin(column);
+            at[quarter] = (float)cos(column);
+            at[2 * quarter] = (float)sin(row);
+            at[3 * quarter] = (float)cos(row);
+        }
+    for (int t = 0; t < DIFFUSION_STEPS; t++)
+        for (int i = 0; i < 128; i++) {
+            double angle = t * exp(-log(10000) * i / 128);
+            time[t * 256 + i] = (float)cos(angle);
+            time[t * 256 + 128 + i] = (float)sin(angle);
+        }
+    gpu_upload(m->a.pos, pos, (size_t)side * side * D * sizeof(float));
+    gpu_upload(m->a.time_table, time, DIFFUSION_STEPS * 256 * sizeof(float));
+    gpu_wait();
+    xfree(pos);
+    xfree(time);
+}
+
+// A model with room for `batch` pictures and, for training, `max_m` gradient iterations. Its weights are zero.
+// Refuses sizes that the kernels do not serve, or beyond the GPU's memory, naming the options that lower it.
+static Model *model_create(const Config *config, int batch, int max_m, int recompute, int training, int dtype) {
+    gpu_open();
+    int hd = config->width / config->heads;
+    if (config->width % 8) die("width %d: the GPU program needs a multiple of 8; or use the CPU program", config->width);
+    if (hd % 8 || hd > 128)
+        die("heads %d: head size %d; the GPU program needs a multiple of 8, at most 128; or use the CPU program",
+            config->heads, hd);
+    Model *m = (Model *)xcalloc(1, sizeof *m, "the model");
+    m->config = *config;
+    m->batch = batch;
+    m->max_m = training ? max_m : 1;
+    m->recompute = recompute;
+    m->training = training;
+    m->half = dtype == COMPUTE_BF16;
+    int layers = config_blocks(config) + m->max_m;
+    m->a.x = (float **)xcalloc((size_t)layers + 1, sizeof *m->a.x, "the model");
+    m->a.slot = (Slot *)xcalloc((size_t)layers, sizeof *m->a.slot, "the model");
+    ParamWalk w = params_point(&m->p, config, NULL, NULL);
+    m->n_tensors = w.count;
+    m->n_params = w.size;
+    m->tensors = (ParamTensor *)xcalloc((size_t)w.count, sizeof *m->tensors, "the model");
+    m->activation_bytes = activations_point(m, NULL);
+    size_t need = m->activation_bytes + params_bytes(m) + workspace_floats(m) * sizeof(float), have, all;
+    CHECK(cudaMemGetInfo(&have, &all));
+    if (need > have)
+        die("this model with %d pictures at a time needs %.0f MB and the GPU has %.0f MB free: lower --batch%s%s", batch,
+            (double)need / 1e6, (double)have / 1e6, training ? ", set --micro_batch, or set --recompute 1" : "",
+            m->half ? "" : ", or set --dtype bf16");
+    for (int kind = 0; kind < (training ? 5 : 1); kind++)
+        m->memory[kind] = (real *)gpu_calloc((size_t)w.size * sizeof(real), "weights, gradients and optimiser");
+    if (m->half) m->half_weights = (bf16 *)gpu_calloc((size_t)w.size * sizeof(bf16), "weights");
+    params_point(&m->p, config, m->memory[MODEL_WEIGHTS], m->tensors);
+    if (training) params_point(&m->g, config, m->memory[MODEL_GRADS], NULL);
+    m->activations = (char *)gpu_calloc(m->activation_bytes, "activations");
+    activations_point(m, m->activations);
+    workspace_reserve(workspace_floats(m));
+    model_tables(m);
+    return m;
+}
+
+static void model_free(Model *m) {
+    gpu_wait();
+    for (int kind = 0; kind < 5; kind++) gpu_free(m->memory[kind], (size_t)m->n_params * sizeof(real));
+    gpu_free(m->half_weights, (size_t)m->n_params * sizeof(bf16));
+    gpu_free(m->activations, m->activation_bytes);
+    xfree(m->a.x);
+    xfree(m->a.slot);
+    xfree(m->tensors);
+    xfree(m);
+}
+
+// Copies all of one kind from or to the host's memory, laid out as the list of tensors says.
+static void model_download(const Model *m, int kind, float *host) {
+    gpu_download(host, m->memory[kind], (size_t)m->n_params * sizeof(real));
+}
+
+// out = in, as activations; in fp32 simply `in`
+static const Act *as_act(const Model *m, Act *out, const float *in, size_t count) {
+    if (!m->half) return (const Act *)in;
+    RUN((convert_kernel<bf16>), (unsigned)ceil_div(count, 4 * 256), 256, 0, (bf16 *)out, in, count);
+    return out;
+}
+
+// The weights that the forward pass uses: MODEL_WEIGHTS or, for pictures during training, MODEL_EMA
+static void model_use(Model *m, int kind) {
+    size_t even = (size_t)m->n_params / 4 * 4; // behind it stand biases of layers that compute in fp32
+    params_point(&m->p, &m->config, m->memory[kind], NULL);
+    as_act(m, (Act *)m->half_weights, m->memory[kind], even);
+}
+
+static void model_upload(Model *m, int kind, const float *host) {
+    gpu_upload(m->memory[kind], host, (size_t)m->n_params * sizeof(real));
+    if (kind == MODEL_WEIGHTS) model_use(m, kind);
+    gpu_wait();
+}
+
+// A weight as what the matmuls take
+static const Act *act_weight(const Model *m, const real *w) {
+    if (!m->half) return (const Act *)w;
+    const real *first = m->p.patch_w; // the first of all
+    return (const Act *)(m->half_weights + (w - first));
+}
+
+static void model_zero_gradients(Model *m) { gpu_zero(m->memory[MODEL_GRADS], (size_t)m->n_params * sizeof(real)); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The model
+
+// Shows floats, or with `act` activations, to whoever tests.
+static void show_probe(Model *m, const char *name, int k, const void *data, int act, int64_t count) {
+    char text[32];
+    if (!m->probe) return;
+    snprintf(text, sizeof text, k ? "%s.%d" : "%s", name, k);
+    int half = act && m->half;
+    float *host = (float *)xcalloc((size_t)count, sizeof *host, "a probe");
+    uint16_t *bits = (uint16_t *)host;
+    gpu_download(host, data, (size_t)count * (half ? sizeof(bf16) : sizeof(float)));
+    for (int64_t i = count - 1; half && i >= 0; i--) host[i] = bf16_to_float(bits[i]);
+    m->probe(text, host, count);
+    xfree(host);
+}
+
+// normed = LN(x)·(1+scale)+shift, mod pointing at shift. With a branch and gate, of mid = x + gate·branch, which is stored.
+static void layernorm_forward(Model *m, Act *normed, const float *x, const float *mod, float *mid, const Act *branch,
+                              const float *gate) {
+    int T = config_tokens(&m->config), D = m->config.width, rows = m->B * T;
+    TYPED(m->half, RUN((layernorm_modulate_kernel<A, A>), (unsigned)ceil_div(rows, ROWS_PER_BLOCK), ROW_THREADS, 0,
+                       (A *)normed, x, mod, 6 * D, rows, T, D, mid, (const A *)branch, gate));
+}
+
+// dx += the gradient through that layer, dmod += that of shift and scale; copy: see the kernel
+static void layernorm_backward(Model *m, float *dx, Act *copy, float *dmod, const Act *dout, const float *x,
+                               const float *mod) {
+    int T = config_tokens(&m->config), D = m->config.width, rows = m->B * T;
+    dim3 columns((unsigned)ceil_div(D, 64), m->B);
+    TYPED(m->half, RUN((layernorm_backward_kernel<A, A>), (unsigned)ceil_div(rows, ROWS_PER_BLOCK), ROW_THREADS, 0, dx,
+                       (A *)copy, m->a.stats, (const A *)dout, x, mod, 6 * D, rows, T, D);
+          RUN((modulate_backward_kernel<A>), columns, ROW_THREADS, ROW_THREADS * sizeof(float2), dmod, m->a.stats,
+              (const A *)dout, x, 6 * D, T, D));
+}
+
+static void gate_backward(Model *m, Act *dbranch, float *dgate, const float *dout, const float *gate,
+                          const Act *branch) {
+    int T = config_tokens(&m->config), D = m->config.width;
+    dim3 columns((unsigned)ceil_div(D, 64), m->B);
+    TYPED(m->half, RUN((gate_backward_kernel<A>), columns, ROW_THREADS, ROW_THREADS * sizeof(float2), (A *)dbranch,
+                       dgate, dout, gate, 6 * D, (const A *)branch, T, D));
+}
+
+// y = x·w^T + b, activations
+static void linear_forward(Model *m, Act *y, const Act *x, const real *w, const real *b, int M, int K, int N) {
+    matmul<false, false, EPI_STORE>(m->half, linear(y, x, act_weight(m, w), K, b, M, K, N));
+}
+
+// out = x + gate·(in·w^T + b). branch, unless NULL, keeps what gate multiplies; copy, unless NULL, is out as activations.
+static void gated_linear_forward(Model *m, float *out, Act *copy, Act *branch, const float *x, const float *gate,
+                                 const Act *in, const real *w, const real *b, int K) {
+    int T = config_tokens(&m->config), D = m->config.width;
+    Matmul g = linear(out, in, act_weight(m, w), K, b, m->B * T, K, D);
+    g.residual = x;
+    g.gate = gate;
+    g.gate_stride = 6 * D;
+    g.tokens = T;
+    g.pre = branch;
+    g.copy = copy;
+    matmul<false, false, EPI_GATED>(m->half, g);
+}
+
+// out = gelu(x·w^T + b + add), w with row stride ldw; pre, unless NULL, keeps what gelu is applied to
+static void gelu_linear_forward(Model *m, Act *out, Act *pre, const Act *x, const real *w, int ldw, const real *b,
+                                const float *add, int K, int N) {
+    int M = m->B * config_tokens(&m->config);
+    Matmul g = linear(out, x, act_weight(m, w), ldw, b, M, K, N);
+    g.add = add;
+    g.add_rows = M;
+    g.pre = pre;
+    matmul<false, false, EPI_GELU>(m->half, g);
+}
+
+// dpre = (dy·w)·gelu'(pre), act = gelu(pre) for w's own gradient, sum += dpre unless NULL. w (N,K): pre (M,K)
+static void gelu_linear_backward(Model *m, Act *dpre, Act *act, float *sum, const Act *dy, const real *w,
+                                 const Act *pre, int K, int N) {
+    Matmul g = linear_input(dpre, dy, act_weight(m, w), K, m->B * config_tokens(&m->config), K, N);
+    g.pre = (void *)pre;
+    g.copy = act;
+    g.sum = sum;
+    matmul<false, true, EPI_DGELU>(m->half, g);
+}
+
+// dw, db += and dx = of a linear layer between activations
+static void linear_backward(Model *m, Act *dx, real *dw, real *db, const Act *dy, const Act *x, const real *w, int M,
+                            int K, int N) {
+    linear_weight(m->half, dw, K, db, dy, x, M, K, N);
+    matmul<false, true, EPI_STORE>(m->half, linear_input(dx, dy, act_weight(m, w), K, M, K, N));
+}
+
+// out = Block(x, c) (SPEC 1): adaLN-Zero transformer block; with `keep`, s keeps what the backward pass needs. out may be x.
+//   mid = x + gate1·proj(attention(LN(x)·(1+scale1)+shift1));   out = mid + gate2·fc2(gelu(fc1(LN(mid)·(1+scale2)+shift2)))
+// copy, unless NULL, is out as activations.
+static void block_forward(Model *m, float *out, Act *copy, const float *x, const BlockParams *p, const float *mod,
+                          Slot *s, int keep) {
+    Activations *a = &m->a;
+    int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T;
+    layernorm_forward(m, a->normed, x, mod, NULL, NULL, NULL);
+    linear_forward(m, s->qkv, a->normed, p->qkv_w, p->qkv_b, M, D, 3 * D);
+    attention_forward(m->half, s->att, keep ? s->lse : NULL, s->qkv, B, T, D, m->config.heads);
+    gated_linear_forward(m, out, NULL, keep ? s->proj : NULL, x, mod + 2 * D, s->att, p->proj_w, p->proj_b, D);
+    layernorm_forward(m, a->normed, out, mod + 3 * D, NULL, NULL, NULL);
+    gelu_linear_forward(m, a->wide, keep ? s->fc1 : NULL, a->normed, p->fc1_w, D, p->fc1_b, NULL, D, 4 * D);
+    gated_linear_forward(m, out, copy, keep ? s->fc2 : NULL, out, mod + 5 * D, a->wide, p->fc2_w, p->fc2_b, 4 * D);
+}
+
+// dx (B,T,D): the gradient of the output on entry, of the input on return, then also in copy (unless NULL). dmod (B,6D) is added
+// to. x is the input.
+static void block_backward(Model *m, float *dx, Act *copy, float *dmod, const BlockParams *g, const float *x,
+                           const BlockParams *p, const float *mod, Slot *s) {
+    Activations *a = &m->a;
+    int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T;
+    // MLP branch
+    gate_backward(m, a->dbranch, dmod + 5 * D, dx, mod + 5 * D, s->fc2);
+    gelu_linear_backward(m, a->dwide, a->wide, NULL, a->dbranch, p->fc2_w, s->fc1, 4 * D, D);
+    linear_weight(m->half, g->fc2_w, 4 * D, g->fc2_b, a->dbranch, a->wide, M, 4 * D, D);
+    layernorm_forward(m, a->normed, x, mod + 3 * D, a->mid, s->proj, mod + 2 * D);
+    linear_backward(m, a->dnormed, g->fc1_w, g->fc1_b, a->dwide, a->normed, p->fc1_w, M, D, 4 * D);
+    layernorm_backward(m, dx, NULL, dmod + 3 * D, a->dnormed, a->mid, mod + 3 * D);
+    // Attention branch
+    gate_backward(m, a->dbranch, dmod + 2 * D, dx, mod + 2 * D, s->proj);
+    linear_backward(m, a->dnormed, g->proj_w, g->proj_b, a->dbranch, s->att, p->proj_w, M, D, D);
+    attention_backward(m->half, a->dwide, a->delta, a->dnormed, s->att, s->lse, s->qkv, B, T, D, m->config.heads);
+    layernorm_forward(m, a->normed, x, mod, NULL, NULL, NULL);
+    linear_backward(m, a->dnormed, g->qkv_w, g->qkv_b, a->dwide, a->normed, p->qkv_w, M, D, 3 * D);
+    layernorm_backward(m, dx, copy, dmod, a->dnormed, x, mod);
+}
+
+// One fixed-point iteration: out = Block(W2·gelu(W1z·z + inj_part) + b2, c), inj_part = W1inj·inj + b1. z comes as activations,
+// and in bf16 the output goes to a.z as well, for the next iteration.
+static void iteration_forward(Model *m, float *out, const Act *z, Slot *s, int keep) {
+    Activations *a = &m->a;
+    int D = m->config.width, M = m->B * config_tokens(&m->config), f = m->config.pre_depth;
+    gelu_linear_forward(m, a->wide, keep ? s->u : NULL, z, m->p.fp1_w, 2 * D, NULL, a->inj_part, D, 2 * D);
+    matmul<false, false, EPI_FLOAT>(m->half, linear(s->in, a->wide, act_weight(m, m->p.fp2_w), 2 * D, m->p.fp2_b, M,
+                                                    2 * D, D));
+    block_forward(m, out, a->z, s->in, &m->p.block[f], a->mod + (size_t)f * m->batch * 6 * D, s, keep);
+}
+
+// dz (B,T,D): the gradient of the output on entry; on return, unless `first`, of z (nothing flows into the first z). What
+// reaches inj_part is summed in du_sum over the iterations: its matmuls follow once, after the last.
+static void iteration_backward(Model *m, float *dz, const float *z, Slot *s, int first) {
+    Activations *a = &m->a;
+    int D = m->config.width, M = m->B * config_tokens(&m->config), f = m->config.pre_depth;
+    size_t mods = (size_t)f * m->batch * 6 * D;
+    block_backward(m, dz, a->dx_act, a->dmod + mods, &m->g.block[f], s->in, &m->p.block[f], a->mod + mods, s);
+    const Act *dz_act = m->half ? a->dx_act : (const Act *)dz;
+    gelu_linear_backward(m, a->dwide, a->wide, a->du_sum, dz_act, m->p.fp2_w, s->u, 2 * D, D);
+    linear_weight(m->half, m->g.fp2_w, 2 * D, m->g.fp2_b, dz_act, a->wide, M, 2 * D, D);
+    linear_weight(m->half, m->g.fp1_w, 2 * D, NULL, a->dwide, as_act(m, a->normed, z, (size_t)M * D), M, D, 2 * D);
+    if (!first)
+        matmul<false, true, EPI_FLOAT>(
+            m->half, linear_input(dz, a->dwide, act_weight(m, m->p.fp1_w), 2 * D, M, D, 2 * D));
+}
+
+// sums (B,2) = ||z - before||^2 and ||z||^2 of each picture, in double; a block a picture
+template <typename T> __device__ inline T block_sum(T x, T *shared) {
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = 0;
+    for (int w = 0; w < (int)blockDim.x / 32; w++) x += shared[w];
+    __syncthreads();
+    return x;
+}
+__global__ void residual_kernel(double *sums, const float *z, const float *before, size_t count) {
+    SHARED_DYNAMIC(double, shared);
+    double change = 0, norm = 0;
+    for (size_t i = threadIdx.x; i < count; i += blockDim.x) {
+        size_t at = blockIdx.x * count + i;
+        double difference = (double)z[at] - before[at];
+        change += difference * difference;
+        norm += (double)z[at] * z[at];
+    }
+    change = block_sum(change, shared);
+    norm = block_sum(norm, shared);
+    if (threadIdx.x == 0) sums[2 * blockIdx.x] = change;
+    if (threadIdx.x == 0) sums[2 * blockIdx.x + 1] = norm;
+}
+
+// Mean over the pictures of ||z - mid|| / ||z||
+static double residual_of(Model *m, const float *z, size_t count) {
+    double *sums = (double *)xcalloc(2 * (size_t)m->B, sizeof *sums, "residuals"), sum = 0;
+    RUN(residual_kernel, m->B, 1024, 32 * sizeof(double), m->a.sums, z, m->a.mid, count);
+    gpu_download(sums, m->a.sums, 2 * (size_t)m->B * sizeof *sums);
+    for (int b = 0; b < m->B; b++) sum += sqrt(sums[2 * b] / (sums[2 * b + 1] > 0 ? sums[2 * b + 1] : 1));
+    xfree(sums);
+    return sum / m->B;
+}
+
+// How sampling watches and steers the fixed point; training passes NULL.
+typedef struct {
+    int reuse, reuse_ready; // start from the solution of the timestep before, once there is one
+    int want_residual;
+    double tol;             // stop when the residual is below
+    double residuals[1000]; // of the iterations that ran, when wanted
+    int ran;
+} Solve;
+
+// Conditions c and c_pp from a.t and a.y, and with them the modulation of every block: constant while z iterates. All of this is
+// fp32: it is one row a picture.
+static void condition_forward(Model *m) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    int B = m->B, D = c->width, blocks = config_blocks(c), label_only = !c->timestep_in_pre_post && c->fixed_point;
+    unsigned wide = (unsigned)ceil_div((size_t)B * D, 256);
+    RUN(time_kernel, B, 256, 0, a->time_freq, a->time_table, a->t);
+    matmul<false, false, EPI_FLOAT>(0, linear(a->time_hidden, a->time_freq, m->p.time0_w, 256, m->p.time0_b, B, 256, D));
+    RUN(silu_kernel, wide, 256, 0, a->time_silu, a->time_hidden, B * D);
+    matmul<false, false, EPI_FLOAT>(0, linear(a->cond, a->time_silu, m->p.time2_w, D, m->p.time2_b, B, D, D));
+    RUN(condition_kernel, wide, 256, 0, a->cond, a->cond_pp, a->cond_silu, a->cond_pp_silu, m->p.label_table, a->y,
+        label_only, B, D);
+    for (int i = 0; i < blocks; i++) {
+        const float *cond = c->fixed_point && i == c->pre_depth ? a->cond_silu : a->cond_pp_silu;
+        matmul<false, false, EPI_FLOAT>(0, linear(a->mod + (size_t)i * m->batch * 6 * D, cond, m->p.block[i].ada_w, D,
+                                                  m->p.block[i].ada_b, B, D, 6 * D));
+    }
+    matmul<false, false, EPI_FLOAT>(
+        0, linear(a->final_mod, a->cond_pp_silu, m->p.final_ada_w, D, m->p.final_ada_b, B, D, 2 * D));
+}
+
+static void condition_backward(Model *m) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    int B = m->B, D = c->width, blocks = config_blocks(c), label_only = !c->timestep_in_pre_post && c->fixed_point;
+    gpu_zero(a->dcond, (size_t)B * D * sizeof(float));
+    gpu_zero(a->dcond_pp, (size_t)B * D * sizeof(float));
+    for (int i = -1; i < blocks; i++) { // -1: the final layer
+        int fixed = c->fixed_point && i == c->pre_depth, N = i < 0 ? 2 * D : 6 * D;
+        const float *dmod = i < 0 ? a->dfinal_mod : a->dmod + (size_t)i * m->batch * 6 * D;
+        const real *w = i < 0 ? m->p.final_ada_w : m->p.block[i].ada_w;
+        real *dw = i < 0 ? m->g.final_ada_w : m->g.block[i].ada_w, *db = i < 0 ? m->g.final_ada_b : m->g.block[i].ada_b;
+        linear_weight(0, dw, D, db, dmod, fixed ? a->cond_silu : a->cond_pp_silu, B, D, N);
+        matmul<false, true, EPI_WEIGHT>(0, linear_input(fixed ? a->dcond : a->dcond_pp, dmod, w, D, B, D, N));
+    }
+    RUN(condition_backward_kernel, (unsigned)ceil_div(D, 128), 128, 0, a->dcond, a->dcond_pp, m->g.label_table, a->cond,
+        a->cond_pp, a->y, label_only, B, D);
+    linear_weight(0, m->g.time2_w, D, m->g.time2_b, a->dcond, a->time_silu, B, D, D);
+    matmul<false, true, EPI_FLOAT>(0, linear_input(a->dcond_pp, a->dcond, m->p.time2_w, D, B, D, D));
+    RUN(silu_backward_kernel, (unsigned)ceil_div((size_t)B * D, 256), 256, 0, a->dtime, a->dcond_pp, a->time_hidden,
+        B * D);
+    linear_weight(0, m->g.time0_w, 256, m->g.time0_b, a->dtime, a->time_freq, B, 256, D);
+}
+
+// a.out (B,Cout,S,S) from a.x_t (B,C,S,S), timesteps a.t (B) and labels a.y (B): n iterations that keep nothing, then m that keep
+// what backpropagation needs (none when sampling). In DiT n and m mean nothing.
+static void model_forward(Model *m, int B, int n, int iterations, Solve *solve) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    int T = config_tokens(c), D = c->width, M = B * T, pre = c->fixed_point ? c->pre_depth : c->depth, l = 0;
+    int p = c->patch, S = c->image_size, C = c->channels, Cout = config_out_channels(c), keep = !solve && !m->recompute;
+    size_t N = (size_t)M * D, mods = (size_t)m->batch * 6 * D;
+    assert(B <= m->batch && iterations <= (m->training ? m->max_m : 0));
+    m->B = B;
+    m->m = c->fixed_point ? iterations : 0;
+    condition_forward(m);
+    RUN(patches_kernel, (unsigned)ceil_div((size_t)B * C * S * S, 256), 256, 0, a->patches, a->x_t, 0, 0, B, C, S, p);
+    Matmul embed = linear(a->x[0], a->patches, m->p.patch_w, C * p * p, m->p.patch_b, M, C * p * p, D);
+    embed.add = a->pos;
+    embed.add_rows = T;
+    matmul<false, false, EPI_FLOAT>(0, embed);
+    show_probe(m, "act.tokens", 0, a->x[0], 0, N);
+    for (; l < pre; l++)
+        block_forward(m, a->x[l + 1], NULL, a->x[l], &m->p.block[l], a->mod + l * mods, &a->slot[l], keep);
+    if (c->fixed_point) {
+        float *h = a->x[l];
+        show_probe(m, "act.pre", 0, h, 0, N);
+        linear_forward(m, a->inj, as_act(m, a->normed, h, N), m->p.inject_w, m->p.inject_b, M, D, D);
+        show_probe(m, "act.inj", 0, a->inj, 1, N);
+        matmul<false, false, EPI_FLOAT>(m->half, linear(a->inj_part, a->inj, act_weight(m, m->p.fp1_w + D), 2 * D,
+                                                        m->p.fp1_b, M, D, 2 * D));
+        // x[l+1] is z_n, the input of the first iteration with gradient; the n before it happen there, in place.
+        float *z = a->x[l + 1];
+        const float *start = solve && solve->reuse && solve->reuse_ready ? a->reused : h;
+        if (z != start) gpu_copy(z, start, N * sizeof(float));
+        as_act(m, a->z, z, N);
+        for (int k = 1; k <= n + iterations; k++) {
+            float *next = k <= n ? z : a->x[l + 1 + k - n];
+            if (solve && solve->want_residual) gpu_copy(a->mid, z, N * sizeof(float));
+            iteration_forward(m, next, m->half ? a->z : (const Act *)z, &a->slot[k <= n ? l : l + k - n - 1],
+                              keep && k > n);
+            z = next;
+            show_probe(m, "act.z", k, z, 0, N);
+            if (!solve) continue;
+            solve->ran = k;
+            if (!solve->want_residual) continue;
+            solve->residuals[k - 1] = residual_of(m, z, (size_t)T * D);
+            if (solve->residuals[k - 1] < solve->tol) break;
+        }
+        if (solve && solve->reuse) {
+            gpu_copy(a->reused, z, N * sizeof(float));
+            solve->reuse_ready = 1;
+        }
+        l += iterations;
+        for (int block = pre + 1; block < config_blocks(c); block++, l++)
+            block_forward(m, a->x[l + 2], NULL, a->x[l + 1], &m->p.block[block], a->mod + block * mods, &a->slot[l],
+                          keep);
+    }
+    float *last = a->x[l + c->fixed_point];
+    show_probe(m, "act.post", 0, last, 0, N);
+    RUN((layernorm_modulate_kernel<float, float>), (unsigned)ceil_div(M, ROWS_PER_BLOCK), ROW_THREADS, 0, a->mid, last,
+        a->final_mod, 2 * D, M, T, D, (float *)NULL, (const float *)NULL, (const float *)NULL);
+    matmul<false, false, EPI_FLOAT>(0, linear(a->patch_out, a->mid, m->p.final_w, D, m->p.final_b, M, D, p * p * Cout));
+    RUN(patches_kernel, (unsigned)ceil_div((size_t)B * Cout * S * S, 256), 256, 0, a->patch_out, a->out, 1, 1, B, Cout,
+        S, p);
+    show_probe(m, "output", 0, a->out, 0, (int64_t)B * Cout * S * S);
+}
+
+// Adds to the gradients those of the loss whose gradient with respect to the output is a.dout.
+static void model_backward(Model *m) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    int B = m->B, T = config_tokens(c), D = c->width, M = B * T, pre = c->fixed_point ? c->pre_depth : c->depth;
+    int p = c->patch, S = c->image_size, C = c->channels, Cout = config_out_channels(c), blocks = config_blocks(c);
+    int l = blocks - c->fixed_point + m->m;
+    size_t N = (size_t)M * D, mods = (size_t)m->batch * 6 * D;
+    gpu_zero(a->dx, N * sizeof(float));
+    gpu_zero(a->dfinal_mod, (size_t)B * 2 * D * sizeof(float));
+    gpu_zero(a->dmod, blocks * mods * sizeof(float));
+    const float *last = a->x[l + c->fixed_point];
+    // Final layer, in fp32; a.mid still holds its normed input, and a.dwide has room for that's gradient.
+    float *dnormed = (float *)a->dwide;
+    dim3 columns((unsigned)ceil_div(D, 64), B);
+    RUN(patches_kernel, (unsigned)ceil_div((size_t)B * Cout * S * S, 256), 256, 0, a->patch_out, a->dout, 0, 1, B, Cout,
+        S, p);
+    linear_weight(0, m->g.final_w, D, m->g.final_b, a->patch_out, a->mid, M, D, p * p * Cout);
+    matmul<false, true, EPI_FLOAT>(0, linear_input(dnormed, a->patch_out, m->p.final_w, D, M, D, p * p * Cout));
+    RUN((layernorm_backward_kernel<float, float>), (unsigned)ceil_div(M, ROWS_PER_BLOCK), ROW_THREADS, 0, a->dx,
+        (float *)NULL, a->stats, dnormed, last, a->final_mod, 2 * D, M, T, D);
+    RUN((modulate_backward_kernel<float>), columns, ROW_THREADS, ROW_THREADS * sizeof(float2), a->dfinal_mod, a->stats,
+        dnormed, last, 2 * D, T, D);
+    if (c->fixed_point) {
+        for (int block = blocks - 1; block > pre; block--) {
+            const BlockParams *w = &m->p.block[block];
+            l--;
+            if (m->recompute) block_forward(m, a->mid, NULL, a->x[l + 1], w, a->mod + block * mods, &a->slot[l], 1);
+            block_backward(m, a->dx, NULL, a->dmod + block * mods, &m->g.block[block], a->x[l + 1], w,
+                           a->mod + block * mods, &a->slot[l]);
+        }
+        gpu_zero(a->du_sum, 2 * N * sizeof(float));
+        for (int k = m->m - 1; k >= 0; k--) {
+            l--;
+            if (m->recompute) iteration_forward(m, a->mid, as_act(m, a->z, a->x[l + 1], N), &a->slot[l], 1);
+            iteration_backward(m, a->dx, a->x[l + 1], &a->slot[l], k == 0);
+        }
+        // Input injection: inj_part = W1inj·inj + b1, inj = Wp·h + bp; the pre blocks get their gradient through it alone.
+        const Act *du = as_act(m, a->dwide, a->du_sum, 2 * N), *dinj = a->dnormed;
+        linear_weight(m->half, m->g.fp1_w + D, 2 * D, m->g.fp1_b, du, a->inj, M, D, 2 * D);
+        matmul<false, true, EPI_STORE>(
+            m->half, linear_input(a->dnormed, du, act_weight(m, m->p.fp1_w + D), 2 * D, M, D, 2 * D));
+        linear_weight(m->half, m->g.inject_w, D, m->g.inject_b, dinj, as_act(m, a->normed, a->x[l], N), M, D, D);
+        matmul<false, true, EPI_FLOAT>(m->half, linear_input(a->dx, dinj, act_weight(m, m->p.inject_w), D, M, D, D));
+    }
+    while (--l >= 0) {
+        const BlockParams *w = &m->p.block[l];
+        if (m->recompute) block_forward(m, a->mid, NULL, a->x[l], w, a->mod + l * mods, &a->slot[l], 1);
+        block_backward(m, a->dx, NULL, a->dmod + l * mods, &m->g.block[l], a->x[l], w, a->mod + l * mods, &a->slot[l]);
+    }
+    linear_weight(0, m->g.patch_w, C * p * p, m->g.patch_b, a->dx, a->patches, M, C * p * p, D);
+    condition_backward(m);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Diffusion: the training loss (SPEC 2)
+
+// Where each picture stands in the schedule
+static void loss_places(LossPlace *places, const Schedule *s, const Config *c, const int *t, int B) {
+    for (int b = 0; b < B; b++) {
+        double ab = s->alpha_bar[t[b]], a = sqrt(ab), n = sqrt(1 - ab), tau = t[b] / (double)DIFFUSION_STEPS;
+        LossPlace *p = &places[b];
+        int flow = c->prediction == PREDICT_FLOW, v = c->prediction == PREDICT_V;
+        p->t = t[b];
+        p->keep = flow ? 1 - tau : a;
+        p->noise = flow ? tau : n;
+        p->target_x0 = flow ? 1 : v ? -n : 0;
+        p->target_noise = flow ? -1 : v ? a : 1;
+        p->weight = v && c->v_weight == V_WEIGHT_P2 ? ab / n * (1 - ab) : 1; // (x0-x0_hat)^2 = (1-ab)(v-out)^2
+        p->slip = v ? n : n / a;
+        p->c1 = s->c1[t[b]];
+        p->log_beta = s->log_beta[t[b]];
+        p->log_var = s->log_var[t[b]];
+    }
+}
+
+// x_t = sqrt(alpha_bar)·x0 + sqrt(1-alpha_bar)·noise, or for flow (1-tau)·x0 + tau·noise with tau = t/1000. All (B,C,S,S), `count` a
+// picture.
+__global__ void diffuse_kernel(float *x_t, int *t, const float *x0, const float *noise, const LossPlace *places,
+                               size_t count) {
+    const LossPlace p = places[blockIdx.y];
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = blockIdx.y * count + i;
+    if (i < count) x_t[at] = (float)(p.keep * x0[at] + p.noise * noise[at]);
+    if (i == 0) t[blockIdx.y] = p.t;
+}
+
+// cdf of the standard normal by its tanh form, and its derivative
+__device__ inline double normal_cdf(double u, double *slope) {
+    double th = tanh(0.7978845608028654 * (u + 0.044715 * u * u * u));
+    *slope = 0.5 * (1 - th * th) * 0.7978845608028654 * (1 + 0.134145 * u * u);
+    return 0.5 * (1 + th);
+}
+
+// One element's variational term in nats: KL(q || p) of two Gaussians for t > 0, minus log p(x0) of the discretised Gaussian
+// at t = 0, where the true mean is x0. miss = mean of p - true mean. *slope = its derivative with respect to log_var, the log
+// variance of p.
+__device__ inline double variational_term(double *slope, int t, double x0, double miss, double log_var,
+                                          double true_log_var) {
+    if (t > 0) {
+        double ratio = exp(true_log_var - log_var), square = miss * miss * exp(-log_var);
+        *slope = 0.5 * (1 - ratio - square);
+        return 0.5 * (-1 + log_var - true_log_var + ratio + square);
+    }
+    double inverse = exp(-0.5 * log_var), upper = inverse * (1 / 255.0 - miss), lower = inverse * (-1 / 255.0 - miss);
+    double upper_slope, lower_slope, upper_cdf = normal_cdf(upper, &upper_slope),
+                                     lower_cdf = normal_cdf(lower, &lower_slope);
+    if (x0 < -0.999) lower_cdf = lower_slope = 0;
+    if (x0 > 0.999) upper_cdf = 1, upper_slope = 0;
+    double mass = upper_cdf - lower_cdf; // probability of the bin; d u / d log_var = -u/2
+    *slope = mass < 1e-12 ? 0 : 0.5 * (upper * upper_slope - lower * lower_slope) / mass;
+    return -log(mass < 1e-12 ? 1e-12 : mass);
+}
+
+// sums (B,2): the (weighted) squared error and the variational term in bits, means over each picture's `count` elements. dout
+// (B,Cout,S,S) becomes the gradient of `scale` times the sum of both over the pictures. In double: this is 1e-4 of a step's
+// work. A block a picture.
+__global__ void loss_kernel(double *sums, float *dout, const float *out, const float *x0, const float *noise,
+                            const LossPlace *places, int learn_sigma, double scale, size_t count) {
+    SHARED_DYNAMIC(double, shared);
+    const LossPlace p = places[blockIdx.x];
+    double square = 0, bits = 0;
+    for (size_t i = threadIdx.x; i < count; i += blockDim.x) {
+        size_t at = blockIdx.x * count + i, out_at = blockIdx.x * count * (learn_sigma ? 2 : 1) + i;
+        double error = p.target_x0 * x0[at] + p.target_noise * noise[at] - out[out_at];
+        square += p.weight * error * error;
+        dout[out_at] = (float)(-2 * scale * p.weight * error / count);
+        if (!learn_sigma) continue;
+        double slope, share = (out[out_at + count] + 1.0) / 2;
+        double log_var = share * p.log_beta + (1 - share) * p.log_var;
+        bits += variational_term(&slope, p.t, x0[at], p.c1 * p.slip * error, log_var, p.log_var);
+        dout[out_at + count] = (float)(scale * slope * 0.5 * (p.log_beta - p.log_var) / log(2.0) / count);
+    }
+    square = block_sum(square, shared);
+    bits = block_sum(bits, shared);
+    if (threadIdx.x == 0) sums[2 * blockIdx.x] = square / count;
+    if (threadIdx.x == 0) sums[2 * blockIdx.x + 1] = bits / log(2.0) / count;
+}
+
+// Forward, loss and backward of B pictures; the gradient of `scale`·(sum of their losses) is added to the model's gradients.
+// x0, noise (B,C,S,S); t, y (B); n and m iterations without and with gradient. Fills mse and vb (B).
+static void model_loss(Model *model, const Schedule *s, const float *x0, const float *noise, const int *t, const int *y,
+                       int B, int n, int m, double scale, double *mse, double *vb) {
+    const Config *c = &model->config;
+    Activations *a = &model->a;
+    size_t count = (size_t)c->channels * c->image_size * c->image_size;
+    LossPlace *places = (LossPlace *)xcalloc((size_t)B, sizeof *places, "a batch");
+    double *sums = (double *)xcalloc(2 * (size_t)B, sizeof *sums, "a batch");
+    loss_places(places, s, c, t, B);
+    gpu_upload(a->places, places, (size_t)B * sizeof *places);
+    gpu_upload(a->picture, x0, B * count * sizeof *x0);
+    gpu_upload(a->noise, noise, B * count * sizeof *noise);
+    gpu_upload(a->y, y, (size_t)B * sizeof *y);
+    RUN(diffuse_kernel, dim3((unsigned)ceil_div(count, 256), B), 256, 0, a->x_t, a->t, a->picture, a->noise, a->places,
+        count);
+    model_forward(model, B, n, m, NULL);
+    RUN(loss_kernel, B, 512, 32 * sizeof(double), a->sums, a->dout, a->out, a->picture, a->noise, a->places,
+        c->learn_sigma, scale, count);
+    model_backward(model);
+    gpu_download(sums, a->sums, 2 * (size_t)B * sizeof *sums);
+    for (int b = 0; b < B; b++) mse[b] = sums[2 * b], vb[b] = sums[2 * b + 1];
+    xfree(places);
+    xfree(sums);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sampling (SPEC 3)
+
+// One timestep of the sampler: x (B,C,S,S) from itself, the model's output and the noise z; and the model's next input x_t, for
+// both halves when guided. `guided` elements of a picture follow out = uncond + cfg·(cond - uncond); 0: no guidance.
+__global__ void sample_step_kernel(float *x, float *x_t, const float *out, const float *z, const SampleStep *steps,
+                                   const int *step, double cfg, size_t guided, size_t count, size_t out_count, int B) {
+    const SampleStep s = steps[*step];
+    size_t e = (size_t)blockIdx.x * blockDim.x + threadIdx.x, b = blockIdx.y, at = b * count + e;
+    if (e >= count) return;
+    double v = out[b * out_count + e], sigma = s.sigma;
+    if (e < guided) {
+        double uncond = out[(B + b) * out_count + e];
+        v = uncond + cfg * (v - uncond);
+    }
+    if (s.learned) {
+        double share = (out[b * out_count + e + count] + 1.0) / 2;
+        sigma = exp(0.5 * (share * s.log_beta + (1 - share) * s.log_var));
+    }
+    float next = (float)(s.of_x * x[at] + s.of_out * v + (s.noisy ? sigma * z[at] : 0));
+    x[at] = x_t[at] = next;
+    if (guided) x_t[B * count + at] = next;
+}
+
+// The timestep of every row, at the start (advance 0) and after each step (1)
+__global__ void next_step_kernel(int *t, int *step, const SampleStep *steps, int advance, int count, int rows) {
+    int next = *step + advance;
+    __syncthreads();
+    if (next < count)
+        for (int i = threadIdx.x; i < rows; i += blockDim.x) t[i] = steps[next].t;
+    if (threadIdx.x == 0) *step = next;
+}
+
+// The coefficients of each timestep, in sampling order: with x0_hat and eps_hat both linear in x and out, so is the step.
+static void sample_steps(SampleStep *steps, const Schedule *s, const SampleSettings *set, const Config *c) {
+    for (int k = 0; k < s->n; k++) {
+        int i = s->n - 1 - k, v = c->prediction == PREDICT_V;
+        SampleStep *p = &steps[k];
+        double ab = s->alpha_bar[i], prev = s->alpha_bar_prev[i], a = sqrt(ab), n = sqrt(1 - ab);
+        double x0_x = v ? a : 1 / a, x0_out = v ? -n : -n / a, eps_x = v ? n : 0, eps_out = v ? a : 1;
+        memset(p, 0, sizeof *p);
+        p->t = s->t[i];
+        if (set->sampler == SAMPLER_FLOW) {
+            p->of_x = 1;
+            p->of_out = 1.0 / s->n;
+        } else if (set->sampler == SAMPLER_DDPM) {
+            p->of_x = s->c1[i] * x0_x + s->c2[i];
+            p->of_out = s->c1[i] * x0_out;
+            p->learned = c->learn_sigma;
+            p->log_beta = s->log_beta[i];
+            p->log_var = s->log_var[i];
+            p->sigma = exp(0.5 * s->log_beta[i]);
+            p->noisy = i > 0;
+        } else {
+            p->sigma = set->eta * sqrt((1 - prev) / (1 - ab)) * sqrt(1 - ab / prev);
+            double rest = 1 - prev - p->sigma * p->sigma, keep = sqrt(rest > 0 ? rest : 0);
+            p->of_x = sqrt(prev) * x0_x + keep * eps_x;
+            p->of_out = sqrt(prev) * x0_out + keep * eps_out;
+            p->noisy = i > 0 && set->eta > 0;
+        }
+    }
+}
+
+// Draws B pictures: x (B,C,S,S) holds x_T on entry and the pictures on return. z (steps,B,C,S,S), the noise of each step, is
+// given by tests; when NULL it is drawn: picture b is number first+b of the seed. The model needs room for 2B with guidance.
+// A timestep is a few hundred short kernels, which would take longer to launch than to run: they are recorded once for each
+// number of iterations, as a CUDA graph, and replayed. All that differs between timesteps is read from device memory.
+static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int B,
+                         const float *z, uint64_t seed, int first) {
+    const Config *c = &model->config;
+    Activations *a = &model->a;
+    int guided = set->cfg != 1, rows = guided ? 2 * B : B, S = s->n, n_graphs = 0, zero = 0;
+    size_t count = (size_t)c->channels * c->image_size * c->image_size, out_count = count * (c->learn_sigma ? 2 : 1);
+    size_t guided_count = guided ? count / c->channels * imin(set->cfg_channels, c->channels) : 0;
+    struct Graph {
+        int iters, reuse_ready;
+        cudaGraphExec_t exec;
+    } *graphs = (struct Graph *)xcalloc((size_t)S, sizeof *graphs, "sampling");
+    SampleStep *steps = (SampleStep *)xcalloc((size_t)S, sizeof *steps, "sampling");
+    int *labels = (int *)xcalloc((size_t)rows, sizeof *labels, "sampling");
+    float *noise = (float *)xcalloc(B * count, sizeof *noise, "sampling");
+    Solve *solve = (Solve *)xcalloc(1, sizeof *solve, "sampling");
+    solve->reuse = set->reuse && c->fixed_point;
+    solve->want_residual = set->trace || set->tol > 0;
+    solve->tol = set->tol;
+    for (int b = 0; b < rows; b++) labels[b] = b < B ? y[b] : c->classes;
+    sample_steps(steps, s, set, c);
+    gpu_upload(a->steps, steps, (size_t)S * sizeof *steps);
+    gpu_upload(a->step, &zero, sizeof zero);
+    gpu_upload(a->y, labels, (size_t)rows * sizeof *labels);
+    gpu_upload(a->picture, x, B * count * sizeof *x);
+    for (int half = 0; half <= guided; half++) gpu_copy(a->x_t + half * B * count, a->picture, B * count * sizeof *x);
+    RUN(next_step_kernel, 1, 256, 0, a->t, a->step, a->steps, 0, S, rows);
+    for (int step = 0; step < S; step++) {
+        int i = S - 1 - step, iters = c->fixed_point ? set->iters[step] : 0;
+        if (!z && steps[step].noisy)
+            for (int b = 0; b < B; b++)
+                rng_normal(noise + b * count, count, 0, seed, (uint32_t)((first + b) * DIFFUSION_STEPS + i), STREAM_Z);
+        if (steps[step].noisy) gpu_upload(a->noise, z ? z + step * B * count : noise, B * count * sizeof *noise);
+
+        struct Graph *graph = graphs;
+        while (graph < graphs + n_graphs && (graph->iters != iters || graph->reuse_ready != solve->reuse_ready)) graph++;
+        int record = graph == graphs + n_graphs, plain = solve->want_residual && c->fixed_point; // those wait for the GPU
+        if (record || plain) {
+            cudaGraph_t recorded;
+            graph->iters = iters;
+            graph->reuse_ready = solve->reuse_ready;
+            if (!plain) CHECK(cudaStreamBeginCapture(gpu.stream, cudaStreamCaptureModeRelaxed));
+            model_forward(model, rows, iters, 0, solve);
+            RUN(sample_step_kernel, dim3((unsigned)ceil_div(count, 256), B), 256, 0, a->picture, a->x_t, a->out,
+                a->noise, a->steps, a->step, set->cfg, guided_count, count, out_count, B);
+            RUN(next_step_kernel, 1, 256, 0, a->t, a->step, a->steps, 1, S, rows);
+            if (!plain) {
+                CHECK(cudaStreamEndCapture(gpu.stream, &recorded));
+                CHECK(cudaGraphInstantiate(&graph->exec, recorded, 0));
+                CHECK(cudaGraphDestroy(recorded));
+                n_graphs++;
+            }
+        }
+        if (!plain) {
+            CHECK(cudaGraphLaunch(graph->exec, gpu.stream));
+            solve->ran = iters;
+            solve->reuse_ready = solve->reuse;
+        }
+        set->passes += c->fixed_point ? c->pre_depth + solve->ran + c->post_depth : c->depth;
+        for (int k = 0; set->trace && k < solve->ran && c->fixed_point; k++)
+            fprintf(set->trace, "%d,%d,%d,%.6g\n", step, s->t[i], k + 1, solve->residuals[k]);
+    }
+    gpu_download(x, a->picture, B * count * sizeof *x);
+    for (int i = 0; i < n_graphs; i++) CHECK(cudaGraphExecDestroy(graphs[i].exec));
+    xfree(graphs);
+    xfree(steps);
+    xfree(labels);
+    xfree(noise);
+    xfree(solve);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Optimiser: AdamW (arXiv:1711.05101) with decoupled decay, the moving average (EMA) of the weights, and the bf16 copy that
+// the matmuls take, in one pass
+
+// Sum of squares in double: each block sums every NORM_BLOCKS-th piece, and the host adds what the blocks have, in order.
+__global__ void norm_kernel(double *partial, const float *grads, size_t count) {
+    SHARED_DYNAMIC(double, shared);
+    double sum = 0;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x)
+        sum += (double)grads[i] * grads[i];
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+static double model_gradient_norm(const Model *m) {
+    double partial[NORM_BLOCKS], sum = 0;
+    RUN(norm_kernel, NORM_BLOCKS, 256, 32 * sizeof(double), m->a.sums, m->memory[MODEL_GRADS], (size_t)m->n_params);
+    gpu_download(partial, m->a.sums, sizeof partial);
+    for (int i = 0; i < NORM_BLOCKS; i++) sum += partial[i];
+    return sqrt(sum);
+}
+
+typedef struct {
+    float *weights, *m, *v, *ema;
+    bf16 *half;
+    const float *grads;
+    float b1, b2, new1, new2, size, correct, epsilon, keep, scale, toward;
+} Update;
+
+__global__ void update_kernel(Update u, size_t count) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    float g = u.grads[i] * u.scale, m = u.b1 * u.m[i] + u.new1 * g, v = u.b2 * u.v[i] + u.new2 * g * g;
+    float w = u.weights[i] * u.keep - u.size * m / (sqrtf(v) * u.correct + u.epsilon);
+    u.m[i] = m;
+    u.v[i] = v;
+    u.weights[i] = w;
+    u.ema[i] += u.toward * (w - u.ema[i]);
+    if (u.half) u.half[i] = __float2bfloat16_rn(w);
+}
+
+// Update number `step` (from 1); gradients are multiplied by grad_scale first.
+static void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
+                         double grad_scale, double ema_decay) {
+    real *const *memory = model->memory;
+    Update u = {memory[MODEL_WEIGHTS],
+                memory[MODEL_ADAM_M],
+                memory[MODEL_ADAM_V],
+                memory[MODEL_EMA],
+                model->half_weights,
+                memory[MODEL_GRADS],
+                (float)beta1,
+                (float)beta2,
+                (float)(1 - beta1),
+                (float)(1 - beta2),
+                (float)(lr / (1 - pow(beta1, (double)step))),
+                (float)(1 / sqrt(1 - pow(beta2, (double)step))),
+                (float)eps,
+                (float)(1 - lr * decay),
+                (float)grad_scale,
+                (float)(1 - ema_decay)};
+    RUN(update_kernel, (unsigned)ceil_div(model->n_params, 256), 256, 0, u, (size_t)model->n_params);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What the benchmark measures of the machine
+
+// Peak device memory, in MB: all is allocated up front and held
+static double peak_memory(void) { return (double)gpu.allocated / 1e6; }
+
+// Independent chains of multiply-adds in registers: what the arithmetic units can do without memory
+enum { PEAK_CHAINS = 8, PEAK_WARPS = 8 };
+template <typename A> __global__ void peak_kernel(float *out, int reps) {
+    float x[PEAK_CHAINS][4] = {};
+    uint32_t a[4] = {threadIdx.x, 1, 2, 3}, b[2] = {4, 5};
+    for (int r = 0; r < reps; r++) {
+#pragma unroll
+        for (int i = 0; i < PEAK_CHAINS; i++) {
+            if (sizeof(A) == 2) mma_bf16(x[i], a, b);
+            else
+                for (int j = 0; j < 4; j++) x[i][j] = x[i][j] * 0.5f + 1;
+        }
+    }
+    float sum = 0;
+    for (int i = 0; i < 4 * PEAK_CHAINS; i++) sum += x[i / 4][i % 4];
+    out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
+}
+
+// Peak rate of fused multiply-adds, then every matmul of the model in its three forms
+static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
+    enum { REPEAT = 10 };
+    int half = dtype == COMPUTE_BF16, D = c->width, M = B * config_tokens(c), blocks = 4 * gpu.sms, reps = 100000;
+    int shapes[][2] = {{3 * D, D}, {D, D}, {4 * D, D}, {D, 4 * D}, {2 * D, D}, {D, 2 * D}};
+    size_t size = half ? sizeof(bf16) : sizeof(float), x_bytes = (size_t)M * 4 * D * size;
+    size_t w_bytes = 4 * (size_t)D * D * sizeof(float);
+    void *x = gpu_calloc(x_bytes, "matmul"), *y = gpu_calloc(x_bytes, "matmul"), *w = gpu_calloc(w_bytes, "matmul");
+    float *out = (float *)gpu_calloc((size_t)blocks * PEAK_WARPS * 32 * sizeof(float), "matmul");
+    double times[100], begin = 0;
+    workspace_reserve(16 * (size_t)D * D);
+    for (int run = 0; run < 2; run++) { // the first is a warm-up
+        gpu_wait();
+        begin = now_ms();
+        TYPED(half, RUN((peak_kernel<A>), blocks, 32 * PEAK_WARPS, 0, out, reps));
+    }
+    gpu_wait();
+    double flops = half ? 2.0 * 16 * 16 * 8 : 2.0 * 4 * 32;
+    printf("peak_gflops %.1f GFLOP/s\n", 1e-6 * flops * PEAK_CHAINS * reps * PEAK_WARPS * blocks / (now_ms() - begin));
+    for (int i = 0; i < 6; i++)
+        for (int form = 0; form < 3; form++) {
+            static const char *const forms[] = {"forward", "dx", "dw"};
+            int N = shapes[i][0], K = shapes[i][1];
+            for (int r = -1; r < rounds && r < 100; r++) {
+                gpu_wait();
+                begin = now_ms();
+                for (int repeat = 0; repeat < REPEAT; repeat++) {
+                    if (form == 0) matmul<false, false, EPI_STORE>(half, linear(y, x, w, K, NULL, M, K, N));
+                    if (form == 1) matmul<false, true, EPI_STORE>(half, linear_input(x, y, w, K, M, K, N));
+                    if (form == 2) linear_weight(half, (float *)w, K, NULL, y, x, M, K, N);
+                }
+                gpu_wait();
+                if (r >= 0) times[r] = (now_ms() - begin) / REPEAT;
+            }
+            if (rounds)
+                printf("gemm_gflops_%s_%dx%dx%d %.1f GFLOP/s\n", forms[form], M, N, K,
+                       2e-6 * M * N * K / median(times, imin(rounds, 100)));
+        }
+    gpu_free(x, x_bytes);
+    gpu_free(y, x_bytes);
+    gpu_free(w, w_bytes);
+    gpu_free(out, (size_t)blocks * PEAK_WARPS * 32 * sizeof(float));
+}
 
 // =====================================================================================================================
-// Programs: shared with fpdm.cu
+// Programs: shared with fpdm.cu from here to the next such line
+// =====================================================================================================================
+
+// Pictures x (n,C,S,S) for the labels y (n), in batches that the model has room for.
+static void sample_pictures(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int n,
+                            uint64_t seed) {
+    const Config *c = &model->config;
+    size_t count = (size_t)c->channels * c->image_size * c->image_size;
+    int at_a_time = set->cfg != 1 ? model->batch / 2 : model->batch;
+    if (c->prediction == PREDICT_EPS && c->zero_terminal_snr)
+        die("a model of eps with zero_terminal_snr cannot be sampled: train with --prediction v");
+    for (int first = 0; first < n; first += at_a_time) {
+        int B = n - first < at_a_time ? n - first : at_a_time;
+        for (int b = 0; b < B; b++)
+            rng_normal(x + (first + b) * count, count, 0, seed, (uint32_t)(first + b), STREAM_XT);
+        set->passes = 0;
+        sample_batch(model, s, set, x + first * count, y + first, B, NULL, seed, first);
+    }
+}
+
+// A grid of pictures (n,C,S,S) as PNG, and in the terminal with `show`.
+static void save_grid(const char *path, const float *x, int n, const Config *c, int show) {
+    int columns = 1, width, height, zoom = c->image_size >= 64 ? 1 : c->image_size >= 32 ? 2 : 4;
+    if (c->classes > 1 && c->classes <= 20 && n > c->classes)
+        columns = c->classes;
+    else
+        while (columns * columns < n) columns++;
+    uint8_t *rgb = picture_grid(x, n, c->channels, c->image_size, c->image_size, columns, zoom, 2, &width, &height);
+    png_write(path, rgb, width, height);
+    xfree(rgb);
+    if (!show) return;
+    rgb = picture_grid(x, n, c->channels, c->image_size, c->image_size, columns, 1, 1, &width, &height);
+    show_picture(rgb, width, height);
+    xfree(rgb);
+}
+
+// Metadata of a file of weights: the model's options, then class names and the scale of latents where there are any.
+static int weights_meta(Meta *meta, const Options *o, const Dataset *d, int use) {
+    int count = options_to_meta(meta, o, use);
+    if (d->class_names) {
+        meta[count].key = strdup("class_names");
+        meta[count++].value = format_class_names(d->class_names, d->classes);
+    }
+    if (d->latent_scale) {
+        meta[count].key = strdup("latent_scale");
+        meta[count++].value = strdup(d->latent_scale);
+    }
+    return count;
+}
+
+static void meta_free(Meta *meta, int count) {
+    for (int i = 0; i < count; i++) {
+        free((void *)meta[i].key);
+        free((void *)meta[i].value);
+    }
+}
+
+// OUT/weights.safetensors, the EMA weights, ready to sample; OUT/state.safetensors, all that is needed to go on as if the
+// run had never stopped
+static void save_run(const char *folder, const Options *o, const Dataset *d, const Model *m, int64_t step) {
+    static const struct {
+        const char *prefix;
+        int kind;
+    } parts[] = {{"ema.", MODEL_EMA}, {"model.", MODEL_WEIGHTS}, {"adam_m.", MODEL_ADAM_M}, {"adam_v.", MODEL_ADAM_V}};
+    char path[PATH_MAX], text[32];
+    Meta meta[N_OPTIONS + 4];
+    size_t size = (size_t)m->n_params;
+    int count = m->n_tensors, n = 0;
+    Tensor *tensors = (Tensor *)xcalloc(5 * (size_t)count, sizeof *tensors, "saving");
+    float *values = (float *)xcalloc(4 * size, sizeof *values, "saving");
+    uint16_t *half = o->weights_dtype ? (uint16_t *)xcalloc(size, sizeof *half, "saving") : NULL;
+    for (int i = 0; i < 4; i++) {
+        model_download(m, parts[i].kind, values + i * size);
+        n += tensors_describe(tensors + n, m->tensors, count, parts[i].prefix, values + i * size, NULL);
+    }
+    for (size_t i = 0; half && i < size; i++) half[i] = float_to_bf16(values[i]);
+    tensors_describe(tensors + n, m->tensors, count, "", values, half);
+    int n_meta = weights_meta(meta, o, d, WEIGHTS);
+    snprintf(path, sizeof path, "%s/weights.safetensors", folder);
+    st_save(path, tensors + n, count, meta, n_meta);
+    meta_free(meta, n_meta);
+
+    n_meta = weights_meta(meta, o, d, WEIGHTS | TRAIN);
+    snprintf(text, sizeof text, "%lld", (long long)step);
+    meta[n_meta].key = strdup("step");
+    meta[n_meta++].value = strdup(text);
+    snprintf(path, sizeof path, "%s/state.safetensors", folder);
+    st_save(path, tensors, n, meta, n_meta);
+    meta_free(meta, n_meta);
+    for (int i = 0; i < n + count; i++) free((void *)tensors[i].name);
+    xfree(tensors);
+    xfree(values);
+    xfree(half);
+}
+
+// Opens OUT/log.csv for appending; rows of steps from `step` on, which will be made again, are dropped.
+static FILE *open_log(const char *folder, int64_t step) {
+    char path[PATH_MAX], line[512];
+    snprintf(path, sizeof path, "%s/log.csv", folder);
+    FILE *old = step ? fopen(path, "r") : NULL, *file = open_temp(path);
+    fprintf(file, "step,loss,mse,vb,grad_norm,lr,n,m,ms,images_per_s\n");
+    while (old && fgets(line, sizeof line, old))
+        if (line[0] >= '0' && line[0] <= '9' && atoll(line) < step) fputs(line, file);
+    if (old) fclose(old);
+    commit_temp(file, path);
+    file = fopen(path, "a");
+    if (!file) die("%s: cannot write: %s", path, strerror(errno));
+    return file;
+}
+
+// Pictures from the EMA weights with the settings of --sample_steps, --cfg, --sampler, --reuse.
+static void sample_grid(const char *folder, const Options *o, Model *m, int64_t step) {
+    const Config *c = &m->config;
+    char path[PATH_MAX];
+    int n = c->classes > 1 && c->classes <= 20 ? 4 * c->classes : 36, iters[DIFFUSION_STEPS];
+    int *y = (int *)xcalloc((size_t)n, sizeof *y, "samples");
+    float *x = (float *)xcalloc((size_t)n * c->channels * c->image_size * c->image_size, sizeof *x, "samples");
+    Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "samples");
+    for (int i = 0; i < n; i++) y[i] = c->classes ? i % c->classes : 0;
+    for (int i = 0; i < o->sample_steps; i++) iters[i] = config_iterations(c);
+    schedule_make(s, c, o->sample_steps);
+    SampleSettings set = {resolve_sampler(o->sampler, c), 3, o->reuse, 0, m->batch > 1 ? o->cfg : 1, 0, iters, NULL, 0};
+    model_use(m, MODEL_EMA);
+    sample_pictures(m, s, &set, x, y, n, o->seed);
+    model_use(m, MODEL_WEIGHTS);
+    snprintf(path, sizeof path, "%s/samples_%06lld.png", folder, (long long)step);
+    save_grid(path, x, n, c, o->show);
+    printf("pictures: %s\n", path);
+    xfree(y);
+    xfree(x);
+    xfree(s);
+}
+
+static volatile sig_atomic_t interrupted;
+static void on_interrupt(int signal_number) {
+    (void)signal_number;
+    interrupted = 1;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Training
+
+static int train_main(int argc, char **argv) {
+    static const char about[] =
+        "Trains a fixed-point diffusion model (or DiT) on pictures; writes weights, state, log and samples into --out.";
+    Options options, *o = &options;
+    Config *c = &o->model;
+    char given[N_OPTIONS], path[PATH_MAX];
+    SafeTensors state;
+    int64_t start = 0;
+    options_default(o, TRAIN);
+    options_parse(o, TRAIN, argc, argv, about, given);
+    if (*o->resume) { // settings of the stopped run, then the command line over them
+        const char *folder = o->resume;
+        snprintf(path, sizeof path, "%s/state.safetensors", folder);
+        st_open(&state, path);
+        options_from_meta(o, &state, TRAIN | WEIGHTS);
+        const char *step = st_meta(&state, "step");
+        if (!step) die("%s: metadata 'step' is missing: not a training state", path);
+        start = atoll(step);
+        Config before = *c;
+        o->out = folder;
+        options_parse(o, TRAIN, argc, argv, about, given);
+        options_model(o, TRAIN, given);
+        if (memcmp(&before, c, sizeof before))
+            die("option --resume: %s holds another model; leave out the options that describe it", path);
+        if (start >= o->steps) die("option --steps: %s is at step %lld already; ask for more", path, (long long)start);
+    } else {
+        options_model(o, TRAIN, given);
+    }
+    int dtype = compute_dtype(o->dtype);
+
+    Dataset data;
+    dataset_open(&data, o->data, c->image_size, o->seed);
+    if (*o->resume && (data.size != c->image_size || data.channels != c->channels || data.classes != c->classes))
+        die("%s: other sizes or classes than the run in %s was started with", o->data, o->resume);
+    c->image_size = data.size;
+    c->channels = data.channels;
+    c->classes = data.classes;
+    config_check(c, *o->resume ? path : "options");
+    if (c->prediction == PREDICT_EPS && c->zero_terminal_snr) die("option --zero_terminal_snr: needs --prediction v");
+    resolve_sampler(o->sampler, c);
+    int micro = o->micro_batch && o->micro_batch < o->batch ? o->micro_batch : o->batch;
+
+    if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
+    snprintf(path, sizeof path, "%s/state.safetensors", o->out);
+    if (!*o->resume && !access(path, F_OK))
+        die("%s: a run is stored here; give another --out, or go on with it: --resume %s", path, o->out);
+
+    Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, dtype);
+    size_t n_params = (size_t)m->n_params;
+    float *values = (float *)xcalloc(n_params, sizeof *values, "initial weights");
+    if (*o->resume) {
+        static const struct {
+            const char *prefix;
+            int kind;
+        } parts[] = {
+            {"ema.", MODEL_EMA}, {"model.", MODEL_WEIGHTS}, {"adam_m.", MODEL_ADAM_M}, {"adam_v.", MODEL_ADAM_V}};
+        for (int i = 0; i < 4; i++) {
+            tensors_read(&state, m->tensors, m->n_tensors, parts[i].prefix, values);
+            model_upload(m, parts[i].kind, values);
+        }
+        st_close(&state);
+    } else {
+        params_init(values, m->tensors, m->n_tensors, o->seed);
+        model_upload(m, MODEL_WEIGHTS, values);
+        model_upload(m, MODEL_EMA, values);
+    }
+    xfree(values);
+    FILE *log = open_log(o->out, start);
+    double mb = 4e-6 * (double)n_params;
+    printf("data: %s, %dx%d, %d channels, %d classes%s\n", o->data, c->image_size, c->image_size, c->channels,
+           c->classes, data.count ? "" : ", endless");
+    printf("model: %s, width %d, %d heads, patch %d, %.2f million parameters\n", c->fixed_point ? "fixed point" : "DiT",
+           c->width, c->heads, c->patch, 1e-6 * (double)n_params);
+    printf("memory: parameters %.1f MB, gradients %.1f, Adam %.1f, EMA %.1f, activations %.1f; in all %.1f MB\n", mb,
+           mb, 2 * mb, mb, 1e-6 * (double)m->activation_bytes, 5 * mb + 1e-6 * (double)m->activation_bytes);
+
+    Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "the schedule");
+    schedule_make(s, c, DIFFUSION_STEPS);
+    size_t count = (size_t)c->channels * c->image_size * c->image_size;
+    float *x0 = (float *)xcalloc(micro * count, sizeof *x0, "a batch"),
+          *noise = (float *)xcalloc(micro * count, sizeof *noise, "a batch");
+    int *t = (int *)xcalloc((size_t)micro, sizeof *t, "a batch"),
+        *y = (int *)xcalloc((size_t)micro, sizeof *y, "a batch");
+    double *mse = (double *)xcalloc((size_t)micro, sizeof *mse, "a batch"),
+           *vb = (double *)xcalloc((size_t)micro, sizeof *vb, "a batch");
+    signal(SIGINT, on_interrupt);
+    signal(SIGTERM, on_interrupt);
+    double shown_ms = now_ms(), shown_flops = 0, shown_loss = 0, run_ms = now_ms();
+    int64_t shown = start, step = start, saved = *o->resume ? start : -1;
+    for (; step < o->steps && !interrupted; step++) {
+        double begin = now_ms(), loss_mse = 0, loss_vb = 0;
+        uint32_t word[4];
+        philox(word, o->seed, 0, (uint32_t)step, STREAM_NM);
+        int n =
+            o->no_grad_iters[0] + (int)rng_below(word[0], (uint32_t)(o->no_grad_iters[1] - o->no_grad_iters[0] + 1));
+        int iterations =
+            o->grad_iters[0] + (int)rng_below(word[1], (uint32_t)(o->grad_iters[1] - o->grad_iters[0] + 1));
+        model_zero_gradients(m);
+        for (int first = 0; first < o->batch; first += micro) {
+            int B = o->batch - first < micro ? o->batch - first : micro;
+            dataset_batch(&data, x0, y, step, o->batch, first, B, o->hflip, o->label_drop);
+            rng_normal(noise, B * count, first * count, o->seed, (uint32_t)step, STREAM_NOISE);
+            for (int b = 0; b < B; b++) {
+                philox(word, o->seed, (uint32_t)(first + b), (uint32_t)step, STREAM_T);
+                t[b] = (int)rng_below(word[0], DIFFUSION_STEPS);
+            }
+            model_loss(m, s, x0, noise, t, y, B, n, iterations, 1.0 / o->batch, mse, vb);
+            for (int b = 0; b < B; b++) loss_mse += mse[b] / o->batch, loss_vb += vb[b] / o->batch;
+        }
+        double norm = model_gradient_norm(m), loss = loss_mse + loss_vb;
+        if (!isfinite(loss) || !isfinite(norm)) {
+            fclose(log);
+            snprintf(path, sizeof path, "%s keeps the state of step %lld", o->out, (long long)saved);
+            die("step %lld: the loss is %g and the gradient's norm %g; %s: lower --lr, or set --grad_clip and --warmup",
+                (long long)step, loss, norm, saved < 0 ? "nothing was saved yet" : path);
+        }
+        double lr = o->lr * (step + 1 < o->warmup ? (double)(step + 1) / o->warmup : 1), ema = o->ema;
+        if (o->ema_warmup && (1.0 + step) / (10 + step) < ema) ema = (1.0 + step) / (10 + step);
+        double clip = o->grad_clip > 0 && norm > o->grad_clip ? o->grad_clip / (norm + 1e-6) : 1;
+        model_update(m, step + 1, lr, 0.9, 0.999, 1e-8, o->weight_decay, clip, ema);
+
+        double ms = now_ms() - begin;
+        fprintf(log, "%lld,%.9g,%.9g,%.9g,%.6g,%.6g,%d,%d,%.3f,%.1f\n", (long long)step, loss, loss_mse, loss_vb, norm,
+                lr, n, iterations, ms, o->batch / ms * 1e3);
+        shown_flops += model_flops(c, o->batch, n, iterations, 1);
+        shown_loss += loss;
+        int64_t done = step + 1;
+        if (done % o->log_every == 0 || done == o->steps) {
+            double elapsed = now_ms() - shown_ms,
+                   left = (now_ms() - run_ms) / (done - start) * (o->steps - done) / 1000;
+            printf("step %lld/%d  loss %.4f  %.0f images/s  %.1f GFLOP/s  %d:%02d left\n", (long long)done, o->steps,
+                   shown_loss / (done - shown), (done - shown) * o->batch / elapsed * 1e3, shown_flops / elapsed * 1e-6,
+                   (int)left / 60, (int)left % 60);
+            fflush(stdout);
+            if (fflush(log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
+            shown = done;
+            shown_ms = now_ms();
+            shown_flops = shown_loss = 0;
+        }
+        int last = done == o->steps || interrupted;
+        if (done % o->save_every == 0 || last) {
+            save_run(o->out, o, &data, m, done);
+            saved = done;
+        }
+        if ((o->sample_every && done % o->sample_every == 0 && !interrupted) || done == o->steps)
+            sample_grid(o->out, o, m, done);
+    }
+    if (fclose(log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
+    if (step < o->steps) {
+        printf("stopped after step %lld; go on with: %s --resume %s\n", (long long)step, argv[0], o->out);
+        return 130;
+    }
+    model_free(m);
+    printf("weights: %s/weights.safetensors; draw more with: ./sample_" TARGET " --weights %s/weights.safetensors\n",
+           o->out, o->out);
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sampling from a file of weights
+
+static int sample_main(int argc, char **argv) {
+    static const char about[] = "Draws pictures from trained weights.";
+    Options options, *o = &options;
+    Config *c = &o->model;
+    char given[N_OPTIONS];
+    options_default(o, SAMPLE);
+    options_parse(o, SAMPLE, argc, argv, about, given);
+    int dtype = compute_dtype(o->dtype);
+    SafeTensors f;
+    st_open(&f, o->weights);
+    options_from_meta(o, &f, WEIGHTS);
+    int named = 0;
+    const char **names = parse_class_names(st_meta(&f, "class_names"), &named);
+    if (names && named != c->classes)
+        die("%s: metadata class_names has %d names for %d classes", o->weights, named, c->classes);
+    int iters[DIFFUSION_STEPS], guided = o->cfg != 1, n = o->n, *y = (int *)xcalloc((size_t)n, sizeof *y, "labels");
+    plan_iterations(iters, o, c);
+    parse_labels(y, n, o->labels, c->classes, names);
+    o->sampler = resolve_sampler(o->sampler, c);
+    int B = n < o->batch ? n : o->batch;
+    Model *m = model_create(c, guided ? 2 * B : B, 0, 0, 0, dtype);
+    float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
+    tensors_read(&f, m->tensors, m->n_tensors, "", values);
+    model_upload(m, MODEL_WEIGHTS, values);
+    xfree(values);
+    Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "the schedule");
+    schedule_make(s, c, o->sample_steps);
+    size_t count = (size_t)c->channels * c->image_size * c->image_size;
+    float *x = (float *)xcalloc(n * count, sizeof *x, "pictures");
+    SampleSettings set = {o->sampler, o->cfg_channels, o->reuse, o->eta, o->cfg, o->tol, iters, NULL, 0};
+    if (*o->trace) {
+        set.trace = open_temp(o->trace);
+        fprintf(set.trace, "step,t,iteration,residual\n");
+    }
+    double begin = now_ms();
+    sample_pictures(m, s, &set, x, y, n, o->seed);
+    double seconds = (now_ms() - begin) / 1000;
+    if (set.trace) commit_temp(set.trace, o->trace);
+    if (*o->latents) {
+        int64_t *label = (int64_t *)xcalloc((size_t)n, sizeof *label, "labels");
+        for (int i = 0; i < n; i++) label[i] = y[i];
+        Tensor tensors[2] = {st_tensor("x", F32, x, 4, n, c->channels, c->image_size, c->image_size),
+                             st_tensor("y", I64, label, 1, n, 1, 1, 1)};
+        Meta meta[2];
+        int n_meta = 0;
+        const char *keys[] = {"class_names", "latent_scale"};
+        for (int i = 0; i < 2; i++)
+            if (st_meta(&f, keys[i])) meta[n_meta].key = keys[i], meta[n_meta++].value = st_meta(&f, keys[i]);
+        st_save(o->latents, tensors, 2, meta, n_meta);
+    }
+    save_grid(o->out, x, n, c, o->show);
+    printf("%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s\n", n, seconds, o->sample_steps,
+           (long long)set.passes, guided ? " (and as many for guidance)" : "", o->out);
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Benchmark: one figure a line, `name value unit`
+
+static int bench_main(int argc, char **argv) {
+    static const char about[] = "Measures matmuls, a training step and sampling; prints `name value unit` lines.";
+    Options options, *o = &options;
+    Config *c = &o->model;
+    char given[N_OPTIONS];
+    options_default(o, BENCH);
+    options_parse(o, BENCH, argc, argv, about, given);
+    options_model(o, BENCH, given);
+    config_check(c, "options");
+    if (c->learn_sigma) c->prediction = PREDICT_EPS;
+    int B = o->batch, n = o->bench_n, iterations = o->bench_m;
+    double *times = (double *)xcalloc((size_t)o->rounds, sizeof *times, "times");
+    bench_matmul(c, B, o->bench_gemm ? o->rounds : 0, compute_dtype(o->dtype));
+
+    Model *m = model_create(c, B, iterations, o->recompute, 1, compute_dtype(o->dtype));
+    float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
+    rng_normal(values, (size_t)m->n_params, 0, o->seed, 0, STREAM_INIT);
+    for (int64_t i = 0; i < m->n_params; i++) values[i] *= 0.02f;
+    model_upload(m, MODEL_WEIGHTS, values);
+    xfree(values);
+    size_t count = (size_t)B * c->channels * c->image_size * c->image_size;
+    float *x0 = (float *)xcalloc(count, sizeof *x0, "a batch"),
+          *noise = (float *)xcalloc(count, sizeof *noise, "a batch");
+    int *t = (int *)xcalloc((size_t)B, sizeof *t, "a batch"), *y = (int *)xcalloc((size_t)B, sizeof *y, "a batch");
+    double *mse = (double *)xcalloc((size_t)B, sizeof *mse, "a batch"),
+           *vb = (double *)xcalloc((size_t)B, sizeof *vb, "a batch");
+    Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "the schedule");
+    schedule_make(s, c, DIFFUSION_STEPS);
+    rng_normal(x0, count, 0, o->seed, 0, STREAM_DATA);
+    rng_normal(noise, count, 0, o->seed, 0, STREAM_NOISE);
+    for (int b = 0; b < B; b++) t[b] = b * 997 % DIFFUSION_STEPS, y[b] = c->classes ? b % c->classes : 0;
+    for (int round = -1; round < o->rounds; round++) { // the first is a warm-up
+        double begin = now_ms();
+        model_zero_gradients(m);
+        model_loss(m, s, x0, noise, t, y, B, n, iterations, 1.0 / B, mse, vb);
+        double norm = model_gradient_norm(m);
+        model_update(m, round + 2, 1e-4, 0.9, 0.999, 1e-8, 0, norm > 1 ? 1 / norm : 1, 0.9999);
+        if (round >= 0) times[round] = now_ms() - begin;
+    }
+    double step_ms = median(times, o->rounds);
+    printf("train_step_ms %.2f ms\n", step_ms);
+    printf("train_gflops %.2f GFLOP/s\n", model_flops(c, B, n, iterations, 1) / step_ms * 1e-6);
+    printf("train_images_per_s %.2f images/s\n", B / step_ms * 1e3);
+    printf("train_peak_mb %.1f MB\n", peak_memory());
+
+    enum { STEPS = 4 };
+    int iters[STEPS] = {n + 1, n + 1, n + 1, n + 1};
+    SampleSettings set = {resolve_sampler(SAMPLER_AUTO, c), 3, 1, 0, 1, 0, iters, NULL, 0};
+    schedule_make(s, c, STEPS);
+    for (int round = 0; round < o->rounds; round++) {
+        double begin = now_ms();
+        set.passes = 0;
+        sample_batch(m, s, &set, x0, y, B, NULL, o->seed, 0);
+        times[round] = (now_ms() - begin) / (double)(set.passes * B);
+    }
+    printf("sample_passes_per_s %.1f passes/s\n", 1e3 / median(times, o->rounds));
+    return 0;
+}
+
 // =====================================================================================================================
 // End of the shared block
 // =====================================================================================================================

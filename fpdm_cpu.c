@@ -57,8 +57,11 @@ __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *fmt,
     for (char *c = line; *c; c++) {
         if ((unsigned char)*c < 32 || *c == 127) *c = '?';
     }
-    fprintf(stderr, "error: %s\n", line);
-    exit(1);
+#pragma omp critical(die) // one line, even when several threads find something wrong
+    {
+        fprintf(stderr, "error: %s\n", line);
+        exit(1);
+    }
 }
 
 // Zeroed memory, aligned to 64 bytes (a cache line, the widest vector). calloc gets large blocks from the system as
@@ -736,17 +739,17 @@ typedef struct {
 static const Option option_table[] = {
     {"data", TRAIN, OPT_TEXT, AT(data), "shapes", 0, 0, NULL,
      "dataset file (safetensors), or 'shapes': drawn by the program"},
-    {"image_size", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.image_size), "16", 1, 4096, NULL,
+    {"image_size", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.image_size), "24", 1, 4096, NULL,
      "height and width of the pictures of 'shapes'"},
     {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0, NULL,
-     "S, B, L or XL with a patch size: S/2 sets width, heads, depth, patch"},
+     "S/2 to XL/8: sets width, heads, depth, patch, and the paper's n, m, lr, ema, no warmup or clipping"},
     {"width", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.width), "128", 8, 16384, NULL,
      "D, channels of a token; a multiple of 8"},
     {"heads", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.heads), "4", 1, 1024, NULL,
      "attention heads; width / heads is the head size"},
     {"depth", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.depth), "8", 1, 64, NULL,
      "DiT: blocks; fixed point: default iterations + pre + post"},
-    {"patch", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.patch), "2", 1, 64, NULL, "side of a patch in pixels"},
+    {"patch", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.patch), "4", 1, 64, NULL, "side of a patch in pixels"},
     {"fixed_point", TRAIN | BENCH | WEIGHTS, OPT_FLAG, AT(model.fixed_point), "1", 0, 1, NULL,
      "1: middle layers are one block, iterated; 0: plain DiT"},
     {"pre_depth", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.pre_depth), "1", 0, 32, NULL,
@@ -771,9 +774,9 @@ static const Option option_table[] = {
     {"batch", TRAIN | BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, NULL, "pictures per step"},
     {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, NULL,
      "pictures at a time: gradients accumulate over them; 0: all"},
-    {"steps", TRAIN, OPT_INT, AT(steps), "1500", 1, 2000000000, NULL, "training steps"},
-    {"lr", TRAIN, OPT_REAL, AT(lr), "1e-3", 0, 10, NULL, "learning rate of AdamW"},
-    {"warmup", TRAIN, OPT_INT, AT(warmup), "50", 0, 2000000000, NULL, "steps of linear warm-up"},
+    {"steps", TRAIN, OPT_INT, AT(steps), "3000", 1, 2000000000, NULL, "training steps"},
+    {"lr", TRAIN, OPT_REAL, AT(lr), "2e-3", 0, 10, NULL, "learning rate of AdamW"},
+    {"warmup", TRAIN, OPT_INT, AT(warmup), "100", 0, 2000000000, NULL, "steps of linear warm-up"},
     {"weight_decay", TRAIN, OPT_REAL, AT(weight_decay), "0", 0, 10, NULL, "decay of AdamW"},
     {"grad_clip", TRAIN, OPT_REAL, AT(grad_clip), "1", 0, 1e9, NULL, "largest norm of the gradient; 0: any"},
     {"ema", TRAIN, OPT_REAL, AT(ema), "0.995", 0, 1, NULL, "decay of the moving average of the weights"},
@@ -785,11 +788,11 @@ static const Option option_table[] = {
     {"dtype", TRAIN | SAMPLE | BENCH, OPT_CHOICE, AT(dtype), "auto", 0, 0, "auto|fp32|bf16",
      "arithmetic; auto: fp32 on a CPU, bf16 on a GPU"},
     {"resume", TRAIN, OPT_TEXT, AT(resume), "", 0, 0, NULL, "folder of a run to go on with"},
-    {"save_every", TRAIN, OPT_INT, AT(save_every), "500", 1, 2000000000, NULL,
+    {"save_every", TRAIN, OPT_INT, AT(save_every), "1000", 1, 2000000000, NULL,
      "steps between saves of weights and state"},
-    {"sample_every", TRAIN, OPT_INT, AT(sample_every), "500", 0, 2000000000, NULL,
+    {"sample_every", TRAIN, OPT_INT, AT(sample_every), "1000", 0, 2000000000, NULL,
      "steps between sample grids; 0: only at the end"},
-    {"log_every", TRAIN, OPT_INT, AT(log_every), "10", 1, 2000000000, NULL, "steps between progress lines"},
+    {"log_every", TRAIN, OPT_INT, AT(log_every), "50", 1, 2000000000, NULL, "steps between progress lines"},
     {"weights_dtype", TRAIN, OPT_CHOICE, AT(weights_dtype), "f32", 0, 0, "f32|bf16",
      "type of the tensors in weights.safetensors"},
     {"weights", SAMPLE, OPT_TEXT, AT(weights), "weights/emoji.safetensors", 0, 0, NULL, "weight file"},
@@ -980,26 +983,30 @@ static int option_given(const char *name, int use, const char given[N_OPTIONS]) 
     return given[option_find(name, use) - option_table];
 }
 
-// --model XL/2 sets width, heads, depth and patch, except those that the command line gives itself.
+// --model XL/2 sets width, heads, depth and patch, and for training the paper's settings; what the command line gives itself
+// stays.
 static void options_model(Options *o, int use, const char given[N_OPTIONS]) {
     static const struct {
         const char *name;
         int depth, width, heads;
     } sizes[] = {{"S", 12, 384, 6}, {"B", 12, 768, 12}, {"L", 24, 1024, 16}, {"XL", 28, 1152, 16}};
+    static const char *const paper[][2] = {{"no_grad_iters", "0,10"}, {"grad_iters", "1,12"}, {"lr", "1e-4"},
+                                           {"warmup", "0"},           {"grad_clip", "0"},     {"ema", "0.9999"},
+                                           {"ema_warmup", "0"}};
     if (!*o->model_name) return;
     const char *slash = strchr(o->model_name, '/');
-    int patch = slash ? atoi(slash + 1) : 0;
-    for (int i = 0; i < 4; i++) {
-        size_t length = strlen(sizes[i].name);
-        if (patch < 1 || (size_t)(slash - o->model_name) != length || strncmp(o->model_name, sizes[i].name, length))
-            continue;
-        if (!option_given("width", use, given)) o->model.width = sizes[i].width;
-        if (!option_given("heads", use, given)) o->model.heads = sizes[i].heads;
-        if (!option_given("depth", use, given)) o->model.depth = sizes[i].depth;
-        if (!option_given("patch", use, given)) o->model.patch = patch;
-        return;
-    }
-    die("option --model: '%s' is not S, B, L or XL with a patch size, such as S/2", o->model_name);
+    int patch = slash ? atoi(slash + 1) : 0, found = -1;
+    for (int i = 0; patch > 0 && i < 4; i++)
+        if (!strncmp(o->model_name, sizes[i].name, (size_t)(slash - o->model_name)) &&
+            !sizes[i].name[slash - o->model_name])
+            found = i;
+    if (found < 0) die("option --model: '%s' is not S, B, L or XL with a patch size, such as S/2", o->model_name);
+    if (!option_given("width", use, given)) o->model.width = sizes[found].width;
+    if (!option_given("heads", use, given)) o->model.heads = sizes[found].heads;
+    if (!option_given("depth", use, given)) o->model.depth = sizes[found].depth;
+    if (!option_given("patch", use, given)) o->model.patch = patch;
+    for (int i = 0; use == TRAIN && i < 7; i++)
+        if (!option_given(paper[i][0], use, given)) option_set(o, option_find(paper[i][0], use), paper[i][1], "");
 }
 
 // Dies with one line when the sizes do not fit together; `where` is what the user should change.
@@ -3145,12 +3152,15 @@ static int train_main(int argc, char **argv) {
         st_open(&state, path);
         options_from_meta(o, &state, TRAIN | WEIGHTS);
         const char *step = st_meta(&state, "step");
-        if (!step) die("%s: metadata 'step' is missing: not a training state", path);
-        start = atoll(step);
+        char *end = NULL;
+        start = step ? strtoll(step, &end, 10) : -1;
+        if (start < 0 || end == step || *end)
+            die("%s: metadata 'step' is not a number of steps: this is no training state, or a damaged one", path);
         Config before = *c;
         o->out = folder;
+        o->model_name = ""; // what it stood for is in the settings
         options_parse(o, TRAIN, argc, argv, about, given);
-        options_model(o, TRAIN, given);
+        if (option_given("model", TRAIN, given)) options_model(o, TRAIN, given);
         if (memcmp(&before, c, sizeof before))
             die("option --resume: %s holds another model; leave out the options that describe it", path);
         if (start >= o->steps) die("option --steps: %s is at step %lld already; ask for more", path, (long long)start);
@@ -3172,9 +3182,11 @@ static int train_main(int argc, char **argv) {
     int micro = o->micro_batch && o->micro_batch < o->batch ? o->micro_batch : o->batch;
 
     if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
-    snprintf(path, sizeof path, "%s/state.safetensors", o->out);
-    if (!*o->resume && !access(path, F_OK))
-        die("%s: a run is stored here; give another --out, or go on with it: --resume %s", path, o->out);
+    for (int i = 0; i < 2 && !*o->resume; i++) {
+        snprintf(path, sizeof path, "%s/%s.safetensors", o->out, i ? "weights" : "state");
+        if (!access(path, F_OK))
+            die("%s: a run is stored here; give another --out, or go on with it: --resume %s", path, o->out);
+    }
 
     Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, dtype);
     size_t n_params = (size_t)m->n_params;
@@ -3253,6 +3265,7 @@ static int train_main(int argc, char **argv) {
         double ms = now_ms() - begin;
         fprintf(log, "%lld,%.9g,%.9g,%.9g,%.6g,%.6g,%d,%d,%.3f,%.1f\n", (long long)step, loss, loss_mse, loss_vb, norm,
                 lr, n, iterations, ms, o->batch / ms * 1e3);
+        if (fflush(log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
         shown_flops += model_flops(c, o->batch, n, iterations, 1);
         shown_loss += loss;
         int64_t done = step + 1;
@@ -3263,13 +3276,11 @@ static int train_main(int argc, char **argv) {
                    shown_loss / (done - shown), (done - shown) * o->batch / elapsed * 1e3, shown_flops / elapsed * 1e-6,
                    (int)left / 60, (int)left % 60);
             fflush(stdout);
-            if (fflush(log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
             shown = done;
             shown_ms = now_ms();
             shown_flops = shown_loss = 0;
         }
-        int last = done == o->steps || interrupted;
-        if (done % o->save_every == 0 || last) {
+        if (done % o->save_every == 0 || done == o->steps) {
             save_run(o->out, o, &data, m, done);
             saved = done;
         }
@@ -3278,6 +3289,7 @@ static int train_main(int argc, char **argv) {
     }
     if (fclose(log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
     if (step < o->steps) {
+        if (saved != step) save_run(o->out, o, &data, m, step);
         printf("stopped after step %lld; go on with: %s --resume %s\n", (long long)step, argv[0], o->out);
         return 130;
     }

@@ -292,7 +292,7 @@ EMU_ATOMIC(atomicSub, old - v)
 EMU_ATOMIC(atomicMin, old < v ? old : v)
 EMU_ATOMIC(atomicMax, old > v ? old : v)
 EMU_ATOMIC(atomicOr, old | v)
-EMU_ATOMIC(atomicAnd, (old)&v)
+EMU_ATOMIC(atomicAnd, 0 | (v & old)) // so written for clang-format
 EMU_ATOMIC(atomicExch, v)
 template <typename T>
 inline T atomicCAS(T *p, typename emu::Identity<T>::type old, typename emu::Identity<T>::type v) {

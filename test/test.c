@@ -17,8 +17,8 @@
 
 enum { OUTPUT, LOSS, GRADIENT, ACTIVATION, SAMPLED };
 static int dtype = COMPUTE_FP32, case_failed, compared;
-static double loosest(int what, int bf16) {
-    if (bf16) return what == GRADIENT || what == ACTIVATION ? 6e-2 : 3e-2;
+static double loosest(int what, int half) {
+    if (half) return what == GRADIENT || what == ACTIVATION ? 6e-2 : 3e-2;
     return what == GRADIENT || what == ACTIVATION ? 1e-4 : 1e-5;
 }
 
