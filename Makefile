@@ -8,7 +8,7 @@ PYTHON ?= python3
 try = $(shell f=$$(mktemp) && echo 'int main(void) { return 0; }' | $(CC) -Werror $(1) -x c - -o $$f 2>/dev/null && echo 1; rm -f $$f)
 pick = $(if $(call try,$(1)),$(1),$(2))
 
-WARN := -Wall -Wextra -Wshadow -Werror
+WARN := -Wall -Wextra -Wshadow -Werror -Wno-pass-failed
 ARCH := $(call pick,-march=native,$(call pick,-mcpu=native,))
 OPENMP := $(call pick,-fopenmp,-Wno-unknown-pragmas)
 CFLAGS ?= -O3 $(ARCH)
@@ -19,7 +19,7 @@ TEST := -Wno-unused-function
 
 all: train_cpu sample_cpu bench_cpu test_cpu
 
-train_cpu sample_cpu bench_cpu train_cpu_asan sample_cpu_asan: fpdm_cpu.c
+train_cpu sample_cpu bench_cpu train_cpu_asan sample_cpu_asan bench_cpu_asan: fpdm_cpu.c
 	$(CPU) -DPROGRAM=$(if $(filter train%,$@),TRAIN,$(if $(filter sample%,$@),SAMPLE,BENCH)) $< -o $@ -lm
 
 test_cpu test_cpu_asan: test/test.c fpdm_cpu.c
@@ -31,11 +31,12 @@ test_unit test_unit_asan: test/test_unit.c test/test_files.h fpdm_cpu.c
 test_gradient test_gradient_asan: test/test_unit.c test/test_files.h fpdm_cpu.c
 	$(CPU) $(TEST) -DREAL=double $< -o $@ -lm
 
-test: test_cpu test_unit test_gradient train_cpu sample_cpu
+test: test_cpu test_unit test_gradient train_cpu sample_cpu bench_cpu
 	@test/run.sh ./test_cpu ./test_unit ./test_gradient test/test_cli.sh $(if $(wildcard fpdm.cu),"$(MAKE) -s shared")
 
-test_asan: test_cpu_asan test_unit_asan test_gradient_asan train_cpu_asan sample_cpu_asan test_unit
-	@test/run.sh ./test_cpu_asan ./test_unit_asan ./test_gradient_asan "test/test_cli.sh cpu_asan"
+test_asan: test_cpu_asan test_unit_asan test_gradient_asan train_cpu_asan sample_cpu_asan bench_cpu_asan test_unit
+	@ASAN_OPTIONS=detect_leaks=0:exitcode=99 test/run.sh ./test_cpu_asan ./test_unit_asan ./test_gradient_asan \
+		"test/test_cli.sh cpu_asan"
 
 # What fpdm_cpu.c and fpdm.cu have in common must be the same bytes.
 shared:
@@ -52,3 +53,46 @@ clean:
 	rm -f train_cpu sample_cpu bench_cpu test_cpu test_unit test_gradient *_asan
 
 .PHONY: all help clean test test_asan shared
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fpdm.cu. With a GPU at hand, for that one; otherwise for all that this nvcc knows of the list, and as PTX for later ones.
+
+NVCC ?= $(or $(shell command -v nvcc),/usr/local/cuda/bin/nvcc)
+CODES = $(shell $(NVCC) --list-gpu-code)
+GPU_HERE = $(filter $(patsubst sm_%,%,$(CODES)),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&1 | head -n 1 | tr -d .))
+ARCHS ?= $(or $(GPU_HERE),$(foreach a,80 86 89 90a 100 120,$(if $(filter sm_$(a:a=),$(CODES)),$(a))))
+GENCODE = $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
+	$(if $(GPU_HERE),,-gencode arch=compute_80,code=compute_80)
+HOST := -Wall,-Wextra,$(OPENMP)
+NVCC_FLAGS = -x cu -std=c++17 -O3 --threads 2 $(GENCODE) -Werror all-warnings -Xcompiler $(HOST)
+EMU = $(CXX) -x c++ -std=c++17 -Wno-unknown-pragmas $(WARN) $(TEST) $(if $(filter %_asan,$@),$(SANITIZE),-O1)
+
+train_gpu sample_gpu bench_gpu: fpdm.cu
+	$(NVCC) $(NVCC_FLAGS) -DPROGRAM=$(if $(filter train%,$@),TRAIN,$(if $(filter sample%,$@),SAMPLE,BENCH)) $< -o $@
+
+test_gpu: test/test.c fpdm.cu
+	$(NVCC) $(NVCC_FLAGS),$(TEST) -diag-suppress 177 -DGPU $< -o $@
+
+test_kernels_gpu: test/emu_kernels.cpp fpdm.cu
+	$(NVCC) $(NVCC_FLAGS),$(TEST) -diag-suppress 177 $< -o $@
+
+# The same without a GPU: each case in fp32 and bf16 through the real kernels
+test_emu test_emu_asan: test/test.c fpdm.cu test/cuda_emu.cpp test/cuda_emu.h
+	$(EMU) -DGPU $< test/cuda_emu.cpp -o $@
+
+test_kernels_emu test_kernels_emu_asan: test/emu_kernels.cpp fpdm.cu test/cuda_emu.cpp test/cuda_emu.h
+	$(EMU) $< test/cuda_emu.cpp -o $@
+
+train_emu sample_emu bench_emu: fpdm.cu test/cuda_emu.cpp test/cuda_emu.h
+	$(EMU) -DPROGRAM=$(if $(filter train%,$@),TRAIN,$(if $(filter sample%,$@),SAMPLE,BENCH)) $< test/cuda_emu.cpp -o $@
+
+# Blocks and warps in another order must give the same bits: a difference is a race.
+races: test_emu test_kernels_emu
+	@bash -c 'for t in test_emu test_kernels_emu; do for order in 1 777; do \
+		cmp <(./$$t) <(EMU_ORDER=$$order ./$$t) && echo "$$t: order $$order changes nothing" || exit 1; done; done'
+
+# Every kernel on every architecture without spills
+spills: fpdm.cu
+	@$(NVCC) $(NVCC_FLAGS) -Xptxas -v -DPROGRAM=TRAIN $< -o /dev/null > spills.tmp 2>&1 || { cat spills.tmp; exit 1; }
+	@grep -A2 'Compiling entry' spills.tmp | grep -B2 '[1-9][0-9]* bytes spill' && exit 1 || echo "no spills on $(ARCHS)"
+	@rm -f spills.tmp

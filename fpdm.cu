@@ -1,14 +1,14 @@
 // fpdm.cu: fixed-point diffusion models (arXiv:2401.08741) on NVIDIA GPUs, the whole program in one file, with its own
 // kernels for everything: nvcc is all it needs. It does what fpdm_cpu.c does, with the same options, files and draws.
 //
-//   make train_gpu && ./train_gpu       trains on pictures that the program draws itself, writes weights and samples to out/
-//   make sample_gpu && ./sample_gpu     draws pictures from trained weights
-//   make bench_gpu && ./bench_gpu       measures speed and memory;   make test_gpu: tests;   --help: every option
-//   make test_emu && ./test_emu         the same tests without a GPU: g++ and test/cuda_emu.h stand in for it
+//   make train_gpu && ./train_gpu     trains on pictures that the program draws itself, writes weights and samples to out/
+//   make sample_gpu && ./sample_gpu   draws pictures from trained weights
+//   make bench_gpu && ./bench_gpu     measures speed and memory;   make test_gpu: tests;   --help: every option
+//   make test_emu && ./test_emu       the same tests without a GPU: g++ and test/cuda_emu.h stand in for it
 //
 // --dtype bf16, the default: what goes into a matmul is bf16, stored activations are too; weights, their gradients, the
-// optimiser, the EMA, the residual stream x, LayerNorm's statistics and every accumulator are fp32. --dtype fp32: all fp32.
-// No atomic adds: every sum has one order, so the same seed gives the same bits on the same kind of GPU.
+// optimiser, the EMA, the residual stream x, LayerNorm's statistics and every accumulator are fp32. --dtype fp32: all
+// fp32. No atomic adds: every sum has one order, so the same seed gives the same bits on the same kind of GPU.
 //
 // Order: utilities, random numbers, files, options, data, parameters (these are the same bytes in fpdm_cpu.c); then the
 // device, matmul and layers, each forward above its backward; the model with its fixed point; loss, sampler, optimiser;
@@ -35,6 +35,7 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -43,8 +44,8 @@
 #include "test/cuda_emu.h" // gives all of this a meaning on a CPU
 #endif
 
-#define TARGET "gpu"     // what this program's name ends in
-typedef float real;      // of parameters; activations that feed matmuls have a type of their own, see Act
+#define TARGET "gpu" // what this program's name ends in
+typedef float real;  // of parameters; activations that feed matmuls have a type of their own, see Act
 typedef __nv_bfloat16 bf16;
 
 // =====================================================================================================================
@@ -65,8 +66,11 @@ __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *fmt,
     for (char *c = line; *c; c++) {
         if ((unsigned char)*c < 32 || *c == 127) *c = '?';
     }
-    fprintf(stderr, "error: %s\n", line);
-    exit(1);
+#pragma omp critical(die) // one line, even when several threads find something wrong
+    {
+        fprintf(stderr, "error: %s\n", line);
+        exit(1);
+    }
 }
 
 // Zeroed memory, aligned to 64 bytes (a cache line, the widest vector). calloc gets large blocks from the system as
@@ -744,17 +748,17 @@ typedef struct {
 static const Option option_table[] = {
     {"data", TRAIN, OPT_TEXT, AT(data), "shapes", 0, 0, NULL,
      "dataset file (safetensors), or 'shapes': drawn by the program"},
-    {"image_size", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.image_size), "16", 1, 4096, NULL,
+    {"image_size", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.image_size), "24", 1, 4096, NULL,
      "height and width of the pictures of 'shapes'"},
     {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0, NULL,
-     "S, B, L or XL with a patch size: S/2 sets width, heads, depth, patch"},
+     "S/2 to XL/8: sets width, heads, depth, patch, and the paper's n, m, lr, ema, no warmup or clipping"},
     {"width", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.width), "128", 8, 16384, NULL,
      "D, channels of a token; a multiple of 8"},
     {"heads", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.heads), "4", 1, 1024, NULL,
      "attention heads; width / heads is the head size"},
     {"depth", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.depth), "8", 1, 64, NULL,
      "DiT: blocks; fixed point: default iterations + pre + post"},
-    {"patch", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.patch), "2", 1, 64, NULL, "side of a patch in pixels"},
+    {"patch", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.patch), "4", 1, 64, NULL, "side of a patch in pixels"},
     {"fixed_point", TRAIN | BENCH | WEIGHTS, OPT_FLAG, AT(model.fixed_point), "1", 0, 1, NULL,
      "1: middle layers are one block, iterated; 0: plain DiT"},
     {"pre_depth", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.pre_depth), "1", 0, 32, NULL,
@@ -779,9 +783,9 @@ static const Option option_table[] = {
     {"batch", TRAIN | BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, NULL, "pictures per step"},
     {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, NULL,
      "pictures at a time: gradients accumulate over them; 0: all"},
-    {"steps", TRAIN, OPT_INT, AT(steps), "1500", 1, 2000000000, NULL, "training steps"},
-    {"lr", TRAIN, OPT_REAL, AT(lr), "1e-3", 0, 10, NULL, "learning rate of AdamW"},
-    {"warmup", TRAIN, OPT_INT, AT(warmup), "50", 0, 2000000000, NULL, "steps of linear warm-up"},
+    {"steps", TRAIN, OPT_INT, AT(steps), "3000", 1, 2000000000, NULL, "training steps"},
+    {"lr", TRAIN, OPT_REAL, AT(lr), "2e-3", 0, 10, NULL, "learning rate of AdamW"},
+    {"warmup", TRAIN, OPT_INT, AT(warmup), "100", 0, 2000000000, NULL, "steps of linear warm-up"},
     {"weight_decay", TRAIN, OPT_REAL, AT(weight_decay), "0", 0, 10, NULL, "decay of AdamW"},
     {"grad_clip", TRAIN, OPT_REAL, AT(grad_clip), "1", 0, 1e9, NULL, "largest norm of the gradient; 0: any"},
     {"ema", TRAIN, OPT_REAL, AT(ema), "0.995", 0, 1, NULL, "decay of the moving average of the weights"},
@@ -793,11 +797,11 @@ static const Option option_table[] = {
     {"dtype", TRAIN | SAMPLE | BENCH, OPT_CHOICE, AT(dtype), "auto", 0, 0, "auto|fp32|bf16",
      "arithmetic; auto: fp32 on a CPU, bf16 on a GPU"},
     {"resume", TRAIN, OPT_TEXT, AT(resume), "", 0, 0, NULL, "folder of a run to go on with"},
-    {"save_every", TRAIN, OPT_INT, AT(save_every), "500", 1, 2000000000, NULL,
+    {"save_every", TRAIN, OPT_INT, AT(save_every), "1000", 1, 2000000000, NULL,
      "steps between saves of weights and state"},
-    {"sample_every", TRAIN, OPT_INT, AT(sample_every), "500", 0, 2000000000, NULL,
+    {"sample_every", TRAIN, OPT_INT, AT(sample_every), "1000", 0, 2000000000, NULL,
      "steps between sample grids; 0: only at the end"},
-    {"log_every", TRAIN, OPT_INT, AT(log_every), "10", 1, 2000000000, NULL, "steps between progress lines"},
+    {"log_every", TRAIN, OPT_INT, AT(log_every), "50", 1, 2000000000, NULL, "steps between progress lines"},
     {"weights_dtype", TRAIN, OPT_CHOICE, AT(weights_dtype), "f32", 0, 0, "f32|bf16",
      "type of the tensors in weights.safetensors"},
     {"weights", SAMPLE, OPT_TEXT, AT(weights), "weights/emoji.safetensors", 0, 0, NULL, "weight file"},
@@ -870,6 +874,8 @@ static void option_set(Options *o, const Option *opt, const char *text, const ch
                 opt->hi);
         ((int *)field)[0] = (int)lo;
         ((int *)field)[1] = (int)hi;
+    } else if (opt->type == OPT_FLAG && choice_index("false|true|False|True|0|1", text) >= 0) {
+        *(int *)field = choice_index("false|true|False|True|0|1", text) % 2;
     } else {
         double value = strtod(text, &end);
         if (end == text || *end || !(value >= opt->lo && value <= opt->hi) ||
@@ -988,26 +994,30 @@ static int option_given(const char *name, int use, const char given[N_OPTIONS]) 
     return given[option_find(name, use) - option_table];
 }
 
-// --model XL/2 sets width, heads, depth and patch, except those that the command line gives itself.
+// --model XL/2 sets width, heads, depth and patch, and for training the paper's settings; what the command line gives itself
+// stays.
 static void options_model(Options *o, int use, const char given[N_OPTIONS]) {
     static const struct {
         const char *name;
         int depth, width, heads;
     } sizes[] = {{"S", 12, 384, 6}, {"B", 12, 768, 12}, {"L", 24, 1024, 16}, {"XL", 28, 1152, 16}};
+    static const char *const paper[][2] = {{"no_grad_iters", "0,10"}, {"grad_iters", "1,12"}, {"lr", "1e-4"},
+                                           {"warmup", "0"},           {"grad_clip", "0"},     {"ema", "0.9999"},
+                                           {"ema_warmup", "0"}};
     if (!*o->model_name) return;
     const char *slash = strchr(o->model_name, '/');
-    int patch = slash ? atoi(slash + 1) : 0;
-    for (int i = 0; i < 4; i++) {
-        size_t length = strlen(sizes[i].name);
-        if (patch < 1 || (size_t)(slash - o->model_name) != length || strncmp(o->model_name, sizes[i].name, length))
-            continue;
-        if (!option_given("width", use, given)) o->model.width = sizes[i].width;
-        if (!option_given("heads", use, given)) o->model.heads = sizes[i].heads;
-        if (!option_given("depth", use, given)) o->model.depth = sizes[i].depth;
-        if (!option_given("patch", use, given)) o->model.patch = patch;
-        return;
-    }
-    die("option --model: '%s' is not S, B, L or XL with a patch size, such as S/2", o->model_name);
+    int patch = slash ? atoi(slash + 1) : 0, found = -1;
+    for (int i = 0; patch > 0 && i < 4; i++)
+        if (!strncmp(o->model_name, sizes[i].name, (size_t)(slash - o->model_name)) &&
+            !sizes[i].name[slash - o->model_name])
+            found = i;
+    if (found < 0) die("option --model: '%s' is not S, B, L or XL with a patch size, such as S/2", o->model_name);
+    if (!option_given("width", use, given)) o->model.width = sizes[found].width;
+    if (!option_given("heads", use, given)) o->model.heads = sizes[found].heads;
+    if (!option_given("depth", use, given)) o->model.depth = sizes[found].depth;
+    if (!option_given("patch", use, given)) o->model.patch = patch;
+    for (int i = 0; use == TRAIN && i < 7; i++)
+        if (!option_given(paper[i][0], use, given)) option_set(o, option_find(paper[i][0], use), paper[i][1], "");
 }
 
 // Dies with one line when the sizes do not fit together; `where` is what the user should change.
@@ -1784,8 +1794,8 @@ static double median(double *values, int count) {
 
 __device__ inline uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
-// Four 8x8 tiles of 16-bit values from shared memory. Lanes 8i..8i+7 give the addresses of tile i's rows; r[i] becomes the
-// two values of row lane/4 at columns 2·(lane%4) and the next one; _trans: of the transposed tile.
+// Four 8x8 tiles of 16-bit values from shared memory. Lanes 8i..8i+7 give the addresses of tile i's rows; r[i] becomes
+// the two values of row lane/4 at columns 2·(lane%4) and the next one; _trans: of the transposed tile.
 __device__ inline void ldmatrix_x4(uint32_t *r, const void *smem) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -1799,25 +1809,27 @@ __device__ inline void ldmatrix_x4_trans(uint32_t *r, const void *smem) {
                  : "memory");
 }
 
-// d (16,8) += a (16,16)·b (16,8), by a warp. Lane l holds of d: rows l/4 and l/4+8, columns 2·(l%4) and the next one; a: the
-// four 8x8 quarters, upper left, lower left, upper right, lower right; b: upper and lower half, transposed.
+// d (16,8) += a (16,16)·b (16,8), by a warp. Lane l holds of d: rows l/4 and l/4+8, columns 2·(l%4) and the next one;
+// a: the four 8x8 quarters, upper left, lower left, upper right, lower right; b: upper and lower half, transposed.
 __device__ inline void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// 16 bytes from global to shared memory, or zeros unless `valid`. The copy runs on while the thread does: commit closes a
-// group of them, wait<N> waits until at most the N newest groups are under way.
+// 16 bytes from global to shared memory, or zeros unless `valid`. The copy runs on while the thread does: commit closes
+// a group of them, wait<N> waits until at most the N newest groups are under way.
 __device__ inline void cp_async16(void *smem, const void *gmem, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(smem)), "l"(gmem),
                  "r"(valid ? 16 : 0)
                  : "memory");
 }
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> __device__ inline void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+template <int N>
+__device__ inline void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 
 #endif
 
@@ -1834,12 +1846,12 @@ static void check(cudaError_t error, const char *what) {
 #define CHECK(call) check(call, #call)
 
 // Starts a kernel; more than 48 KB of shared memory have to be asked for.
-#define RUN(kernel, grid, block, smem, ...)                                                                   \
-    do {                                                                                                      \
-        if ((smem) > 48 * 1024)                                                                               \
-            CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(smem)));    \
-        LAUNCH((kernel), grid, block, smem, gpu.stream, __VA_ARGS__);                                         \
-        check(cudaGetLastError(), #kernel);                                                                   \
+#define RUN(kernel, grid, block, smem, ...)                                                                \
+    do {                                                                                                   \
+        if ((smem) > 48 * 1024)                                                                            \
+            CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(smem))); \
+        LAUNCH((kernel), grid, block, smem, gpu.stream, __VA_ARGS__);                                      \
+        check(cudaGetLastError(), #kernel);                                                                \
     } while (0)
 
 static void gpu_open(void) {
@@ -1861,15 +1873,16 @@ static void gpu_open(void) {
 
 static void gpu_wait(void) { CHECK(cudaStreamSynchronize(gpu.stream)); }
 
-// Zeroed device memory
-static void *gpu_calloc(size_t bytes, const char *what) {
+// Device memory; what is in it is left as it is.
+static void *gpu_malloc(size_t bytes, const char *what) {
     void *p = NULL;
     if (cudaMalloc(&p, bytes ? bytes : 1) != cudaSuccess)
         die("no GPU memory for %s: %.0f MB; use a smaller batch or model", what, (double)bytes / 1e6);
-    CHECK(cudaMemsetAsync(p, 0, bytes, gpu.stream));
     gpu.allocated += bytes;
     return p;
 }
+
+static void gpu_zero(void *p, size_t bytes) { CHECK(cudaMemsetAsync(p, 0, bytes, gpu.stream)); }
 
 static void gpu_free(void *p, size_t bytes) {
     CHECK(cudaFree(p));
@@ -1889,13 +1902,11 @@ static void gpu_copy(void *to, const void *from, size_t bytes) {
     CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, gpu.stream));
 }
 
-static void gpu_zero(void *p, size_t bytes) { CHECK(cudaMemsetAsync(p, 0, bytes, gpu.stream)); }
-
 static int imin(int a, int b) { return a < b ? a : b; }
 static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
-// An activation that feeds a matmul: its elements are bf16 or float as --dtype says, and kernels are templates of the element
-// type A. TYPED(half, ...) runs a statement with A standing for that type.
+// An activation that feeds a matmul: its elements are bf16 or float as --dtype says, and kernels are templates of the
+// element type A. TYPED(half, ...) runs a statement with A standing for that type.
 typedef struct Act Act;
 #define TYPED(half, ...)     \
     do {                     \
@@ -1909,19 +1920,22 @@ typedef struct Act Act;
     } while (0)
 
 // V neighbours as one access of up to 16 bytes, converted to float and back
-template <typename T, int V> struct alignas(sizeof(T) * V) Vec {
+template <typename T, int V>
+struct alignas(sizeof(T) * V) Vec {
     T v[V];
 };
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ inline void from_float(float *to, float x) { *to = x; }
 __device__ inline void from_float(bf16 *to, float x) { *to = __float2bfloat16_rn(x); }
-template <int V, typename T> __device__ inline void load(float (&x)[V], const T *p) {
+template <int V, typename T>
+__device__ inline void load(float (&x)[V], const T *p) {
     Vec<T, V> vec = *reinterpret_cast<const Vec<T, V> *>(p);
 #pragma unroll
     for (int i = 0; i < V; i++) x[i] = to_float(vec.v[i]);
 }
-template <int V, typename T> __device__ inline void store(T *p, const float (&x)[V]) {
+template <int V, typename T>
+__device__ inline void store(T *p, const float (&x)[V]) {
     Vec<T, V> vec;
 #pragma unroll
     for (int i = 0; i < V; i++) from_float(&vec.v[i], x[i]);
@@ -1936,7 +1950,8 @@ __device__ inline uint32_t pack_bf16(float x, float y) {
 }
 
 // The sum over the lanes of a warp, in all of them
-template <typename T> __device__ inline T warp_sum(T x) {
+template <typename T>
+__device__ inline T warp_sum(T x) {
 #pragma unroll
     for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
     return x;
@@ -1961,12 +1976,12 @@ enum Epilogue {
 typedef struct {
     const void *a, *b;
     int lda, ldb, M, N, K;
-    int k_chunk; // each blockIdx.z sums this many k
+    int k_chunk; // each blockIdx.y sums this many k
     void *out;   // (M,N), row stride ldc
     int ldc;
     const float *bias, *add; // (N); (add_rows,N): row i takes row i % add_rows. NULL: none
     int add_rows;
-    void *pre, *copy;            // (M,N)
+    void *pre, *copy;             // (M,N)
     const float *residual, *gate; // (M,N); (N) of picture i at gate + i·gate_stride, a picture has `tokens` rows
     int gate_stride, tokens;
     float *sum, *db; // (M,N); (M)
@@ -1976,22 +1991,15 @@ typedef struct {
 // gelu in the tanh form, as x·sigmoid(2·sqrt(2/pi)·(x + 0.044715·x^3)), which is the same function, and its slope
 __device__ inline float gelu(float x, float *slope) {
     float e = exp2f(-2.302208198f * (x + 0.044715f * x * x * x)); // 2·sqrt(2/pi)·log2(e)
-    float sigmoid = 1 / (1 + e);
+    float sigmoid = __fdividef(1, 1 + e);
     *slope = sigmoid + x * sigmoid * (1 - sigmoid) * 1.5957691216f * (1 + 0.134145f * x * x);
     return x * sigmoid;
 }
 
-template <bool FIRST, typename S, typename T> struct Choose {
-    typedef S type;
-};
-template <typename S, typename T> struct Choose<false, S, T> {
-    typedef T type;
-};
-
 // Takes V neighbours in a row of the product to where they belong. A: type of activations
 template <int EPI, typename A, int V>
 __device__ inline void epilogue(const Matmul &g, int row, int col, float (&v)[V]) {
-    typedef typename Choose<EPI == EPI_STORE || EPI == EPI_GELU || EPI == EPI_DGELU, A, float>::type Out;
+    typedef typename std::conditional<EPI == EPI_STORE || EPI == EPI_GELU || EPI == EPI_DGELU, A, float>::type Out;
     size_t at = (size_t)row * g.N + col;
     Out *out = (Out *)g.out + (size_t)row * g.ldc + col;
     float x[V], slope;
@@ -2049,31 +2057,34 @@ __device__ inline void epilogue(const Matmul &g, int row, int col, float (&v)[V]
 // Each split of a weight gradient has its own place in the workspace: all products first, then all column sums.
 __device__ inline void weight_split(Matmul *g) {
     if (!g->overwrite) return;
-    g->out = (float *)g->out + (size_t)blockIdx.z * g->M * g->N;
-    if (g->db) g->db += (size_t)blockIdx.z * g->M;
+    g->out = (float *)g->out + (size_t)blockIdx.y * g->M * g->N;
+    if (g->db) g->db += (size_t)blockIdx.y * g->M;
 }
 
-// bf16 operands on the tensor cores. A block computes TILE x TILE of the product with four warps, each a quarter. Tiles of
-// both operands, BK deep, come in through cp.async into a ring of STAGES buffers, so that loads run STAGES - 1 steps ahead
-// of the arithmetic. A warp of the large tile makes 64x64 out of 64+64 rows of fragments: 32 mma for 8 ldmatrix.
+// bf16 operands on the tensor cores. A block computes TILE x TILE of the product with four warps, each a quarter. Tiles
+// of both operands, BK deep, come in through cp.async into a ring of STAGES buffers, so that loads run STAGES - 1 steps
+// ahead of the arithmetic. A warp of the large tile makes 64x64 out of 64+64 rows of fragments: 32 mma for 8 ldmatrix.
 //
-// Shared memory has 32 banks of 4 bytes: eight rows of 16 bytes, what a tile of ldmatrix reads, must lie in different ones.
-// Rows are therefore stored with their 16-byte pieces permuted by the row number (a swizzle).
+// Shared memory has 32 banks of 4 bytes: eight rows of 16 bytes, what a tile of ldmatrix reads, must lie in different
+// ones. Rows are therefore stored with their 16-byte pieces permuted by the row number (a swizzle).
 enum { BK = 32, STAGES = 3, MATMUL_THREADS = 128 };
 
-template <int COLS> __device__ inline int swizzled(int row, int piece) {
+template <int COLS>
+__device__ inline int swizzled(int row, int piece) {
     return row * COLS + 8 * (COLS == 32 ? piece ^ (row >> 1 & 3) : piece ^ (row & 7));
 }
 
-// tile (ROWS,COLS) = the part of matrix p (rows,cols; row stride ld) at row0, col0; zero outside of it
+// tile (ROWS,COLS) = the part of matrix p (rows,cols; row stride ld) at row0, col0; zero outside of it. A thread's
+// pieces are HOP rows apart, a multiple of 8, so that they are permuted alike.
 template <int ROWS, int COLS>
 __device__ inline void load_tile(bf16 *tile, const bf16 *p, int ld, int row0, int col0, int rows, int cols) {
+    constexpr int PIECES = COLS / 8, HOP = MATMUL_THREADS / PIECES;
+    int row = row0 + threadIdx.x / PIECES, col = col0 + threadIdx.x % PIECES * 8;
+    tile += swizzled<COLS>(threadIdx.x / PIECES, threadIdx.x % PIECES);
+    p += (ptrdiff_t)row * ld + col;
 #pragma unroll
-    for (int i = 0; i < ROWS * COLS / 8 / MATMUL_THREADS; i++) {
-        int piece = i * MATMUL_THREADS + (int)threadIdx.x, r = piece / (COLS / 8), c = piece % (COLS / 8);
-        bool inside = row0 + r < rows && col0 + 8 * c < cols;
-        cp_async16(tile + swizzled<COLS>(r, c), inside ? p + (size_t)(row0 + r) * ld + col0 + 8 * c : p, inside);
-    }
+    for (int i = 0; i < ROWS / HOP; i++, p += (ptrdiff_t)HOP * ld)
+        cp_async16(tile + i * HOP * COLS, p, row + i * HOP < rows && col < cols);
 }
 
 template <int TILE, bool TA, bool TB, int EPI>
@@ -2082,19 +2093,24 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g) {
     SHARED_DYNAMIC(bf16, shared);
     const bf16 *a = (const bf16 *)g.a, *b = (const bf16 *)g.b;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, wm = warp / 2 * W, wn = warp % 2 * W;
-    int m0 = blockIdx.y * TILE, n0 = blockIdx.x * TILE, k_begin = blockIdx.z * g.k_chunk;
+    int n_tiles = (g.N + TILE - 1) / TILE, m0 = blockIdx.x / n_tiles * TILE, n0 = blockIdx.x % n_tiles * TILE;
+    int k_begin = blockIdx.y * g.k_chunk;
     int k_end = min(g.K, k_begin + g.k_chunk), steps = (k_end - k_begin + BK - 1) / BK;
     if (EPI == EPI_WEIGHT) weight_split(&g);
-    bool sum_rows = EPI == EPI_WEIGHT && g.db && blockIdx.x == 0 && wn == 0;
+    bool sum_rows = EPI == EPI_WEIGHT && g.db && n0 + wn == 0;
     float acc[MI][NI][4] = {}, row_sums[EPI == EPI_WEIGHT ? MI : 1][4] = {};
 
     auto load_step = [&](int step) {
         bf16 *ta = shared + step % STAGES * 2 * OPERAND, *tb = ta + OPERAND;
         int k = k_begin + step * BK;
-        if (TA) load_tile<BK, TILE>(ta, a, g.lda, k, m0, k_end, g.M);
-        else load_tile<TILE, BK>(ta, a, g.lda, m0, k, g.M, k_end);
-        if (TB) load_tile<BK, TILE>(tb, b, g.ldb, k, n0, k_end, g.N);
-        else load_tile<TILE, BK>(tb, b, g.ldb, n0, k, g.N, k_end);
+        if (TA)
+            load_tile<BK, TILE>(ta, a, g.lda, k, m0, k_end, g.M);
+        else
+            load_tile<TILE, BK>(ta, a, g.lda, m0, k, g.M, k_end);
+        if (TB)
+            load_tile<BK, TILE>(tb, b, g.ldb, k, n0, k_end, g.N);
+        else
+            load_tile<TILE, BK>(tb, b, g.ldb, n0, k, g.N, k_end);
     };
     for (int step = 0; step < STAGES - 1; step++) {
         if (step < steps) load_step(step);
@@ -2157,16 +2173,19 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g) {
     }
 }
 
-// The same product in fp32 with plain multiply-adds (tensor cores would round to tf32, which misses 1e-5). A block computes
-// 64x64 with 128 threads, each 8x4; the next 16 k wait in registers while these are in use. It takes any size and stride,
-// so it also serves where bf16 cannot, or where rounding costs more than time: pixels, conditioning, the final layer.
+// The same product in fp32 with plain multiply-adds (tensor cores would round to tf32, which misses 1e-5). A block
+// computes 64x64 with 128 threads, each 8x4; the next 16 k wait in registers while these are in use. It takes any size
+// and stride, so it also serves where bf16 cannot, or where rounding costs more than time: pixels, conditioning, the
+// final layer.
 enum { F32_TILE = 64, F32_BK = 16, F32_ROW = F32_TILE + 4 };
 
-template <bool TA, bool TB, int EPI> __global__ void __launch_bounds__(128) matmul_fp32(Matmul g) {
+template <bool TA, bool TB, int EPI>
+__global__ void __launch_bounds__(128) matmul_fp32(Matmul g) {
     SHARED_DYNAMIC(float, ta);
     float *tb = ta + F32_BK * F32_ROW;
     const float *a = (const float *)g.a, *b = (const float *)g.b;
-    int m0 = blockIdx.y * F32_TILE, n0 = blockIdx.x * F32_TILE, k_begin = blockIdx.z * g.k_chunk;
+    int n_tiles = (g.N + F32_TILE - 1) / F32_TILE, k_begin = blockIdx.y * g.k_chunk;
+    int m0 = blockIdx.x / n_tiles * F32_TILE, n0 = blockIdx.x % n_tiles * F32_TILE;
     int k_end = min(g.K, k_begin + g.k_chunk), ty = threadIdx.x / 16 * 8, tx = threadIdx.x % 16 * 4;
     float acc[8][4] = {}, row_sums[8] = {}, next_a[8], next_b[8];
     if (EPI == EPI_WEIGHT) weight_split(&g);
@@ -2222,8 +2241,8 @@ template <bool TA, bool TB, int EPI> __global__ void __launch_bounds__(128) matm
     }
 }
 
-// dw (M,N; row stride ldc) += the sum over `splits` of the partial products (M,N) in `part`, in order; db (M) likewise from
-// the partial sums behind them
+// dw (M,N; row stride ldc) += the sum over `splits` of the partial products (M,N) in `part`, in order; db (M) likewise
+// from the partial sums behind them
 __global__ void split_sum_kernel(float *dw, int ldc, float *db, const float *part, int M, int N, int splits) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, count = (size_t)M * N;
     float sum = 0;
@@ -2236,8 +2255,7 @@ __global__ void split_sum_kernel(float *dw, int ldc, float *db, const float *par
     }
 }
 
-// Starts the product; `half` says whether the operands are bf16. The sum over k of a weight gradient is as long as the batch has
-// tokens, and its result small: it is split where that fills the GPU better, as far as the workspace reaches.
+// Room for the parts of sums that are split
 static struct {
     float *memory;
     size_t count; // floats
@@ -2247,24 +2265,27 @@ static void workspace_reserve(size_t count) {
     if (count <= workspace.count) return;
     gpu_free(workspace.memory, workspace.count * sizeof(float));
     workspace.count = count;
-    workspace.memory = (float *)gpu_calloc(count * sizeof(float), "partial sums");
+    workspace.memory = (float *)gpu_malloc(count * sizeof(float), "partial sums");
 }
 
-template <bool TA, bool TB, int EPI> static void matmul(int half, Matmul g) {
+// Starts the product; `half` says whether the operands are bf16. The sum over k of a weight gradient is as long as the
+// batch has tokens, and its result small: it is split where that fills the GPU better, as far as the workspace reaches.
+template <bool TA, bool TB, int EPI>
+static void matmul(int half, Matmul g) {
     size_t m128 = ceil_div(g.M, 128), n128 = ceil_div(g.N, 128);
     int large = half && (EPI == EPI_WEIGHT ? g.M >= 128 && g.N >= 128 : m128 * n128 >= (size_t)gpu.sms);
     int tile = large ? 128 : 64, step = half ? (int)BK : (int)F32_BK, splits = 1;
-    dim3 grid((unsigned)ceil_div(g.N, tile), (unsigned)ceil_div(g.M, tile));
+    dim3 grid((unsigned)(ceil_div(g.N, tile) * ceil_div(g.M, tile))); // neighbours share rows of a in the cache
     Matmul whole = g;
     if (EPI == EPI_WEIGHT) { // the fewest splits within 5 % of the best use of all multiprocessors
         double best = 0;
         for (int s = 1; s <= 16 && s * ((size_t)g.M * g.N + g.M) <= workspace.count && s * 256 <= g.K; s++) {
-            double waves = (double)grid.x * grid.y * s / (gpu.sms * (large ? 2 : 4)), use = waves / ceil(waves);
+            double waves = (double)grid.x * s / (gpu.sms * (large ? 2 : 4)), use = waves / ceil(waves);
             if (use > 1.05 * best) best = use, splits = s;
         }
     }
     g.k_chunk = (int)ceil_div(ceil_div(g.K, splits), step) * step;
-    grid.z = splits;
+    grid.y = splits;
     if (splits > 1) {
         g.out = workspace.memory;
         g.ldc = g.N;
@@ -2313,8 +2334,9 @@ static void linear_weight(int half, float *dw, int ldw, float *db, const void *d
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Layers: each forward above its backward. B pictures, T tokens, D width, H heads, hd head size. Matrices are row-major.
-// Outputs come first. A backward adds (+=) to weight and modulation gradients, and says whether it adds to its input's.
+// Layers: each forward above its backward. B pictures, T tokens, D width, H heads, hd head size. Matrices are
+// row-major. Outputs come first. A backward adds (+=) to weight and modulation gradients, and says whether it adds to
+// its input's.
 
 // A row of x (D) for each warp: mean and 1/sigma, eps 1e-6. Read twice; the second time, it is in the cache.
 enum { ROW_THREADS = 256, ROWS_PER_BLOCK = ROW_THREADS / 32 };
@@ -2333,8 +2355,9 @@ __device__ inline void row_statistics(float *mean, float *rstd, const float *x, 
     *rstd = rsqrtf(warp_sum(var) / D + 1e-6f);
 }
 
-// out (B,T,D) = LN(x)·(1+scale)+shift; LN without weights. mod points at picture 0's shift (D) and, after it, scale (D);
-// `stride` is the distance to the next picture's. With a branch, x is first replaced by mid = x + gate·branch. A warp a row.
+// out (B,T,D) = LN(x)·(1+scale)+shift; LN without weights. mod points at picture 0's shift (D) and, after it, scale
+// (D); `stride` is the distance to the next picture's. With a branch, x is first replaced by mid = x + gate·branch. A
+// warp a row.
 template <typename A, typename Branch>
 __global__ void layernorm_modulate_kernel(A *out, const float *x, const float *mod, int stride, int rows, int T, int D,
                                           float *mid, const Branch *branch, const float *gate) {
@@ -2365,8 +2388,8 @@ __global__ void layernorm_modulate_kernel(A *out, const float *x, const float *m
     }
 }
 
-// dx += the gradient through LN, with dout (B,T,D) that of its modulated output; stats (B·T,2) = mean, 1/sigma for the sums over
-// tokens below; copy = dx for a matmul, unless NULL
+// dx += the gradient through LN, with dout (B,T,D) that of its modulated output; stats (B·T,2) = mean, 1/sigma for the
+// sums over tokens below; copy = dx for a matmul, unless NULL
 template <typename A, typename Copy>
 __global__ void layernorm_backward_kernel(float *dx, Copy *copy, float2 *stats, const A *dout, const float *x,
                                           const float *mod, int stride, int rows, int T, int D) {
@@ -2402,8 +2425,8 @@ __global__ void layernorm_backward_kernel(float *dx, Copy *copy, float2 *stats, 
     if (threadIdx.x % 32 == 0) stats[row] = make_float2(mean, rstd);
 }
 
-// Sums over the tokens of a picture: a block has 64 channels of one picture, each warp every eighth token, each lane two
-// channels. This adds what the warps have, in order, to sum (D) of that picture.
+// Sums over the tokens of a picture: a block has 64 channels of one picture, each warp every eighth token, each lane
+// two channels. This adds what the warps have, in order, to sum (D) of that picture.
 __device__ inline void add_over_warps(float *sum, int d, int D, float2 mine, float2 *shared) {
     shared[threadIdx.x] = mine;
     __syncthreads();
@@ -2441,8 +2464,8 @@ __global__ void modulate_backward_kernel(float *dmod, const float2 *stats, const
     add_over_warps(dmod + D, d, D, scale, shared);
 }
 
-// The gated residual out = x + gate·branch (its forward is EPI_GATED): dbranch = dout·gate, dgate += sum over the tokens of
-// dout·branch; the gradient of x is dout itself.
+// The gated residual out = x + gate·branch (its forward is EPI_GATED): dbranch = dout·gate, dgate += sum over the
+// tokens of dout·branch; the gradient of x is dout itself.
 template <typename A>
 __global__ void gate_backward_kernel(A *dbranch, float *dgate, const float *dout, const float *gate, int stride,
                                      const A *branch, int T, int D) {
@@ -2465,18 +2488,21 @@ __global__ void gate_backward_kernel(A *dbranch, float *dgate, const float *dout
     add_over_warps(dgate + (size_t)blockIdx.y * stride, d, D, sum, shared);
 }
 
-// Multi-head attention without mask (FlashAttention, arXiv:2205.14135 and 2307.08691). A block has ROWS rows (queries) of one
-// head of one picture and walks over the columns (keys), COLS at a time; each warp makes 16 rows of S = q·k^T in registers,
-// in the layout of mma_bf16, and turns them into its part of the result: the T x T matrix exists nowhere. HD is the head size
-// rounded up to what the kernels are made for; channels beyond it are zeros. In fp32 the same steps run on plain
-// multiply-adds. Rows of a tile are 16 bytes longer than they need: an odd number of 16-byte pieces has no bank conflicts.
-template <typename A> struct Tiles {
+// Multi-head attention without mask (FlashAttention, arXiv:2205.14135 and 2307.08691). A block has ROWS rows (queries)
+// of one head of one picture and walks over the columns (keys), COLS at a time; each warp makes 16 rows of S = q·k^T in
+// registers, in the layout of mma_bf16, and turns them into its part of the result: the T x T matrix exists nowhere. HD
+// is the head size rounded up to what the kernels are made for; channels beyond it are zeros. In fp32 the same steps
+// run on plain multiply-adds. Rows of a tile are 16 bytes longer than they need: an odd number of 16-byte pieces has no
+// bank conflicts.
+template <typename A>
+struct Tiles {
     enum { WARPS = sizeof(A) == 2 ? 4 : 2, THREADS = 32 * WARPS, ROWS = 16 * WARPS, COLS = ROWS, NT = COLS / 8 };
     enum { PIECE = 16 / sizeof(A) }; // elements in 16 bytes
 };
 
 // tile (ROWS,HD) = rows first.. of one head: p (T,hd), row stride ld; zero beyond both sizes
-template <typename A, int HD> __device__ inline void load_head(A *tile, const A *p, int ld, int first, int T, int hd) {
+template <typename A, int HD>
+__device__ inline void load_head(A *tile, const A *p, int ld, int first, int T, int hd) {
     enum { PIECE = Tiles<A>::PIECE, PIECES = HD / PIECE };
     for (int i = threadIdx.x; i < Tiles<A>::ROWS * PIECES; i += Tiles<A>::THREADS) {
         int r = i / PIECES, c = i % PIECES * PIECE;
@@ -2486,7 +2512,8 @@ template <typename A, int HD> __device__ inline void load_head(A *tile, const A 
 }
 
 // s (16,8·NT) = rows (16,HD)·cols (8·NT,HD)^T
-template <int HD, int NT> __device__ inline void tile_scores(float (&s)[NT][4], const bf16 *rows, const bf16 *cols) {
+template <int HD, int NT>
+__device__ inline void tile_scores(float (&s)[NT][4], const bf16 *rows, const bf16 *cols) {
     enum { LD = HD + 8 };
     int lane = threadIdx.x % 32;
 #pragma unroll
@@ -2504,7 +2531,8 @@ template <int HD, int NT> __device__ inline void tile_scores(float (&s)[NT][4], 
     }
 }
 
-template <int HD, int NT> __device__ inline void tile_scores(float (&s)[NT][4], const float *rows, const float *cols) {
+template <int HD, int NT>
+__device__ inline void tile_scores(float (&s)[NT][4], const float *rows, const float *cols) {
     enum { LD = HD + 4 };
     int lane = threadIdx.x % 32;
 #pragma unroll
@@ -2523,9 +2551,10 @@ template <int HD, int NT> __device__ inline void tile_scores(float (&s)[NT][4], 
     }
 }
 
-// out (16,HD) += p (16,8·NT)·cols (8·NT,HD). What a lane holds of the result of one mma is what the next one wants of its
-// first operand, so p goes from registers to registers.
-template <int HD, int NT> __device__ inline void tile_apply(float (&out)[HD / 8][4], float (&p)[NT][4], const bf16 *cols) {
+// out (16,HD) += p (16,8·NT)·cols (8·NT,HD). What a lane holds of the result of one mma is what the next one wants of
+// its first operand, so p goes from registers to registers.
+template <int HD, int NT>
+__device__ inline void tile_apply(float (&out)[HD / 8][4], float (&p)[NT][4], const bf16 *cols) {
     enum { LD = HD + 8 };
     int lane = threadIdx.x % 32;
 #pragma unroll
@@ -2578,11 +2607,12 @@ __device__ inline void store_head(A *p, int ld, int first, int T, int hd, const 
     }
 }
 
-// qkv (B,T,3D): per token q|k|v, head, channel; out (B,T,D). lse (B,H,T), unless NULL, = log2 of the sum of a row's exponentials,
-// for the backward pass. `scale` is log2(e)/sqrt(hd): everything is in powers of two. The running maximum and sum of a row are
-// corrected as larger scores turn up (the online softmax).
+// qkv (B,T,3D): per token q|k|v, head, channel; out (B,T,D). lse (B,H,T), unless NULL, = log2 of the sum of a row's
+// exponentials, for the backward pass. `scale` is log2(e)/sqrt(hd): everything is in powers of two. The running maximum
+// and sum of a row are corrected as larger scores turn up (the online softmax).
 template <typename A, int HD>
-__global__ void __launch_bounds__(128) attention_kernel(A *out, float *lse, const A *qkv, int T, int D, int hd, float scale) {
+__global__ void __launch_bounds__(128, 3)
+    attention_kernel(A *out, float *lse, const A *qkv, int T, int D, int hd, float scale) {
     enum { LD = HD + Tiles<A>::PIECE, ROWS = Tiles<A>::ROWS, COLS = Tiles<A>::COLS, NT = Tiles<A>::NT };
     SHARED_DYNAMIC(A, tq);
     A *tk = tq + ROWS * LD, *tv = tk + COLS * LD;
@@ -2646,7 +2676,8 @@ __global__ void __launch_bounds__(128) attention_kernel(A *out, float *lse, cons
     store_head<HD>(out + (size_t)blockIdx.z * T * D + blockIdx.y * hd, D, first, T, hd, o);
 }
 
-// delta (B,H,T) = sum over a head's channels of dout·out: what softmax's backward subtracts from each row. A warp a row of D.
+// delta (B,H,T) = sum over a head's channels of dout·out: what softmax's backward subtracts from each row. A warp a row
+// of D.
 template <typename A>
 __global__ void attention_delta_kernel(float *delta, const A *dout, const A *out, int rows, int T, int D, int H) {
     int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32, hd = D / H;
@@ -2663,11 +2694,13 @@ __global__ void attention_delta_kernel(float *delta, const A *dout, const A *out
     }
 }
 
-// With P recomputed from q, k and lse: dP = dout·v^T, dS = P·(dP - delta)/sqrt(hd), dq = dS·k. Rows are queries. Another kernel
-// makes dk and dv, with keys as rows: this costs the scores twice, and saves adding up dq across blocks in some order.
+// With P recomputed from q, k and lse: dP = dout·v^T, dS = P·(dP - delta)/sqrt(hd), dq = dS·k. Rows are queries.
+// Another kernel makes dk and dv, with keys as rows: this costs the scores twice, and saves adding up dq across blocks
+// in some order.
 template <typename A, int HD>
-__global__ void __launch_bounds__(128) attention_dq_kernel(A *dqkv, const A *dout, const float *lse, const float *delta,
-                                                           const A *qkv, int T, int D, int hd, float scale) {
+__global__ void __launch_bounds__(128, 2)
+    attention_dq_kernel(A *dqkv, const A *dout, const float *lse, const float *delta, const A *qkv, int T, int D,
+                        int hd, float scale) {
     enum { LD = HD + Tiles<A>::PIECE, ROWS = Tiles<A>::ROWS, COLS = Tiles<A>::COLS, NT = Tiles<A>::NT };
     SHARED_DYNAMIC(A, tq);
     A *tg = tq + ROWS * LD, *tk = tg + ROWS * LD, *tv = tk + COLS * LD;
@@ -2693,7 +2726,8 @@ __global__ void __launch_bounds__(128) attention_dq_kernel(A *dqkv, const A *dou
 #pragma unroll
         for (int j = 0; j < NT; j++) { // a column beyond T meets a row of zeros in k
 #pragma unroll
-            for (int i = 0; i < 4; i++) s[j][i] = exp2f(s[j][i] * scale - row_lse[i / 2]) * (dp[j][i] - row_delta[i / 2]);
+            for (int i = 0; i < 4; i++)
+                s[j][i] = exp2f(s[j][i] * scale - row_lse[i / 2]) * (dp[j][i] - row_delta[i / 2]);
         }
         tile_apply<HD>(dq, s, tk);
         __syncthreads();
@@ -2708,8 +2742,9 @@ __global__ void __launch_bounds__(128) attention_dq_kernel(A *dqkv, const A *dou
 
 // dv = P^T·dout and dk = dS^T·q. Rows are keys, columns queries: P^T and dS^T come out of the products directly.
 template <typename A, int HD>
-__global__ void __launch_bounds__(128) attention_dkv_kernel(A *dqkv, const A *dout, const float *lse, const float *delta,
-                                                            const A *qkv, int T, int D, int hd, float scale) {
+__global__ void __launch_bounds__(128, 2)
+    attention_dkv_kernel(A *dqkv, const A *dout, const float *lse, const float *delta, const A *qkv, int T, int D,
+                         int hd, float scale) {
     enum { LD = HD + Tiles<A>::PIECE, ROWS = Tiles<A>::ROWS, COLS = Tiles<A>::COLS, NT = Tiles<A>::NT };
     SHARED_DYNAMIC(A, tk);
     A *tv = tk + ROWS * LD, *tq = tv + ROWS * LD, *tg = tq + COLS * LD;
@@ -2761,21 +2796,21 @@ __global__ void __launch_bounds__(128) attention_dkv_kernel(A *dqkv, const A *do
 }
 
 // Runs a statement with HD standing for the smallest size that the kernels are made for and that holds head size hd.
-#define HEAD_SIZE(hd, ...)                \
-    do {                                  \
-        if ((hd) <= 32) {                 \
-            enum { HD = 32 };             \
-            __VA_ARGS__;                  \
-        } else if ((hd) <= 64) {          \
-            enum { HD = 64 };             \
-            __VA_ARGS__;                  \
-        } else if ((hd) <= 80) {          \
-            enum { HD = 80 };             \
-            __VA_ARGS__;                  \
-        } else {                          \
-            enum { HD = 128 };            \
-            __VA_ARGS__;                  \
-        }                                 \
+#define HEAD_SIZE(hd, ...)       \
+    do {                         \
+        if ((hd) <= 32) {        \
+            enum { HD = 32 };    \
+            __VA_ARGS__;         \
+        } else if ((hd) <= 64) { \
+            enum { HD = 64 };    \
+            __VA_ARGS__;         \
+        } else if ((hd) <= 80) { \
+            enum { HD = 80 };    \
+            __VA_ARGS__;         \
+        } else {                 \
+            enum { HD = 128 };   \
+            __VA_ARGS__;         \
+        }                        \
     } while (0)
 
 static void attention_forward(int half, Act *out, float *lse, const Act *qkv, int B, int T, int D, int H) {
@@ -2810,7 +2845,8 @@ static void attention_backward(int half, Act *dqkv, float *delta, const Act *dou
 }
 
 // out = in as the type of activations
-template <typename A> __global__ void convert_kernel(A *out, const float *in, size_t count) {
+template <typename A>
+__global__ void convert_kernel(A *out, const float *in, size_t count) {
     size_t i = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
     float v[4];
     if (i >= count) return; // counts are multiples of 4
@@ -2818,8 +2854,8 @@ template <typename A> __global__ void convert_kernel(A *out, const float *in, si
     store(out + i, v);
 }
 
-// Between pictures (B,C,S,S) and tokens (B,T,C·p·p): a thread a pixel. A patch is (channel, row, column), as the patch layer
-// wants it, or with channel_last (row, column, channel), as the final layer gives it.
+// Between pictures (B,C,S,S) and tokens (B,T,C·p·p): a thread a pixel. A patch is (channel, row, column), as the patch
+// layer wants it, or with channel_last (row, column, channel), as the final layer gives it.
 __global__ void patches_kernel(float *tokens, float *pictures, int to_picture, int channel_last, int B, int C, int S,
                                int p) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -2828,8 +2864,10 @@ __global__ void patches_kernel(float *tokens, float *pictures, int to_picture, i
     size_t b = i / S / S / C, token = (b * side + row / p) * side + column / p;
     int within = row % p * p + column % p;
     float *at = tokens + token * C * p * p + (channel_last ? within * C + c : c * p * p + within);
-    if (to_picture) pictures[i] = *at;
-    else *at = pictures[i];
+    if (to_picture)
+        pictures[i] = *at;
+    else
+        *at = pictures[i];
 }
 
 // silu(x) = x·sigmoid(x), only ever applied to (B,D)
@@ -2867,8 +2905,8 @@ __global__ void condition_kernel(float *cond, float *cond_pp, float *cond_silu, 
     cond_pp_silu[i] = silu(pp);
 }
 
-// dcond and dcond_pp (B,D) come in as gradients of silu(c) and silu(c_pp). dtable row y[b] += that of y_emb, picture by picture,
-// since labels repeat; dcond becomes that of t_emb.
+// dcond and dcond_pp (B,D) come in as gradients of silu(c) and silu(c_pp). dtable row y[b] += that of y_emb, picture by
+// picture, since labels repeat; dcond becomes that of t_emb.
 __global__ void condition_backward_kernel(float *dcond, const float *dcond_pp, float *dtable, const float *cond,
                                           const float *cond_pp, const int *y, int label_only, int B, int D) {
     int d = blockIdx.x * blockDim.x + threadIdx.x;
@@ -2882,19 +2920,20 @@ __global__ void condition_backward_kernel(float *dcond, const float *dcond_pp, f
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Activations: one allocation. Every layer of the path that gets a gradient (pre blocks, the m iterations, post blocks; in
-// DiT all blocks) has its input x[l] and a slot with what its backward pass needs. With `recompute` all share one slot, which
-// the backward pass fills again from x[l]. A model that only samples has one slot and one x: everything happens in place.
+// Activations: one allocation. Every layer of the path that gets a gradient (pre blocks, the m iterations, post blocks;
+// in DiT all blocks) has its input x[l] and a slot with what its backward pass needs. With `recompute` all share one
+// slot, which the backward pass fills again from x[l]. A model that only samples has one slot and one x: everything
+// happens in place.
 
 typedef struct {
-    Act *u;    // (B,T,2D) fixed-point iterations only: the projection before its gelu
-    float *in; // (B,T,D)  fixed-point iterations only: the block's input; elsewhere it is x[l]
-    Act *qkv;  // (B,T,3D)
+    Act *u;     // (B,T,2D) fixed-point iterations only: the projection before its gelu
+    float *in;  // (B,T,D)  fixed-point iterations only: the block's input; elsewhere it is x[l]
+    Act *qkv;   // (B,T,3D)
     float *lse; // (B,H,T)
-    Act *att;  // (B,T,D)
-    Act *proj; // (B,T,D)
-    Act *fc1;  // (B,T,4D) before its gelu
-    Act *fc2;  // (B,T,D)
+    Act *att;   // (B,T,D)
+    Act *proj;  // (B,T,D)
+    Act *fc1;   // (B,T,4D) before its gelu
+    Act *fc2;   // (B,T,D)
 } Slot;
 
 typedef struct { // a sampler's step is linear: x <- of_x·x + of_out·out + sigma·z
@@ -2903,11 +2942,11 @@ typedef struct { // a sampler's step is linear: x <- of_x·x + of_out·out + sig
     double of_x, of_out, sigma, log_beta, log_var;
 } SampleStep;
 
-typedef struct { // of one picture: its place in the schedule
-    double keep, noise;        // x_t = keep·x0 + noise·eps
+typedef struct {                    // of one picture: its place in the schedule
+    double keep, noise;             // x_t = keep·x0 + noise·eps
     double target_x0, target_noise; // what the model should give is target_x0·x0 + target_noise·eps
-    double weight;             // of the squared error
-    double slip;               // x0_hat - x0 = slip·(target - out)
+    double weight;                  // of the squared error
+    double slip;                    // x0_hat - x0 = slip·(target - out)
     double c1, log_beta, log_var;
     int t;
 } LossPlace;
@@ -2937,9 +2976,9 @@ typedef struct {
     Act *normed;      // (B,T,D) scratch: LN output
     Act *wide;        // (B,T,4D) scratch: gelu output
     float *patch_out; // (B,T,p·p·Cout)
-    float *mid;       // (B,T,D) scratch: z_{k-1} for residuals; a block's middle in the backward pass; the final LN's output
-    float *reused;    // (B,T,D) the solution of the timestep before (sampling)
-    double *sums;     // (B,2) or partial sums of the gradient norm
+    float *mid; // (B,T,D) scratch: z_{k-1} for residuals; a block's middle in the backward pass; the final LN's output
+    float *reused;     // (B,T,D) the solution of the timestep before (sampling)
+    double *sums;      // (B,2) or partial sums of the gradient norm
     SampleStep *steps; // (1000) in sampling order
     int *step;
     // backward
@@ -2950,9 +2989,9 @@ typedef struct {
     Act *dwide;    // (B,T,4D)
     float *du_sum; // (B,T,2D) gradient of inj_part, summed over the iterations
     float *dmod, *dfinal_mod, *dcond, *dcond_pp, *dtime;
-    float2 *stats; // (B,T)
-    float *delta;  // (B,H,T)
-    float *dout;   // (B,Cout,S,S)
+    float2 *stats;     // (B,T)
+    float *delta;      // (B,H,T)
+    float *dout;       // (B,Cout,S,S)
     LossPlace *places; // (B)
 } Activations;
 
@@ -2965,7 +3004,7 @@ typedef struct {
     int n_tensors;
     ParamTensor *tensors;
     int64_t n_params;
-    real *memory[5]; // by enum Kind; only weights unless training
+    real *memory[5];    // by enum Kind; only weights unless training
     bf16 *half_weights; // of the weights in use, for matmuls; laid out alike
     Params p, g;
     Activations a;
@@ -2980,7 +3019,8 @@ typedef struct {
     size_t bytes;
 } Arena;
 
-// Every array starts at a multiple of 256 bytes. In the harness a gap lies between them: see redzone in test/cuda_emu.h.
+// Every array starts at a multiple of 256 bytes. In the harness a gap lies between them: see redzone in
+// test/cuda_emu.h.
 static char *take(Arena *a, size_t bytes) {
     char *at = a->memory ? a->memory + a->bytes : NULL;
     a->bytes += ceil_div(bytes, 256) * 256;
@@ -3109,10 +3149,12 @@ static void model_tables(Model *m) {
 static Model *model_create(const Config *config, int batch, int max_m, int recompute, int training, int dtype) {
     gpu_open();
     int hd = config->width / config->heads;
-    if (config->width % 8) die("width %d: the GPU program needs a multiple of 8; or use the CPU program", config->width);
+    if (config->width % 8)
+        die("width %d: the GPU program needs a multiple of 8; or use the CPU program", config->width);
     if (hd % 8 || hd > 128)
         die("heads %d: head size %d; the GPU program needs a multiple of 8, at most 128; or use the CPU program",
             config->heads, hd);
+    if (batch > 65535) die("%d pictures at a time; the GPU program takes at most 65535: lower --batch", batch);
     Model *m = (Model *)xcalloc(1, sizeof *m, "the model");
     m->config = *config;
     m->batch = batch;
@@ -3131,15 +3173,17 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     size_t need = m->activation_bytes + params_bytes(m) + workspace_floats(m) * sizeof(float), have, all;
     CHECK(cudaMemGetInfo(&have, &all));
     if (need > have)
-        die("this model with %d pictures at a time needs %.0f MB and the GPU has %.0f MB free: lower --batch%s%s", batch,
-            (double)need / 1e6, (double)have / 1e6, training ? ", set --micro_batch, or set --recompute 1" : "",
+        die("this model with %d pictures at a time needs %.0f MB and the GPU has %.0f MB free: lower --batch%s%s",
+            batch, (double)need / 1e6, (double)have / 1e6, training ? ", set --micro_batch, or set --recompute 1" : "",
             m->half ? "" : ", or set --dtype bf16");
-    for (int kind = 0; kind < (training ? 5 : 1); kind++)
-        m->memory[kind] = (real *)gpu_calloc((size_t)w.size * sizeof(real), "weights, gradients and optimiser");
-    if (m->half) m->half_weights = (bf16 *)gpu_calloc((size_t)w.size * sizeof(bf16), "weights");
+    for (int kind = 0; kind < (training ? 5 : 1); kind++) {
+        m->memory[kind] = (real *)gpu_malloc((size_t)w.size * sizeof(real), "weights, gradients and optimiser");
+        gpu_zero(m->memory[kind], (size_t)w.size * sizeof(real));
+    }
+    if (m->half) m->half_weights = (bf16 *)gpu_malloc((size_t)w.size * sizeof(bf16), "weights");
     params_point(&m->p, config, m->memory[MODEL_WEIGHTS], m->tensors);
     if (training) params_point(&m->g, config, m->memory[MODEL_GRADS], NULL);
-    m->activations = (char *)gpu_calloc(m->activation_bytes, "activations");
+    m->activations = (char *)gpu_malloc(m->activation_bytes, "activations");
     activations_point(m, m->activations);
     workspace_reserve(workspace_floats(m));
     model_tables(m);
@@ -3208,7 +3252,8 @@ static void show_probe(Model *m, const char *name, int k, const void *data, int 
     xfree(host);
 }
 
-// normed = LN(x)·(1+scale)+shift, mod pointing at shift. With a branch and gate, of mid = x + gate·branch, which is stored.
+// normed = LN(x)·(1+scale)+shift, mod pointing at shift. With a branch and gate, of mid = x + gate·branch, which is
+// stored.
 static void layernorm_forward(Model *m, Act *normed, const float *x, const float *mod, float *mid, const Act *branch,
                               const float *gate) {
     int T = config_tokens(&m->config), D = m->config.width, rows = m->B * T;
@@ -3240,7 +3285,8 @@ static void linear_forward(Model *m, Act *y, const Act *x, const real *w, const 
     matmul<false, false, EPI_STORE>(m->half, linear(y, x, act_weight(m, w), K, b, M, K, N));
 }
 
-// out = x + gate·(in·w^T + b). branch, unless NULL, keeps what gate multiplies; copy, unless NULL, is out as activations.
+// out = x + gate·(in·w^T + b). branch, unless NULL, keeps what gate multiplies; copy, unless NULL, is out as
+// activations.
 static void gated_linear_forward(Model *m, float *out, Act *copy, Act *branch, const float *x, const float *gate,
                                  const Act *in, const real *w, const real *b, int K) {
     int T = config_tokens(&m->config), D = m->config.width;
@@ -3282,8 +3328,10 @@ static void linear_backward(Model *m, Act *dx, real *dw, real *db, const Act *dy
     matmul<false, true, EPI_STORE>(m->half, linear_input(dx, dy, act_weight(m, w), K, M, K, N));
 }
 
-// out = Block(x, c) (SPEC 1): adaLN-Zero transformer block; with `keep`, s keeps what the backward pass needs. out may be x.
-//   mid = x + gate1·proj(attention(LN(x)·(1+scale1)+shift1));   out = mid + gate2·fc2(gelu(fc1(LN(mid)·(1+scale2)+shift2)))
+// out = Block(x, c) (SPEC 1): adaLN-Zero transformer block; with `keep`, s keeps what the backward pass needs. out may
+// be x.
+//   mid = x + gate1·proj(attention(LN(x)·(1+scale1)+shift1))
+//   out = mid + gate2·fc2(gelu(fc1(LN(mid)·(1+scale2)+shift2)))
 // copy, unless NULL, is out as activations.
 static void block_forward(Model *m, float *out, Act *copy, const float *x, const BlockParams *p, const float *mod,
                           Slot *s, int keep) {
@@ -3298,8 +3346,8 @@ static void block_forward(Model *m, float *out, Act *copy, const float *x, const
     gated_linear_forward(m, out, copy, keep ? s->fc2 : NULL, out, mod + 5 * D, a->wide, p->fc2_w, p->fc2_b, 4 * D);
 }
 
-// dx (B,T,D): the gradient of the output on entry, of the input on return, then also in copy (unless NULL). dmod (B,6D) is added
-// to. x is the input.
+// dx (B,T,D): the gradient of the output on entry, of the input on return, then also in copy (unless NULL). dmod (B,6D)
+// is added to. x is the input.
 static void block_backward(Model *m, float *dx, Act *copy, float *dmod, const BlockParams *g, const float *x,
                            const BlockParams *p, const float *mod, Slot *s) {
     Activations *a = &m->a;
@@ -3320,19 +3368,19 @@ static void block_backward(Model *m, float *dx, Act *copy, float *dmod, const Bl
     layernorm_backward(m, dx, copy, dmod, a->dnormed, x, mod);
 }
 
-// One fixed-point iteration: out = Block(W2·gelu(W1z·z + inj_part) + b2, c), inj_part = W1inj·inj + b1. z comes as activations,
-// and in bf16 the output goes to a.z as well, for the next iteration.
+// One fixed-point iteration: out = Block(W2·gelu(W1z·z + inj_part) + b2, c), inj_part = W1inj·inj + b1. z comes as
+// activations, and in bf16 the output goes to a.z as well, for the next iteration.
 static void iteration_forward(Model *m, float *out, const Act *z, Slot *s, int keep) {
     Activations *a = &m->a;
     int D = m->config.width, M = m->B * config_tokens(&m->config), f = m->config.pre_depth;
     gelu_linear_forward(m, a->wide, keep ? s->u : NULL, z, m->p.fp1_w, 2 * D, NULL, a->inj_part, D, 2 * D);
-    matmul<false, false, EPI_FLOAT>(m->half, linear(s->in, a->wide, act_weight(m, m->p.fp2_w), 2 * D, m->p.fp2_b, M,
-                                                    2 * D, D));
+    matmul<false, false, EPI_FLOAT>(m->half,
+                                    linear(s->in, a->wide, act_weight(m, m->p.fp2_w), 2 * D, m->p.fp2_b, M, 2 * D, D));
     block_forward(m, out, a->z, s->in, &m->p.block[f], a->mod + (size_t)f * m->batch * 6 * D, s, keep);
 }
 
-// dz (B,T,D): the gradient of the output on entry; on return, unless `first`, of z (nothing flows into the first z). What
-// reaches inj_part is summed in du_sum over the iterations: its matmuls follow once, after the last.
+// dz (B,T,D): the gradient of the output on entry; on return, unless `first`, of z (nothing flows into the first z).
+// What reaches inj_part is summed in du_sum over the iterations: its matmuls follow once, after the last.
 static void iteration_backward(Model *m, float *dz, const float *z, Slot *s, int first) {
     Activations *a = &m->a;
     int D = m->config.width, M = m->B * config_tokens(&m->config), f = m->config.pre_depth;
@@ -3343,12 +3391,13 @@ static void iteration_backward(Model *m, float *dz, const float *z, Slot *s, int
     linear_weight(m->half, m->g.fp2_w, 2 * D, m->g.fp2_b, dz_act, a->wide, M, 2 * D, D);
     linear_weight(m->half, m->g.fp1_w, 2 * D, NULL, a->dwide, as_act(m, a->normed, z, (size_t)M * D), M, D, 2 * D);
     if (!first)
-        matmul<false, true, EPI_FLOAT>(
-            m->half, linear_input(dz, a->dwide, act_weight(m, m->p.fp1_w), 2 * D, M, D, 2 * D));
+        matmul<false, true, EPI_FLOAT>(m->half,
+                                       linear_input(dz, a->dwide, act_weight(m, m->p.fp1_w), 2 * D, M, D, 2 * D));
 }
 
 // sums (B,2) = ||z - before||^2 and ||z||^2 of each picture, in double; a block a picture
-template <typename T> __device__ inline T block_sum(T x, T *shared) {
+template <typename T>
+__device__ inline T block_sum(T x, T *shared) {
     x = warp_sum(x);
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
     __syncthreads();
@@ -3391,15 +3440,16 @@ typedef struct {
     int ran;
 } Solve;
 
-// Conditions c and c_pp from a.t and a.y, and with them the modulation of every block: constant while z iterates. All of this is
-// fp32: it is one row a picture.
+// Conditions c and c_pp from a.t and a.y, and with them the modulation of every block: constant while z iterates. All
+// of this is fp32: it is one row a picture.
 static void condition_forward(Model *m) {
     const Config *c = &m->config;
     Activations *a = &m->a;
     int B = m->B, D = c->width, blocks = config_blocks(c), label_only = !c->timestep_in_pre_post && c->fixed_point;
     unsigned wide = (unsigned)ceil_div((size_t)B * D, 256);
     RUN(time_kernel, B, 256, 0, a->time_freq, a->time_table, a->t);
-    matmul<false, false, EPI_FLOAT>(0, linear(a->time_hidden, a->time_freq, m->p.time0_w, 256, m->p.time0_b, B, 256, D));
+    matmul<false, false, EPI_FLOAT>(0,
+                                    linear(a->time_hidden, a->time_freq, m->p.time0_w, 256, m->p.time0_b, B, 256, D));
     RUN(silu_kernel, wide, 256, 0, a->time_silu, a->time_hidden, B * D);
     matmul<false, false, EPI_FLOAT>(0, linear(a->cond, a->time_silu, m->p.time2_w, D, m->p.time2_b, B, D, D));
     RUN(condition_kernel, wide, 256, 0, a->cond, a->cond_pp, a->cond_silu, a->cond_pp_silu, m->p.label_table, a->y,
@@ -3436,8 +3486,8 @@ static void condition_backward(Model *m) {
     linear_weight(0, m->g.time0_w, 256, m->g.time0_b, a->dtime, a->time_freq, B, 256, D);
 }
 
-// a.out (B,Cout,S,S) from a.x_t (B,C,S,S), timesteps a.t (B) and labels a.y (B): n iterations that keep nothing, then m that keep
-// what backpropagation needs (none when sampling). In DiT n and m mean nothing.
+// a.out (B,Cout,S,S) from a.x_t (B,C,S,S), timesteps a.t (B) and labels a.y (B): n iterations that keep nothing, then m
+// that keep what backpropagation needs (none when sampling). In DiT n and m mean nothing.
 static void model_forward(Model *m, int B, int n, int iterations, Solve *solve) {
     const Config *c = &m->config;
     Activations *a = &m->a;
@@ -3461,8 +3511,8 @@ static void model_forward(Model *m, int B, int n, int iterations, Solve *solve) 
         show_probe(m, "act.pre", 0, h, 0, N);
         linear_forward(m, a->inj, as_act(m, a->normed, h, N), m->p.inject_w, m->p.inject_b, M, D, D);
         show_probe(m, "act.inj", 0, a->inj, 1, N);
-        matmul<false, false, EPI_FLOAT>(m->half, linear(a->inj_part, a->inj, act_weight(m, m->p.fp1_w + D), 2 * D,
-                                                        m->p.fp1_b, M, D, 2 * D));
+        matmul<false, false, EPI_FLOAT>(
+            m->half, linear(a->inj_part, a->inj, act_weight(m, m->p.fp1_w + D), 2 * D, m->p.fp1_b, M, D, 2 * D));
         // x[l+1] is z_n, the input of the first iteration with gradient; the n before it happen there, in place.
         float *z = a->x[l + 1];
         const float *start = solve && solve->reuse && solve->reuse_ready ? a->reused : h;
@@ -3537,11 +3587,12 @@ static void model_backward(Model *m) {
             if (m->recompute) iteration_forward(m, a->mid, as_act(m, a->z, a->x[l + 1], N), &a->slot[l], 1);
             iteration_backward(m, a->dx, a->x[l + 1], &a->slot[l], k == 0);
         }
-        // Input injection: inj_part = W1inj·inj + b1, inj = Wp·h + bp; the pre blocks get their gradient through it alone.
+        // Input injection: inj_part = W1inj·inj + b1, inj = Wp·h + bp; the pre blocks get their gradient through it
+        // alone.
         const Act *du = as_act(m, a->dwide, a->du_sum, 2 * N), *dinj = a->dnormed;
         linear_weight(m->half, m->g.fp1_w + D, 2 * D, m->g.fp1_b, du, a->inj, M, D, 2 * D);
-        matmul<false, true, EPI_STORE>(
-            m->half, linear_input(a->dnormed, du, act_weight(m, m->p.fp1_w + D), 2 * D, M, D, 2 * D));
+        matmul<false, true, EPI_STORE>(m->half,
+                                       linear_input(a->dnormed, du, act_weight(m, m->p.fp1_w + D), 2 * D, M, D, 2 * D));
         linear_weight(m->half, m->g.inject_w, D, m->g.inject_b, dinj, as_act(m, a->normed, a->x[l], N), M, D, D);
         matmul<false, true, EPI_FLOAT>(m->half, linear_input(a->dx, dinj, act_weight(m, m->p.inject_w), D, M, D, D));
     }
@@ -3576,8 +3627,8 @@ static void loss_places(LossPlace *places, const Schedule *s, const Config *c, c
     }
 }
 
-// x_t = sqrt(alpha_bar)·x0 + sqrt(1-alpha_bar)·noise, or for flow (1-tau)·x0 + tau·noise with tau = t/1000. All (B,C,S,S), `count` a
-// picture.
+// x_t = sqrt(alpha_bar)·x0 + sqrt(1-alpha_bar)·noise, or for flow (1-tau)·x0 + tau·noise with tau = t/1000. All
+// (B,C,S,S), `count` a picture.
 __global__ void diffuse_kernel(float *x_t, int *t, const float *x0, const float *noise, const LossPlace *places,
                                size_t count) {
     const LossPlace p = places[blockIdx.y];
@@ -3593,9 +3644,9 @@ __device__ inline double normal_cdf(double u, double *slope) {
     return 0.5 * (1 + th);
 }
 
-// One element's variational term in nats: KL(q || p) of two Gaussians for t > 0, minus log p(x0) of the discretised Gaussian
-// at t = 0, where the true mean is x0. miss = mean of p - true mean. *slope = its derivative with respect to log_var, the log
-// variance of p.
+// One element's variational term in nats: KL(q || p) of two Gaussians for t > 0, minus log p(x0) of the discretised
+// Gaussian at t = 0, where the true mean is x0. miss = mean of p - true mean. *slope = its derivative with respect to
+// log_var, the log variance of p.
 __device__ inline double variational_term(double *slope, int t, double x0, double miss, double log_var,
                                           double true_log_var) {
     if (t > 0) {
@@ -3613,9 +3664,9 @@ __device__ inline double variational_term(double *slope, int t, double x0, doubl
     return -log(mass < 1e-12 ? 1e-12 : mass);
 }
 
-// sums (B,2): the (weighted) squared error and the variational term in bits, means over each picture's `count` elements. dout
-// (B,Cout,S,S) becomes the gradient of `scale` times the sum of both over the pictures. In double: this is 1e-4 of a step's
-// work. A block a picture.
+// sums (B,2): the (weighted) squared error and the variational term in bits, means over each picture's `count`
+// elements. dout (B,Cout,S,S) becomes the gradient of `scale` times the sum of both over the pictures. In double: this
+// is 1e-4 of a step's work. A block a picture.
 __global__ void loss_kernel(double *sums, float *dout, const float *out, const float *x0, const float *noise,
                             const LossPlace *places, int learn_sigma, double scale, size_t count) {
     SHARED_DYNAMIC(double, shared);
@@ -3638,8 +3689,8 @@ __global__ void loss_kernel(double *sums, float *dout, const float *out, const f
     if (threadIdx.x == 0) sums[2 * blockIdx.x + 1] = bits / log(2.0) / count;
 }
 
-// Forward, loss and backward of B pictures; the gradient of `scale`·(sum of their losses) is added to the model's gradients.
-// x0, noise (B,C,S,S); t, y (B); n and m iterations without and with gradient. Fills mse and vb (B).
+// Forward, loss and backward of B pictures; the gradient of `scale`·(sum of their losses) is added to the model's
+// gradients. x0, noise (B,C,S,S); t, y (B); n and m iterations without and with gradient. Fills mse and vb (B).
 static void model_loss(Model *model, const Schedule *s, const float *x0, const float *noise, const int *t, const int *y,
                        int B, int n, int m, double scale, double *mse, double *vb) {
     const Config *c = &model->config;
@@ -3667,8 +3718,9 @@ static void model_loss(Model *model, const Schedule *s, const float *x0, const f
 // ---------------------------------------------------------------------------------------------------------------------
 // Sampling (SPEC 3)
 
-// One timestep of the sampler: x (B,C,S,S) from itself, the model's output and the noise z; and the model's next input x_t, for
-// both halves when guided. `guided` elements of a picture follow out = uncond + cfg·(cond - uncond); 0: no guidance.
+// One timestep of the sampler: x (B,C,S,S) from itself, the model's output and the noise z; and the model's next input
+// x_t, for both halves when guided. `guided` elements of a picture follow out = uncond + cfg·(cond - uncond); 0: no
+// guidance.
 __global__ void sample_step_kernel(float *x, float *x_t, const float *out, const float *z, const SampleStep *steps,
                                    const int *step, double cfg, size_t guided, size_t count, size_t out_count, int B) {
     const SampleStep s = steps[*step];
@@ -3697,7 +3749,8 @@ __global__ void next_step_kernel(int *t, int *step, const SampleStep *steps, int
     if (threadIdx.x == 0) *step = next;
 }
 
-// The coefficients of each timestep, in sampling order: with x0_hat and eps_hat both linear in x and out, so is the step.
+// The coefficients of each timestep, in sampling order: with x0_hat and eps_hat both linear in x and out, so is the
+// step.
 static void sample_steps(SampleStep *steps, const Schedule *s, const SampleSettings *set, const Config *c) {
     for (int k = 0; k < s->n; k++) {
         int i = s->n - 1 - k, v = c->prediction == PREDICT_V;
@@ -3727,10 +3780,11 @@ static void sample_steps(SampleStep *steps, const Schedule *s, const SampleSetti
     }
 }
 
-// Draws B pictures: x (B,C,S,S) holds x_T on entry and the pictures on return. z (steps,B,C,S,S), the noise of each step, is
-// given by tests; when NULL it is drawn: picture b is number first+b of the seed. The model needs room for 2B with guidance.
-// A timestep is a few hundred short kernels, which would take longer to launch than to run: they are recorded once for each
-// number of iterations, as a CUDA graph, and replayed. All that differs between timesteps is read from device memory.
+// Draws B pictures: x (B,C,S,S) holds x_T on entry and the pictures on return. z (steps,B,C,S,S), the noise of each
+// step, is given by tests; when NULL it is drawn: picture b is number first+b of the seed. The model needs room for 2B
+// with guidance. A timestep is a few hundred short kernels, which would take longer to launch than to run: they are
+// recorded once for each number of iterations, as a CUDA graph, and replayed. All that differs between timesteps is
+// read from device memory.
 static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int B,
                          const float *z, uint64_t seed, int first) {
     const Config *c = &model->config;
@@ -3765,8 +3819,10 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
         if (steps[step].noisy) gpu_upload(a->noise, z ? z + step * B * count : noise, B * count * sizeof *noise);
 
         struct Graph *graph = graphs;
-        while (graph < graphs + n_graphs && (graph->iters != iters || graph->reuse_ready != solve->reuse_ready)) graph++;
-        int record = graph == graphs + n_graphs, plain = solve->want_residual && c->fixed_point; // those wait for the GPU
+        while (graph < graphs + n_graphs && (graph->iters != iters || graph->reuse_ready != solve->reuse_ready))
+            graph++;
+        int record = graph == graphs + n_graphs,
+            plain = solve->want_residual && c->fixed_point; // those wait for the GPU
         if (record || plain) {
             cudaGraph_t recorded;
             graph->iters = iters;
@@ -3802,10 +3858,11 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Optimiser: AdamW (arXiv:1711.05101) with decoupled decay, the moving average (EMA) of the weights, and the bf16 copy that
-// the matmuls take, in one pass
+// Optimiser: AdamW (arXiv:1711.05101) with decoupled decay, the moving average (EMA) of the weights, and the bf16 copy
+// that the matmuls take, in one pass
 
-// Sum of squares in double: each block sums every NORM_BLOCKS-th piece, and the host adds what the blocks have, in order.
+// Sum of squares in double: each block sums every NORM_BLOCKS-th piece, and the host adds what the blocks have, in
+// order.
 __global__ void norm_kernel(double *partial, const float *grads, size_t count) {
     SHARED_DYNAMIC(double, shared);
     double sum = 0;
@@ -3873,13 +3930,15 @@ static double peak_memory(void) { return (double)gpu.allocated / 1e6; }
 
 // Independent chains of multiply-adds in registers: what the arithmetic units can do without memory
 enum { PEAK_CHAINS = 8, PEAK_WARPS = 8 };
-template <typename A> __global__ void peak_kernel(float *out, int reps) {
+template <typename A>
+__global__ void peak_kernel(float *out, int reps) {
     float x[PEAK_CHAINS][4] = {};
     uint32_t a[4] = {threadIdx.x, 1, 2, 3}, b[2] = {4, 5};
     for (int r = 0; r < reps; r++) {
 #pragma unroll
         for (int i = 0; i < PEAK_CHAINS; i++) {
-            if (sizeof(A) == 2) mma_bf16(x[i], a, b);
+            if (sizeof(A) == 2)
+                mma_bf16(x[i], a, b);
             else
                 for (int j = 0; j < 4; j++) x[i][j] = x[i][j] * 0.5f + 1;
         }
@@ -3896,9 +3955,11 @@ static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
     int shapes[][2] = {{3 * D, D}, {D, D}, {4 * D, D}, {D, 4 * D}, {2 * D, D}, {D, 2 * D}};
     size_t size = half ? sizeof(bf16) : sizeof(float), x_bytes = (size_t)M * 4 * D * size;
     size_t w_bytes = 4 * (size_t)D * D * sizeof(float);
-    void *x = gpu_calloc(x_bytes, "matmul"), *y = gpu_calloc(x_bytes, "matmul"), *w = gpu_calloc(w_bytes, "matmul");
-    float *out = (float *)gpu_calloc((size_t)blocks * PEAK_WARPS * 32 * sizeof(float), "matmul");
+    void *x = gpu_malloc(x_bytes, "matmul"), *y = gpu_malloc(x_bytes, "matmul"), *w = gpu_malloc(w_bytes, "matmul");
+    float *out = (float *)gpu_malloc((size_t)blocks * PEAK_WARPS * 32 * sizeof(float), "matmul");
     double times[100], begin = 0;
+    gpu_zero(x, x_bytes);
+    gpu_zero(w, w_bytes);
     workspace_reserve(16 * (size_t)D * D);
     for (int run = 0; run < 2; run++) { // the first is a warm-up
         gpu_wait();
@@ -4069,8 +4130,8 @@ static void sample_grid(const char *folder, const Options *o, Model *m, int64_t 
 
 static volatile sig_atomic_t interrupted;
 static void on_interrupt(int signal_number) {
-    (void)signal_number;
     interrupted = 1;
+    signal(signal_number, SIG_DFL); // a second time it ends the program at once
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -4092,12 +4153,15 @@ static int train_main(int argc, char **argv) {
         st_open(&state, path);
         options_from_meta(o, &state, TRAIN | WEIGHTS);
         const char *step = st_meta(&state, "step");
-        if (!step) die("%s: metadata 'step' is missing: not a training state", path);
-        start = atoll(step);
+        char *end = NULL;
+        start = step ? strtoll(step, &end, 10) : -1;
+        if (start < 0 || end == step || *end)
+            die("%s: metadata 'step' is not a number of steps: this is no training state, or a damaged one", path);
         Config before = *c;
         o->out = folder;
+        o->model_name = ""; // what it stood for is in the settings
         options_parse(o, TRAIN, argc, argv, about, given);
-        options_model(o, TRAIN, given);
+        if (option_given("model", TRAIN, given)) options_model(o, TRAIN, given);
         if (memcmp(&before, c, sizeof before))
             die("option --resume: %s holds another model; leave out the options that describe it", path);
         if (start >= o->steps) die("option --steps: %s is at step %lld already; ask for more", path, (long long)start);
@@ -4119,9 +4183,11 @@ static int train_main(int argc, char **argv) {
     int micro = o->micro_batch && o->micro_batch < o->batch ? o->micro_batch : o->batch;
 
     if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
-    snprintf(path, sizeof path, "%s/state.safetensors", o->out);
-    if (!*o->resume && !access(path, F_OK))
-        die("%s: a run is stored here; give another --out, or go on with it: --resume %s", path, o->out);
+    for (int i = 0; i < 2 && !*o->resume; i++) {
+        snprintf(path, sizeof path, "%s/%s.safetensors", o->out, i ? "weights" : "state");
+        if (!access(path, F_OK))
+            die("%s: a run is stored here; give another --out, or go on with it: --resume %s", path, o->out);
+    }
 
     Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, dtype);
     size_t n_params = (size_t)m->n_params;
@@ -4200,6 +4266,7 @@ static int train_main(int argc, char **argv) {
         double ms = now_ms() - begin;
         fprintf(log, "%lld,%.9g,%.9g,%.9g,%.6g,%.6g,%d,%d,%.3f,%.1f\n", (long long)step, loss, loss_mse, loss_vb, norm,
                 lr, n, iterations, ms, o->batch / ms * 1e3);
+        if (fflush(log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
         shown_flops += model_flops(c, o->batch, n, iterations, 1);
         shown_loss += loss;
         int64_t done = step + 1;
@@ -4210,13 +4277,11 @@ static int train_main(int argc, char **argv) {
                    shown_loss / (done - shown), (done - shown) * o->batch / elapsed * 1e3, shown_flops / elapsed * 1e-6,
                    (int)left / 60, (int)left % 60);
             fflush(stdout);
-            if (fflush(log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
             shown = done;
             shown_ms = now_ms();
             shown_flops = shown_loss = 0;
         }
-        int last = done == o->steps || interrupted;
-        if (done % o->save_every == 0 || last) {
+        if (done % o->save_every == 0 || done == o->steps) {
             save_run(o->out, o, &data, m, done);
             saved = done;
         }
@@ -4225,6 +4290,7 @@ static int train_main(int argc, char **argv) {
     }
     if (fclose(log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
     if (step < o->steps) {
+        if (saved != step) save_run(o->out, o, &data, m, step);
         printf("stopped after step %lld; go on with: %s --resume %s\n", (long long)step, argv[0], o->out);
         return 130;
     }

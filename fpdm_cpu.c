@@ -19,6 +19,7 @@
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -865,6 +866,8 @@ static void option_set(Options *o, const Option *opt, const char *text, const ch
                 opt->hi);
         ((int *)field)[0] = (int)lo;
         ((int *)field)[1] = (int)hi;
+    } else if (opt->type == OPT_FLAG && choice_index("false|true|False|True|0|1", text) >= 0) {
+        *(int *)field = choice_index("false|true|False|True|0|1", text) % 2;
     } else {
         double value = strtod(text, &end);
         if (end == text || *end || !(value >= opt->lo && value <= opt->hi) ||
@@ -1785,9 +1788,16 @@ static int thread_index(void) { return 0; }
 static real sqrt_real(real x) { return sizeof x == 4 ? (real)sqrtf((float)x) : (real)sqrt((double)x); }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Matrix multiplication
+// Matrix multiplication: C = A.B (+ bias) or C += A.B, for matrices of any strides, so one function does the products of
+// forward (x.W^T), backward (dy.W and dy^T.x) and attention. The scheme is that of Goto and of BLIS (Van Zee and van de
+// Geijn 2015): a tile of C, MR rows by two vectors, is summed in registers over KC steps of k; the KC x NC block of B that
+// it runs over is first packed into panels two vectors wide, in the order in which they will be read, and stays in the
+// second-level cache. A is read where it stands when its rows are contiguous, else MC of its rows are packed too.
+// Measured on 2 cores of a Zen 5 with AVX-512, in % of what its multipliers can do: plain loops of x.W^T 4; tiles, all
+// packed 83; A unpacked 89; prefetching the next rows of A 91. No gain: tiles of 12 x 2, 14 x 2 and 6 x 4 vectors, the
+// loop over panels outside that over rows, huge pages, unpacked B, gelu in the tile's last step (arithmetic bounds it).
 
-// Vectors as wide as the machine's registers; plain C operators act on all lanes, so nothing below names an instruction set.
+// Vectors as wide as the machine's registers; plain C operators act on all lanes, so nothing below names an instruction.
 #if defined __AVX512F__
 #define VEC_BYTES 64
 #elif defined __AVX__
@@ -1795,174 +1805,163 @@ static real sqrt_real(real x) { return sizeof x == 4 ? (real)sqrtf((float)x) : (
 #else
 #define VEC_BYTES 16
 #endif
-typedef real vec
-    __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias)); // aligned(): loads from anywhere
-#ifndef XMR
-#define XMR 8
+#define VECTOR(bytes) __attribute__((vector_size(bytes), aligned(sizeof(real)), may_alias)) // may stand anywhere
+typedef real vec VECTOR(VEC_BYTES);
+typedef real vec4 VECTOR(4 * sizeof(real));
+#if defined __clang__ || __GNUC__ >= 12
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define LANE(x, y, i) ((i) < 4 ? (x)[(i)&3] : (y)[(i)&3])
+#define SHUFFLE(x, y, i, j, k, l) ((vec4){LANE(x, y, i), LANE(x, y, j), LANE(x, y, k), LANE(x, y, l)})
 #endif
-#ifndef XNV
-#define XNV 2
-#endif
-#ifndef XKC
-#define XKC 384
-#endif
-#ifndef XMC
-#define XMC 64
-#endif
-#ifndef XNC
-#define XNC 768
-#endif
-enum { VL = VEC_BYTES / sizeof(real), MR = XMR, NV = XNV, NR = NV * VL, KC = XKC, MC = XMC, NC = XNC };
 #define UNROLL _Pragma("GCC unroll 16")
+#define INLINE static inline __attribute__((always_inline))
+
+enum {
+    VL = VEC_BYTES / sizeof(real),
+    MR = VEC_BYTES == 32 ? 6 : 8, // 2 MR sums, 2 vectors of B and one of A fit in 16 registers (AVX2) or 32
+    NR = 2 * VL,
+    KC = 384, // a tile's rows of A, MR x KC, stay in the first-level cache
+    NC = 384, // the block of B, KC x NC, in the second
+    MC = 8 * MR
+};
 
 static int imin(int a, int b) { return a < b ? a : b; }
 
-typedef real vec4 __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)), may_alias));
-#define SHUFFLE4(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-
-// Panels of w columns, one after the other: p[(i/w*kc + k)*w + i%w] = src[i*is + k*ks] for i < n, and 0 up to a multiple of w
-static inline __attribute__((always_inline)) void gemm_pack(real *p, const int w, int n, int kc, const real *src,
-                                                            size_t is, size_t ks) {
+// Packs n columns of kc values, w columns to a panel: p[(i/w*kc + k)*w + i%w] = src[i*is + k*ks], and 0 for the columns
+// that the last panel lacks.
+INLINE void gemm_pack(real *p, const int w, int n, int kc, const real *src, size_t is, size_t ks) {
     int i = 0;
-    if (is == 1) { // the w values stand side by side
+    if (is == 1) { // a panel's row is contiguous; the next k may be on another page, where no hardware prefetches
         for (int k = 0; k < kc; k++)
-            for (i = 0; i + w <= n; i += w) memcpy(p + i * kc + k * w, src + i + k * ks, w * sizeof(real));
+            for (i = 0; i + w <= n; i += w) {
+                if (k + 16 < kc) __builtin_prefetch(src + i + (k + 16) * ks);
+                memcpy(p + i * kc + k * w, src + i + k * ks, w * sizeof(real));
+            }
     } else if (ks == 1) { // transposed, in blocks of 4 x 4
         for (; i + 4 <= n; i += 4) {
+            const real *s = src + i * is, *end = s + kc / 4 * 4;
             real *d = p + i / w * w * kc + i % w;
-            const real *q = src + i * is;
-            int k = 0;
-            for (; k + 4 <= kc; k += 4, q += 4, d += 4 * w) {
-                vec4 x0 = *(const vec4 *)q, x1 = *(const vec4 *)(q + is), x2 = *(const vec4 *)(q + 2 * is),
-                     x3 = *(const vec4 *)(q + 3 * is);
-                vec4 a = SHUFFLE4(x0, x1, 0, 4, 1, 5), b = SHUFFLE4(x2, x3, 0, 4, 1, 5);
-                vec4 c = SHUFFLE4(x0, x1, 2, 6, 3, 7), e = SHUFFLE4(x2, x3, 2, 6, 3, 7);
-                *(vec4 *)d = SHUFFLE4(a, b, 0, 1, 4, 5), *(vec4 *)(d + w) = SHUFFLE4(a, b, 2, 3, 6, 7);
-                *(vec4 *)(d + 2 * w) = SHUFFLE4(c, e, 0, 1, 4, 5), *(vec4 *)(d + 3 * w) = SHUFFLE4(c, e, 2, 3, 6, 7);
+            for (; s < end; s += 4, d += 4 * w) {
+                vec4 s0 = *(const vec4 *)s, s1 = *(const vec4 *)(s + is);
+                vec4 s2 = *(const vec4 *)(s + 2 * is), s3 = *(const vec4 *)(s + 3 * is);
+                vec4 a = SHUFFLE(s0, s1, 0, 4, 1, 5), b = SHUFFLE(s2, s3, 0, 4, 1, 5);
+                vec4 c = SHUFFLE(s0, s1, 2, 6, 3, 7), e = SHUFFLE(s2, s3, 2, 6, 3, 7);
+                *(vec4 *)d = SHUFFLE(a, b, 0, 1, 4, 5), *(vec4 *)(d + w) = SHUFFLE(a, b, 2, 3, 6, 7);
+                *(vec4 *)(d + 2 * w) = SHUFFLE(c, e, 0, 1, 4, 5), *(vec4 *)(d + 3 * w) = SHUFFLE(c, e, 2, 3, 6, 7);
             }
-            for (; k < kc; k++, q++, d += w)
-                for (int r = 0; r < 4; r++) d[r] = q[r * is];
+            for (int k = 0; k < kc % 4; k++)
+                for (int r = 0; r < 4; r++) d[k * w + r] = s[r * is + k];
         }
     }
     for (; i < (n + w - 1) / w * w; i++)
         for (int k = 0; k < kc; k++) p[(i / w * kc + k) * w + i % w] = i < n ? src[i * is + k * ks] : 0;
 }
 
-// c (m,n; row stride ldc) = or += a (m,kc; strides ars, acs) . b (a packed panel)
-static void gemm_tile(real *c, size_t ldc, const real *a, size_t ars, size_t acs, const real *b, const real *bias,
-                      int add, int m, int n, int kc) {
-    vec acc[MR][NV] = {0};
-    for (int i = 0; i < m; i++) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + n - 1, 1);
+// One tile: c (MR,NR; row stride ldc) = a.b (+ bias) (+ c), with a (MR,kc; strides ars, acs) and b a panel; not `wide`
+// computes its left half alone. Meanwhile the row `next` of A comes into the cache.
+INLINE void gemm_kernel(const int wide, real *c, size_t ldc, const real *a, size_t ars, size_t acs, const real *b,
+                        const real *bias, int add, int kc, const real *next) {
+    vec s[MR] = {0}, t[MR] = {0};
+    for (int i = 0; i < MR; i++) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + NR - 1, 1);
     for (int k = 0; k < kc; k++, a += acs, b += NR) {
-        vec bv[NV];
-        UNROLL
-        for (int j = 0; j < NV; j++) bv[j] = *(const vec *)(b + j * VL);
-        UNROLL
-        for (int i = 0; i < MR; i++) {
-            UNROLL
-            for (int j = 0; j < NV; j++) acc[i][j] += a[i * ars] * bv[j];
-        }
-    }
-    if (m == MR && n == NR) {
+        vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VL);
+        __builtin_prefetch(next + k);
         UNROLL
         for (int i = 0; i < MR; i++) {
-            UNROLL
-            for (int j = 0; j < NV; j++) {
-                vec *d = (vec *)(c + i * ldc + j * VL);
-                vec x = acc[i][j];
-                if (bias) x += *(const vec *)(bias + j * VL);
-                if (add) x += *d;
-                *d = x;
-            }
+            s[i] += a[i * ars] * b0;
+            if (wide) t[i] += a[i * ars] * b1;
         }
-        return;
     }
-    real t[MR * NR];
     UNROLL
     for (int i = 0; i < MR; i++) {
-        UNROLL
-        for (int j = 0; j < NV; j++) *(vec *)(t + i * NR + j * VL) = acc[i][j];
+        vec *c0 = (vec *)(c + i * ldc), *c1 = (vec *)(c + i * ldc + VL);
+        if (bias) s[i] += *(const vec *)bias, t[i] += *(const vec *)(bias + VL);
+        if (add) s[i] += *c0, t[i] += *c1;
+        *c0 = s[i], *c1 = t[i];
     }
+}
+
+// The same for m x n of the tile: those at the lower and right edge of C take a detour
+static void gemm_tile(real *c, size_t ldc, const real *a, size_t ars, size_t acs, const real *b, const real *bias,
+                      int add, int kc, const real *next, int m, int n) {
+    real t[MR * NR];
+    if (m == MR && n == NR) {
+        gemm_kernel(1, c, ldc, a, ars, acs, b, bias, add, kc, next);
+        return;
+    }
+    if (n > VL)
+        gemm_kernel(1, t, NR, a, ars, acs, b, NULL, 0, kc, next);
+    else
+        gemm_kernel(0, t, NR, a, ars, acs, b, NULL, 0, kc, next);
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++) c[i * ldc + j] = t[i * NR + j] + (bias ? bias[j] : 0) + (add ? c[i * ldc + j] : 0);
 }
 
 typedef struct {
     real *C;
-    size_t ldc;
-    const real *A;
-    size_t ars, acs;
-    const real *B;
-    size_t brs, bcs;
-    const real *bias;
-    int add, M, N, K, next;
-    real *bp;
+    const real *A, *B, *bias;
+    size_t ldc, ars, acs, brs, bcs;
+    int add, M, N, K;
+    real *panels;    // packed B, shared by the threads
+    atomic_int next; // how many rows of tiles are taken, over all blocks
 } Gemm;
 
-static _Thread_local real gemm_ap[MC * KC] __attribute__((aligned(64)));
-static _Thread_local real gemm_bp[NC * KC] __attribute__((aligned(64)));
+static _Thread_local real gemm_a[MC * KC] __attribute__((aligned(64))), gemm_b[KC * NC] __attribute__((aligned(64)));
 
-static void gemm_work(Gemm *g, int tid, int nt) {
-    int done = 0, tiles = (g->M + MR - 1) / MR;
-    int nk = (g->K + KC - 1) / KC, nn = (g->N + NC - 1) / NC;
-    int cols = ((g->N + nn - 1) / nn + NR - 1) / NR * NR;
+// What one of `threads` threads does. Each takes rows of tiles from those left, at first MC, at the end one, so that fast
+// threads do more and all finish together. Who computes a tile changes nothing in it: K is never split among threads.
+static void gemm_thread(Gemm *g, int thread, int threads) {
+    int nk = (g->K + KC - 1) / KC, nn = (g->N + NC - 1) / NC, rows = (g->M + MR - 1) / MR, done = 0;
+    int width = ((g->N + nn - 1) / nn + NR - 1) / NR * NR;
     for (int kb = 0; kb < nk; kb++) {
         int k0 = (int)((long)g->K * kb / nk), kc = (int)((long)g->K * (kb + 1) / nk) - k0;
-        int add = g->add || kb;
-        const real *bias = kb ? NULL : g->bias;
-        for (int n0 = 0; n0 < g->N; n0 += cols) {
-            int nc = imin(cols, g->N - n0);
-            int panels = (nc + NR - 1) / NR, j0 = panels * tid / nt * NR, j1 = imin(nc, panels * (tid + 1) / nt * NR);
-            gemm_pack(g->bp + j0 * kc, NR, j1 - j0, kc, g->B + (n0 + j0) * g->bcs + k0 * g->brs, g->bcs, g->brs);
-            if (nt > 1) {
+        for (int n0 = 0; n0 < g->N; n0 += width, done += rows) {
+            int n = imin(width, g->N - n0), panels = (n + NR - 1) / NR;
+            int p0 = panels * thread / threads * NR, p1 = imin(n, panels * (thread + 1) / threads * NR);
+            gemm_pack(g->panels + p0 * kc, NR, p1 - p0, kc, g->B + (n0 + p0) * g->bcs + k0 * g->brs, g->bcs, g->brs);
+            if (threads > 1) {
 #pragma omp barrier
             }
             for (;;) {
-                int u, len;
-                if (nt == 1) {
-                    u = g->next - done, len = imin(tiles - u, MC / MR), g->next += len;
-                } else {
-#pragma omp critical(gemm_next)
-                    {
-                        u = g->next - done;
-                        len = imin((tiles - u + 2 * nt - 1) / (2 * nt), MC / MR);
-                        g->next += len;
-                    }
-                }
+                int row = atomic_load(&g->next), len;
+                do
+                    len = imin(threads > 1 ? (done + rows - row + 2 * threads - 1) / (2 * threads) : done + rows - row,
+                               MC / MR);
+                while (len > 0 && !atomic_compare_exchange_weak(&g->next, &row, row + len));
                 if (len <= 0) break;
-                int m0 = u * MR, mc = imin(g->M - m0, len * MR);
+                int m0 = (row - done) * MR, m = imin(g->M - m0, len * MR), direct = g->acs == 1 ? m / MR * MR : 0;
                 const real *A = g->A + m0 * g->ars + k0 * g->acs;
-                int direct = g->acs == 1 ? mc / MR * MR : 0;
-                gemm_pack(gemm_ap, MR, mc - direct, kc, A + direct * g->ars, g->ars, g->acs);
-                for (int i = 0; i < mc; i += MR) {
-                    const real *a = A + i * g->ars;
-                    int m = imin(MR, mc - i);
-                    size_t ars = g->ars, acs = g->acs;
-                    if (i >= direct) a = gemm_ap + (i - direct) * kc, ars = 1, acs = MR;
-                    for (int j = 0; j < nc; j += NR)
-                        gemm_tile(g->C + (m0 + i) * g->ldc + n0 + j, g->ldc, a, ars, acs, g->bp + j * kc,
-                                  bias ? bias + n0 + j : NULL, add, m, imin(NR, nc - j), kc);
-                }
+                gemm_pack(gemm_a, MR, m - direct, kc, A + direct * g->ars, g->ars, g->acs);
+                for (int i = 0; i < m; i += MR)
+                    for (int j = 0; j < n; j += NR) {
+                        const real *a = i < direct ? A + i * g->ars : gemm_a + (i - direct) * kc;
+                        const real *next = i + MR < direct && j / NR < MR ? a + (MR + j / NR) * g->ars : a;
+                        gemm_tile(g->C + (m0 + i) * g->ldc + n0 + j, g->ldc, a, i < direct ? g->ars : 1,
+                                  i < direct ? 1 : MR, g->panels + j * kc, g->bias && !kb ? g->bias + n0 + j : NULL,
+                                  g->add || kb, kc, next, imin(MR, m - i), imin(NR, n - j));
+                    }
             }
-            done += tiles;
-            if (nt > 1) {
+            if (threads > 1) {
 #pragma omp barrier
             }
         }
     }
 }
 
+// C (M,N; row stride ldc) = A.B + bias, or += with `add`; element (i,k) of A is A[i*ars + k*acs], (k,j) of B is
+// B[k*brs + j*bcs]; bias (N) or NULL. Uses all threads, but inside a parallel region only the one that calls.
 static void gemm(real *C, size_t ldc, const real *A, size_t ars, size_t acs, const real *B, size_t brs, size_t bcs,
-                 const real *bias, int accumulate, int M, int N, int K) {
-    Gemm g = {C, ldc, A, ars, acs, B, brs, bcs, bias, accumulate, M, N, K, 0, gemm_bp};
+                 const real *bias, int add, int M, int N, int K) {
+    Gemm g = {C, A, B, bias, ldc, ars, acs, brs, bcs, add, M, N, K, gemm_b, 0};
 #ifdef _OPENMP
-    if (!omp_in_parallel() && omp_get_max_threads() > 1 && (double)M * N * K > 1e5) {
+    if ((double)M * N * K > 5e5 && !omp_in_parallel()) { // less work than starting the threads costs
 #pragma omp parallel
-        gemm_work(&g, omp_get_thread_num(), omp_get_num_threads());
+        gemm_thread(&g, omp_get_thread_num(), omp_get_num_threads());
         return;
     }
 #endif
-    gemm_work(&g, 0, 1);
+    gemm_thread(&g, 0, 1);
 }
 
 // exp(x) in arithmetic that an `omp simd` loop turns into vector instructions: x = n ln 2 + r, exp(x) = 2^n * polynomial(r)
@@ -2954,13 +2953,9 @@ static void peak_chains(int reps) {
 }
 static double peak_once(int reps) {
     double t0 = now_ms();
-    int nt = 1;
-#ifdef _OPENMP
-    nt = omp_get_max_threads();
-#endif
 #pragma omp parallel
     peak_chains(reps);
-    return 2e-9 * nt * VL * 12 * reps / (1e-3 * (now_ms() - t0));
+    return 2e-9 * max_threads() * VL * 12 * reps / (1e-3 * (now_ms() - t0));
 }
 
 // Peak rate of fused multiply-adds, then every matmul of the model in its three forms.
@@ -3129,8 +3124,8 @@ static void sample_grid(const char *folder, const Options *o, Model *m, int64_t 
 
 static volatile sig_atomic_t interrupted;
 static void on_interrupt(int signal_number) {
-    (void)signal_number;
     interrupted = 1;
+    signal(signal_number, SIG_DFL); // a second time it ends the program at once
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

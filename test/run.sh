@@ -7,7 +7,6 @@
 # status. Ends with the sum over all; exit status 1 if anything failed.
 
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # spinning threads would slow each other down on a busy machine
-export ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=0:exitcode=99} UBSAN_OPTIONS=${UBSAN_OPTIONS:-print_stacktrace=1}
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 passed=0 failed=0 summary=

@@ -1,14 +1,16 @@
 // Runs test cases (SPEC 5): safetensors files that hold a model and what must come out of it, computed in float64.
 //
-//   test_cpu [--dtype=bf16] [FILE ...]      without a file: all of test/cases
+//   test_cpu [--dtype=fp32|bf16] [FILE ...]      without a file: all of test/cases; without --dtype: all that there are
 //
 // One line for each expected tensor: name, relative L2 error, limit, ok or FAIL; last `N passed, N failed` over the cases.
 // The program under test is included whole: fpdm_cpu.c, or with -DGPU fpdm.cu, whose interface is the same.
 
 #ifdef GPU
 #include "../fpdm.cu"
+enum { LAST_DTYPE = COMPUTE_BF16 };
 #else
 #include "../fpdm_cpu.c"
+enum { LAST_DTYPE = COMPUTE_FP32 };
 #endif
 #include <dirent.h>
 #ifndef RECOMPUTE
@@ -16,7 +18,7 @@
 #endif
 
 enum { OUTPUT, LOSS, GRADIENT, ACTIVATION, SAMPLED };
-static int dtype = COMPUTE_FP32, case_failed, compared;
+static int dtype, case_failed, compared; // dtype: of the arithmetic, COMPUTE_FP32 or COMPUTE_BF16
 static double loosest(int what, int half) {
     if (half) return what == GRADIENT || what == ACTIVATION ? 6e-2 : 3e-2;
     return what == GRADIENT || what == ACTIVATION ? 1e-4 : 1e-5;
@@ -157,15 +159,16 @@ static void train_case(const Options *o) {
     double *loss = (double *)xcalloc((size_t)steps, sizeof *loss, "losses");
     char key[32];
     schedule_make(s, &o->model, DIFFUSION_STEPS);
+    int base = st_meta(&file, "n.0") ? 0 : 1; // whether K counts from 0 or from 1
     for (int k = 0; k < steps; k++) {
-        snprintf(key, sizeof key, "m.%d", k);
+        snprintf(key, sizeof key, "m.%d", k + base);
         if (atoi(meta_text(key)) > largest) largest = atoi(meta_text(key));
     }
     Model *m = case_model(o, B, largest, 1);
     for (int k = 0; k < steps; k++) {
-        snprintf(key, sizeof key, "n.%d", k);
+        snprintf(key, sizeof key, "n.%d", k + base);
         int n = atoi(meta_text(key));
-        snprintf(key, sizeof key, "m.%d", k);
+        snprintf(key, sizeof key, "m.%d", k + base);
         int iterations = atoi(meta_text(key));
         int64_t at = count / steps * k;
         model_zero_gradients(m);
@@ -184,7 +187,7 @@ static void train_case(const Options *o) {
 
 static void sample_case(const Options *o) {
     int steps = atoi(meta_text("steps")), iters[DIFFUSION_STEPS], B = (int)st_find(&file, "x_T")->shape[0];
-    const char *list = meta_text("iters");
+    const char *list = o->model.fixed_point ? meta_text("iters") : "1";
     for (int i = 0; i < steps; i++) {
         iters[i] = atoi(list);
         if (strchr(list, ',')) list = strchr(list, ',') + 1;
@@ -217,7 +220,7 @@ static int run_case(const char *path) {
     options_default(&o, TRAIN);
     st_open(&file, path);
     options_from_meta(&o, &file, WEIGHTS);
-    printf("%s\n", path);
+    printf("%s%s\n", path, dtype == COMPUTE_BF16 ? " in bf16" : "");
     case_failed = compared = 0;
     const char *kind = meta_text("case");
     if (!strcmp(kind, "forward")) forward_case(&o);
@@ -231,13 +234,13 @@ static int run_case(const char *path) {
 static int by_string(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
 
 int main(int argc, char **argv) {
-    int passed = 0, failed = 0, count = 0;
+    int passed = 0, failed = 0, count = 0, only = 0;
     char **paths = NULL;
     setvbuf(stdout, NULL, _IOLBF, 0);
     if (argc > 1 && !strncmp(argv[1], "--dtype=", 8)) {
         int choice = choice_index("auto|fp32|bf16", argv[1] + 8);
         if (choice < 0) die("option --dtype: '%s' is not fp32 or bf16", argv[1] + 8);
-        dtype = compute_dtype(choice);
+        only = compute_dtype(choice);
         argv++, argc--;
     }
     for (int i = 1; i < argc; i++) {
@@ -255,10 +258,11 @@ int main(int argc, char **argv) {
     }
     if (folder) closedir(folder);
     if (argc == 1) qsort(paths, (size_t)count, sizeof *paths, by_string);
-    for (int i = 0; i < count; i++) {
-        if (run_case(paths[i])) passed++;
-        else failed++;
-    }
+    for (int i = 0; i < count; i++)
+        for (dtype = only ? only : COMPUTE_FP32; dtype <= (only ? only : LAST_DTYPE); dtype++) {
+            if (run_case(paths[i])) passed++;
+            else failed++;
+        }
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0 || !passed;
 }

@@ -2,17 +2,18 @@
 # Tests the programs from end to end, as a user runs them: train, resume, interrupt, sample, and everything that must be
 # refused with one line and exit status 1. Needs neither Python nor a GPU.
 #
-#   test/test_cli.sh           tests ./train_cpu and ./sample_cpu
-#   test/test_cli.sh gpu       the same for ./train_gpu and ./sample_gpu; any other suffix likewise
+#   test/test_cli.sh           tests ./train_cpu, ./sample_cpu and ./bench_cpu
+#   test/test_cli.sh gpu       the same for ./train_gpu and so on; any other suffix likewise
 #
 # One line for each test, `name ok` or `name FAIL`; last `N passed, N failed`.
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 train=$root/train_${1:-cpu}
 sample=$root/sample_${1:-cpu}
+bench=$root/bench_${1:-cpu}
 unit=$root/test_unit # decodes PNG files and lists tensors
 work=$(mktemp -d) && cd "$work" || exit 1
-trap 'cd /; rm -rf "$work"' EXIT
+trap '[ $BASHPID != $$ ] || { cd /; rm -rf "$work"; }' EXIT # not in a child that is killed before it becomes a program
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive LC_ALL=C
 passed=0 failed=0
 
@@ -55,7 +56,7 @@ absent() { [ ! -e "$1" ]; }
 column() { tail -n +2 "$1" | cut -d, -f"$2"; }                            # CSV COLUMN
 log_is() { [ "$(column "$1/log.csv" 1)" = "$(seq 0 $(($2 - 1)))" ]; }     # FOLDER STEPS: each step once, in order
 state_is() { head -c 20000 "$1/state.safetensors" | grep -aq "\"step\":\"$2\""; } # FOLDER STEP
-says() { grep -Eq -- "$1" out; }
+says() { grep -Eqs -- "$1" out; }
 
 # st FILE HEADER [COMMAND...]: a safetensors file whose data is what the command writes
 st() {
@@ -115,11 +116,12 @@ runs "resume: a model by its name" "$train" --model S/4 --image_size 8 --width 2
     --sample_steps 2 --out named
 runs "resume: a model by its name: goes on" "$train" --resume named --steps 2
 
-# interrupt SIGNAL FOLDER CONDITION OPTION...: starts training, sends it the signal as soon as the condition holds. Leaves
-# the exit status in `status` and what the program said in `out`.
+# interrupt SIGNAL FOLDER CONDITION OPTION...: starts training, sends it the signal as soon as the condition holds.
+# Leaves the exit status in `status` and what the program said in `out`.
 interrupt() {
     local signal=$1 folder=$2 condition=$3 pid
     shift 3
+    rm out
     "$train" $small --steps 1000000 --sample_every 0 --out "$folder" "$@" > out 2> err < /dev/null &
     pid=$!
     for _ in $(seq 2400); do
@@ -135,7 +137,8 @@ for signal in INT TERM; do
     interrupt $signal stopped$signal "says ^step.3/"
     check "SIG$signal: status 130" [ $status = 130 ]
     check "SIG$signal: nothing on standard error" [ ! -s err ]
-    check "SIG$signal: says how to go on" says "^stopped after step [0-9]+; go on with: .*train.* --resume stopped$signal\$"
+    \
+        check "SIG$signal: says how to go on" says "^stopped after step [0-9]+; go on with: .*-resume stopped$signal"
     steps=$(sed -n 's/^stopped after step \([0-9]*\);.*/\1/p' out)
     check "SIG$signal: the state is that of the step" state_is stopped$signal "$steps"
     check "SIG$signal: the log ends there" log_is stopped$signal "$steps"
@@ -144,7 +147,7 @@ runs "SIGINT: goes on" "$train" --resume stoppedTERM --steps $((steps + 2))
 runs "SIGINT: the same, uninterrupted" "$train" $small --steps $((steps + 2)) --out straight
 check "SIGINT: same bytes" same straight/weights.safetensors stoppedTERM/weights.safetensors
 check "SIGINT: the log has each step once" log_is stoppedTERM $((steps + 2))
-interrupt INT painting "says ^step.1/" --sample_every 1 --sample_steps 1000 --save_every 1000
+interrupt INT painting "says ^step.1/" --sample_every 1 --sample_steps 60 --depth 3 --save_every 1000
 steps=$(sed -n 's/^stopped after step \([0-9]*\);.*/\1/p' out)
 check "SIGINT while pictures are drawn: status 130" [ $status = 130 ]
 check "SIGINT while pictures are drawn: state is saved" state_is painting "$steps"
@@ -156,7 +159,8 @@ check "SIGKILL: the log has each step once" log_is killed $((steps + 1))
 
 # ---- Kinds of models and data
 
-runs "train: plain DiT, eps" "$train" $small --fixed_point 0 --depth 2 --prediction eps --learn_sigma 1 --steps 2 --out dit
+runs "train: plain DiT, eps" \
+    "$train" $small --fixed_point 0 --depth 2 --prediction eps --learn_sigma 1 --steps 2 --out dit
 runs "train: v" "$train" $small --prediction v --zero_terminal_snr 1 --v_weight p2 --timestep_in_pre_post 1 \
     --pre_depth 2 --post_depth 0 --steps 2 --out v
 runs "train: bfloat16 weights" "$train" $small --weights_dtype bf16 --steps 2 --out bf16
@@ -207,19 +211,32 @@ runs "sample: tol stops early" "$sample" $weights --n 3 --steps 3 --iters 50 --t
 check "sample: tol stops early: passes" says " (9|[0-9]{2}|1[01][0-9]) block passes" # of 156
 for budget in 12 40 61 100; do
     for alloc in const inc dec; do
-        runs "sample: budget $budget $alloc" "$sample" $weights --n 1 --steps 4 --budget $budget --alloc $alloc --out a.png
+        runs "sample: budget $budget $alloc" \
+            "$sample" $weights --n 1 --steps 4 --budget $budget --alloc $alloc --out a.png
         check "sample: budget $budget $alloc: all spent, none exceeded" says " $budget block passes"
     done
 done
 runs "sample: no guidance" "$sample" $weights --n 2 --steps 2 --cfg 1 --out a.png
-runs "sample: ddpm, learned variance, DiT" "$sample" --weights dit/weights.safetensors --sampler ddpm --n 2 --steps 3 --out a.png
+runs "sample: ddpm, learned variance, DiT" \
+    "$sample" --weights dit/weights.safetensors --sampler ddpm --n 2 --steps 3 --out a.png
 check "sample: DiT passes" says " 6 block passes"
-runs "sample: ddim, eta 1, no reuse, v" "$sample" --weights v/weights.safetensors --eta 1 --reuse 0 --n 2 --steps 3 --out a.png
+runs "sample: ddim, eta 1, no reuse, v" \
+    "$sample" --weights v/weights.safetensors --eta 1 --reuse 0 --n 2 --steps 3 --out a.png
 runs "sample: bfloat16 weights" "$sample" --weights bf16/weights.safetensors --n 1 --steps 2 --out a.png
-runs "sample: class names of the data" "$sample" --weights images/weights.safetensors --labels white --n 1 --steps 2 --out a.png
+runs "sample: class names of the data" \
+    "$sample" --weights images/weights.safetensors --labels white --n 1 --steps 2 --out a.png
 runs "sample: 4 channels, unlabelled" "$sample" --weights latents/weights.safetensors --n 1 --steps 2 --out a.png
 runs "sample: --show" "$sample" $weights --n 1 --steps 2 --show --out a.png
 check "sample: --show draws half blocks" says $'\xe2\x96\x80'
+
+# ---- Benchmark
+
+runs "bench" "$bench" --width 32 --heads 2 --image_size 8 --patch 2 --batch 2 --rounds 1
+check "bench: lines of name, value, unit" awk 'NF != 3 || $2 !~ /^[0-9.]+$/ { exit 1 }' out
+for name in peak_gflops gemm_gflops train_gflops train_images_per_s train_peak_mb sample_passes_per_s; do
+    check "bench: $name" awk -v name=$name 'index($1, name) == 1 && $2 > 0 { found = 1 } END { exit !found }' out
+done
+runs "bench: without matmuls" "$bench" --width 32 --heads 2 --image_size 8 --batch 2 --rounds 1 --gemm 0 --recompute 1
 
 # ---- Help
 
@@ -229,13 +246,17 @@ for option in data image_size model width heads depth patch fixed_point pre_dept
     log_every; do
     echo "  --$option "
 done > train_options
-for option in weights n labels seed sampler steps eta iters budget alloc reuse tol cfg cfg_channels out latents trace show; do
+for option in weights n labels seed sampler steps eta iters budget alloc reuse tol cfg cfg_channels out latents trace \
+    show; do
     echo "  --$option "
 done > sample_options
-for program in train sample; do
+for option in model width heads depth patch batch n m rounds; do echo "  --$option "; done > bench_options
+for program in train sample bench; do
     runs "help: $program" "${!program}" --help
-    check "help: $program: every option" [ "$(grep -oF -f ${program}_options out | sort -u | wc -l)" = "$(wc -l < ${program}_options)" ]
-    check "help: $program: with its default" [ "$(grep -c '^  --' out)" = "$(grep -Ec '^  --[a-z_0-9]+ +.* \[.+\]$' out)" ]
+    check "help: $program: every option" \
+        [ "$(grep -oF -f ${program}_options out | sort -u | wc -l)" = "$(wc -l < ${program}_options)" ]
+    check "help: $program: with its default" \
+        [ "$(grep -c '^  --' out)" = "$(grep -Ec '^  --[a-z_0-9]+ +.* \[.+\]$' out)" ]
 done
 
 # ---- What must be refused: options
@@ -269,10 +290,13 @@ refuses "option: sampler while training" "option --sampler" "$train" --sampler d
 refuses "option: batch beyond memory" "memory|MB" "$train" --batch 1048576 --image_size 256 --width 1024 --out mem
 refuses "option: pictures beyond memory" "memory|MB" "$sample" $weights --n 1000000 --batch 1000000 --out no.png
 refuses "option: sampler" "option --sampler" "$sample" $weights --sampler ddpm --out no.png
-refuses "option: budget too small" "option --budget: 11 passes are too few" "$sample" $weights --steps 4 --budget 11 --out no.png
-refuses "option: budget too small for DiT" "option --budget" "$sample" --weights dit/weights.safetensors --steps 4 --budget 7 --out no.png
+refuses "option: budget too small" "option --budget: 11 passes are too few" \
+    "$sample" $weights --steps 4 --budget 11 --out no.png
+refuses "option: budget too small for DiT" "option --budget" \
+    "$sample" --weights dit/weights.safetensors --steps 4 --budget 7 --out no.png
 refuses "option: budget and iters" "option --budget" "$sample" $weights --budget 100 --iters 3 --out no.png
-refuses "option: iters" "option --iters: 2 numbers for 4 timesteps" "$sample" $weights --steps 4 --iters 3,4 --out no.png
+refuses "option: iters" "option --iters: 2 numbers for 4 timesteps" \
+    "$sample" $weights --steps 4 --iters 3,4 --out no.png
 refuses "option: label too large" "option --labels: '11'" "$sample" $weights --labels 0,11 --out no.png
 refuses "option: label negative" "option --labels: '-1'" "$sample" $weights --labels=-1 --out no.png
 refuses "option: unknown class" "option --labels: 'hart'" "$sample" $weights --labels hart --out no.png
@@ -281,6 +305,7 @@ refuses "option: unknown class" "option --labels: 'hart'" "$sample" $weights --l
 
 cp six/weights.safetensors bad.safetensors
 size=$(bytes_of bad.safetensors)
+refuses "weights: the default, elsewhere" "weights/.*safetensors: cannot open" "$sample"
 refuses "weights: missing" "none.safetensors: cannot open" "$sample" --weights none.safetensors --out no.png
 refuses "weights: a folder" "six: is not a file" "$sample" --weights six --out no.png
 refuses "weights: empty" "/dev/null" "$sample" --weights /dev/null --out no.png
@@ -289,20 +314,26 @@ for length in 0 7 100 5000 $((size - 1)); do
     refuses "weights: cut to $length bytes" "cut.safetensors: " "$sample" --weights cut.safetensors --out no.png
 done
 refuses "weights: a picture" "a.png: " "$sample" --weights a.png --out no.png
-refuses "weights: a dataset" "images.safetensors: metadata 'image_size' is missing" "$sample" --weights images.safetensors --out no.png
+refuses "weights: a dataset" "images.safetensors: metadata 'image_size' is missing" \
+    "$sample" --weights images.safetensors --out no.png
 patch_bytes bad.safetensors $((size - 4)) '\000\000\300\177'
-refuses "weights: NaN" "bad.safetensors: tensor final_layer[^ ]* holds nan" "$sample" --weights bad.safetensors --out no.png
+refuses "weights: NaN" "bad.safetensors: tensor final_layer[^ ]* holds nan" \
+    "$sample" --weights bad.safetensors --out no.png
 change() { sed "$1" six/weights.safetensors > bad.safetensors; } # must keep the length
 change 's/"width":"32"/"width":"64"/'
-refuses "weights: of another width" "bad.safetensors: tensor [^ ]+ has the shape .* asks for" "$sample" --weights bad.safetensors --out no.png
+refuses "weights: of another width" "bad.safetensors: tensor [^ ]+ has the shape .* asks for" \
+    "$sample" --weights bad.safetensors --out no.png
 change 's/"pre_depth":"1"/"pre_depth":"2"/'
-refuses "weights: of more blocks" "bad.safetensors: tensor blocks_pre.1[^ ]+ is missing" "$sample" --weights bad.safetensors --out no.png
+refuses "weights: of more blocks" "bad.safetensors: tensor blocks_pre.1[^ ]+ is missing" \
+    "$sample" --weights bad.safetensors --out no.png
 change 's/"heads":"2"/"heads":"0"/'
-refuses "weights: settings out of range" "bad.safetensors: metadata heads: '0'" "$sample" --weights bad.safetensors --out no.png
+refuses "weights: settings out of range" "bad.safetensors: metadata heads: '0'" \
+    "$sample" --weights bad.safetensors --out no.png
 change 's/\\"circle\\", \\"ring\\"/\\"circle\\"  \\"ring\\"/'
 refuses "weights: class names are no list" "class_names" "$sample" --weights bad.safetensors --out no.png
 change 's/\\"circle\\", \\"ring\\"/\\"circle,   , ring\\"/'
-refuses "weights: too few class names" "bad.safetensors: .*9 names for 10 classes" "$sample" --weights bad.safetensors --out no.png
+refuses "weights: too few class names" "bad.safetensors: .*9 names for 10 classes" \
+    "$sample" --weights bad.safetensors --out no.png
 
 refuses "data: missing" "none.safetensors: cannot open" "$train" --data none.safetensors --out no
 refuses "data: weights" "no tensor 'x'" "$train" --data six/weights.safetensors --out no
@@ -310,20 +341,25 @@ head -c 700 images.safetensors > cut.safetensors
 refuses "data: cut" "cut.safetensors: " "$train" --data cut.safetensors --out no
 wrong() { labels 0 1 2 1; head -c 768 /dev/zero; }
 st label.safetensors "$images" wrong
-refuses "data: label out of range" "label.safetensors: tensor y: label 2 of sample 2" "$train" --data label.safetensors --out no
+refuses "data: label out of range" "label.safetensors: tensor y: label 2 of sample 2" \
+    "$train" --data label.safetensors --out no
 check "refused so far: no file was written" absent no
 check "refused so far: no picture was written" absent no.png
 cp latents.safetensors nan.safetensors
-for i in 1 2 3 4 5 6; do patch_bytes nan.safetensors $(($(bytes_of nan.safetensors) - 1024 * i)) '\000\000\300\177'; done
-refuses "data: NaN" "nan.safetensors: tensor x: sample [0-5] holds nan" "$train" $small --data nan.safetensors --out nan
+size=$(bytes_of nan.safetensors)
+for i in 1 2 3 4 5 6; do patch_bytes nan.safetensors $((size - 1024 * i)) '\000\000\300\177'; done
+refuses "data: NaN" "nan.safetensors: tensor x: sample [0-5] holds nan" env OMP_NUM_THREADS=4 \
+    "$train" $small --data nan.safetensors --out nan
 refuses "resume: missing" "none/state.safetensors: cannot open" "$train" --resume none
 refuses "resume: enough steps" "option --steps: .* step 6" "$train" --resume three --steps 6
 refuses "resume: another model" "option --resume" "$train" --resume three --steps 9 --width 64
-refuses "resume: other data" "latents.safetensors: other sizes" "$train" --resume three --steps 9 --data latents.safetensors
+refuses "resume: other data" "latents.safetensors: other sizes" \
+    "$train" --resume three --steps 9 --data latents.safetensors
 for step in x - 9; do
     sed "s/\"step\":\"3\"/\"step\":\"$step\"/" kept/state.safetensors > bad_state
     mkdir -p bad_run && mv bad_state bad_run/state.safetensors
-    [ $step = 9 ] || refuses "resume: step '$step'" "bad_run/state.safetensors: metadata .?step" "$train" --resume bad_run --steps 9
+    [ $step = 9 ] || refuses "resume: step '$step'" "bad_run/state.safetensors: metadata .?step" \
+        "$train" --resume bad_run --steps 9
 done
 
 # ---- What must be refused: places to write, with all that was there before kept
@@ -343,21 +379,23 @@ refuses "out: not for writing, though it is there" "/proc" "$train" $small --out
 refuses "picture: below a missing folder" "no/a.png: cannot write" "$sample" $weights --n 1 --steps 2 --out no/a.png
 refuses "picture: a folder" "six: is not a regular file" "$sample" $weights --n 1 --steps 2 --out six
 refuses "picture: a device" "/dev/full: is not a regular file" "$sample" $weights --n 1 --steps 2 --out /dev/full
-refuses "latents: below a missing folder" "no/l: cannot write" "$sample" $weights --n 1 --steps 2 --latents no/l --out b.png
+refuses "latents: below a missing folder" "no/l: cannot write" \
+    "$sample" $weights --n 1 --steps 2 --latents no/l --out b.png
 refuses "trace: below a missing folder" "no/t: cannot write" "$sample" $weights --n 1 --steps 2 --trace no/t --out b.png
 
 # A disk is full after $1 KB: a limit on the size of files, whose signal is ignored, looks the same to a program.
 full() { (trap '' XFSZ; ulimit -f "$1"; shift; exec "$@"); }
 before=$(snapshot kept)
 refuses "full disk: weights" "kept/weights.safetensors: cannot write: .*space" full 100 "$train" --resume kept --steps 5
-check "full disk: weights: nothing is lost" [ "$(snapshot kept | grep -v log.csv)" = "$(echo "$before" | grep -v log.csv)" ]
+check "full disk: weights: nothing is lost" cmp <(snapshot kept | grep -v log.csv) <(grep -v log.csv <<< "$before")
 refuses "full disk: state" "kept/state.safetensors: cannot write: .*space" full 500 "$train" --resume kept --steps 5
 runs "full disk: state: the old one is whole" "$train" --resume kept --steps 6
 check "full disk: state: same bytes as if nothing had been" same six/weights.safetensors kept/weights.safetensors
 cp a.png before.png
 refuses "full disk: picture" "a.png: cannot write" full 1 "$sample" $weights --n 40 --steps 2 --out a.png
 check "full disk: the old picture is there" same before.png a.png
-refuses "full disk: latents" "l.safetensors: cannot write" full 4 "$sample" $weights --n 10 --steps 2 --latents l.safetensors --out b.png
+refuses "full disk: latents" "l.safetensors: cannot write" full 4 \
+    "$sample" $weights --n 10 --steps 2 --latents l.safetensors --out b.png
 check "no temporary files are left" [ -z "$(find . -name '*.tmp' ! -path './killed/*')" ]
 
 # ---- A loss that is no number
@@ -368,7 +406,8 @@ before=$(snapshot latents)
 refuses "NaN: stops at its step" "step 2: the loss is .*latents keeps the state of step 2" \
     "$train" --resume latents --steps 9 --data huge.safetensors --grad_clip 0
 check "NaN: the state is kept" [ "$(snapshot latents)" = "$before" ]
-refuses "NaN: at the first step" "step 0: the loss is .*nothing was saved" "$train" $small --data huge.safetensors --out huge
+refuses "NaN: at the first step" "step 0: the loss is .*nothing was saved" \
+    "$train" $small --data huge.safetensors --out huge
 check "NaN: no weights are written" absent huge/weights.safetensors
 runs "NaN: the folder can be used again" "$train" $small --data latents.safetensors --steps 1 --out huge
 

@@ -1,0 +1,207 @@
+// Tests the kernels of fpdm.cu one by one at sizes that the cases of test/cases do not reach: large tiles, split sums, ragged
+// edges, every head size, many tokens. Expected values are computed here, in double, from the same rounded inputs.
+//
+//   make test_emu      builds and runs it without a GPU;  nvcc -x cu ... test/emu_kernels.cpp: on a GPU
+
+#include "../fpdm.cu"
+#include <vector>
+
+typedef std::vector<float> Floats;
+static int passed, failed;
+
+static Floats random_floats(size_t count, uint32_t step, int half, float scale = 1) {
+    Floats x(count);
+    rng_normal(x.data(), count, 0, 7, step, 0);
+    for (float &v : x) v = half ? bf16_to_float(float_to_bf16(scale * v)) : scale * v;
+    return x;
+}
+
+// Device memory with these values, as bf16 or float
+static void *on_gpu(const Floats &x, int half) {
+    std::vector<uint16_t> bits(x.size());
+    for (size_t i = 0; i < x.size(); i++) bits[i] = float_to_bf16(x[i]);
+    size_t bytes = x.size() * (half ? 2 : 4);
+    void *p = gpu_malloc(bytes, "a test");
+    gpu_upload(p, half ? (const void *)bits.data() : (const void *)x.data(), bytes);
+    gpu_wait();
+    return p;
+}
+
+static Floats from_gpu(const void *p, size_t count, int half) {
+    Floats x(count);
+    std::vector<uint16_t> bits(count);
+    gpu_download(half ? (void *)bits.data() : (void *)x.data(), p, count * (half ? 2 : 4));
+    for (size_t i = 0; half && i < count; i++) x[i] = bf16_to_float(bits[i]);
+    return x;
+}
+
+// Whether the relative L2 error is within `limit`
+static void expect(const char *what, const Floats &got, const std::vector<double> &want, double limit) {
+    double error = 0, norm = 0;
+    for (size_t i = 0; i < want.size(); i++) error += pow(got[i] - want[i], 2), norm += want[i] * want[i];
+    double relative = sqrt(error / norm);
+    int ok = relative <= limit; // false for NaN
+    printf("%-60s %.1e  limit %.0e  %s\n", what, relative, limit, ok ? "ok" : "FAIL");
+    (ok ? passed : failed)++;
+}
+
+static double gelu_double(double x, double *slope) {
+    double u = 0.7978845608028654 * (x + 0.044715 * x * x * x), th = tanh(u);
+    *slope = 0.5 * (1 + th) + 0.5 * x * (1 - th * th) * 0.7978845608028654 * (1 + 0.134145 * x * x);
+    return 0.5 * x * (1 + th);
+}
+
+// All epilogues of the three products of y (M,N) = x (M,K)·w (N,K)^T, where w is the right half of a matrix (N,2K)
+static void test_matmul(int half, int M, int N, int K) {
+    char text[100];
+    double output = half ? 3e-3 : 1e-6, exact = half ? 2e-6 : 1e-6; // results in bf16; in fp32
+    Floats x = random_floats((size_t)M * K, 1, half), w = random_floats((size_t)N * 2 * K, 2, half, 0.1f);
+    Floats dy = random_floats((size_t)M * N, 3, half), b = random_floats(N, 4, 0), add = random_floats((size_t)M * N, 5, 0);
+    Floats gate = random_floats((size_t)M * N, 6, 0), pre = random_floats((size_t)M * K, 8, half);
+    Floats dw0 = random_floats((size_t)N * 2 * K, 9, 0), db0 = random_floats(N, 10, 0), sum0 = random_floats((size_t)M * K, 11, 0);
+    void *gx = on_gpu(x, half), *gw = on_gpu(w, half), *gdy = on_gpu(dy, half), *gb = on_gpu(b, 0), *gadd = on_gpu(add, 0);
+    void *ggate = on_gpu(gate, 0), *gpre = on_gpu(pre, half), *gdw = on_gpu(dw0, 0), *gdb = on_gpu(db0, 0);
+    void *gsum = on_gpu(sum0, 0), *y = gpu_malloc((size_t)M * N * 4, ""), *y2 = gpu_malloc((size_t)M * N * 4, "");
+    void *y3 = gpu_malloc((size_t)M * N * 4, ""), *dx = gpu_malloc((size_t)M * K * 4, ""), *dx2 = gpu_malloc((size_t)M * K * 4, "");
+    const void *right = (const char *)gw + K * (half ? 2 : 4);
+    int add_rows = M / 2, tokens = M / 2;
+
+    std::vector<double> v((size_t)M * N), act = v, gated = v, product((size_t)M * K), dpre = product, inner = product;
+    std::vector<double> sum = product, dw((size_t)N * 2 * K), db(N);
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < N; j++) {
+            double s = 0, slope;
+            for (int k = 0; k < K; k++) s += (double)x[(size_t)i * K + k] * w[(size_t)j * 2 * K + K + k];
+            size_t at = (size_t)i * N + j;
+            v[at] = s + b[j] + add[(size_t)(i % add_rows) * N + j];
+            act[at] = gelu_double(v[at], &slope);
+            gated[at] = add[at] + gate[(size_t)(i / tokens) * 3 * N + j] * (s + b[j]);
+        }
+    for (int i = 0; i < M; i++)
+        for (int k = 0; k < K; k++) {
+            double s = 0, slope;
+            for (int j = 0; j < N; j++) s += (double)dy[(size_t)i * N + j] * w[(size_t)j * 2 * K + K + k];
+            size_t at = (size_t)i * K + k;
+            product[at] = s;
+            inner[at] = gelu_double(pre[at], &slope);
+            dpre[at] = s * slope;
+            sum[at] = sum0[at] + dpre[at];
+        }
+    for (int j = 0; j < N; j++) {
+        db[j] = db0[j];
+        for (int i = 0; i < M; i++) db[j] += dy[(size_t)i * N + j];
+        for (int k = 0; k < 2 * K; k++) {
+            double s = dw0[(size_t)j * 2 * K + k];
+            for (int i = 0; i < M && k >= K; i++) s += (double)dy[(size_t)i * N + j] * x[(size_t)i * K + k - K];
+            dw[(size_t)j * 2 * K + k] = s;
+        }
+    }
+    auto name = [&](const char *what) {
+        snprintf(text, sizeof text, "%s %s %dx%dx%d", half ? "bf16" : "fp32", what, M, N, K);
+        return text;
+    };
+    Matmul g = linear(y, gx, right, 2 * K, (float *)gb, M, K, N);
+    g.add = (float *)gadd;
+    g.add_rows = add_rows;
+    matmul<false, false, EPI_STORE>(half, g);
+    expect(name("forward"), from_gpu(y, (size_t)M * N, half), v, output);
+    matmul<false, false, EPI_FLOAT>(half, g);
+    expect(name("forward, fp32 result"), from_gpu(y, (size_t)M * N, 0), v, exact);
+    g.pre = y2;
+    matmul<false, false, EPI_GELU>(half, g);
+    expect(name("gelu"), from_gpu(y, (size_t)M * N, half), act, output);
+    expect(name("gelu, its input"), from_gpu(y2, (size_t)M * N, half), v, output);
+    g.residual = (float *)gadd;
+    g.gate = (float *)ggate;
+    g.gate_stride = 3 * N;
+    g.tokens = tokens;
+    g.copy = y3;
+    matmul<false, false, EPI_GATED>(half, g);
+    expect(name("gated"), from_gpu(y, (size_t)M * N, 0), gated, exact);
+    expect(name("gated, copy"), from_gpu(y3, (size_t)M * N, half), gated, output);
+    matmul<false, true, EPI_STORE>(half, linear_input(dx, gdy, right, 2 * K, M, K, N));
+    expect(name("input gradient"), from_gpu(dx, (size_t)M * K, half), product, output);
+    g = linear_input(dx, gdy, right, 2 * K, M, K, N);
+    g.pre = gpre;
+    g.copy = dx2;
+    g.sum = (float *)gsum;
+    matmul<false, true, EPI_DGELU>(half, g);
+    expect(name("gelu gradient"), from_gpu(dx, (size_t)M * K, half), dpre, output);
+    expect(name("gelu gradient, gelu"), from_gpu(dx2, (size_t)M * K, half), inner, output);
+    expect(name("gelu gradient, sum"), from_gpu(gsum, (size_t)M * K, 0), sum, exact);
+    linear_weight(half, (float *)gdw + K, 2 * K, (float *)gdb, gdy, gx, M, K, N);
+    expect(name("weight gradient"), from_gpu(gdw, (size_t)N * 2 * K, 0), dw, exact);
+    expect(name("bias gradient"), from_gpu(gdb, N, 0), db, exact);
+    void *all[] = {gx, gw, gdy, gb, gadd, ggate, gpre, gdw, gdb, gsum, y, y2, y3, dx, dx2};
+    for (void *p : all) gpu_free(p, 0);
+}
+
+static void test_attention(int half, int B, int T, int H, int hd) {
+    char text[100];
+    int D = H * hd;
+    double limit = half ? 1e-2 : 2e-6;
+    Floats qkv = random_floats((size_t)B * T * 3 * D, 21, half), dout = random_floats((size_t)B * T * D, 22, half);
+    std::vector<double> out((size_t)B * T * D), dqkv((size_t)B * T * 3 * D), p((size_t)T * T);
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < H; h++) {
+            const float *q = &qkv[(size_t)b * T * 3 * D + h * hd], *k = q + D, *v = k + D;
+            const float *go = &dout[(size_t)b * T * D + h * hd];
+            double *o = &out[(size_t)b * T * D + h * hd], *dq = &dqkv[(size_t)b * T * 3 * D + h * hd], *dk = dq + D, *dv = dk + D;
+            for (int i = 0; i < T; i++) {
+                double sum = 0, dot = 0;
+                for (int j = 0; j < T; j++) {
+                    double s = 0;
+                    for (int d = 0; d < hd; d++) s += (double)q[(size_t)i * 3 * D + d] * k[(size_t)j * 3 * D + d];
+                    sum += p[(size_t)i * T + j] = exp(s / sqrt((double)hd));
+                }
+                for (int j = 0; j < T; j++) p[(size_t)i * T + j] /= sum;
+                for (int j = 0; j < T; j++)
+                    for (int d = 0; d < hd; d++) o[(size_t)i * D + d] += p[(size_t)i * T + j] * v[(size_t)j * 3 * D + d];
+                for (int d = 0; d < hd; d++) dot += o[(size_t)i * D + d] * go[(size_t)i * D + d];
+                for (int j = 0; j < T; j++) {
+                    double dp = 0;
+                    for (int d = 0; d < hd; d++) dp += (double)go[(size_t)i * D + d] * v[(size_t)j * 3 * D + d];
+                    double ds = p[(size_t)i * T + j] * (dp - dot) / sqrt((double)hd);
+                    for (int d = 0; d < hd; d++) {
+                        dq[(size_t)i * 3 * D + d] += ds * k[(size_t)j * 3 * D + d];
+                        dk[(size_t)j * 3 * D + d] += ds * q[(size_t)i * 3 * D + d];
+                        dv[(size_t)j * 3 * D + d] += p[(size_t)i * T + j] * go[(size_t)i * D + d];
+                    }
+                }
+            }
+        }
+    Act *gqkv = (Act *)on_gpu(qkv, half), *gdout = (Act *)on_gpu(dout, half), *gout = (Act *)gpu_malloc((size_t)B * T * D * 4, "");
+    Act *gdqkv = (Act *)gpu_malloc((size_t)B * T * 3 * D * 4, "");
+    float *lse = (float *)gpu_malloc((size_t)B * H * T * 4, ""), *delta = (float *)gpu_malloc((size_t)B * H * T * 4, "");
+    attention_forward(half, gout, lse, gqkv, B, T, D, H);
+    attention_backward(half, gdqkv, delta, gdout, gout, lse, gqkv, B, T, D, H);
+    Floats got = from_gpu(gdqkv, (size_t)B * T * 3 * D, half);
+    snprintf(text, sizeof text, "%s attention, %d tokens, %d heads of %d", half ? "bf16" : "fp32", T, H, hd);
+    expect(text, from_gpu(gout, (size_t)B * T * D, half), out, limit);
+    for (int part = 0; part < 3 && (T > 1 || part == 2); part++) { // with one token, only v gets a gradient
+        Floats some;
+        std::vector<double> want;
+        for (size_t i = 0; i < got.size(); i++)
+            if (i / D % 3 == (size_t)part) some.push_back(got[i]), want.push_back(dqkv[i]);
+        snprintf(text, sizeof text, "%s attention, %d tokens, %d heads of %d, d%c", half ? "bf16" : "fp32", T, H, hd, "qkv"[part]);
+        expect(text, some, want, limit);
+    }
+    void *all[] = {gqkv, gdout, gout, gdqkv, lse, delta};
+    for (void *q : all) gpu_free(q, 0);
+}
+
+int main(void) {
+    gpu_open();
+    workspace_reserve(1 << 18);
+    for (int half = 0; half < 2; half++) {
+        test_matmul(half, 300, 136, 200);
+        test_matmul(half, 130, 264, 128);
+        test_matmul(half, 1030, 136, 144);
+        test_matmul(half, 24, 8, 16);
+        if (!half) test_matmul(half, 10, 3, 12);
+        int sizes[][3] = {{1, 1, 8}, {100, 2, 24}, {65, 1, 40}, {64, 1, 64}, {130, 1, 72}, {70, 1, 96}, {200, 1, 128}, {1024, 1, 8}};
+        for (auto &s : sizes) test_attention(half, 2, s[0], s[1], s[2]);
+    }
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}
