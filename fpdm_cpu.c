@@ -1735,6 +1735,8 @@ typedef struct {
 // Which sampler suits the model; dies on one that does not.
 static int resolve_sampler(int sampler, const Config *c) {
     int flow = c->prediction == PREDICT_FLOW;
+    if (c->prediction == PREDICT_EPS && c->zero_terminal_snr)
+        die("option --zero_terminal_snr: a model of eps cannot be sampled with it; train with --prediction v");
     if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
     if ((sampler == SAMPLER_FLOW) != flow)
         die("option --sampler: this model predicts %s; use --sampler auto",
@@ -3000,15 +3002,16 @@ static void sample_pictures(Model *model, const Schedule *s, SampleSettings *set
     const Config *c = &model->config;
     size_t count = (size_t)c->channels * c->image_size * c->image_size;
     int at_a_time = set->cfg != 1 ? model->batch / 2 : model->batch;
-    if (c->prediction == PREDICT_EPS && c->zero_terminal_snr)
-        die("a model of eps with zero_terminal_snr cannot be sampled: train with --prediction v");
+    int64_t passes = 0;
     for (int first = 0; first < n; first += at_a_time) {
         int B = n - first < at_a_time ? n - first : at_a_time;
         for (int b = 0; b < B; b++)
             rng_normal(x + (first + b) * count, count, 0, seed, (uint32_t)(first + b), STREAM_XT);
         set->passes = 0;
         sample_batch(model, s, set, x + first * count, y + first, B, NULL, seed, first);
+        passes += set->passes * B;
     }
+    set->passes = (passes + n - 1) / n; // the mean: with `tol` batches may differ
 }
 
 // A grid of pictures (n,C,S,S) as PNG, and in the terminal with `show`.
@@ -3048,13 +3051,16 @@ static void meta_free(Meta *meta, int count) {
     }
 }
 
+// What a training state consists of
+static const struct {
+    const char *prefix;
+    int kind;
+} state_parts[4] = {
+    {"ema.", MODEL_EMA}, {"model.", MODEL_WEIGHTS}, {"adam_m.", MODEL_ADAM_M}, {"adam_v.", MODEL_ADAM_V}};
+
 // OUT/weights.safetensors, the EMA weights, ready to sample; OUT/state.safetensors, all that is needed to go on as if the
 // run had never stopped
 static void save_run(const char *folder, const Options *o, const Dataset *d, const Model *m, int64_t step) {
-    static const struct {
-        const char *prefix;
-        int kind;
-    } parts[] = {{"ema.", MODEL_EMA}, {"model.", MODEL_WEIGHTS}, {"adam_m.", MODEL_ADAM_M}, {"adam_v.", MODEL_ADAM_V}};
     char path[PATH_MAX], text[32];
     Meta meta[N_OPTIONS + 4];
     size_t size = (size_t)m->n_params;
@@ -3063,8 +3069,8 @@ static void save_run(const char *folder, const Options *o, const Dataset *d, con
     float *values = (float *)xcalloc(4 * size, sizeof *values, "saving");
     uint16_t *half = o->weights_dtype ? (uint16_t *)xcalloc(size, sizeof *half, "saving") : NULL;
     for (int i = 0; i < 4; i++) {
-        model_download(m, parts[i].kind, values + i * size);
-        n += tensors_describe(tensors + n, m->tensors, count, parts[i].prefix, values + i * size, NULL);
+        model_download(m, state_parts[i].kind, values + i * size);
+        n += tensors_describe(tensors + n, m->tensors, count, state_parts[i].prefix, values + i * size, NULL);
     }
     for (size_t i = 0; half && i < size; i++) half[i] = float_to_bf16(values[i]);
     tensors_describe(tensors + n, m->tensors, count, "", values, half);
@@ -3174,11 +3180,9 @@ static int train_main(int argc, char **argv) {
     c->channels = data.channels;
     c->classes = data.classes;
     config_check(c, *o->resume ? path : "options");
-    if (c->prediction == PREDICT_EPS && c->zero_terminal_snr) die("option --zero_terminal_snr: needs --prediction v");
     resolve_sampler(o->sampler, c);
     int micro = o->micro_batch && o->micro_batch < o->batch ? o->micro_batch : o->batch;
 
-    if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
     for (int i = 0; i < 2 && !*o->resume; i++) {
         snprintf(path, sizeof path, "%s/%s.safetensors", o->out, i ? "weights" : "state");
         if (!access(path, F_OK))
@@ -3189,14 +3193,9 @@ static int train_main(int argc, char **argv) {
     size_t n_params = (size_t)m->n_params;
     float *values = (float *)xcalloc(n_params, sizeof *values, "initial weights");
     if (*o->resume) {
-        static const struct {
-            const char *prefix;
-            int kind;
-        } parts[] = {
-            {"ema.", MODEL_EMA}, {"model.", MODEL_WEIGHTS}, {"adam_m.", MODEL_ADAM_M}, {"adam_v.", MODEL_ADAM_V}};
         for (int i = 0; i < 4; i++) {
-            tensors_read(&state, m->tensors, m->n_tensors, parts[i].prefix, values);
-            model_upload(m, parts[i].kind, values);
+            tensors_read(&state, m->tensors, m->n_tensors, state_parts[i].prefix, values);
+            model_upload(m, state_parts[i].kind, values);
         }
         st_close(&state);
     } else {
@@ -3205,6 +3204,7 @@ static int train_main(int argc, char **argv) {
         model_upload(m, MODEL_EMA, values);
     }
     xfree(values);
+    if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
     FILE *log = open_log(o->out, start);
     double mb = 4e-6 * (double)n_params;
     printf("data: %s, %dx%d, %d channels, %d classes%s\n", o->data, c->image_size, c->image_size, c->channels,
