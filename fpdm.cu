@@ -2744,7 +2744,7 @@ __global__ void __launch_bounds__(128, HD < 128 ? 3 : 2)
 
 // dv = P^T·dout and dk = dS^T·q. Rows are keys, columns queries: P^T and dS^T come out of the products directly.
 template <typename A, int HD>
-__global__ void __launch_bounds__(128, HD <= 64 ? 3 : 2)
+__global__ void __launch_bounds__(128, HD < 64 ? 3 : 2)
     attention_dkv_kernel(A *dqkv, const A *dout, const float *lse, const float *delta, const A *qkv, int T, int D,
                          int hd, float scale) {
     enum { LD = HD + Tiles<A>::PIECE, ROWS = Tiles<A>::ROWS, COLS = Tiles<A>::COLS, NT = Tiles<A>::NT };

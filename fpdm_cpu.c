@@ -1790,23 +1790,35 @@ static int thread_index(void) { return 0; }
 static real sqrt_real(real x) { return sizeof x == 4 ? (real)sqrtf((float)x) : (real)sqrt((double)x); }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Matrix multiplication: C = A.B (+ bias) or C += A.B, for matrices of any strides, so one function does the products of
-// forward (x.W^T), backward (dy.W and dy^T.x) and attention. The scheme is that of Goto and of BLIS (Van Zee and van de
-// Geijn 2015): a tile of C, MR rows by two vectors, is summed in registers over KC steps of k; the KC x NC block of B that
-// it runs over is first packed into panels two vectors wide, in the order in which they will be read, and stays in the
-// second-level cache. A is read where it stands when its rows are contiguous, else MC of its rows are packed too.
-// Measured on 2 cores of a Zen 5 with AVX-512, in % of what its multipliers can do: plain loops of x.W^T 4; tiles, all
-// packed 83; A unpacked 89; prefetching the next rows of A 91. No gain: tiles of 12 x 2, 14 x 2 and 6 x 4 vectors, the
-// loop over panels outside that over rows, huge pages, unpacked B, gelu in the tile's last step (arithmetic bounds it).
+// Matrix multiplication: C = A.B (+ bias) or C += A.B, for matrices of any strides, so that one function does the
+// products of forward (x.W^T), backward (dy.W and dy^T.x) and attention. The scheme is that of Goto and of BLIS (Van
+// Zee and van de Geijn 2015): a tile of C, MR rows by two vectors, is summed in registers over KC steps of k; the KC x
+// NC block of B that it runs along is first packed into panels two vectors wide, in the order of reading, and stays in
+// the second-level cache. A is read where it stands when its rows are contiguous, else MC of its rows are packed too.
+// In % of the peak of a Zen 5 core with AVX-512: plain loops for x.W^T 2, with `omp simd` 19; these tiles with A and B
+// packed 83; A read in place 88; the next rows of A prefetched 91. Prefetching them in one burst before a tile stalls
+// it: one line at each k instead. dy^T.x, where A is packed, reaches 80 to 88. No gain: tiles of 12 x 2 and 14 x 2
+// vectors, the loop over panels outside that over rows, huge pages.
 
-// Vectors as wide as the machine's registers; plain C operators act on all lanes, so nothing below names an instruction.
+// Vectors as wide as the machine's registers; plain C operators act on all lanes, so no instruction is named below. A
+// tile has 2 MR sums in registers, with room for two vectors of B and one of A: there are 32 registers, or 16.
 #if defined __AVX512F__
-#define VEC_BYTES 64
+enum { VEC_BYTES = 64, MR = 8 };
 #elif defined __AVX__
-#define VEC_BYTES 32
+enum { VEC_BYTES = 32, MR = 6 };
+#elif defined __aarch64__
+enum { VEC_BYTES = 16, MR = 8 };
 #else
-#define VEC_BYTES 16
+enum { VEC_BYTES = 16, MR = 6 };
 #endif
+enum {
+    VL = VEC_BYTES / sizeof(real),
+    NR = 2 * VL,
+    KC = 384, // a tile's rows of A, MR x KC, stay in the first-level cache
+    NC = 512, // the block of B, KC x NC, in the second
+    MC = 8 * MR,
+    AW = 2 * MR // with AVX-512 a cache line
+};
 #define VECTOR(bytes) __attribute__((vector_size(bytes), aligned(sizeof(real)), may_alias)) // may stand anywhere
 typedef real vec VECTOR(VEC_BYTES);
 typedef real vec4 VECTOR(4 * sizeof(real));
@@ -1819,27 +1831,20 @@ typedef real vec4 VECTOR(4 * sizeof(real));
 #define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
 
-enum {
-    VL = VEC_BYTES / sizeof(real),
-    MR = VEC_BYTES == 32 ? 6 : 8, // 2 MR sums, 2 vectors of B and one of A fit in 16 registers (AVX2) or 32
-    NR = 2 * VL,
-    KC = 384, // a tile's rows of A, MR x KC, stay in the first-level cache
-    NC = 384, // the block of B, KC x NC, in the second
-    MC = 8 * MR
-};
-
 static int imin(int a, int b) { return a < b ? a : b; }
 
-// Packs n columns of kc values, w columns to a panel: p[(i/w*kc + k)*w + i%w] = src[i*is + k*ks], and 0 for the columns
-// that the last panel lacks.
+// Packs n columns of kc values, w columns to a panel: p[(i/w*kc + k)*w + i%w] = src[i*is + k*ks]. Columns that the last
+// panel lacks keep what stood there; what comes of it is not stored.
 INLINE void gemm_pack(real *p, const int w, int n, int kc, const real *src, size_t is, size_t ks) {
     int i = 0;
     if (is == 1) { // a panel's row is contiguous; the next k may be on another page, where no hardware prefetches
-        for (int k = 0; k < kc; k++)
+        for (int k = 0; k < kc; k++) {
             for (i = 0; i + w <= n; i += w) {
                 if (k + 16 < kc) __builtin_prefetch(src + i + (k + 16) * ks);
                 memcpy(p + i * kc + k * w, src + i + k * ks, w * sizeof(real));
             }
+            for (; i + 4 <= n; i += 4) memcpy(p + i / w * w * kc + k * w + i % w, src + i + k * ks, 4 * sizeof(real));
+        }
     } else if (ks == 1) { // transposed, in blocks of 4 x 4
         for (; i + 4 <= n; i += 4) {
             const real *s = src + i * is, *end = s + kc / 4 * 4;
@@ -1856,8 +1861,8 @@ INLINE void gemm_pack(real *p, const int w, int n, int kc, const real *src, size
                 for (int r = 0; r < 4; r++) d[k * w + r] = s[r * is + k];
         }
     }
-    for (; i < (n + w - 1) / w * w; i++)
-        for (int k = 0; k < kc; k++) p[(i / w * kc + k) * w + i % w] = i < n ? src[i * is + k * ks] : 0;
+    for (; i < n; i++)
+        for (int k = 0; k < kc; k++) p[(i / w * kc + k) * w + i % w] = src[i * is + k * ks];
 }
 
 // One tile: c (MR,NR; row stride ldc) = a.b (+ bias) (+ c), with a (MR,kc; strides ars, acs) and b a panel; not `wide`
@@ -1905,47 +1910,48 @@ typedef struct {
     const real *A, *B, *bias;
     size_t ldc, ars, acs, brs, bcs;
     int add, M, N, K;
-    real *panels;    // packed B, shared by the threads
+    real *panels;    // two blocks of packed B, shared by the threads: while one is in use the next is packed
     atomic_int next; // how many rows of tiles are taken, over all blocks
 } Gemm;
 
-static _Thread_local real gemm_a[MC * KC] __attribute__((aligned(64))), gemm_b[KC * NC] __attribute__((aligned(64)));
+static _Thread_local real gemm_a[MC * KC] __attribute__((aligned(64))),
+    gemm_b[2 * KC * NC] __attribute__((aligned(64)));
 
-// What one of `threads` threads does. Each takes rows of tiles from those left, at first MC, at the end one, so that fast
-// threads do more and all finish together. Who computes a tile changes nothing in it: K is never split among threads.
+// What one of `threads` threads does. Each takes rows of tiles from those left, at first MC / MR, at the end one, so
+// that fast threads do more and all finish together. Who computes a tile changes nothing in it: no sum is split among
+// threads.
 static void gemm_thread(Gemm *g, int thread, int threads) {
     int nk = (g->K + KC - 1) / KC, nn = (g->N + NC - 1) / NC, rows = (g->M + MR - 1) / MR, done = 0;
+    real *panel = g->panels; // this block's; the other one may still be read by a slower thread
     int width = ((g->N + nn - 1) / nn + NR - 1) / NR * NR;
     for (int kb = 0; kb < nk; kb++) {
         int k0 = (int)((long)g->K * kb / nk), kc = (int)((long)g->K * (kb + 1) / nk) - k0;
-        for (int n0 = 0; n0 < g->N; n0 += width, done += rows) {
+        for (int n0 = 0; n0 < g->N; n0 += width, done += rows, panel = g->panels + (panel == g->panels) * KC * NC) {
             int n = imin(width, g->N - n0), panels = (n + NR - 1) / NR;
             int p0 = panels * thread / threads * NR, p1 = imin(n, panels * (thread + 1) / threads * NR);
-            gemm_pack(g->panels + p0 * kc, NR, p1 - p0, kc, g->B + (n0 + p0) * g->bcs + k0 * g->brs, g->bcs, g->brs);
+            gemm_pack(panel + p0 * kc, NR, p1 - p0, kc, g->B + (n0 + p0) * g->bcs + k0 * g->brs, g->bcs, g->brs);
             if (threads > 1) {
 #pragma omp barrier
             }
             for (;;) {
-                int row = atomic_load(&g->next), len;
-                do
-                    len = imin(threads > 1 ? (done + rows - row + 2 * threads - 1) / (2 * threads) : done + rows - row,
-                               MC / MR);
-                while (len > 0 && !atomic_compare_exchange_weak(&g->next, &row, row + len));
+                int row = atomic_load(&g->next), left, len;
+                do {
+                    left = done + rows - row;
+                    len = imin(threads > 1 ? (left + 2 * threads - 1) / (2 * threads) : left, MC / MR);
+                } while (len > 0 && !atomic_compare_exchange_weak(&g->next, &row, row + len));
                 if (len <= 0) break;
                 int m0 = (row - done) * MR, m = imin(g->M - m0, len * MR), direct = g->acs == 1 ? m / MR * MR : 0;
                 const real *A = g->A + m0 * g->ars + k0 * g->acs;
-                gemm_pack(gemm_a, MR, m - direct, kc, A + direct * g->ars, g->ars, g->acs);
+                gemm_pack(gemm_a, AW, m - direct, kc, A + direct * g->ars, g->ars, g->acs);
                 for (int i = 0; i < m; i += MR)
                     for (int j = 0; j < n; j += NR) {
-                        const real *a = i < direct ? A + i * g->ars : gemm_a + (i - direct) * kc;
+                        const real *a =
+                            i < direct ? A + i * g->ars : gemm_a + (i - direct) / AW * AW * kc + (i - direct) % AW;
                         const real *next = i + MR < direct && j / NR < MR ? a + (MR + j / NR) * g->ars : a;
                         gemm_tile(g->C + (m0 + i) * g->ldc + n0 + j, g->ldc, a, i < direct ? g->ars : 1,
-                                  i < direct ? 1 : MR, g->panels + j * kc, g->bias && !kb ? g->bias + n0 + j : NULL,
+                                  i < direct ? 1 : AW, panel + j * kc, g->bias && !kb ? g->bias + n0 + j : NULL,
                                   g->add || kb, kc, next, imin(MR, m - i), imin(NR, n - j));
                     }
-            }
-            if (threads > 1) {
-#pragma omp barrier
             }
         }
     }
@@ -2169,9 +2175,9 @@ static void gelu_forward(real *out, const real *in, size_t count) {
 // out = gelu(x) once more, and x is replaced by gelu'(x): the exponential is shared, and x is not needed again.
 static void gelu_derivative(real *out, real *x, size_t count) {
     FOR_EACH_PIECE FOR_EACH_ELEMENT {
-        real xi = x[i], xx = xi * xi, s = 1 / (1 + exp_real(-GELU_SLOPE * xi * (1 + GELU_CUBIC * xx)));
+        real xi = x[i], xx = xi * xi, e = exp_real(-GELU_SLOPE * xi * (1 + GELU_CUBIC * xx)), s = 1 / (1 + e);
         out[i] = xi * s;
-        x[i] = s + xi * s * (1 - s) * GELU_SLOPE * (1 + 3 * GELU_CUBIC * xx);
+        x[i] = s * (1 + xi * (e * s) * GELU_SLOPE * (1 + 3 * GELU_CUBIC * xx));
     }
 }
 

@@ -3,6 +3,7 @@
 
     make bench_cpu && python3 tools/bench_torch.py
     python3 tools/bench_torch.py --width 128 --heads 2 --batch 4 --rounds 3
+    python3 tools/bench_torch.py --device cuda --width 1152 --heads 16 --channels 4 --batch 64 --mode compiled
 
 A step is n iterations without gradient, m with, the loss, the gradients, AdamW and the EMA, in float32, on all cores.
 The contenders take turns, A B C A B C ..., a step to warm up and a timed one each, so that whatever else the machine
@@ -10,6 +11,11 @@ does hits all of them; what counts is the median over the rounds of each round's
 its own, for its peak of memory. torch.compile gets the whole model with n and m fixed, so that it unrolls the
 iterations: its best case, for in training n and m change with each step. Needs torch (2.0 or newer for the compiled
 one), numpy and safetensors; without ./bench_cpu, PyTorch is timed alone.
+
+With --device cuda, or with --mode, it measures PyTorch alone, in bf16, and prints `name value unit` lines as bench_gpu
+does on the same work: a training step (autocast), then sampling at --passes block passes a picture (weights in bf16),
+each with its first call's time and its peak memory; for --mode attention the attention kernel alone. Here PyTorch gets
+the fastest of everything that it offers for the step: fused AdamW, foreach EMA and clipping.
 """
 import argparse
 import json
@@ -18,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 
 PAUSE = 0.3  # seconds between turns: OpenMP's threads spin for up to 0.2 s after their work, on the cores of the next
 
@@ -83,6 +90,179 @@ def torch_process(args):
         print(json.dumps({"ms": step(), "peak_mb": memory_mb("VmHWM"), "imports_mb": imports_mb}), flush=True)
 
 
+# ---- PyTorch alone, in bf16, on a GPU: one figure a line
+
+
+def figure(name, value, unit):
+    print(f"{name} {value:.6g} {unit}", flush=True)
+
+
+class Device:
+    """What differs between a GPU and the CPU, which is there to try this without one."""
+
+    def __init__(self, torch, name):
+        self.torch, self.cuda = torch, name.startswith("cuda")
+
+    def wait(self):
+        if self.cuda:
+            self.torch.cuda.synchronize()
+
+    def forget_peak(self):
+        if self.cuda:
+            self.torch.cuda.empty_cache()
+            self.torch.cuda.reset_peak_memory_stats()
+
+    def peaks(self, prefix):
+        """What tensors took, what PyTorch held, and what of the device was in use, by whomever (as nvidia-smi says)."""
+        if not self.cuda:
+            return figure(f"{prefix}_peak_mb", memory_mb("VmHWM"), "MB")
+        free, total = self.torch.cuda.mem_get_info()
+        figure(f"{prefix}_peak_mb", self.torch.cuda.max_memory_allocated() / 1e6, "MB")
+        figure(f"{prefix}_reserved_mb", self.torch.cuda.max_memory_reserved() / 1e6, "MB")
+        figure(f"{prefix}_device_mb", (total - free) / 1e6, "MB")
+
+
+def time_calls(device, call, warmup, rounds):
+    """Seconds of the first call, and the median over the rounds after the warm-up."""
+    seconds = []
+    for _ in range(max(1, warmup) + rounds):
+        device.wait()
+        start = time.perf_counter()
+        call()
+        device.wait()
+        seconds.append(time.perf_counter() - start)
+    return seconds[0], statistics.median(seconds[max(1, warmup) :])
+
+
+def bf16_train(torch, reference, args, cfg, device, mode):
+    """The step of bench_main: loss, gradients, their norm, clipping, AdamW, EMA."""
+    schedule = reference.Schedule.training(cfg, device=args.device)
+    with torch.device(args.device):
+        model = reference.FPDM(cfg)
+        x0, noise = torch.randn(2, args.batch, cfg.channels, cfg.image_size, cfg.image_size)
+        t = torch.randint(cfg.diffusion_steps, (args.batch,))
+        y = torch.randint(cfg.classes, (args.batch,))
+    params = list(model.parameters())
+    ema = [p.detach().clone() for p in params]
+    fused = {"fused": True} if device.cuda else {}
+    optimizer = torch.optim.AdamW(params, lr=1e-4, weight_decay=0, **fused)
+    run = torch.compile(model, dynamic=False) if mode == "compiled" else model
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        # Autocast would keep the copies in bf16 that the iterations without gradient make, and the others, which need
+        # copies that pass gradients on, would get them: those weights would have no gradient.
+        with torch.autocast("cuda" if device.cuda else "cpu", torch.bfloat16, cache_enabled=False):
+            loss = reference.diffusion_loss(cfg, schedule, run, x0, noise, t, y, args.n, args.m)[0].mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(ema, params, 1 - 0.9999)
+        return loss.item()
+
+    device.forget_peak()
+    first, seconds = time_calls(device, step, args.warmup, args.rounds)
+    if not all(p.grad is not None and bool(p.grad.isfinite().all()) for p in params):
+        die(f"{mode}: a parameter has no gradient, or none that is finite: this is not the same work")
+    figure(f"{mode}_train_first_s", first, "s")
+    figure(f"{mode}_train_step_ms", seconds * 1e3, "ms")
+    figure(f"{mode}_train_images_per_s", args.batch / seconds, "images/s")
+    device.peaks(f"{mode}_train")
+
+
+def bf16_sample(torch, reference, args, cfg, device, mode):
+    """The flow sampler over 20 timesteps with --passes block passes in all; weights and activations in bf16."""
+    steps = 20
+    iters = args.passes // steps - cfg.pre_depth - cfg.post_depth
+    passes = steps * (iters + cfg.pre_depth + cfg.post_depth if cfg.fixed_point else cfg.depth)
+    if iters < 1:
+        die(f"option --passes: {args.passes} are too few for {steps} timesteps")
+    with torch.device(args.device):
+        model = reference.FPDM(cfg).to(torch.bfloat16).eval()
+        noise = torch.randn(args.batch, cfg.channels, cfg.image_size, cfg.image_size)
+        y = torch.randint(cfg.classes, (args.batch,))
+        times = [torch.full((args.batch,), i * 52) for i in reversed(range(steps))]
+    run = torch.compile(model, dynamic=False) if mode == "compiled" else model
+
+    @torch.no_grad()
+    def sample():
+        x = noise
+        for t in times:
+            x = x + run(x.to(torch.bfloat16), t, y, 0, iters)[0].float() / steps
+        return x
+
+    device.forget_peak()
+    first, seconds = time_calls(device, sample, 1, max(1, args.rounds // 2))
+    figure(f"{mode}_sample_first_s", first, "s")
+    figure(f"{mode}_sample_passes", passes, "passes")
+    figure(f"{mode}_sample_passes_per_s", passes * args.batch / seconds, "passes/s")
+    figure(f"{mode}_sample_images_per_s", args.batch / seconds, "images/s")
+    device.peaks(f"{mode}_sample")
+
+
+def bf16_attention(torch, reference, args, cfg, device, mode):
+    """softmax(q k^T) v and its gradients for q, k, v as they lie in the output of one linear layer, as in the model."""
+    tokens, D = (cfg.image_size // cfg.patch) ** 2, cfg.width
+    qkv = torch.randn(args.batch, tokens, 3, cfg.heads, D // cfg.heads, device=args.device, dtype=torch.bfloat16)
+    q, k, v = (part.detach().requires_grad_() for part in qkv.permute(2, 0, 3, 1, 4).unbind(0))
+    dout = torch.randn(args.batch, tokens, cfg.heads, D // cfg.heads, device=args.device, dtype=torch.bfloat16)
+    flops, repeat = 4e-9 * args.batch * tokens * tokens * D, 20 if device.cuda else 1
+
+    def forward():
+        with torch.no_grad():
+            for _ in range(repeat):
+                reference.attention(q, k, v)
+
+    out = reference.attention(q, k, v)
+
+    def backward():
+        for _ in range(repeat):
+            torch.autograd.grad(out, (q, k, v), dout.transpose(1, 2), retain_graph=True)
+
+    figure("attention_forward_gflops", repeat * flops / time_calls(device, forward, 2, args.rounds)[1], "GFLOP/s")
+    figure("attention_backward_gflops", 2 * repeat * flops / time_calls(device, backward, 2, args.rounds)[1], "GFLOP/s")
+
+
+def bf16_figures(args):
+    import torch
+
+    import reference
+
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    if version < (2, 0):
+        die(f"torch {torch.__version__} is too old for this; it needs 2.0 or newer")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        die(f"torch {torch.__version__} has no GPU to use here")
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    device = Device(torch, args.device)
+    cfg = reference.Config(image_size=args.image_size, channels=args.channels, patch=args.patch, width=args.width,
+                           heads=args.heads, fixed_point=args.fixed_point, depth=args.depth, pre_depth=args.pre_depth,
+                           post_depth=args.post_depth, prediction="flow")
+    failed = False
+    for mode in (args.mode or "attention,eager,compiled").split(","):
+        if mode not in ("attention", "eager", "compiled"):
+            die(f"option --mode: '{mode}' is not eager, compiled or attention")
+        for name, work in (("train", bf16_train), ("sample", bf16_sample)) if mode != "attention" else (
+                ("forward", bf16_attention),):
+            try:
+                work(torch, reference, args, cfg, device, mode)
+            except Exception as error:  # whatever it is, the figures after it are still to come
+                if "out of memory" in str(error):
+                    figure(f"{mode}_{name}_out_of_memory", 1, "-")
+                else:
+                    traceback.print_exc()
+                    failed = True
+            torch._dynamo.reset()  # compiled code holds memory
+            if device.cuda:
+                torch.cuda.empty_cache()
+    sys.exit(1 if failed else 0)
+
+
+# ---- the side that takes turns
+
+
 class Torch:
     def __init__(self, name, args):
         self.name = name
@@ -136,6 +316,9 @@ def main():
     option("--heads", type=int, default=6, help="attention heads (default: 6)")
     option("--patch", type=int, default=2, help="side of a patch (default: 2)")
     option("--image_size", type=int, default=32, help="side of the images, of 3 channels (default: 32)")
+    option("--channels", type=int, default=4, help="of the images, with --device cuda or --mode (default: 4)")
+    option("--fixed_point", type=int, default=1, help="0: plain DiT, with --device cuda or --mode (default: 1)")
+    option("--depth", type=int, default=28, help="blocks of plain DiT (default: 28)")
     option("--pre_depth", type=int, default=1, help="blocks before the fixed point (default: 1)")
     option("--post_depth", type=int, default=1, help="blocks after it (default: 1)")
     option("--batch", type=int, default=8, help="images in a step (default: 8)")
@@ -146,12 +329,17 @@ def main():
     option("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each contender (default: every core)")
     option("--bench", default="./bench_cpu", help="the program to compare with (default: ./bench_cpu)")
     option("--no_compile", action="store_true", help="leave torch.compile out; compiling takes a minute or two")
+    option("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: PyTorch alone, in bf16 (default: cpu)")
+    option("--mode", help="eager, compiled, attention, or several with commas: these alone, in bf16")
+    option("--passes", type=int, default=560, help="block passes a picture when sampling (default: 560)")
     option("--process", help=argparse.SUPPRESS)
     parser.error = lambda message: die(f"{message}; see --help")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if args.process:
         return torch_process(args)
+    if args.device == "cuda" or args.mode:
+        return bf16_figures(args)
 
     probe = "import torch; print(torch.__version__)"
     version = subprocess.run([sys.executable, "-c", probe], stdout=subprocess.PIPE, text=True).stdout.strip()
