@@ -31,8 +31,10 @@ test_unit test_unit_asan: test/test_unit.c test/test_files.h fpdm_cpu.c
 test_gradient test_gradient_asan: test/test_unit.c test/test_files.h fpdm_cpu.c
 	$(CPU) $(TEST) -DREAL=double $< -o $@ -lm
 
-test: test_cpu test_unit test_gradient train_cpu sample_cpu bench_cpu
-	@test/run.sh ./test_cpu ./test_unit ./test_gradient test/test_cli.sh $(if $(wildcard fpdm.cu),"$(MAKE) -s shared")
+# The tests of fpdm.cu need a C++ compiler.
+EMU_TESTS := $(if $(shell command -v $(CXX)),test_emu test_kernels_emu)
+test: test_cpu test_unit test_gradient train_cpu sample_cpu bench_cpu $(EMU_TESTS)
+	@test/run.sh ./test_cpu ./test_unit ./test_gradient test/test_cli.sh "make -s shared" $(EMU_TESTS:%=./%)
 
 test_asan: test_cpu_asan test_unit_asan test_gradient_asan train_cpu_asan sample_cpu_asan bench_cpu_asan test_unit
 	@ASAN_OPTIONS=detect_leaks=0:exitcode=99 test/run.sh ./test_cpu_asan ./test_unit_asan ./test_gradient_asan \
@@ -48,11 +50,15 @@ help:
 	@echo "test_cpu                         runs test cases: ./test_cpu [FILE ...]"
 	@echo "test                             builds and runs all tests that need neither GPU nor Python"
 	@echo "test_asan                        the same under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "report_gpu                       checks and measures fpdm.cu on this machine's GPU: test/results/GPU.md"
+	@echo "train_gpu sample_gpu bench_gpu   the programs for NVIDIA GPUs (nvcc); test_gpu, test_kernels_gpu: their tests"
+	@echo "train_emu sample_emu bench_emu   the same on a CPU, through test/cuda_emu.h; test_emu, test_kernels_emu, races"
+	@echo "spills                           compiles fpdm.cu for every architecture; fails if a kernel spills registers"
 
 clean:
-	rm -f train_cpu sample_cpu bench_cpu test_cpu test_unit test_gradient *_asan
+	rm -f $(foreach s,cpu gpu emu,train_$s sample_$s bench_$s test_$s test_kernels_$s) test_unit test_gradient *_asan
 
-.PHONY: all help clean test test_asan shared
+.PHONY: all help clean test test_asan shared races spills
 
 # ---------------------------------------------------------------------------------------------------------------------
 # fpdm.cu. With a GPU at hand, for that one; otherwise for all that this nvcc knows of the list, and as PTX for later ones.
@@ -85,6 +91,19 @@ test_kernels_emu test_kernels_emu_asan: test/emu_kernels.cpp fpdm.cu test/cuda_e
 
 train_emu sample_emu bench_emu: fpdm.cu test/cuda_emu.cpp test/cuda_emu.h
 	$(EMU) -DPROGRAM=$(if $(filter train%,$@),TRAIN,$(if $(filter sample%,$@),SAMPLE,BENCH)) $< test/cuda_emu.cpp -o $@
+
+# All that can be checked and measured on a machine with a GPU: test/results/GPU.md. REPORT: options of the report.
+report_gpu:
+	@$(PYTHON) tools/report_gpu.py $(REPORT)
+
+CUBLAS = -DCUBLAS -lcublas
+test_report_gpu: test/report_cublas.cu fpdm.cu
+	$(NVCC) $(NVCC_FLAGS),$(TEST) -diag-suppress 177 $< -o $@ $(CUBLAS)
+
+test_report_emu: test/report_cublas.cu fpdm.cu test/cuda_emu.cpp test/cuda_emu.h
+	$(EMU) $< test/cuda_emu.cpp -o $@
+
+.PHONY: report_gpu
 
 # Blocks and warps in another order must give the same bits: a difference is a race.
 races: test_emu test_kernels_emu
