@@ -69,11 +69,10 @@ static void product_cublas(int form, void *out, const void *x, const void *w, co
 #ifdef CUBLAS
     float one = 1, beta = form == WEIGHT;
     int m = form == FORWARD ? N : K, n = form == WEIGHT ? N : M, k = form == FORWARD ? K : form == INPUT ? N : M;
-    check_cublas(cublasGemmEx(cublas, form == FORWARD ? CUBLAS_OP_T : CUBLAS_OP_N,
-                              form == WEIGHT ? CUBLAS_OP_T : CUBLAS_OP_N, m, n, k, &one, form == WEIGHT ? x : w,
-                              CUDA_R_16BF, K, form == FORWARD ? x : dy, CUDA_R_16BF, form == FORWARD ? K : N, &beta,
-                              out, form == WEIGHT ? CUDA_R_32F : CUDA_R_16BF, m, CUBLAS_COMPUTE_32F,
-                              CUBLAS_GEMM_DEFAULT));
+    check_cublas(cublasGemmEx(
+        cublas, form == FORWARD ? CUBLAS_OP_T : CUBLAS_OP_N, form == WEIGHT ? CUBLAS_OP_T : CUBLAS_OP_N, m, n, k, &one,
+        form == WEIGHT ? x : w, CUDA_R_16BF, K, form == FORWARD ? x : dy, CUDA_R_16BF, form == FORWARD ? K : N, &beta,
+        out, form == WEIGHT ? CUDA_R_32F : CUDA_R_16BF, m, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 #else
     (void)form, (void)out, (void)x, (void)w, (void)dy, (void)M, (void)N, (void)K;
 #endif
@@ -84,15 +83,18 @@ static float *tail(const void *p, size_t count, int single, size_t *n) {
     *n = count < 4000000 ? count : 4000000;
     float *values = (float *)xcalloc(*n, sizeof *values, "a result");
     uint16_t *bits = (uint16_t *)xcalloc(*n, sizeof *bits, "a result");
-    if (single) gpu_download(values, (const float *)p + (count - *n), *n * sizeof *values);
-    else gpu_download(bits, (const uint16_t *)p + (count - *n), *n * sizeof *bits);
+    if (single)
+        gpu_download(values, (const float *)p + (count - *n), *n * sizeof *values);
+    else
+        gpu_download(bits, (const uint16_t *)p + (count - *n), *n * sizeof *bits);
     for (size_t i = 0; !single && i < *n; i++) values[i] = bf16_to_float(bits[i]);
     xfree(bits);
     return values;
 }
 
 // Buffers: x (M,K), w (N,K), dy (M,N), and room for the largest result in two places
-static void race_product(int form, void *const *out, const void *x, const void *w, const void *dy, int M, int N, int K) {
+static void race_product(int form, void *const *out, const void *x, const void *w, const void *dy, int M, int N,
+                         int K) {
     size_t count = form == FORWARD ? (size_t)M * N : form == INPUT ? (size_t)M * K : (size_t)N * K, n;
     int single = form == WEIGHT;
     double ms[2], error = 0, norm = 0;
@@ -107,7 +109,9 @@ static void race_product(int form, void *const *out, const void *x, const void *
     }
     xfree(got);
     xfree(want);
-    race(ms, [&] { product(form, out[0], x, w, dy, M, N, K); }, [&] { product_cublas(form, out[1], x, w, dy, M, N, K); });
+    race(
+        ms, [&] { product(form, out[0], x, w, dy, M, N, K); },
+        [&] { product_cublas(form, out[1], x, w, dy, M, N, K); });
     double flops = 2e-6 * M * N * K;
     printf("matmul %s %dx%dx%d %.1f", forms[form], M, N, K, flops / ms[0]);
 #ifdef CUBLAS
@@ -145,8 +149,9 @@ static void time_attention(int B, int T, int D, int H) {
     Act *out = (Act *)gpu_malloc(2 * size, "attention"), *dqkv = (Act *)gpu_malloc(6 * size, "attention");
     float *lse = (float *)gpu_malloc(rows, "attention"), *delta = (float *)gpu_malloc(rows, "attention");
     double ms[2], flops = 4e-6 * (double)size * T;
-    race(ms, [&] { attention_forward(1, out, lse, qkv, B, T, D, H); },
-         [&] { attention_backward(1, dqkv, delta, dout, out, lse, qkv, B, T, D, H); });
+    race(
+        ms, [&] { attention_forward(1, out, lse, qkv, B, T, D, H); },
+        [&] { attention_backward(1, dqkv, delta, dout, out, lse, qkv, B, T, D, H); });
     printf("attention forward %dx%dx%dx%d %.1f\n", B, T, D, H, flops / ms[0]);
     printf("attention backward %dx%dx%dx%d %.1f\n", B, T, D, H, 2 * flops / ms[1]);
     gpu_free(qkv, 6 * size);

@@ -150,8 +150,8 @@ def bf16_train(torch, reference, args, cfg, device, mode):
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        # Autocast would keep the copies in bf16 that the iterations without gradient make, and the others, which need
-        # copies that pass gradients on, would get them: those weights would have no gradient.
+        # No cache: it would hand bf16 copies of weights from the iterations without gradient to those with, and in some
+        # versions of PyTorch such copies pass no gradient on. As in fpdm.cu, weight gradients so accumulate in fp32.
         with torch.autocast("cuda" if device.cuda else "cpu", torch.bfloat16, cache_enabled=False):
             loss = reference.diffusion_loss(cfg, schedule, run, x0, noise, t, y, args.n, args.m)[0].mean()
         loss.backward()

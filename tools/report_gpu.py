@@ -71,7 +71,7 @@ def parse_figures(text):
 
 
 def parse_cases(text):
-    """Output of test_*: cases passed and failed, tensors compared, the worst of them relative to its limit, FAIL lines."""
+    """Output of test_*: cases passed and failed, tensors compared, the one nearest to its limit, FAIL lines."""
     passed = failed = count = 0
     worst, case, failures = (-1.0, "nothing compared"), "?", []
     for line in text.splitlines():
@@ -135,8 +135,9 @@ class Watch:
     def __enter__(self):
         self.peak_mb, self.process = None, None
         if shutil.which("nvidia-smi"):
-            command = ["nvidia-smi", "-i", "0", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "200"]
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            command = "nvidia-smi -i 0 --query-gpu=memory.used --format=csv,noheader,nounits -lms 200"
+            self.process = subprocess.Popen(command.split(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                            text=True)
             self.thread = threading.Thread(target=self.read, daemon=True)
             self.thread.start()
         return self
@@ -157,8 +158,9 @@ class Done:
     def __init__(self, command, status, text, seconds, limit):
         self.command, self.status, self.text, self.seconds = command, status, text, seconds
         self.ok = status == 0
-        last = [line for line in text.splitlines() if line.strip()][-1:] or ["it printed nothing"]
-        self.why = f"over its limit of {limit:.0f} s" if status is None else f"ended with {status}: {last[0].strip()[:200]}"
+        said = [line.strip() for line in text.splitlines() if line.strip()] or ["it printed nothing"]
+        tell = next((line for line in said if re.search(r"\berror\b", line)), said[-1])[:200]
+        self.why = f"over its limit of {limit:.0f} s" if status is None else f"ended with {status}: {tell}"
 
 
 class Report:
@@ -177,7 +179,8 @@ class Report:
         os.makedirs(args.out, exist_ok=True)
         self.log = open(os.path.join(args.out, "log.txt"), "w")
         self.env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
-        self.env.update(TORCHINDUCTOR_CACHE_DIR=os.path.join(self.scratch, "inductor"), PYTHONUNBUFFERED="1")
+        self.env.update(TORCHINDUCTOR_CACHE_DIR=os.path.join(self.scratch, "inductor"), PYTHONUNBUFFERED="1",
+                        OMP_WAIT_POLICY="passive")  # spinning threads would hold up the compilers beside them
 
     # ---- commands
 
@@ -292,7 +295,8 @@ class Report:
         commit = ask("git", "rev-parse", "--short", "HEAD")
         with open(os.path.join(ROOT, "fpdm.cu"), "rb") as source:
             digest = hashlib.sha256(source.read()).hexdigest()[:12]
-        about["fpdm.cu"] = f"sha256 {digest}" + (f", after commit {commit.text.strip()}" if commit and commit.ok else "")
+        after = f", after commit {commit.text.strip()}" if commit and commit.ok else ""
+        about["fpdm.cu"] = f"sha256 {digest}{after}"
         about["host"] = f"{platform.platform()}, {os.cpu_count()} cores"
         about["when"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
         missing += [name for name, here in (("nvcc", self.nvcc), ("compute-sanitizer", self.sanitizer),
@@ -312,14 +316,16 @@ class Report:
         probe = os.path.join(self.scratch, "probe.cu")
         with open(probe, "w") as file:
             file.write("#include <cublas_v2.h>\nint main() { cublasHandle_t h; return cublasCreate(&h); }\n")
-        choices = ["-lcublas"]
+        toolkit = os.path.dirname(os.path.dirname(os.path.realpath(shutil.which(self.nvcc))))
+        choices = [f"-lcublas -Xlinker -rpath={toolkit}/lib64 -Xlinker -rpath={toolkit}/lib"]
         for folder in sorted(glob.glob(os.path.join(sys.prefix, "lib/python3*/site-packages/nvidia/*/lib"))):
             for library in glob.glob(os.path.join(folder, "libcublas.so*")):
                 choices.append(f"-I{folder}/../include -L{folder} -l:{os.path.basename(library)} "
                                f"-Xlinker -rpath={folder}")
         for flags in choices:
             if self.run(self.nvcc, probe, "-o", probe + ".out", *flags.split(), limit=60).ok:
-                return "-DCUBLAS " + flags
+                if self.run(probe + ".out", limit=30).status != 127:  # 127: it links but does not load
+                    return "-DCUBLAS " + flags
         self.data["notes"].append("cuBLAS: skipped, it was not found; our matmuls stand alone")
         return ""
 
@@ -347,7 +353,7 @@ class Report:
     def warm_torch(self):
         """torch.compile takes minutes and mostly a CPU core: begun now, while programs are built and checked; later
         processes find the compiled kernels in the cache. Only where this leaves enough memory to the tests."""
-        if self.python and self.gpu and self.memory_gb >= 100 and (not self.args.parts or "compiled" in self.args.parts):
+        if self.python and self.gpu and self.memory_gb >= 100 and (not self.args.parts or "warm" in self.args.parts):
             for fixed_point in (1, 0):
                 self.background.append(self.spawn(self.torch_command(fixed_point, "compiled", self.batch(), rounds=1)))
 
@@ -394,8 +400,9 @@ class Report:
                 unable.append(tool)
                 said = "skipped: Device not supported"
             elif not done.ok or not summary:
-                wrong.append(f"{tool}: {said if done.status == 9 else done.why}")
-                said = "FAILED: " + wrong[-1]
+                said = said if done.status == 9 else done.why
+                wrong.append(f"{tool}: {said}")
+                said = "FAILED: " + said
             self.data["checks"].append(f"compute-sanitizer {tool}, {done.seconds:.0f} s: {said}")
             self.write()
         if wrong:
@@ -436,8 +443,9 @@ class Report:
         """The programs themselves: the time to the first step, then sampling from the weights that it wrote."""
         train, sample, out = self.program("train"), self.program("sample"), os.path.join(self.scratch, "sampled")
         n, m, batch = self.work["n"], self.work["m"], self.batch()
-        process = self.spawn((train, *self.work["sampled"], "--batch", 16 if self.gpu else 2, "--steps", 1, "--out", out,
-                              "--no_grad_iters", f"{n},{n}", "--grad_iters", f"{m},{m}", "--sample_steps", 2))
+        process = self.spawn((train, *self.work["sampled"], "--batch", 16 if self.gpu else 2, "--steps", 1,
+                              "--no_grad_iters", f"{n},{n}", "--grad_iters", f"{m},{m}", "--sample_steps", 2,
+                              "--out", out))
         log, first = os.path.join(out, "log.csv"), None
         while process.poll() is None and time.monotonic() < self.until:
             if first is None and os.path.exists(log) and "\n0," in open(log).read():
@@ -450,8 +458,8 @@ class Report:
         if not done.ok:
             raise Failed(f"{train}: {done.why}")
         with Watch() as watch:
-            done = self.run(sample, "--weights", f"{out}/weights.safetensors", "--n", batch, "--batch", batch, "--budget",
-                            self.work["passes"], "--steps", 20, "--cfg", 1, "--out", os.path.join(out, "samples.png"))
+            done = self.run(sample, "--weights", f"{out}/weights.safetensors", "--n", batch, "--batch", batch,
+                            "--steps", 20, "--budget", self.work["passes"], "--cfg", 1, "--out", f"{out}/samples.png")
         if not done.ok:
             raise Failed(f"{sample}: {done.why}")
         used = f"; at most {watch.peak_mb:,.0f} MB of the device in use" if watch.peak_mb else ""
@@ -561,8 +569,8 @@ class Report:
         if data["cases"] or data["checks"]:
             lines += ["", "## Correctness", ""]
         for dtype, c in data["cases"].items():
-            lines.append(f"- cases in {dtype}: {c['passed']} passed, {c['failed']} failed, {c['tensors']} tensors; nearest to"
-                         f" its limit: {c['worst']}")
+            lines.append(f"- cases in {dtype}: {c['passed']} passed, {c['failed']} failed, {c['tensors']} tensors; "
+                         f"nearest to its limit: {c['worst']}")
             lines += [f"  - FAIL {failure}" for failure in c["failures"][:20]]
         lines += [f"- {check}" for check in data["checks"]]
         if data["matmul"]:
@@ -573,8 +581,8 @@ class Report:
             shares = [e["ours"] / e["cublas"] for e in data["matmul"] if e["ours"] and e["cublas"]]
             if shares:
                 mean = sum(shares) / len(shares)
-                lines += ["", f"Ours / cuBLAS: least {min(shares):.2f}, mean {mean:.2f}, most {max(shares):.2f} (wanted:"
-                              " 0.70 with `mma.sync` alone, 1 with `wgmma`)."]
+                lines += ["", f"Ours / cuBLAS: least {min(shares):.2f}, mean {mean:.2f}, most {max(shares):.2f} "
+                              "(wanted: 0.70 with `mma.sync` alone, 1 with `wgmma`)."]
         if data["attention"]:
             lines += ["", "## Attention", "", "bf16, TFLOP/s of 4BT²D forward and twice that backward; PyTorch is "
                       "`scaled_dot_product_attention`, of its own choice of kernel.", ""]
@@ -583,11 +591,12 @@ class Report:
                  number(e.get("torch") and e["torch"] / 1e3, 1), ratio(e["ours"], e.get("torch")))
                 for e in data["attention"]])
         for what, rate, unit, about in (
-                ("train", "train_images_per_s", "images/s", f"bf16, {self.work['tokens']} tokens; n = {self.work['n']}, m = "
-                 f"{self.work['m']}: loss, gradients, their norm, clipping, AdamW, EMA. Compiled PyTorch has n and m fixed "
-                 "and unrolled: its best case."),
-                ("sample", "sample_passes_per_s", "passes/s", f"bf16, {self.work['passes']} block passes a picture over 20 "
-                 "timesteps, no guidance (ours: measured over 4 of the 20). passes/s counts every picture's.")):
+                ("train", "train_images_per_s", "images/s",
+                 f"bf16, {self.work['tokens']} tokens; n = {self.work['n']}, m = {self.work['m']}: loss, gradients, "
+                 "their norm, clipping, AdamW, EMA. Compiled PyTorch has n and m fixed and unrolled: its best case."),
+                ("sample", "sample_passes_per_s", "passes/s",
+                 f"bf16, {self.work['passes']} block passes a picture over 20 timesteps, no guidance (ours: measured "
+                 "over 4 of the 20). passes/s counts every picture's.")):
             rows = []
             for name, by in data["models"].items():
                 for who in ("ours", "eager", "compiled"):
@@ -602,14 +611,14 @@ class Report:
                                  number(f.get(f"{what}_device_mb")), number(f.get(f"{what}_first_s"), 1)))
             if rows:
                 lines += ["", f"## {'Training step' if what == 'train' else 'Sampling'}", "", about, ""]
-                lines += table(("model", "program", unit, "ours / it", "peak MB", "ours / it", "MB of the device in use",
+                lines += table(("model", "program", unit, "ours / it", "peak MB", "ours / it", "device MB in use",
                                 "first call, s"), rows)
         if data["models"]:
-            lines += ["", "Peak MB: what the program allocated (ours) or `max_memory_allocated`; the device's figure is "
-                      "nvidia-smi's (ours) or `mem_get_info`'s at the end, CUDA's own share and PyTorch's cache included. "
-                      "First calls of compiled PyTorch may find kernels that an earlier process of this report compiled."]
-            lines += ["Wanted of FPDM XL/2 against compiled PyTorch: training 1.5 times the images/s with at most half the "
-                      "peak memory; sampling twice as fast."]
+            lines += ["", "Peak MB: what the program allocated (ours) or `max_memory_allocated`; the device's figure "
+                      "is nvidia-smi's (ours) or `mem_get_info`'s at the end, CUDA's share and PyTorch's cache too. "
+                      "First calls of compiled PyTorch may find kernels that an earlier process compiled.",
+                      "Wanted of FPDM XL/2 against compiled PyTorch: training 1.5 times the images/s with at most half "
+                      "the peak memory; sampling twice as fast."]
         lines += ["", "## Commands", ""]
         lines += [f"- `{command}`: {seconds:.1f} s, {result}" for command, seconds, result in self.commands]
         text = "\n".join(lines) + "\n"
@@ -633,15 +642,15 @@ class Report:
 
     def close(self):
         for process in list(self.running):
-            self.kill(process)
+            self.finish(process, 0)
         path = self.write()
         shutil.rmtree(self.scratch, ignore_errors=True)
         return path
 
     def all(self):
         batch, torch_limit = self.batch, 190
-        self.part("build", self.build, 200)
         self.warm_torch()
+        self.part("build", self.build, 200)
         self.part("cases", self.cases, 60)
         self.part("steps", self.steps, 50)
         self.part("sanitizer", self.sanitize, 75)
