@@ -66,7 +66,7 @@ clean:
 NVCC ?= $(or $(shell command -v nvcc),/usr/local/cuda/bin/nvcc)
 CODES = $(shell $(NVCC) --list-gpu-code)
 GPU_HERE = $(filter $(patsubst sm_%,%,$(CODES)),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&1 | head -n 1 | tr -d .))
-ARCHS ?= $(or $(GPU_HERE),$(foreach a,80 86 89 90a 100 120,$(if $(filter sm_$(a:a=),$(CODES)),$(a))))
+ARCHS ?= $(or $(patsubst 90,90a,$(GPU_HERE)),$(foreach a,80 86 89 90a 100 120,$(if $(filter sm_$(a:a=),$(CODES)),$(a))))
 GENCODE = $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
 	$(if $(GPU_HERE),,-gencode arch=compute_80,code=compute_80)
 HOST := -Wall,-Wextra,$(OPENMP)

@@ -1,7 +1,7 @@
 // fpdm.cu: fixed-point diffusion models (arXiv:2401.08741) on NVIDIA GPUs, the whole program in one file, with its own
 // kernels for everything: nvcc is all it needs. It does what fpdm_cpu.c does, with the same options, files and draws.
 //
-//   make train_gpu && ./train_gpu     trains on pictures that the program draws itself, writes weights and samples to out/
+//   make train_gpu && ./train_gpu     trains on pictures that it draws itself, writes weights and samples to out/
 //   make sample_gpu && ./sample_gpu   draws pictures from trained weights
 //   make bench_gpu && ./bench_gpu     measures speed and memory;   make test_gpu: tests;   --help: every option
 //   make test_emu && ./test_emu       the same tests without a GPU: g++ and test/cuda_emu.h stand in for it
@@ -994,8 +994,8 @@ static int option_given(const char *name, int use, const char given[N_OPTIONS]) 
     return given[option_find(name, use) - option_table];
 }
 
-// --model XL/2 sets width, heads, depth and patch, and for training the paper's settings; what the command line gives itself
-// stays.
+// --model XL/2 sets width, heads, depth and patch, and for training the paper's settings; what the command line gives
+// itself stays.
 static void options_model(Options *o, int use, const char given[N_OPTIONS]) {
     static const struct {
         const char *name;
@@ -1106,8 +1106,9 @@ static void schedule_make(Schedule *s, const Config *c, int steps) {
     s->log_var[0] = s->log_var[1]; // at i = 0 it would be log 0
 }
 
-// Iterations of each timestep in sampling order (large t first), iters[0..S-1]; returns their sum. A real-valued share of
-// 1 + (total - S)·ratio/sum(ratio) is rounded through its running sum: each is then at least 1 and the sum is `total`.
+// Iterations of each timestep in sampling order (large t first), iters[0..S-1]; returns their sum. A real-valued share
+// of 1 + (total - S)·ratio/sum(ratio) is rounded through its running sum: each is then at least 1 and the sum is
+// `total`.
 static int allocate_iterations(int *iters, int S, int total, int alloc) {
     double sum = 0, running = 0;
     int spent = 0;
@@ -1421,7 +1422,8 @@ static void dataset_open(Dataset *d, const char *path, int shapes_size, uint64_t
     d->order = (int32_t *)xcalloc((size_t)d->count, sizeof *d->order, "the order of the samples");
 }
 
-// Which sample is number g = step·batch + b of the run: position g mod N in epoch g / N, each epoch a Fisher-Yates shuffle.
+// Which sample is number g = step·batch + b of the run: position g mod N in epoch g / N, each epoch a Fisher-Yates
+// shuffle.
 static int64_t dataset_index(Dataset *d, int64_t g) {
     int64_t epoch = g / d->count;
     if (epoch != d->order_epoch) {
@@ -1496,8 +1498,9 @@ static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch,
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Parameters: one allocation each for weights, gradients, the two Adam moments and the EMA, all laid out alike. The list of
-// tensors (names as in the published PyTorch state dict) and the struct of pointers into an allocation are made together.
+// Parameters: one allocation each for weights, gradients, the two Adam moments and the EMA, all laid out alike. The
+// list of tensors (names as in the published PyTorch state dict) and the struct of pointers into an allocation are made
+// together.
 
 typedef struct {
     real *qkv_w, *qkv_b;   // (3D,D), (3D)
@@ -1582,7 +1585,8 @@ static void param_block(ParamWalk *w, const char *group, int index, BlockParams 
     param_linear(w, name, INIT_ZERO, 6 * D, D, &p->ada_w, &p->ada_b);
 }
 
-// Points *p into `memory` and fills `list` (at most max_param_tensors entries); either may be NULL. Returns the walk: sizes.
+// Points *p into `memory` and fills `list` (at most max_param_tensors entries); either may be NULL. Returns the walk:
+// sizes.
 static ParamWalk params_point(Params *p, const Config *c, real *memory, ParamTensor *list) {
     ParamWalk w = {c, memory, list, 0, 0};
     int64_t D = c->width, pixels = (int64_t)c->patch * c->patch;
@@ -1655,7 +1659,8 @@ static void shape_text(char *text, size_t size, const int64_t *shape, int ndim) 
     }
 }
 
-// Reads the tensors PREFIX + name into memory; dies with the names of file and tensor when one is missing or does not fit.
+// Reads the tensors PREFIX + name into memory; dies with the names of file and tensor when one is missing or does not
+// fit.
 static void tensors_read(const SafeTensors *f, const ParamTensor *list, int count, const char *prefix, float *memory) {
     for (int i = 0; i < count; i++) {
         const ParamTensor *p = &list[i];
@@ -4062,8 +4067,8 @@ static const struct {
 } state_parts[4] = {
     {"ema.", MODEL_EMA}, {"model.", MODEL_WEIGHTS}, {"adam_m.", MODEL_ADAM_M}, {"adam_v.", MODEL_ADAM_V}};
 
-// OUT/weights.safetensors, the EMA weights, ready to sample; OUT/state.safetensors, all that is needed to go on as if the
-// run had never stopped
+// OUT/weights.safetensors, the EMA weights, ready to sample; OUT/state.safetensors, all that is needed to go on as if
+// the run had never stopped
 static void save_run(const char *folder, const Options *o, const Dataset *d, const Model *m, int64_t step) {
     char path[PATH_MAX], text[32];
     Meta meta[N_OPTIONS + 4];

@@ -1,12 +1,13 @@
-// fpdm_cpu.c: fixed-point diffusion models (arXiv:2401.08741) on CPUs, the whole program in one file: model, forward and
-// backward pass, training, sampling. C11 and libm; OpenMP where the compiler has it.
+// fpdm_cpu.c: fixed-point diffusion models (arXiv:2401.08741) on CPUs, the whole program in one file: model, forward
+// and backward pass, training, sampling. C11 and libm; OpenMP where the compiler has it.
 //
-//   make train_cpu && ./train_cpu       trains on pictures that the program draws itself, writes weights and samples to out/
+//   make train_cpu && ./train_cpu       trains on pictures that it draws itself, writes weights and samples to out/
 //   make sample_cpu && ./sample_cpu     draws pictures from trained weights
 //   make bench_cpu && ./bench_cpu       measures speed and memory;      make test: tests;      --help: every option
 //
-// Order: utilities, random numbers, files, options, data, parameters (these are the same bytes in fpdm.cu); then matmul and
-// layers, each forward above its backward; the model with its fixed point; loss, sampler, optimiser; last the programs.
+// Order: utilities, random numbers, files, options, data, parameters (these are the same bytes in fpdm.cu); then matmul
+// and layers, each forward above its backward; the model with its fixed point; loss, sampler, optimiser; last the
+// programs.
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -986,8 +987,8 @@ static int option_given(const char *name, int use, const char given[N_OPTIONS]) 
     return given[option_find(name, use) - option_table];
 }
 
-// --model XL/2 sets width, heads, depth and patch, and for training the paper's settings; what the command line gives itself
-// stays.
+// --model XL/2 sets width, heads, depth and patch, and for training the paper's settings; what the command line gives
+// itself stays.
 static void options_model(Options *o, int use, const char given[N_OPTIONS]) {
     static const struct {
         const char *name;
@@ -1098,8 +1099,9 @@ static void schedule_make(Schedule *s, const Config *c, int steps) {
     s->log_var[0] = s->log_var[1]; // at i = 0 it would be log 0
 }
 
-// Iterations of each timestep in sampling order (large t first), iters[0..S-1]; returns their sum. A real-valued share of
-// 1 + (total - S)·ratio/sum(ratio) is rounded through its running sum: each is then at least 1 and the sum is `total`.
+// Iterations of each timestep in sampling order (large t first), iters[0..S-1]; returns their sum. A real-valued share
+// of 1 + (total - S)·ratio/sum(ratio) is rounded through its running sum: each is then at least 1 and the sum is
+// `total`.
 static int allocate_iterations(int *iters, int S, int total, int alloc) {
     double sum = 0, running = 0;
     int spent = 0;
@@ -1413,7 +1415,8 @@ static void dataset_open(Dataset *d, const char *path, int shapes_size, uint64_t
     d->order = (int32_t *)xcalloc((size_t)d->count, sizeof *d->order, "the order of the samples");
 }
 
-// Which sample is number g = step·batch + b of the run: position g mod N in epoch g / N, each epoch a Fisher-Yates shuffle.
+// Which sample is number g = step·batch + b of the run: position g mod N in epoch g / N, each epoch a Fisher-Yates
+// shuffle.
 static int64_t dataset_index(Dataset *d, int64_t g) {
     int64_t epoch = g / d->count;
     if (epoch != d->order_epoch) {
@@ -1488,8 +1491,9 @@ static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch,
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Parameters: one allocation each for weights, gradients, the two Adam moments and the EMA, all laid out alike. The list of
-// tensors (names as in the published PyTorch state dict) and the struct of pointers into an allocation are made together.
+// Parameters: one allocation each for weights, gradients, the two Adam moments and the EMA, all laid out alike. The
+// list of tensors (names as in the published PyTorch state dict) and the struct of pointers into an allocation are made
+// together.
 
 typedef struct {
     real *qkv_w, *qkv_b;   // (3D,D), (3D)
@@ -1574,7 +1578,8 @@ static void param_block(ParamWalk *w, const char *group, int index, BlockParams 
     param_linear(w, name, INIT_ZERO, 6 * D, D, &p->ada_w, &p->ada_b);
 }
 
-// Points *p into `memory` and fills `list` (at most max_param_tensors entries); either may be NULL. Returns the walk: sizes.
+// Points *p into `memory` and fills `list` (at most max_param_tensors entries); either may be NULL. Returns the walk:
+// sizes.
 static ParamWalk params_point(Params *p, const Config *c, real *memory, ParamTensor *list) {
     ParamWalk w = {c, memory, list, 0, 0};
     int64_t D = c->width, pixels = (int64_t)c->patch * c->patch;
@@ -1647,7 +1652,8 @@ static void shape_text(char *text, size_t size, const int64_t *shape, int ndim) 
     }
 }
 
-// Reads the tensors PREFIX + name into memory; dies with the names of file and tensor when one is missing or does not fit.
+// Reads the tensors PREFIX + name into memory; dies with the names of file and tensor when one is missing or does not
+// fit.
 static void tensors_read(const SafeTensors *f, const ParamTensor *list, int count, const char *prefix, float *memory) {
     for (int i = 0; i < count; i++) {
         const ParamTensor *p = &list[i];
@@ -1972,9 +1978,10 @@ static void gemm(real *C, size_t ldc, const real *A, size_t ars, size_t acs, con
     gemm_thread(&g, 0, 1);
 }
 
-// exp(x) in arithmetic that an `omp simd` loop turns into vector instructions: x = n ln 2 + r, exp(x) = 2^n * polynomial(r)
-// (Cephes coefficients; 1.2 ulp at most over all floats). Below -87.3 it gives 0, above 88 exp(88) = 1.7e38, and NaN stays
-// NaN: a comparison with NaN is false, so neither limit replaces it. Double precision, for the gradient checks, calls libm.
+// exp(x) in arithmetic that an `omp simd` loop turns into vector instructions: x = n ln 2 + r, exp(x) = 2^n *
+// polynomial(r) (Cephes coefficients; 1.2 ulp at most over all floats). Below -87.3 it gives 0, above 88 exp(88) =
+// 1.7e38, and NaN stays NaN: a comparison with NaN is false, so neither limit replaces it. Double precision, for the
+// gradient checks, calls libm.
 static inline real exp_real(real x) {
     if (sizeof(real) == 8) return (real)exp((double)x);
     float y = x > 88 ? 88 : x < -87.3f ? -87.3f : (float)x;
@@ -1997,15 +2004,17 @@ static inline real exp_real(real x) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Layers: each forward above its backward. B pictures, T tokens, D width, H heads, hd head size. Matrices are row-major.
-// Outputs come first. A backward adds (+=) to weight and modulation gradients, and says whether it adds to its input's.
+// Layers: each forward above its backward. B pictures, T tokens, D width, H heads, hd head size. Matrices are
+// row-major. Outputs come first. A backward adds (+=) to weight and modulation gradients, and says whether it adds to
+// its input's.
 
 // out (M,N) = in (M,K)·w^T + b; w (N,K), b (N)
 static void linear_forward(real *out, const real *in, const real *w, const real *b, int M, int K, int N) {
     gemm(out, N, in, K, 1, w, 1, K, b, 0, M, N, K);
 }
 
-// db (N) += sum over the rows of dout (M,N). Columns are shared out, so each sum has one order for any number of threads.
+// db (N) += sum over the rows of dout (M,N). Columns are shared out, so each sum has one order for any number of
+// threads.
 static void bias_backward(real *db, const real *dout, int M, int N) {
 #pragma omp parallel for schedule(static)
     for (int first = 0; first < N; first += 64) {
@@ -2042,8 +2051,8 @@ static void layernorm_modulate_forward(real *out, const real *x, const real *mod
     }
 }
 
-// dx += the gradient through LN; dmod (as mod) += sums over the picture's tokens: dshift = sum dout, dscale = sum dout·LN(x).
-// stats (B·T,2) is scratch for mean and 1/sigma, which are cheaper to compute again than to keep.
+// dx += the gradient through LN; dmod (as mod) += sums over the picture's tokens: dshift = sum dout, dscale = sum
+// dout·LN(x). stats (B·T,2) is scratch for mean and 1/sigma, which are cheaper to compute again than to keep.
 static void layernorm_modulate_backward(real *dx, real *dmod, real *stats, const real *dout, const real *x,
                                         const real *mod, int stride, int B, int T, int D) {
 #pragma omp parallel for schedule(static)
@@ -2087,7 +2096,8 @@ static void layernorm_modulate_backward(real *dx, real *dmod, real *stats, const
 }
 
 // Multi-head attention without mask. qkv (B,T,3D): per token q|k|v, head, channel; out (B,T,D). One task is a block of
-// query rows of one head, so the T×T matrix never exists; lse (B,H,T) keeps log sum exp of each row for the backward pass.
+// query rows of one head, so the T×T matrix never exists; lse (B,H,T) keeps log sum exp of each row for the backward
+// pass.
 enum { QUERY_ROWS = 128 };
 static void attention_forward(real *out, real *lse, const real *qkv, real *scores, int B, int T, int D, int H) {
     int hd = D / H, row_blocks = (T + QUERY_ROWS - 1) / QUERY_ROWS;
@@ -2155,8 +2165,8 @@ static void attention_backward(real *dqkv, const real *dout, const real *out, co
     }
 }
 
-// Element by element; pieces of fixed size, because the last elements of a loop may be rounded otherwise than those that fill
-// a vector, and where a loop ends must not depend on the number of threads.
+// Element by element; pieces of fixed size, because the last elements of a loop may be rounded otherwise than those
+// that fill a vector, and where a loop ends must not depend on the number of threads.
 enum { PIECE = 1 << 12 };
 #define FOR_EACH_PIECE \
     _Pragma("omp parallel for schedule(static)") for (size_t piece = 0; piece < count; piece += PIECE)
@@ -2209,7 +2219,8 @@ static void gated_residual_forward(real *out, const real *x, const real *gate, i
     }
 }
 
-// dbranch = dout·gate, dgate += sum over tokens of dout·branch; the gradient of x is dout itself. dbranch may be branch.
+// dbranch = dout·gate, dgate += sum over tokens of dout·branch; the gradient of x is dout itself. dbranch may be
+// branch.
 static void gated_residual_backward(real *dbranch, real *dgate, const real *dout, const real *gate, int stride,
                                     const real *branch, int B, int T, int D) {
 #pragma omp parallel for collapse(2) schedule(static)
@@ -2239,7 +2250,8 @@ static void unfold(real *patches, const real *x, int B, int C, int S, int p) {
                         x[(((size_t)b * C + c) * S + i) * S + j];
 }
 
-// Between tokens (B,T,p·p·C), a patch as (row, column, channel), and pictures (B,C,S,S): to_picture gives the direction.
+// Between tokens (B,T,p·p·C), a patch as (row, column, channel), and pictures (B,C,S,S): to_picture gives the
+// direction.
 static void unpatch(real *pictures, real *tokens, int to_picture, int B, int C, int S, int p) {
     int side = S / p;
 #pragma omp parallel for schedule(static)
@@ -2257,7 +2269,8 @@ static void unpatch(real *pictures, real *tokens, int to_picture, int B, int C, 
                 }
 }
 
-// pos (T,D): with w_i = 10000^(-i/(D/4)), the token at (row, column) gets [sin(column·w), cos(column·w), sin(row·w), cos(row·w)]
+// pos (T,D): with w_i = 10000^(-i/(D/4)), the token at (row, column) gets [sin(column·w), cos(column·w), sin(row·w),
+// cos(row·w)]
 static void position_embedding(real *pos, int side, int D) {
     int quarter = D / 4;
     for (int t = 0; t < side * side; t++)
@@ -2272,9 +2285,10 @@ static void position_embedding(real *pos, int side, int D) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Activations: one allocation. Every layer of the path that gets a gradient (pre blocks, the m iterations, post blocks; in
-// DiT all blocks) has its input x[l] and a slot with what its backward pass needs. With `recompute` all share one slot, which
-// the backward pass fills again from x[l]. A model that only samples has one slot and one x: everything happens in place.
+// Activations: one allocation. Every layer of the path that gets a gradient (pre blocks, the m iterations, post blocks;
+// in DiT all blocks) has its input x[l] and a slot with what its backward pass needs. With `recompute` all share one
+// slot, which the backward pass fills again from x[l]. A model that only samples has one slot and one x: everything
+// happens in place.
 
 typedef struct {
     real *u;    // (B,T,2D) fixed-point iterations only: the projection before its gelu
@@ -2477,7 +2491,8 @@ static void show_probe(Model *m, const char *name, int k, const real *data, int6
 }
 
 // out = Block(x, c) (SPEC 1): adaLN-Zero transformer block; s keeps what the backward pass needs. out may be x.
-//   mid = x + gate1·proj(attention(LN(x)·(1+scale1)+shift1));   out = mid + gate2·fc2(gelu(fc1(LN(mid)·(1+scale2)+shift2)))
+//   mid = x + gate1·proj(attention(LN(x)·(1+scale1)+shift1))
+//   out = mid + gate2·fc2(gelu(fc1(LN(mid)·(1+scale2)+shift2)))
 static void block_forward(Model *m, real *out, const real *x, const BlockParams *p, const real *mod, Slot *s) {
     Activations *a = &m->a;
     int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T, stride = 6 * D;
@@ -2530,8 +2545,8 @@ static void iteration_forward(Model *m, real *out, const real *z, Slot *s) {
     block_forward(m, out, s->in, &m->p.block[f], a->mod + (size_t)f * m->batch * 6 * D, s);
 }
 
-// dz (B,T,D): the gradient of the output on entry; on return, unless `first`, of z (nothing flows into the first z). What
-// reaches inj_part is summed in du_sum over the iterations: its matmuls follow once, after the last.
+// dz (B,T,D): the gradient of the output on entry; on return, unless `first`, of z (nothing flows into the first z).
+// What reaches inj_part is summed in du_sum over the iterations: its matmuls follow once, after the last.
 static void iteration_backward(Model *m, real *dz, const real *z, Slot *s, int first) {
     Activations *a = &m->a;
     int D = m->config.width, M = m->B * config_tokens(&m->config), f = m->config.pre_depth;
@@ -2629,8 +2644,8 @@ static void condition_backward(Model *m) {
     linear_backward(NULL, m->g.time0_w, m->g.time0_b, a->dtime, a->time_freq, m->p.time0_w, B, 256, D);
 }
 
-// a.out (B,Cout,S,S) from a.x_t (B,C,S,S), timesteps t (B) and labels y (B): n iterations that keep nothing, then m that
-// keep what backpropagation needs (none in a model that only samples). In DiT n and m mean nothing.
+// a.out (B,Cout,S,S) from a.x_t (B,C,S,S), timesteps t (B) and labels y (B): n iterations that keep nothing, then m
+// that keep what backpropagation needs (none in a model that only samples). In DiT n and m mean nothing.
 static void model_forward(Model *m, const int *t, const int *y, int B, int n, int iterations, Solve *solve) {
     const Config *c = &m->config;
     Activations *a = &m->a;
@@ -2719,7 +2734,8 @@ static void model_backward(Model *m) {
             if (m->recompute) iteration_forward(m, a->dnormed, a->x[l + 1], &a->slot[l]);
             iteration_backward(m, a->dx, a->x[l + 1], &a->slot[l], k == 0);
         }
-        // Input injection: inj_part = W1inj·inj + b1, inj = Wp·h + bp; the pre blocks get their gradient through it alone.
+        // Input injection: inj_part = W1inj·inj + b1, inj = Wp·h + bp; the pre blocks get their gradient through it
+        // alone.
         gemm(m->g.fp1_w + D, 2 * D, a->du_sum, 1, 2 * D, a->inj, D, 1, NULL, 1, 2 * D, D, M);
         bias_backward(m->g.fp1_b, a->du_sum, M, 2 * D);
         gemm(a->dnormed, D, a->du_sum, 2 * D, 1, m->p.fp1_w + D, 2 * D, 1, NULL, 0, M, D, 2 * D);
@@ -2737,7 +2753,8 @@ static void model_backward(Model *m) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Diffusion: the training loss (SPEC 2)
 
-// x_t = sqrt(alpha_bar)·x0 + sqrt(1-alpha_bar)·noise, or for flow (1-tau)·x0 + tau·noise with tau = t/1000. All (B,C,S,S).
+// x_t = sqrt(alpha_bar)·x0 + sqrt(1-alpha_bar)·noise, or for flow (1-tau)·x0 + tau·noise with tau = t/1000. All
+// (B,C,S,S).
 static void diffuse(real *x_t, const float *x0, const float *noise, const int *t, const Schedule *s, int prediction,
                     int B, size_t count) {
 #pragma omp parallel for schedule(static)
@@ -2756,8 +2773,8 @@ static double normal_cdf_slope(double u) {
     return 0.5 * (1 - th * th) * 0.7978845608028654 * (1 + 0.134145 * u * u);
 }
 
-// One element's variational term in nats: KL(q || p) of two Gaussians for t > 0, minus log p(x0) of the discretised Gaussian
-// at t = 0. *slope = its derivative with respect to log_var, the log variance of p.
+// One element's variational term in nats: KL(q || p) of two Gaussians for t > 0, minus log p(x0) of the discretised
+// Gaussian at t = 0. *slope = its derivative with respect to log_var, the log variance of p.
 static double variational_term(double *slope, int t, double x0, double mean, double log_var, double true_mean,
                                double true_log_var) {
     if (t > 0) {
@@ -2788,8 +2805,8 @@ static void predicted(double *x0, double *eps, int prediction, double out, doubl
     *eps = prediction == PREDICT_EPS ? out : sqrt(ab) * out + sqrt(1 - ab) * x_t;
 }
 
-// Per picture: mse[b] the (weighted) squared error, vb[b] the variational term in bits. dout (B,Cout,S,S), unless NULL, becomes
-// the gradient of `scale` times the sum of both over the pictures. In double: this is 1e-4 of a step's work.
+// Per picture: mse[b] the (weighted) squared error, vb[b] the variational term in bits. dout (B,Cout,S,S), unless NULL,
+// becomes the gradient of `scale` times the sum of both over the pictures. In double: this is 1e-4 of a step's work.
 static void loss_forward_backward(double *mse, double *vb, real *dout, const real *out, const float *x0,
                                   const float *noise, const real *x_t, const int *t, const Schedule *s, const Config *c,
                                   double scale, int B) {
@@ -2824,8 +2841,8 @@ static void loss_forward_backward(double *mse, double *vb, real *dout, const rea
     }
 }
 
-// Forward, loss and backward of B pictures; the gradient of `scale`·(sum of their losses) is added to the model's gradients.
-// x0, noise (B,C,S,S); t, y (B); n and m iterations without and with gradient. Fills mse and vb (B).
+// Forward, loss and backward of B pictures; the gradient of `scale`·(sum of their losses) is added to the model's
+// gradients. x0, noise (B,C,S,S); t, y (B); n and m iterations without and with gradient. Fills mse and vb (B).
 static void model_loss(Model *model, const Schedule *s, const float *x0, const float *noise, const int *t, const int *y,
                        int B, int n, int m, double scale, double *mse, double *vb) {
     const Config *c = &model->config;
@@ -2839,8 +2856,9 @@ static void model_loss(Model *model, const Schedule *s, const float *x0, const f
 // ---------------------------------------------------------------------------------------------------------------------
 // Sampling (SPEC 3)
 
-// Draws B pictures: x (B,C,S,S) holds x_T on entry and the pictures on return. z (steps,B,C,S,S), the noise of each step, is
-// given by tests; when NULL it is drawn: picture b is number first+b of the seed. The model needs room for 2B with guidance.
+// Draws B pictures: x (B,C,S,S) holds x_T on entry and the pictures on return. z (steps,B,C,S,S), the noise of each
+// step, is given by tests; when NULL it is drawn: picture b is number first+b of the seed. The model needs room for 2B
+// with guidance.
 static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int B,
                          const float *z, uint64_t seed, int first) {
     const Config *c = &model->config;
@@ -3064,8 +3082,8 @@ static const struct {
 } state_parts[4] = {
     {"ema.", MODEL_EMA}, {"model.", MODEL_WEIGHTS}, {"adam_m.", MODEL_ADAM_M}, {"adam_v.", MODEL_ADAM_V}};
 
-// OUT/weights.safetensors, the EMA weights, ready to sample; OUT/state.safetensors, all that is needed to go on as if the
-// run had never stopped
+// OUT/weights.safetensors, the EMA weights, ready to sample; OUT/state.safetensors, all that is needed to go on as if
+// the run had never stopped
 static void save_run(const char *folder, const Options *o, const Dataset *d, const Model *m, int64_t step) {
     char path[PATH_MAX], text[32];
     Meta meta[N_OPTIONS + 4];

@@ -2,8 +2,8 @@
 //
 //   test_cpu [--dtype=fp32|bf16] [FILE ...]      without a file: all of test/cases; without --dtype: all that there are
 //
-// One line for each expected tensor: name, relative L2 error, limit, ok or FAIL; last `N passed, N failed` over the cases.
-// The program under test is included whole: fpdm_cpu.c, or with -DGPU fpdm.cu, whose interface is the same.
+// One line for each expected tensor: name, relative L2 error, limit, ok or FAIL; last `N passed, N failed` over the
+// cases. The program under test is included whole: fpdm_cpu.c, or with -DGPU fpdm.cu, whose interface is the same.
 
 #ifdef GPU
 #include "../fpdm.cu"
@@ -67,8 +67,8 @@ static const char *meta_text(const char *key) {
     return text;
 }
 
-// Compares what the model has of `kind` with the tensors PREFIX + name. The key bias gets no gradient in exact arithmetic, so
-// a tensor of that kind is measured against the norm of its layer's weight gradient.
+// Compares what the model has of `kind` with the tensors PREFIX + name. The key bias gets no gradient in exact
+// arithmetic, so a tensor of that kind is measured against the norm of its layer's weight gradient.
 static void compare_params(Model *m, int kind, const char *prefix) {
     float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "parameters");
     model_download(m, kind, values);
@@ -98,8 +98,10 @@ static void compare_params(Model *m, int kind, const char *prefix) {
 // The model shows its activations and its output through this.
 static void compare_activation(const char *name, const real *data, int64_t count) {
     int output = !strcmp(name, "output");
-    if (output) name = "expect.output";
-    else if (!st_find(&file, name)) return;
+    if (output)
+        name = "expect.output";
+    else if (!st_find(&file, name))
+        return;
     int64_t expected;
     float *want = tensor_floats(name, &expected), *got = (float *)xcalloc((size_t)count, sizeof *got, name);
     if (expected != count) die("%s: tensor %s has the wrong size", file.path, name);
@@ -132,7 +134,8 @@ static void forward_case(const Options *o) {
     float *x0 = tensor_floats("x0", NULL), *noise = tensor_floats("noise", NULL);
     int *t = tensor_ints("t"), *y = tensor_ints("y");
     Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "schedule");
-    double *mse = (double *)xcalloc((size_t)B, sizeof *mse, "losses"), *vb = (double *)xcalloc((size_t)B, sizeof *vb, "losses");
+    double *mse = (double *)xcalloc((size_t)B, sizeof *mse, "losses"),
+           *vb = (double *)xcalloc((size_t)B, sizeof *vb, "losses");
     schedule_make(s, &o->model, DIFFUSION_STEPS);
     Model *m = case_model(o, B, iterations, 1);
     m->probe = compare_activation;
@@ -149,13 +152,15 @@ static void forward_case(const Options *o) {
 static void train_case(const Options *o) {
     int steps = atoi(meta_text("steps")), B = (int)st_find(&file, "x0")->shape[1], largest = 1;
     double lr = atof(meta_text("lr")), beta1 = atof(meta_text("beta1")), beta2 = atof(meta_text("beta2"));
-    double eps = atof(meta_text("adam_eps")), decay = atof(meta_text("weight_decay")), clip = atof(meta_text("grad_clip"));
+    double eps = atof(meta_text("adam_eps")), decay = atof(meta_text("weight_decay")),
+           clip = atof(meta_text("grad_clip"));
     double ema = atof(meta_text("ema_decay"));
     int64_t count;
     float *x0 = tensor_floats("x0", &count), *noise = tensor_floats("noise", NULL);
     int *t = tensor_ints("t"), *y = tensor_ints("y");
     Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "schedule");
-    double *mse = (double *)xcalloc((size_t)B, sizeof *mse, "losses"), *vb = (double *)xcalloc((size_t)B, sizeof *vb, "losses");
+    double *mse = (double *)xcalloc((size_t)B, sizeof *mse, "losses"),
+           *vb = (double *)xcalloc((size_t)B, sizeof *vb, "losses");
     double *loss = (double *)xcalloc((size_t)steps, sizeof *loss, "losses");
     char key[32];
     schedule_make(s, &o->model, DIFFUSION_STEPS);
@@ -202,7 +207,8 @@ static void sample_case(const Options *o) {
                           NULL,
                           0};
     int64_t count;
-    float *x = tensor_floats("x_T", &count), *z = tensor_floats("z", NULL), *want = tensor_floats("expect.sample", NULL);
+    float *x = tensor_floats("x_T", &count), *z = tensor_floats("z", NULL),
+          *want = tensor_floats("expect.sample", NULL);
     int *y = tensor_ints("y");
     Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "schedule");
     schedule_make(s, &o->model, steps);
@@ -223,10 +229,14 @@ static int run_case(const char *path) {
     printf("%s%s\n", path, dtype == COMPUTE_BF16 ? " in bf16" : "");
     case_failed = compared = 0;
     const char *kind = meta_text("case");
-    if (!strcmp(kind, "forward")) forward_case(&o);
-    else if (!strcmp(kind, "train")) train_case(&o);
-    else if (!strcmp(kind, "sample")) sample_case(&o);
-    else die("%s: metadata 'case': '%s' is not forward, train or sample", path, kind);
+    if (!strcmp(kind, "forward"))
+        forward_case(&o);
+    else if (!strcmp(kind, "train"))
+        train_case(&o);
+    else if (!strcmp(kind, "sample"))
+        sample_case(&o);
+    else
+        die("%s: metadata 'case': '%s' is not forward, train or sample", path, kind);
     st_close(&file);
     return !case_failed && compared;
 }
@@ -260,8 +270,10 @@ int main(int argc, char **argv) {
     if (argc == 1) qsort(paths, (size_t)count, sizeof *paths, by_string);
     for (int i = 0; i < count; i++)
         for (dtype = only ? only : COMPUTE_FP32; dtype <= (only ? only : LAST_DTYPE); dtype++) {
-            if (run_case(paths[i])) passed++;
-            else failed++;
+            if (run_case(paths[i]))
+                passed++;
+            else
+                failed++;
         }
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0 || !passed;
