@@ -112,7 +112,7 @@ printf '3,9,9,0,1,1,1,1,1,1\n4,9' >> crashed/log.csv # steps after the last save
 runs "resume: after a crash" "$train" --resume crashed --steps 6
 check "resume: after a crash: same bytes" same six/weights.safetensors crashed/weights.safetensors
 check "resume: after a crash: log" cmp <(cut -d, -f1-8 six/log.csv) <(cut -d, -f1-8 crashed/log.csv)
-runs "resume: a model by its name" "$train" --model S/4 --image_size 8 --width 24 --heads 2 --steps 1 --batch 2 \
+runs "resume: a model by its name" "$train" --model S/4 --image_size 8 --width 24 --heads 3 --steps 1 --batch 2 \
     --sample_steps 2 --out named
 runs "resume: a model by its name: goes on" "$train" --resume named --steps 2
 
