@@ -1578,8 +1578,8 @@ static void param_block(ParamWalk *w, const char *group, int index, BlockParams 
     param_linear(w, name, INIT_ZERO, 6 * D, D, &p->ada_w, &p->ada_b);
 }
 
-// Points *p into `memory` and fills `list` (at most max_param_tensors entries); either may be NULL. Returns the walk:
-// sizes.
+// Points *p into `memory` and fills `list`; either may be NULL. Returns the walk, with the number of tensors that `list`
+// needs room for and the number of elements.
 static ParamWalk params_point(Params *p, const Config *c, real *memory, ParamTensor *list) {
     ParamWalk w = {c, memory, list, 0, 0};
     int64_t D = c->width, pixels = (int64_t)c->patch * c->patch;
