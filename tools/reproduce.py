@@ -105,7 +105,7 @@ class Experiment:
         return os.path.join(ROOT, f"{name}_{self.target}")
 
     def call(self, command, show=None):
-        """Runs one of our programs; returns what it printed. Ctrl-C reaches it too: it saves its state."""
+        """Runs one of our programs; returns what it printed. Interrupted, it has it save its state."""
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
                                    env={**os.environ, "OMP_WAIT_POLICY": "passive"})
         lines = []
@@ -115,6 +115,7 @@ class Experiment:
                 if show and line.startswith("step"):
                     print(f"\r{show}: {line.rstrip():<80}", end="", flush=True)
         except KeyboardInterrupt:
+            process.terminate()
             process.wait()
             raise
         if process.wait():
@@ -185,9 +186,20 @@ class Experiment:
                    if not any(other.startswith(key + " ") for other in done))
 
     def best_lr(self, run):
-        """The learning rate whose short run ends with the lowest training loss."""
-        losses = {lr: self.train(run, 100, lr, [(self.scale["tune_steps"], 1)])["loss"] for lr in self.scale["lrs"]}
-        return min(losses, key=losses.get), losses
+        """The learning rate whose short run ends with the lowest training loss; further ones are tried, doubling or
+        halving, for as long as the best is the first or the last."""
+        losses = {}
+
+        def attempt(lr):
+            losses[lr] = self.train(run, 100, lr, [(self.scale["tune_steps"], 1)])["loss"]
+
+        for lr in self.scale["lrs"]:
+            attempt(lr)
+        while True:
+            best = min(losses, key=losses.get)
+            if min(losses) < best < max(losses):
+                return best, dict(sorted(losses.items()))
+            attempt(best * 2 if best == max(losses) else best / 2)
 
     def sample_command(self, run, seed, n, settings, out):
         weights = os.path.join(self.folder(run, seed, self.lr[run]), "weights.safetensors")
@@ -636,7 +648,8 @@ def main():
         args.target = "gpu" if gpu else "cpu"
     sys.path.insert(0, HERE)
     experiment = Experiment(args)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell had it ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         experiment.everything()
         Report(experiment).write()
