@@ -670,7 +670,7 @@ def test_evaluate_broken_input():
 
 
 def test_reproduce():
-    """The smoke scale, stopped in the middle and gone on with; its report holds every claim, and figures of the runs."""
+    """The smoke scale, stopped in the middle and gone on with; its report holds every claim and the runs' figures."""
     if not importlib.util.find_spec("torch"):
         raise Skip("needs torch")
     command = [sys.executable, TOOLS / "reproduce.py", "--scale", "smoke", "--target", "cpu", "--out", "out"]

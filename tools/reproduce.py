@@ -28,7 +28,7 @@ ROOT = os.path.dirname(HERE)
 # with a sampling seed of its own; `per_step`: iterations per timestep of the fixed point that are tried at each budget.
 SCALES = {
     "smoke": dict(image_size=16, width=32, heads=2, patch=4, depth=8, rival_depth=6, batch=32, warmup=20, ema=0.98,
-                  phases=[(60, 1), (80, 0.2)], tune_steps=20, lrs=[2e-3, 4e-3], seeds=2, pictures=200, real=800,
+                  phases=[(250, 1), (300, 0.2)], tune_steps=60, lrs=[4e-3, 8e-3], seeds=2, pictures=200, real=800,
                   budgets=[12, 24], per_step=[1, 2], solver_iters=[2, 4], unroll_iters=[1, 4], tols=[0.1],
                   trace_iters=6),
     "laptop": dict(image_size=24, width=128, heads=4, patch=4, depth=8, rival_depth=6, batch=64, warmup=100, ema=0.995,
@@ -72,6 +72,10 @@ def flops(scale, options, iterations):
     n, m = (sum(options[key]) / 2 for key in ("no_grad_iters", "grad_iters"))
     forward = 2 * block + inject + iterations * (block + project)
     return forward, 3 * (2 * block + inject + m * (block + project)) + n * (block + project)
+
+
+class Failed(Exception):
+    """A program of ours ended with an error."""
 
 
 class Experiment:
@@ -119,7 +123,7 @@ class Experiment:
             process.wait()
             raise
         if process.wait():
-            die(f"{' '.join(command)}\n{chr(10).join(lines[-3:])}")
+            raise Failed(f"{' '.join(command)}: {lines[-1] if lines else 'said nothing'}")
         return lines
 
     # ---- the work: each piece is cached in points.json under its name
@@ -191,7 +195,12 @@ class Experiment:
         losses = {}
 
         def attempt(lr):
-            losses[lr] = self.train(run, 100, lr, [(self.scale["tune_steps"], 1)])["loss"]
+            try:
+                losses[lr] = self.train(run, 100, lr, [(self.scale["tune_steps"], 1)])["loss"]
+            except Failed as error:
+                if "the loss is" not in str(error):
+                    raise
+                losses[lr] = math.inf  # it diverged
 
         for lr in self.scale["lrs"]:
             attempt(lr)
@@ -203,8 +212,8 @@ class Experiment:
 
     def sample_command(self, run, seed, n, settings, out):
         weights = os.path.join(self.folder(run, seed, self.lr[run]), "weights.safetensors")
-        command = [self.program("sample"), "--weights", weights, "--n", n, "--batch", min(n, 200), "--seed", 1000 + seed,
-                   "--out", out]
+        command = [self.program("sample"), "--weights", weights, "--n", n, "--batch", min(n, 200),
+                   "--seed", 1000 + seed, "--out", out]
         for name, value in settings.items():
             command += [f"--{name}", value]
         if self.args.data != "shapes":  # classes as often as the data have them; of shapes, each in turn
@@ -230,14 +239,16 @@ class Experiment:
         line = self.call(command + ["--latents", latents])[-1]
         seconds, passes = re.search(r"in ([\d.]+) s, .* ([\d.]+) block passes", line).groups()
         x, y, _ = evaluate.load_pictures(latents)
-        metrics = self.evaluator.metrics(x, y)
+        broken = (~x.isfinite()).flatten(1).any(1).float().mean().item()  # judged as gray where they are no numbers
+        metrics = self.evaluator.metrics(x.nan_to_num(0, 1, -1) if broken else x, y)
         point = {**{k: metrics[k] for k in METRICS if metrics.get(k) is not None}, "passes": float(passes),
-                 "seconds": float(seconds), "gflop": 1e-9 * self.picture_flops(run, settings, float(passes))}
+                 "seconds": float(seconds), "gflop": 1e-9 * self.picture_flops(run, settings, float(passes)),
+                 "broken": broken}
         self.save(key, point)
         self.measured += 1
         left = (time.time() - self.begin_measure) / self.measured * (self.to_measure - self.measured)
-        print(f"\r{key}: distance {point['fd']:.3f}, {time.time() - begin:.1f} s; about {max(left, 0) / 60:.0f} min left"
-              f"{'':<20}", end="" if sys.stdout.isatty() else "\n", flush=True)
+        print(f"\r{key}: distance {point['fd']:.3f}, {time.time() - begin:.1f} s; about {max(left, 0) / 60:.0f} min "
+              f"left{'':<20}", end="" if sys.stdout.isatty() else "\n", flush=True)
         return point
 
     def picture_flops(self, run, settings, passes):
@@ -275,22 +286,20 @@ class Experiment:
         return self.points[key]
 
     def paper_scale(self):
-        """Parameters and memory of the paper's largest models: what train_* prints before it touches the memory."""
+        """Parameters and memory of the paper's largest models: what train_* prints before it touches the memory.
+        Rows of (words, parameters in millions, MB, options); none where the machine has too little memory."""
         if "paper" not in self.points:
-            sizes = {}
-            for name, fixed_point in (("FPDM XL/2", 1), ("DiT XL/2", 0)):
-                command = [self.program("train"), "--model", "XL/2", "--fixed_point", str(fixed_point), "--image_size",
-                           "32", "--batch", "8", "--out", os.path.join(self.out, "xl")]
-                with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-                    lines = [process.stdout.readline() for _ in range(3)]
-                    process.kill()
-                found = re.search(r"([\d.]+) million parameters\n.*in all ([\d.]+) MB", "".join(lines))
-                if not found:
-                    print(f"left out: {name} does not fit: {lines[0].strip()}")
-                    return None
-                sizes[name] = [float(found.group(1)), float(found.group(2)), " ".join(command[1:-2])]
-            self.save("paper", sizes)
-        return self.points["paper"]
+            rows = []
+            for batch in (8, 16):
+                for name, fixed_point in (("FPDM XL/2", 1), ("DiT XL/2", 0)):
+                    options = f"--model XL/2 --image_size 32 --batch {batch} --fixed_point {fixed_point}"
+                    command = [self.program("train"), *options.split(), "--out", os.path.join(self.out, "xl")]
+                    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as ours:
+                        text = "".join(ours.stdout.readline() for _ in range(3))
+                        ours.kill()
+                    found = re.search(r"([\d.]+) million parameters\n.*in all ([\d.]+) MB", text)
+                    rows += [[name, batch, float(found.group(1)), float(found.group(2)), options]] if found else []
+            self.save("paper", rows)
 
     # ---- all of it
 
@@ -451,6 +460,7 @@ class Report:
             "quality is shown against GFLOP too.", ""]
         self.contenders()
         self.budgets()
+        self.pictures()
         self.smoothing()
         self.techniques()
         self.solvers()
@@ -469,7 +479,7 @@ class Report:
         for run, (words, options) in e.runs.items():
             points = e.training[run]
             seconds = [p["seconds"] / p["images"] for p in points]
-            lrs = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in e.tuning[run][1].items())
+            lrs = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in e.tuning[run].items())
             rows.append([words, f"{points[0]['parameters']:.2f} M", f"{points[0]['memory']:.0f} MB",
                          f"{1e-9 * flops(scale, options, 0)[1]:.2f}", f"{1e3 * min(seconds):.2f} ms",
                          f"{e.lr[run]:g} ({lrs})",
@@ -477,17 +487,18 @@ class Report:
                                 statistics.stdev([p["loss"] for p in points]) if len(points) > 1 else 0), 4)])
         self.lines += table(["model", "parameters", f"training memory, batch {scale['batch']}", "GFLOP per picture",
                              "time per picture", "learning rate (loss of the short runs)", "loss, last quarter"], rows)
-        self.lines += ["Time is that of the fastest seed; memory is what train_* allocates and prints. The learning rate "
-                       f"is the best of short runs ({scale['tune_steps']} steps, another seed). The loss of a fixed-point "
-                       "model is that of its random n and m, so it compares the rows of one kind only.", ""]
-        paper = e.points.get("paper")
-        if paper:
-            (a, am, ac), (b, bm, bc) = paper["FPDM XL/2"], paper["DiT XL/2"]
-            self.lines += table(["at the paper's size (32×32 input, batch 8, fp32)", "parameters",
-                                 "memory of training", "command"],
-                                [["FPDM XL/2", f"{a:.1f} M", f"{am / 1000:.2f} GB", f"`train_{e.target} {ac}`"],
-                                 ["DiT XL/2", f"{b:.1f} M", f"{bm / 1000:.2f} GB", f"`train_{e.target} {bc}`"],
-                                 ["less", f"{100 * (1 - a / b):.0f} %", f"{100 * (1 - am / bm):.0f} %", ""]])
+        self.lines += ["Time is that of the fastest seed; memory is what train_* allocates and prints. The learning "
+                       f"rate is the best of short runs ({scale['tune_steps']} steps, another seed). The loss of a "
+                       "fixed-point model is that of its random n and m, so it compares the rows of one kind only.", ""]
+        rows = [[f"{name}, batch {batch}", f"{millions:.1f} M", f"{mb / 1000:.2f} GB", f"`train_{e.target} {options}`"]
+                for name, batch, millions, mb, options in e.points["paper"]]
+        self.lines += ["At the paper's size, 32×32 input (the program prints it before it starts):", ""]
+        self.lines += table(["model", "parameters", "memory of training", "command"], rows)
+        for batch in {row[1] for row in e.points["paper"]}:
+            sizes = {name: (millions, mb) for name, b, millions, mb, _ in e.points["paper"] if b == batch}
+            if len(sizes) == 2:
+                fewer, less = (100 * (1 - ours / theirs) for ours, theirs in zip(*sizes.values()))
+                self.lines += [f"With batch {batch}: {fewer:.1f} % fewer parameters, {less:.0f} % less memory.", ""]
 
     def budgets(self):
         e, budgets = self.e, self.scale["budgets"]
@@ -528,6 +539,20 @@ class Report:
                             [f"precision / recall, {w}" for w in words], rows)
         self.lines += ["The distance of FPDM is, against", ""]
         self.lines += table(["passes", *words[1:]], verdicts)
+
+    def pictures(self):
+        """The contenders' pictures at a small budget: the same noise and the same labels."""
+        e, budget = self.e, self.scale["budgets"][min(2, len(self.scale["budgets"]) - 1)]
+        files, names = [], []
+        for run in ("fpdm", "dit_cost", "dit_params"):
+            settings = {"cfg": 1, **self.at_budget(run, budget)[1]}
+            files.append(os.path.join(e.out, f"grid-{run}.png"))
+            names.append(f"{e.runs[run][0]}: {settings['steps']} steps".replace(",", ""))
+            e.call(e.sample_command(run, 1, 30, settings, files[-1]))
+        both = os.path.join(self.folder, "claims_pictures.png")
+        e.call([sys.executable, os.path.join(HERE, "plot.py"), *files, "--names", ",".join(names), "--out", both])
+        self.lines += [f"The same noise and labels, {budget} passes, no guidance, the first training seed:", "",
+                       "![claims_pictures.png](claims_pictures.png)", ""]
 
     def smoothing(self):
         e = self.e
@@ -593,7 +618,7 @@ class Report:
         head = ["solver", "reuse"] + [f"residual after {k}" for k in (1, 2, 4, 8, self.scale["trace_iters"])
                                       if k <= self.scale["trace_iters"]]
         self.lines += table(head, rows)
-        self.lines += ["Geometric mean over 10 timesteps of ‖g(z) − z‖/‖g(z)‖ (`sample_* --trace`), seed 1.", ""]
+        self.lines += ["Geometric mean over 10 timesteps of ‖g(z)−z‖/‖g(z)‖ (`sample_* --trace`), seed 1.", ""]
 
     def solvers(self):
         e = self.e
@@ -656,6 +681,8 @@ def main():
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here")
         sys.exit(130)
+    except Failed as error:
+        die(error)
 
 
 if __name__ == "__main__":
