@@ -56,9 +56,8 @@ __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *fmt,
     va_start(args, fmt);
     vsnprintf(line, sizeof line, fmt, args);
     va_end(args);
-    for (char *c = line; *c; c++) {
-        if ((unsigned char)*c < 32 || *c == 127) *c = '?';
-    }
+    for (char *c = line; *c; c++)
+        if (iscntrl((unsigned char)*c)) *c = '?';
 #pragma omp critical(die) // one line, even when several threads find something wrong
     {
         fprintf(stderr, "error: %s\n", line);
@@ -66,9 +65,8 @@ __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *fmt,
     }
 }
 
-// Zeroed memory, aligned to 64 bytes (a cache line, the widest vector). calloc gets large blocks from the system as
-// pages that are zero when first touched, so no time goes into clearing them. Released with xfree: calloc's own pointer
-// is kept in the word before.
+// Zeroed memory, aligned to 64 bytes (a cache line, the widest vector). calloc gets large blocks as pages that are zero
+// when first touched, so clearing them takes no time. xfree finds calloc's own pointer in the word before.
 static void *xcalloc(size_t count, size_t size, const char *what) {
     char *block = size == 0 || count <= (SIZE_MAX - 128) / size ? (char *)calloc(1, count * size + 128) : NULL;
     if (!block)
@@ -101,49 +99,48 @@ static double now_ms(void) {
 // A file is written under a temporary name beside its target, synced, then renamed: whoever opens the target finds the
 // old file or the new one, never half of one, and a full disk or a crash costs nothing that existed before.
 // This is the temporary name; the process number keeps two programs with the same target apart.
-static void temp_name(char name[PATH_MAX], const char *path) {
-    int length = snprintf(name, PATH_MAX, "%s.%ld.tmp", path, (long)getpid());
+static const char *temp_name(const char *path) {
+    static char name[PATH_MAX];
+    int length = snprintf(name, sizeof name, "%s.%ld.tmp", path, (long)getpid());
     if (length >= PATH_MAX) die("%.200s...: this path is too long; use a shorter one", path);
+    return name;
 }
 
 // Ends the program after a failed write; errno says why.
 __attribute__((noreturn)) static void fail_temp(const char *path) {
     const char *why = strerror(errno);
-    char name[PATH_MAX];
-    temp_name(name, path);
-    remove(name);
+    remove(temp_name(path));
     die("%s: cannot write: %s; check the folder, its permissions and the free space", path, why);
 }
 
 // Starts a file that commit_temp puts in place. A device or a folder is refused: the rename would replace it.
 static FILE *open_temp(const char *path) {
-    char name[PATH_MAX];
     struct stat info;
-    temp_name(name, path);
     if (stat(path, &info) == 0 && !S_ISREG(info.st_mode)) die("%s: is not a regular file; use another name", path);
-    FILE *file = fopen(name, "wb");
+    FILE *file = fopen(temp_name(path), "wb");
     if (!file) fail_temp(path);
     return file;
 }
 
-// Writes bytes and checks that they were taken; fprintf and the like may be used as well, commit_temp sees their
-// errors.
+// Writes bytes. What goes wrong here or in an fprintf to the file is found by commit_temp.
 static void write_temp(FILE *file, const char *path, const void *data, size_t bytes) {
     if (bytes && fwrite(data, 1, bytes, file) != bytes) fail_temp(path);
 }
 
-// Closes the file and gives it its name, durably.
+// Closes the file and gives it its name.
 static void commit_temp(FILE *file, const char *path) {
-    char name[PATH_MAX], folder[PATH_MAX];
-    temp_name(name, path);
-    if (ferror(file) || fflush(file) || fsync(fileno(file)) || fclose(file) || rename(name, path)) fail_temp(path);
-    snprintf(folder, sizeof folder, "%s", path);
-    char *slash = strrchr(folder, '/');
-    if (slash) slash[slash == folder] = 0;
-    int fd = open(slash ? folder : ".", O_RDONLY);
-    if (fd < 0) return;
-    fsync(fd); // makes the rename itself durable, where the file system can
-    close(fd);
+    if (ferror(file) || fflush(file) || fsync(fileno(file)) || fclose(file) || rename(temp_name(path), path))
+        fail_temp(path);
+}
+
+// The place of a word in a list like "eps|v|flow", which may be followed by a colon and more text; -1 if it is not there.
+static int choice_index(const char *choices, const char *word) {
+    size_t length = strlen(word);
+    for (int index = 0;; index++) {
+        if (strcspn(choices, "|:") == length && !strncmp(choices, word, length)) return index;
+        choices += strcspn(choices, "|:");
+        if (*choices++ != '|') return -1;
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -239,7 +236,7 @@ typedef struct {
 } Meta;
 
 typedef struct {
-    char *path;
+    char *path, *header; // header: a copy, into which names, keys and values point
     unsigned char *map;
     size_t size;
     Tensor *tensors; // sorted by name
@@ -275,9 +272,10 @@ static float f16_to_float(uint16_t h) {
 }
 
 // The part of JSON that the format uses: objects, lists, strings and whole numbers, read by position without recursion.
+// The text is writable and ends with a 0: strings are decoded where they stand.
 typedef struct {
     const char *path, *tensor; // named in errors; tensor is NULL outside of a tensor's entry
-    const unsigned char *start, *p, *end;
+    char *start, *p, *end;
 } Json;
 
 // Ends the program: what is wrong, in which tensor, and where.
@@ -289,8 +287,8 @@ __attribute__((noreturn)) static void json_fail(const Json *j, const char *why) 
 
 // Skips white space, then takes `c` if it comes next.
 static int json_accept(Json *j, char c) {
-    while (j->p < j->end && (*j->p == ' ' || *j->p == '\n' || *j->p == '\t' || *j->p == '\r')) j->p++;
-    if (j->p == j->end || *j->p != c) return 0;
+    j->p += strspn(j->p, " \n\t\r");
+    if (*j->p != c) return 0;
     j->p++;
     return 1;
 }
@@ -302,88 +300,89 @@ static void json_expect(Json *j, char c) {
     if (!json_accept(j, c)) json_fail(j, why);
 }
 
-// The four digits of \uXXXX.
-static uint32_t json_hex4(Json *j) {
-    uint32_t value = 0;
-    for (int i = 0; i < 4; i++, j->p++) {
-        if (j->p == j->end || !isxdigit(*j->p)) json_fail(j, "\\u needs four hexadecimal digits");
-        value = 16 * value + (uint32_t)(*j->p <= '9' ? *j->p - '0' : (*j->p | 32) - 'a' + 10);
-    }
-    return value;
+// Whether element n of a list or object follows, or `close`, which ends it. Takes the comma, or `close`.
+static int json_more(Json *j, int n, char close) {
+    if (n ? json_accept(j, ',') : !json_accept(j, close)) return 1;
+    if (n) json_expect(j, close);
+    return 0;
 }
 
-// Reads what follows a backslash; returns the end of what it appended to `out` as UTF-8.
-static char *json_escape(Json *j, char *out) {
+// The end of the text: nothing but white space may be left.
+static void json_end(Json *j, const char *why) {
+    j->p += strspn(j->p, " \n\t\r");
+    if (j->p != j->end) json_fail(j, why);
+}
+
+// The four digits of \uXXXX.
+static uint32_t json_hex4(Json *j) {
+    char digits[5] = {0};
+    if (strspn(j->p, "0123456789abcdefABCDEF") < 4) json_fail(j, "\\u needs four hexadecimal digits");
+    memcpy(digits, j->p, 4);
+    j->p += 4;
+    return (uint32_t)strtoul(digits, NULL, 16);
+}
+
+// What an escape stands for; p is behind its backslash.
+static uint32_t json_escape(Json *j) {
     static const char from[] = "\"\\/bfnrtu", to[] = "\"\\/\b\f\n\r\t";
-    const char *which = j->p < j->end && *j->p ? strchr(from, *j->p) : NULL;
+    const char *which = *j->p ? strchr(from, *j->p) : NULL;
     if (!which) json_fail(j, "unknown escape in a string");
     j->p++;
-    if (*which != 'u') {
-        *out++ = to[which - from];
-        return out;
-    }
+    if (*which != 'u') return (uint32_t)to[which - from];
     uint32_t code = json_hex4(j);
-    if (code >> 10 == 0xD800 >> 10 && j->end - j->p >= 2 && j->p[0] == '\\' && j->p[1] == 'u') {
+    if (code >> 10 == 0xD800 >> 10 && j->p[0] == '\\' && j->p[1] == 'u') {
         j->p += 2;
         uint32_t low = json_hex4(j);
         if (low >> 10 != 0xDC00 >> 10) json_fail(j, "broken surrogate pair in a string");
-        code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
+        return 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
     }
     if (code == 0 || code >> 11 == 0xD800 >> 11) json_fail(j, "\\u0000 or half a surrogate pair in a string");
-    int more = (code > 0x7f) + (code > 0x7ff) + (code > 0xffff); // continuation bytes
-    static const unsigned char lead[] = {0, 0xC0, 0xE0, 0xF0};
-    *out++ = (char)(lead[more] | code >> 6 * more);
-    while (more--) *out++ = (char)(0x80 | (code >> 6 * more & 0x3f));
-    return out;
+    return code;
 }
 
-// Bytes of the UTF-8 character at p; 0 if there is none (cut short, overlong, a surrogate, beyond U+10FFFF).
-static int utf8_length(const unsigned char *p, const unsigned char *end) {
-    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
-    int length = *p < 0x80 ? 1 : *p >> 5 == 6 ? 2 : *p >> 4 == 14 ? 3 : *p >> 3 == 30 ? 4 : 0;
-    if (length > end - p) return 0;
-    uint32_t code = length > 1 ? *p & (0x7fu >> length) : *p;
-    for (int i = 1; i < length; i++) {
-        if (p[i] >> 6 != 2) return 0;
-        code = code << 6 | (p[i] & 0x3f);
+// The next character of a string, which may be an escape or up to four bytes of UTF-8. Refused: a character cut short,
+// overlong, a surrogate, beyond U+10FFFF.
+static uint32_t json_character(Json *j) {
+    static const uint32_t least[] = {' ', 0x80, 0x800, 0x10000}; // that needs so many bytes after the first
+    uint32_t code = (uint8_t)*j->p++;
+    if (code == '\\') return json_escape(j);
+    int more = (code >= 0xC0) + (code >= 0xE0) + (code >= 0xF0), valid = code < 0x80 || (code >= 0xC0 && code < 0xF8);
+    if (more) code &= 0x3fu >> more;
+    for (int i = 0; i < more && valid; i++) {
+        valid = (*j->p & 0xC0) == 0x80;
+        code = code << 6 | (*j->p++ & 0x3f);
     }
-    return code >= least[length] && code <= 0x10FFFF && code >> 11 != 0xD800 >> 11 ? length : 0;
+    if (!valid || code < least[more] || code > 0x10FFFF || code >> 11 == 0xD800 >> 11)
+        json_fail(j, "a string is not valid UTF-8 text");
+    return code;
 }
 
-// Returns a new string. Decoding never makes it longer, so the distance to the closing quote is room enough.
+// Reads a string. Decoding never makes it longer, and its end takes the place of the closing quote or stands before it.
 static char *json_string(Json *j) {
+    static const unsigned char lead[] = {0, 0xC0, 0xE0, 0xF0};
     json_expect(j, '"');
-    const unsigned char *close = j->p;
-    while (close < j->end && *close != '"') close += *close == '\\' ? 2 : 1;
-    if (close >= j->end) json_fail(j, "a string does not end");
-    char *text = (char *)malloc((size_t)(close - j->p) + 1), *out = text;
-    if (!text) die("%s: no memory for its header; close other programs", j->path);
-    while (j->p < close) {
-        int length = utf8_length(j->p, close);
-        if (length == 0 || *j->p < 32) json_fail(j, "a string is not valid UTF-8 text");
-        if (*j->p == '\\') {
-            j->p++;
-            out = json_escape(j, out);
-        } else {
-            while (length--) *out++ = (char)*j->p++;
-        }
+    char *text = j->p, *out = text;
+    while (*j->p != '"') {
+        if (j->p + (*j->p == '\\') >= j->end) json_fail(j, "a string does not end");
+        uint32_t code = json_character(j);
+        int more = (code > 0x7f) + (code > 0x7ff) + (code > 0xffff);
+        *out++ = (char)(lead[more] | code >> 6 * more);
+        while (more--) *out++ = (char)(0x80 | (code >> 6 * more & 0x3f));
     }
-    *out = 0;
     j->p++;
+    *out = 0;
     return text;
 }
 
-// A whole number from 0 to about 2^63.
+// A whole number from 0 to 2^63 - 1.
 static int64_t json_integer(Json *j) {
     if (json_accept(j, '-')) json_fail(j, "a number is negative");
-    if (j->p == j->end || !isdigit(*j->p)) json_fail(j, "expected a number");
-    if (*j->p == '0' && j->p + 1 < j->end && isdigit(j->p[1])) json_fail(j, "a number starts with 0");
-    int64_t value = 0;
-    for (; j->p < j->end && isdigit(*j->p); j->p++) {
-        if (value > (INT64_MAX - 9) / 10) json_fail(j, "a number is too large");
-        value = 10 * value + (*j->p - '0');
-    }
-    if (j->p < j->end && (*j->p == '.' || (*j->p | 32) == 'e')) json_fail(j, "a number is not whole");
+    if (!isdigit((unsigned char)*j->p)) json_fail(j, "expected a number");
+    if (*j->p == '0' && isdigit((unsigned char)j->p[1])) json_fail(j, "a number starts with 0");
+    errno = 0;
+    int64_t value = strtoll(j->p, &j->p, 10);
+    if (errno) json_fail(j, "a number is too large");
+    if (*j->p == '.' || *j->p == 'e' || *j->p == 'E') json_fail(j, "a number is not whole");
     return value;
 }
 
@@ -391,12 +390,10 @@ static int64_t json_integer(Json *j) {
 static int json_integers(Json *j, int64_t *values, int room) {
     int n = 0;
     json_expect(j, '[');
-    if (json_accept(j, ']')) return 0;
-    do {
+    for (; json_more(j, n, ']'); n++) {
         if (n == room) json_fail(j, "a list is too long");
-        values[n++] = json_integer(j);
-    } while (json_accept(j, ','));
-    json_expect(j, ']');
+        values[n] = json_integer(j);
+    }
     return n;
 }
 
@@ -406,19 +403,16 @@ static void json_tensor(Json *j, Tensor *t, const unsigned char *data, size_t ro
     int seen = 0;
     json_expect(j, '{');
     do {
-        char *key = json_string(j), *dtype;
-        int field = !strcmp(key, "dtype") ? 1 : !strcmp(key, "shape") ? 2 : !strcmp(key, "data_offsets") ? 4 : 0;
-        if (field == 0 || (seen & field)) json_fail(j, "a key is unknown or stands there twice");
-        seen |= field;
-        free(key);
+        int field = choice_index("dtype|shape|data_offsets", json_string(j));
+        if (field < 0 || seen >> field & 1) json_fail(j, "a key is unknown or stands there twice");
+        seen |= 1 << field;
         json_expect(j, ':');
-        if (field == 1) {
-            dtype = json_string(j);
-            while (t->dtype < N_DTYPES && strcmp(dtype, dtype_names[t->dtype])) t->dtype++;
+        if (field == 0) {
+            const char *dtype = json_string(j);
+            for (t->dtype = 0; t->dtype < N_DTYPES && strcmp(dtype, dtype_names[t->dtype]);) t->dtype++;
             if (t->dtype == N_DTYPES)
                 die("%s: tensor %.200s: unknown dtype %.40s; convert it", j->path, t->name, dtype);
-            free(dtype);
-        } else if (field == 2) {
+        } else if (field == 1) {
             t->ndim = json_integers(j, t->shape, MAX_DIMS);
         } else if (json_integers(j, offsets, 2) != 2) {
             json_fail(j, "data_offsets must be two numbers");
@@ -432,11 +426,11 @@ static void json_tensor(Json *j, Tensor *t, const unsigned char *data, size_t ro
         t->count *= t->shape[i];
     }
     t->bytes = (size_t)t->count * dtype_sizes[t->dtype];
+    t->data = data + offsets[0];
     if (offsets[0] > offsets[1]) json_fail(j, "its data ends before it begins");
     if ((size_t)offsets[1] > room) json_fail(j, "its data lies beyond the end of the file");
     if (t->bytes != (size_t)(offsets[1] - offsets[0]))
         json_fail(j, "its shape and dtype do not fit its number of bytes");
-    t->data = data + offsets[0];
 }
 
 // Orders both lists: a Tensor and a Meta begin with their name.
@@ -460,27 +454,13 @@ static const char *st_meta(const SafeTensors *f, const char *key) {
     return m ? m->value : NULL;
 }
 
-// The strings of __metadata__.
-static void json_metadata(Json *j, SafeTensors *f) {
-    json_expect(j, '{');
-    if (json_accept(j, '}')) return;
-    do {
-        f->meta = (Meta *)grow(f->meta, (size_t)f->n_meta, sizeof *f->meta);
-        Meta *m = &f->meta[f->n_meta++];
-        m->key = json_string(j);
-        json_expect(j, ':');
-        m->value = json_string(j);
-    } while (json_accept(j, ','));
-    json_expect(j, '}');
-}
-
 // Sorts tensors or metadata by name for bsearch, which also brings a name that stands there twice to light.
 static void sort_by_name(const SafeTensors *f, void *list, int n, size_t size) {
     qsort(list, (size_t)n, size, by_name);
-    for (const char *entry = (const char *)list; n > 1; n--, entry += size) {
-        if (by_name(entry, entry + size)) continue;
-        die("%s: the name %.200s stands there twice; the file is " ST_DAMAGED, f->path, *(const char *const *)entry);
-    }
+    for (const char *entry = (const char *)list; n > 1; n--, entry += size)
+        if (!by_name(entry, entry + size))
+            die("%s: the name %.200s stands there twice; the file is " ST_DAMAGED, f->path,
+                *(const char *const *)entry);
 }
 
 // The tensors must cover the bytes from `data` to the end of the file, each byte once.
@@ -488,8 +468,7 @@ static void check_cover(const SafeTensors *f, const unsigned char *data) {
     qsort(f->tensors, (size_t)f->n_tensors, sizeof *f->tensors, by_place);
     for (int i = 0; i < f->n_tensors; i++) {
         const Tensor *t = &f->tensors[i];
-        const char *why =
-            (const unsigned char *)t->data < data ? "shares bytes with another tensor" : "a gap lies before it";
+        const char *why = t->data < (const void *)data ? "shares bytes with another tensor" : "a gap lies before it";
         if (t->data != data) die("%s: tensor %.200s: %s; the file is " ST_DAMAGED, f->path, t->name, why);
         data += t->bytes;
     }
@@ -500,7 +479,7 @@ static void check_cover(const SafeTensors *f, const unsigned char *data) {
 static void st_open(SafeTensors *f, const char *path) {
     memset(f, 0, sizeof *f);
     struct stat info;
-    int fd = open(path, O_RDONLY);
+    int fd = open(path, O_RDONLY), metadata = 0;
     if (fd < 0 || fstat(fd, &info)) die("%s: cannot open: %s; check the path", path, strerror(errno));
     if (!S_ISREG(info.st_mode)) die("%s: is not a file; give the path of a .safetensors file", path);
     f->size = (size_t)info.st_size;
@@ -512,38 +491,38 @@ static void st_open(SafeTensors *f, const char *path) {
     f->tensors = (Tensor *)grow(NULL, 0, sizeof *f->tensors);
     f->meta = (Meta *)grow(NULL, 0, sizeof *f->meta);
 
-    uint64_t header = 0;
-    for (int i = 7; i >= 0; i--) header = header << 8 | f->map[i];
-    if (header > MAX_HEADER || header > f->size - 8) {
+    uint64_t length;
+    memcpy(&length, f->map, 8);
+    if (length > MAX_HEADER || length > f->size - 8)
         die("%s: no header can be %.0f bytes long; this is no safetensors file, or it is " ST_DAMAGED, path,
-            (double)header);
-    }
-    const unsigned char *start = f->map + 8, *data = start + header;
-    Json j = {path, NULL, start, start, data};
-    if (header == 0 || *start != '{') json_fail(&j, "no header");
+            (double)length);
+    f->header = (char *)xcalloc(length + 1, 1, "a header");
+    memcpy(f->header, f->map + 8, length);
+    const unsigned char *data = f->map + 8 + length;
+    Json j = {path, NULL, f->header, f->header, f->header + length};
+    if (*f->header != '{') json_fail(&j, "no header");
     json_expect(&j, '{');
-    int seen_metadata = 0;
-    if (!json_accept(&j, '}')) {
-        do {
-            char *name = json_string(&j);
+    for (int n = 0; json_more(&j, n, '}'); n++) {
+        char *name = json_string(&j);
+        json_expect(&j, ':');
+        if (strcmp(name, "__metadata__")) {
+            f->tensors = (Tensor *)grow(f->tensors, (size_t)f->n_tensors, sizeof *f->tensors);
+            Tensor *t = &f->tensors[f->n_tensors++];
+            t->name = j.tensor = name;
+            json_tensor(&j, t, data, f->size - 8 - length);
+            j.tensor = NULL;
+            continue;
+        }
+        if (metadata++) json_fail(&j, "__metadata__ is there twice");
+        json_expect(&j, '{');
+        for (; json_more(&j, f->n_meta, '}'); f->n_meta++) {
+            f->meta = (Meta *)grow(f->meta, (size_t)f->n_meta, sizeof *f->meta);
+            f->meta[f->n_meta].key = json_string(&j);
             json_expect(&j, ':');
-            if (strcmp(name, "__metadata__") == 0) {
-                if (seen_metadata++) json_fail(&j, "__metadata__ is there twice");
-                json_metadata(&j, f);
-                free(name);
-            } else {
-                f->tensors = (Tensor *)grow(f->tensors, (size_t)f->n_tensors, sizeof *f->tensors);
-                Tensor *t = &f->tensors[f->n_tensors++];
-                memset(t, 0, sizeof *t);
-                t->name = j.tensor = name;
-                json_tensor(&j, t, data, f->size - 8 - header);
-                j.tensor = NULL;
-            }
-        } while (json_accept(&j, ','));
-        json_expect(&j, '}');
+            f->meta[f->n_meta].value = json_string(&j);
+        }
     }
-    json_accept(&j, ' '); // the padding
-    if (j.p != data) json_fail(&j, "text follows the header");
+    json_end(&j, "text follows the header");
     check_cover(f, data);
     sort_by_name(f, f->tensors, f->n_tensors, sizeof *f->tensors);
     sort_by_name(f, f->meta, f->n_meta, sizeof *f->meta);
@@ -551,11 +530,7 @@ static void st_open(SafeTensors *f, const char *path) {
 
 // Releases everything; tensors and strings of the file must not be used any more.
 static void st_close(SafeTensors *f) {
-    for (int i = 0; i < f->n_tensors; i++) free((char *)f->tensors[i].name);
-    for (int i = 0; i < f->n_meta; i++) {
-        free((char *)f->meta[i].key);
-        free((char *)f->meta[i].value);
-    }
+    xfree(f->header);
     free(f->tensors);
     free(f->meta);
     free(f->path);
@@ -566,9 +541,8 @@ static void st_close(SafeTensors *f) {
 // out[0..count-1] = the tensor as floats.
 static void st_to_float(const SafeTensors *f, const Tensor *t, float *out) {
     const unsigned char *data = (const unsigned char *)t->data;
-    if (t->dtype != F32 && t->dtype != F16 && t->dtype != BF16) {
+    if (t->dtype != F32 && t->dtype != F16 && t->dtype != BF16)
         die("%s: tensor %.200s: is %s; convert it to F32, F16 or BF16", f->path, t->name, dtype_names[t->dtype]);
-    }
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < t->count; i++) {
         uint16_t half;
@@ -628,16 +602,12 @@ static void st_save(const char *path, const Tensor *tensors, int n, const Meta *
     fputc('}', text);
     while (ftell(text) % 8) fputc(' ', text);
     if (fclose(text)) fail_temp(path);
-
-    unsigned char prefix[8];
-    for (int i = 0; i < 8; i++) prefix[i] = (unsigned char)((uint64_t)length >> 8 * i);
-    write_temp(file, path, prefix, 8);
+    uint64_t prefix = length;
+    write_temp(file, path, &prefix, 8);
     write_temp(file, path, header, length);
-    for (size_t size = 8; size; size /= 2) {
-        for (int i = 0; i < n; i++) {
+    for (size_t size = 8; size; size /= 2)
+        for (int i = 0; i < n; i++)
             if (dtype_sizes[tensors[i].dtype] == size) write_temp(file, path, tensors[i].data, tensors[i].bytes);
-        }
-    }
     commit_temp(file, path);
     free(header);
 }
@@ -647,35 +617,16 @@ static const char **parse_class_names(const char *json, int *count) {
     const char **names = NULL;
     *count = 0;
     if (!json) return NULL;
-    const unsigned char *start = (const unsigned char *)json;
-    Json j = {"class_names", NULL, start, start, start + strlen(json)};
+    char *text = strdup(json);
+    Json j = {"class_names", NULL, text, text, text + strlen(text)};
     json_expect(&j, '[');
-    if (!json_accept(&j, ']')) {
-        do {
-            names = (const char **)grow(names, (size_t)*count, sizeof *names);
-            names[(*count)++] = json_string(&j);
-        } while (json_accept(&j, ','));
-        json_expect(&j, ']');
+    for (; json_more(&j, *count, ']'); ++*count) {
+        names = (const char **)grow(names, (size_t)*count, sizeof *names);
+        names[*count] = strdup(json_string(&j));
     }
-    json_accept(&j, ' ');
-    if (j.p != j.end) json_fail(&j, "text follows the list");
+    json_end(&j, "text follows the list");
+    free(text);
     return names;
-}
-
-// The reverse: a new string.
-static char *format_class_names(const char *const *names, int count) {
-    char *json = NULL;
-    size_t length;
-    FILE *out = open_memstream(&json, &length);
-    if (!out) die("no memory for the class names; close other programs");
-    fputc('[', out);
-    for (int i = 0; i < count; i++) {
-        if (i) fputs(", ", out);
-        json_write_string(out, names[i]);
-    }
-    fputc(']', out);
-    fclose(out);
-    return json;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -830,18 +781,6 @@ static const Option option_table[] = {
     {"gemm", BENCH, OPT_FLAG, AT(bench_gemm), "1", 0, 1, NULL, "0: leave out the matmul shapes"},
 };
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
-
-// The words of an OPT_CHOICE: index of `word`, or -1.
-static int choice_index(const char *choices, const char *word) {
-    int index = 0;
-    for (const char *p = choices; p; index++) {
-        const char *bar = strchr(p, '|');
-        size_t length = bar ? (size_t)(bar - p) : strlen(p);
-        if (strlen(word) == length && !strncmp(p, word, length)) return index;
-        p = bar ? bar + 1 : NULL;
-    }
-    return -1;
-}
 
 // Sets one option from text; `where` names the source in error messages ("option --" or a file).
 static void option_set(Options *o, const Option *opt, const char *text, const char *where) {
@@ -1129,123 +1068,63 @@ static uint8_t to_byte(float x) {
     return (uint8_t)(v > 0 ? v < 255 ? v : 255 : 0);
 }
 
-// Bits of a deflate stream (RFC 1951), the lowest first.
-typedef struct {
-    uint8_t *out;
-    size_t bytes;
-    uint64_t bits;
-    int n_bits;
-} BitWriter;
-
-// Appends the lowest n (up to 32) bits.
-static void put_bits(BitWriter *w, uint32_t bits, int n) {
-    w->bits |= (uint64_t)bits << w->n_bits;
-    for (w->n_bits += n; w->n_bits >= 8; w->n_bits -= 8, w->bits >>= 8) w->out[w->bytes++] = (uint8_t)w->bits;
+// Four bytes, the highest first.
+static void put32(uint8_t *out, uint32_t x) {
+    for (int i = 0; i < 4; i++) out[i] = (uint8_t)(x >> (24 - 8 * i));
 }
 
-// A Huffman code goes out highest bit first.
-static void put_code(BitWriter *w, uint32_t code, int n) {
-    while (n--) put_bits(w, code >> n & 1, 1);
-}
-
-// A literal byte or the symbol of a length, in deflate's fixed code.
-static void put_symbol(BitWriter *w, uint32_t symbol) {
-    if (symbol < 144) put_code(w, 0x30 + symbol, 8);
-    if (symbol >= 144 && symbol < 256) put_code(w, 0x190 + symbol - 144, 9);
-    if (symbol >= 256 && symbol < 280) put_code(w, symbol - 256, 7);
-    if (symbol >= 280) put_code(w, 0xC0 + symbol - 280, 8);
-}
-
-// The position of the highest set bit of x > 0.
-static int log2_floor(uint32_t x) {
-    int n = 0;
-    while (x >>= 1) n++;
-    return n;
-}
-
-// Copy `length` (4..257) bytes from `distance` (3..32768) back. Either is a symbol for a range and extra bits within.
-static void put_match(BitWriter *w, uint32_t length, uint32_t distance) {
-    uint32_t l = length - 3, d = distance - 1;
-    int nl = l < 8 ? 0 : log2_floor(l) - 2, nd = log2_floor(d) - 1;
-    put_symbol(w, 257 + 4 * (uint32_t)nl + (l >> nl));
-    put_bits(w, l & ((1u << nl) - 1), nl);
-    put_code(w, 2 * (uint32_t)nd + (d >> nd), 5);
-    put_bits(w, d & ((1u << nd) - 1), nd);
-}
-
-// Compresses to zlib format (RFC 1950). A picture repeats the pixel before (distance 3) or the row above (`row`), above
-// all one that was enlarged. Looking only there needs no search and makes samples enlarged 4 times 10 times smaller.
-static size_t deflate_rows(uint8_t *out, const uint8_t *raw, size_t size, size_t row) {
-    BitWriter w = {out, 0, 0, 0};
-    uint32_t a = 1, b = 0; // Adler-32
-    put_bits(&w, 0x0178, 16);
-    put_bits(&w, 3, 3); // the last block, fixed Huffman code
-    for (size_t i = 0; i < size;) {
-        size_t best = 0, distance = 0, candidates[2] = {3, row};
-        for (int c = 0; c < 2; c++) {
-            size_t n = 0, back = candidates[c];
-            while (back <= i && back <= 32768 && n < 257 && i + n < size && raw[i + n] == raw[i + n - back]) n++;
-            if (n > best) {
-                best = n;
-                distance = back;
-            }
-        }
-        if (best < 4) {
-            best = 1;
-            put_symbol(&w, raw[i]);
-        } else {
-            put_match(&w, (uint32_t)best, (uint32_t)distance);
-        }
-        for (size_t end = i + best; i < end; i++) {
-            a = (a + raw[i]) % 65521;
-            b = (b + a) % 65521;
-        }
-    }
-    put_symbol(&w, 256);
-    put_bits(&w, 0, 7); // up to a whole byte
-    for (int shift = 24; shift >= 0; shift -= 8) out[w.bytes++] = (uint8_t)((b << 16 | a) >> shift);
-    return w.bytes;
-}
-
-// A chunk: length, type, data, CRC-32 of type and data.
-static void png_chunk(FILE *file, const char *path, const char *type, const uint8_t *data, size_t size) {
-    uint8_t head[8], tail[4];
+// Writes length, type, data, CRC-32 of type and data; `chunk` is the type and then `size` bytes of data.
+static void png_chunk(FILE *file, const char *path, const uint8_t *chunk, size_t size) {
+    uint8_t length[4], check[4];
     uint32_t crc = ~0u;
-    for (int i = 0; i < 4; i++) head[i] = (uint8_t)(size >> (24 - 8 * i)), head[4 + i] = (uint8_t)type[i];
-    for (size_t i = 0; i < 4 + size; i++) {
-        crc ^= i < 4 ? head[4 + i] : data[i - 4];
+    for (size_t i = 0; i < size + 4; i++) {
+        crc ^= chunk[i];
         for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
     }
-    for (int i = 0; i < 4; i++) tail[i] = (uint8_t)(~crc >> (24 - 8 * i));
-    write_temp(file, path, head, 8);
-    write_temp(file, path, data, size);
-    write_temp(file, path, tail, 4);
+    put32(length, (uint32_t)size);
+    put32(check, ~crc);
+    write_temp(file, path, length, 4);
+    write_temp(file, path, chunk, size + 4);
+    write_temp(file, path, check, 4);
 }
 
-// rgb (h,w,3). Every row gets the filter byte 0 (none) in front.
+// rgb (h,w,3). Nothing is compressed, which would take more lines than it is worth: the zlib stream (RFC 1950) of the
+// pixels is made of blocks of up to 65535 bytes that deflate (RFC 1951) stores as they are.
 static void png_write(const char *path, const uint8_t *rgb, int w, int h) {
+    const size_t BLOCK = 65535;
+    uint8_t head[] = "IHDR........\10\2\0\0\0"; // width, height, 8 bits, RGB
     size_t row = 3 * (size_t)w + 1, size = row * (size_t)h;
-    uint8_t *raw = (uint8_t *)xcalloc(size, 1, "a picture");
-    uint8_t *packed = (uint8_t *)xcalloc(size + size / 8 + 64, 1, "a picture"); // a byte takes at most 9 bits
-    for (size_t y = 0; y < (size_t)h; y++) memcpy(raw + y * row + 1, rgb + y * (row - 1), row - 1);
-    size_t packed_size = deflate_rows(packed, raw, size, row);
-    uint8_t head[13] = {0, 0, 0, 0, 0, 0, 0, 0, 8, 2, 0, 0, 0}; // width, height, 8 bits, RGB
-    for (int i = 0; i < 4; i++) head[i] = (uint8_t)(w >> (24 - 8 * i)), head[4 + i] = (uint8_t)(h >> (24 - 8 * i));
+    uint8_t *data = (uint8_t *)xcalloc(size + (size / BLOCK + 1) * 5 + 10, 1, "a picture"), *out = data;
+    uint32_t a = 1, b = 0; // Adler-32
+    memcpy(out, "IDAT\x78\x01", 6);
+    out += 6;
+    for (size_t i = 0; i < size; i++) {
+        if (i % BLOCK == 0) { // a block begins: whether it is the last, its length, the same with all bits flipped
+            size_t n = size - i < BLOCK ? size - i : BLOCK;
+            const size_t begin[5] = {n == size - i, n, n >> 8, ~n, ~n >> 8};
+            for (int k = 0; k < 5; k++) *out++ = (uint8_t)begin[k];
+        }
+        *out = i % row ? *rgb++ : 0; // a row begins with its filter: none
+        a = (a + *out++) % 65521;
+        b = (b + a) % 65521;
+    }
+    put32(out, b << 16 | a);
+    put32(head + 4, (uint32_t)w);
+    put32(head + 8, (uint32_t)h);
     FILE *file = open_temp(path);
     write_temp(file, path, "\x89PNG\r\n\x1a\n", 8);
-    png_chunk(file, path, "IHDR", head, sizeof head);
-    png_chunk(file, path, "IDAT", packed, packed_size);
-    png_chunk(file, path, "IEND", NULL, 0);
+    png_chunk(file, path, head, 13);
+    png_chunk(file, path, data, (size_t)(out - data));
+    png_chunk(file, path, (const uint8_t *)"IEND", 0);
     commit_temp(file, path);
-    xfree(raw);
-    xfree(packed);
+    xfree(data);
 }
 
 // Prints rgb (h,w,3) to a terminal: a character is an upper half block, two pixels high.
 static void show_picture(const uint8_t *rgb, int w, int h) {
     for (int y = 0; y < h; y += 2) {
         for (int x = 0; x < w; x++) {
-            const uint8_t *top = rgb + 3 * ((size_t)y * (size_t)w + (size_t)x), *low = top + 3 * (size_t)w;
+            const uint8_t *top = rgb + 3 * ((size_t)y * w + x), *low = top + 3 * w;
             printf("\x1b[38;2;%d;%d;%dm", top[0], top[1], top[2]);
             if (y + 1 < h) printf("\x1b[48;2;%d;%d;%dm", low[0], low[1], low[2]);
             fputs("\xe2\x96\x80", stdout);
@@ -1261,16 +1140,16 @@ static uint8_t *picture_grid(const float *images, int n, int C, int h, int w, in
     if (columns > n) columns = n;
     *out_w = columns * (w * zoom + gap) + gap;
     *out_h = (n + columns - 1) / columns * (h * zoom + gap) + gap;
-    size_t size = 3 * (size_t)*out_w * (size_t)*out_h;
+    size_t size = 3 * (size_t)*out_w * *out_h;
     uint8_t *rgb = (uint8_t *)xcalloc(size, 1, "a picture");
     memset(rgb, 230, size);
     for (int i = 0; i < n; i++) {
         for (int y = 0; y < h * zoom; y++) {
             int Y = gap + i / columns * (h * zoom + gap) + y, X = gap + i % columns * (w * zoom + gap);
-            uint8_t *out = rgb + 3 * ((size_t)Y * (size_t)*out_w + (size_t)X);
+            uint8_t *out = rgb + 3 * ((size_t)Y * *out_w + X);
             for (int x = 0; x < w * zoom * 3; x++) {
-                size_t plane = (size_t)i * (size_t)C + (size_t)(C < 3 ? 0 : x % 3);
-                out[x] = to_byte(images[(plane * (size_t)h + (size_t)(y / zoom)) * (size_t)w + (size_t)(x / 3 / zoom)]);
+                size_t plane = (size_t)i * C + (C < 3 ? 0 : x % 3);
+                out[x] = to_byte(images[(plane * h + y / zoom) * w + x / 3 / zoom]);
             }
         }
     }
@@ -1281,8 +1160,9 @@ static uint8_t *picture_grid(const float *images, int n, int C, int h, int w, in
 // Place, size, angle and both colours vary, little enough for a small model to learn them in minutes. The kinds can be
 // told apart at 8x8 pixels, and remain what they are when flipped left to right.
 enum Shapes { CIRCLE, RING, SQUARE, TRIANGLE, STAR, HEART, CROSS, CRESCENT, ARROW, DIAMOND, N_SHAPES };
-static const char *const shape_names[N_SHAPES] = {"circle", "ring",  "square",   "triangle", "star",
-                                                  "heart",  "cross", "crescent", "arrow",    "diamond"};
+static const char shape_names[] =
+    "[\"circle\", \"ring\", \"square\", \"triangle\", \"star\", "
+    "\"heart\", \"cross\", \"crescent\", \"arrow\", \"diamond\"]";
 
 // Corners x, y of the shapes that are polygons, y pointing down, all of about the same area.
 static const int shape_corners[N_SHAPES] = {0, 0, 4, 3, 10, 0, 12, 0, 7, 4};
@@ -1359,9 +1239,9 @@ typedef struct {
     const Tensor *x, *y; // y NULL: unlabelled
     int64_t count;       // samples; 0: endless
     int channels, size, classes;
-    const char **class_names; // `classes` of them, or NULL
-    const char *latent_scale; // metadata of latents, passed on to the weights; or NULL
-    int32_t *order;           // permutation of the current epoch
+    const char **class_names;              // `classes` of them, or NULL
+    const char *class_json, *latent_scale; // metadata that is passed on to the weights, or NULL
+    int32_t *order;                        // permutation of the current epoch
     int64_t order_epoch;
     uint64_t seed;
 } Dataset;
@@ -1373,8 +1253,8 @@ static void dataset_open(Dataset *d, const char *path, int shapes_size, uint64_t
     if (!strcmp(path, "shapes")) {
         d->channels = 3;
         d->size = shapes_size;
-        d->classes = N_SHAPES;
-        d->class_names = (const char **)shape_names;
+        d->class_json = shape_names;
+        d->class_names = parse_class_names(d->class_json, &d->classes);
         return;
     }
     st_open(&d->file, path);
@@ -1393,7 +1273,8 @@ static void dataset_open(Dataset *d, const char *path, int shapes_size, uint64_t
     d->count = shape[0];
     d->size = (int)shape[2];
     d->channels = (int)shape[bytes ? 3 : 1];
-    d->class_names = parse_class_names(st_meta(&d->file, "class_names"), &d->classes);
+    d->class_json = d->y ? st_meta(&d->file, "class_names") : NULL;
+    d->class_names = parse_class_names(d->class_json, &d->classes);
     d->latent_scale = st_meta(&d->file, "latent_scale");
     if (d->y) {
         if (d->y->dtype != I64 || d->y->ndim != 1 || d->y->shape[0] != d->count)
@@ -1408,9 +1289,6 @@ static void dataset_open(Dataset *d, const char *path, int shapes_size, uint64_t
             if (label > largest) largest = label;
         }
         if (!d->class_names) d->classes = (int)largest + 1;
-    } else {
-        d->classes = 0;
-        d->class_names = NULL;
     }
     d->order = (int32_t *)xcalloc((size_t)d->count, sizeof *d->order, "the order of the samples");
 }
@@ -1793,8 +1671,6 @@ static int max_threads(void) { return 1; }
 static int thread_index(void) { return 0; }
 #endif
 
-static real sqrt_real(real x) { return sizeof x == 4 ? (real)sqrtf((float)x) : (real)sqrt((double)x); }
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Matrix multiplication: C = A.B (+ bias) or C += A.B, for matrices of any strides, so that one function does the
 // products of forward (x.W^T), backward (dy.W and dy^T.x) and attention. The scheme is that of Goto and of BLIS (Van
@@ -2007,6 +1883,8 @@ static inline real exp_real(real x) {
 // Layers: each forward above its backward. B pictures, T tokens, D width, H heads, hd head size. Matrices are
 // row-major. Outputs come first. A backward adds (+=) to weight and modulation gradients, and says whether it adds to
 // its input's.
+
+static real sqrt_real(real x) { return sizeof x == 4 ? (real)sqrtf((float)x) : (real)sqrt((double)x); }
 
 // out (M,N) = in (M,K)·w^T + b; w (N,K), b (N)
 static void linear_forward(real *out, const real *in, const real *w, const real *b, int M, int K, int N) {
@@ -3057,9 +2935,9 @@ static void save_grid(const char *path, const float *x, int n, const Config *c, 
 // Metadata of a file of weights: the model's options, then class names and the scale of latents where there are any.
 static int weights_meta(Meta *meta, const Options *o, const Dataset *d, int use) {
     int count = options_to_meta(meta, o, use);
-    if (d->class_names) {
+    if (d->class_json) {
         meta[count].key = strdup("class_names");
-        meta[count++].value = format_class_names(d->class_names, d->classes);
+        meta[count++].value = strdup(d->class_json);
     }
     if (d->latent_scale) {
         meta[count].key = strdup("latent_scale");
