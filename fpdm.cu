@@ -683,7 +683,8 @@ typedef struct {
 } Options;
 
 enum { OPT_INT, OPT_SEED, OPT_REAL, OPT_TEXT, OPT_FLAG, OPT_RANGE, OPT_CHOICE };
-enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8 }; // where an option is used; WEIGHTS: metadata of weight files
+// Where an option is used. WEIGHTS: metadata of weight files; ONCE: not part of a training state.
+enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, ONCE = 16, MODEL = TRAIN | BENCH | WEIGHTS };
 
 typedef struct {
     const char *name;
@@ -691,272 +692,219 @@ typedef struct {
     size_t offset;       // of the value inside Options
     const char *initial; // default, as text
     double lo, hi;       // smallest and largest value accepted
-    const char *choices; // OPT_CHOICE: the words, separated by '|'
-    const char *help;
+    const char *help;    // of an OPT_CHOICE: the words, separated by '|', then a colon and the rest
 } Option;
 
 #define AT(field) offsetof(Options, field)
+
 static const Option option_table[] = {
-    {"data", TRAIN, OPT_TEXT, AT(data), "shapes", 0, 0, NULL,
-     "dataset file (safetensors), or 'shapes': drawn by the program"},
-    {"image_size", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.image_size), "24", 1, 4096, NULL,
-     "height and width of the pictures of 'shapes'"},
-    {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0, NULL,
+    {"data", TRAIN, OPT_TEXT, AT(data), "shapes", 0, 0, "dataset (safetensors), or 'shapes': drawn by the program"},
+    {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
+    {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0,
      "S/2 to XL/8: sets width, heads, depth, patch, and the paper's n, m, lr, ema, no warmup or clipping"},
-    {"width", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.width), "128", 8, 16384, NULL,
-     "D, channels of a token; a multiple of 8"},
-    {"heads", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.heads), "4", 1, 1024, NULL,
-     "attention heads; width / heads is the head size"},
-    {"depth", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.depth), "8", 1, 64, NULL,
-     "DiT: blocks; fixed point: default iterations + pre + post"},
-    {"patch", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.patch), "4", 1, 64, NULL, "side of a patch in pixels"},
-    {"fixed_point", TRAIN | BENCH | WEIGHTS, OPT_FLAG, AT(model.fixed_point), "1", 0, 1, NULL,
-     "1: middle layers are one block, iterated; 0: plain DiT"},
-    {"pre_depth", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.pre_depth), "1", 0, 32, NULL,
-     "blocks before the fixed point"},
-    {"post_depth", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.post_depth), "1", 0, 32, NULL, "blocks after it"},
-    {"timestep_in_pre_post", TRAIN | BENCH | WEIGHTS, OPT_FLAG, AT(model.timestep_in_pre_post), "0", 0, 1, NULL,
+    {"width", MODEL, OPT_INT, AT(model.width), "128", 8, 16384, "D, channels of a token; a multiple of 8"},
+    {"heads", MODEL, OPT_INT, AT(model.heads), "4", 1, 1024, "attention heads; width / heads is the head size"},
+    {"depth", MODEL, OPT_INT, AT(model.depth), "8", 1, 64, "DiT: blocks; fixed point: default iterations + pre + post"},
+    {"patch", MODEL, OPT_INT, AT(model.patch), "4", 1, 64, "side of a patch in pixels"},
+    {"fixed_point", MODEL, OPT_FLAG, AT(model.fixed_point), "1", 0, 1, "1: one block is iterated; 0: plain DiT"},
+    {"pre_depth", MODEL, OPT_INT, AT(model.pre_depth), "1", 0, 32, "blocks before the fixed point"},
+    {"post_depth", MODEL, OPT_INT, AT(model.post_depth), "1", 0, 32, "blocks after it"},
+    {"timestep_in_pre_post", MODEL, OPT_FLAG, AT(model.timestep_in_pre_post), "0", 0, 1,
      "1: pre, post and final layers see the timestep too"},
-    {"channels", BENCH | WEIGHTS, OPT_INT, AT(model.channels), "3", 1, 1024, NULL, "channels of a picture"},
-    {"classes", BENCH | WEIGHTS, OPT_INT, AT(model.classes), "10", 0, 1000000, NULL, "number of labels"},
-    {"mlp_ratio", WEIGHTS, OPT_INT, AT(model.mlp_ratio), "4", 4, 4, NULL, ""},
-    {"diffusion_steps", WEIGHTS, OPT_INT, AT(model.diffusion_steps), "1000", 1000, 1000, NULL, ""},
-    {"prediction", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.prediction), "flow", 0, 0, "eps|v|flow",
-     "what the model predicts"},
-    {"learn_sigma", TRAIN | BENCH | WEIGHTS, OPT_FLAG, AT(model.learn_sigma), "0", 0, 1, NULL,
-     "1: predict the variance too (eps and v)"},
-    {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1, NULL,
+    {"channels", BENCH | WEIGHTS, OPT_INT, AT(model.channels), "3", 1, 1024, "channels of a picture"},
+    {"classes", BENCH | WEIGHTS, OPT_INT, AT(model.classes), "10", 0, 1e6, "number of labels"},
+    {"mlp_ratio", WEIGHTS, OPT_INT, AT(model.mlp_ratio), "4", 4, 4, ""},
+    {"diffusion_steps", WEIGHTS, OPT_INT, AT(model.diffusion_steps), "1000", 1000, 1000, ""},
+    {"prediction", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.prediction), "flow", 0, 0, "eps|v|flow: what is predicted"},
+    {"learn_sigma", MODEL, OPT_FLAG, AT(model.learn_sigma), "0", 0, 1, "1: predict the variance too (eps and v)"},
+    {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1,
      "1: the last timestep is pure noise (needs v)"},
-    {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0, "1|p2", "weight of the v loss"},
-    {"no_grad_iters", TRAIN, OPT_RANGE, AT(no_grad_iters), "0,3", 0, 1000, NULL,
-     "n: iterations without gradient, drawn from this range"},
-    {"grad_iters", TRAIN, OPT_RANGE, AT(grad_iters), "1,4", 1, 1000, NULL, "m: iterations with gradient"},
-    {"batch", TRAIN | BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, NULL, "pictures per step"},
-    {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, NULL,
-     "pictures at a time: gradients accumulate over them; 0: all"},
-    {"steps", TRAIN, OPT_INT, AT(steps), "3000", 1, 2000000000, NULL, "training steps"},
-    {"lr", TRAIN, OPT_REAL, AT(lr), "2e-3", 0, 10, NULL, "learning rate of AdamW"},
-    {"warmup", TRAIN, OPT_INT, AT(warmup), "100", 0, 2000000000, NULL, "steps of linear warm-up"},
-    {"weight_decay", TRAIN, OPT_REAL, AT(weight_decay), "0", 0, 10, NULL, "decay of AdamW"},
-    {"grad_clip", TRAIN, OPT_REAL, AT(grad_clip), "1", 0, 1e9, NULL, "largest norm of the gradient; 0: any"},
-    {"ema", TRAIN, OPT_REAL, AT(ema), "0.995", 0, 1, NULL, "decay of the moving average of the weights"},
-    {"ema_warmup", TRAIN, OPT_FLAG, AT(ema_warmup), "1", 0, 1, NULL, "1: decay = min(ema, (1+step)/(10+step))"},
-    {"label_drop", TRAIN, OPT_REAL, AT(label_drop), "0.1", 0, 1, NULL, "probability that a label becomes 'no label'"},
-    {"hflip", TRAIN, OPT_FLAG, AT(hflip), "0", 0, 1, NULL, "1: mirror half of the pictures"},
-    {"recompute", TRAIN | BENCH, OPT_FLAG, AT(recompute), "0", 0, 1, NULL,
-     "1: keep only each layer's input; less memory, more time"},
-    {"dtype", TRAIN | SAMPLE | BENCH, OPT_CHOICE, AT(dtype), "auto", 0, 0, "auto|fp32|bf16",
-     "arithmetic; auto: fp32 on a CPU, bf16 on a GPU"},
-    {"resume", TRAIN, OPT_TEXT, AT(resume), "", 0, 0, NULL, "folder of a run to go on with"},
-    {"save_every", TRAIN, OPT_INT, AT(save_every), "1000", 1, 2000000000, NULL,
-     "steps between saves of weights and state"},
-    {"sample_every", TRAIN, OPT_INT, AT(sample_every), "1000", 0, 2000000000, NULL,
-     "steps between sample grids; 0: only at the end"},
-    {"log_every", TRAIN, OPT_INT, AT(log_every), "50", 1, 2000000000, NULL, "steps between progress lines"},
-    {"weights_dtype", TRAIN, OPT_CHOICE, AT(weights_dtype), "f32", 0, 0, "f32|bf16",
-     "type of the tensors in weights.safetensors"},
-    {"weights", SAMPLE, OPT_TEXT, AT(weights), "weights/shapes.safetensors", 0, 0, NULL, "weight file"},
-    {"n", SAMPLE, OPT_INT, AT(n), "40", 1, 1000000, NULL, "number of pictures"},
-    {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0, NULL,
-     "numbers or class names, 3,7,heart; default: each class in turn"},
-    {"sampler", TRAIN | SAMPLE, OPT_CHOICE, AT(sampler), "auto", 0, 0, "auto|ddpm|ddim|flow",
-     "auto: flow for flow models, ddim otherwise"},
-    {"steps", SAMPLE, OPT_INT, AT(sample_steps), "20", 2, 1000, NULL, "timesteps S"},
-    {"sample_steps", TRAIN, OPT_INT, AT(sample_steps), "20", 2, 1000, NULL, "timesteps of the sample grids"},
-    {"eta", SAMPLE, OPT_REAL, AT(eta), "0", 0, 1, NULL, "noise of ddim: 0 none, 1 as much as ddpm"},
-    {"iters", SAMPLE, OPT_TEXT, AT(iters), "", 0, 0, NULL,
-     "iterations per timestep: one number, or a list in sampling order"},
-    {"budget", SAMPLE, OPT_INT, AT(budget), "0", 0, 100000000, NULL,
-     "Transformer-block passes per picture in all; instead of iters"},
-    {"alloc", SAMPLE, OPT_CHOICE, AT(alloc), "const", 0, 0, "const|inc|dec",
-     "share of iterations; inc: more at large t"},
-    {"reuse", TRAIN | SAMPLE, OPT_FLAG, AT(reuse), "1", 0, 1, NULL,
-     "1: start from the solution of the timestep before"},
-    {"tol", SAMPLE, OPT_REAL, AT(tol), "0", 0, 1, NULL, "stop a timestep once the mean residual is below this"},
-    {"cfg", TRAIN | SAMPLE, OPT_REAL, AT(cfg), "3", -100, 100, NULL, "scale of classifier-free guidance; 1: none"},
-    {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024, NULL, "prediction channels that are guided"},
-    {"batch", SAMPLE, OPT_INT, AT(batch), "40", 1, 1 << 20, NULL, "pictures at a time"},
-    {"latents", SAMPLE, OPT_TEXT, AT(latents), "", 0, 0, NULL, "also write the result as a safetensors file"},
-    {"trace", SAMPLE, OPT_TEXT, AT(trace), "", 0, 0, NULL, "write the residual of every iteration as CSV"},
-    {"show", TRAIN | SAMPLE, OPT_FLAG, AT(show), "0", 0, 1, NULL, "1: draw the pictures in the terminal"},
-    {"seed", TRAIN | SAMPLE | BENCH, OPT_SEED, AT(seed), "1", 0, 0, NULL, "every random draw follows from it"},
-    {"out", TRAIN, OPT_TEXT, AT(out), "out", 0, 0, NULL, "folder for weights, state, log and pictures"},
-    {"out", SAMPLE, OPT_TEXT, AT(out), "samples.png", 0, 0, NULL, "PNG file"},
-    {"n", BENCH, OPT_INT, AT(bench_n), "5", 0, 1000, NULL, "iterations without gradient"},
-    {"m", BENCH, OPT_INT, AT(bench_m), "6", 1, 1000, NULL, "iterations with gradient"},
-    {"rounds", BENCH, OPT_INT, AT(rounds), "5", 1, 10000, NULL, "timed runs; the median counts"},
-    {"gemm", BENCH, OPT_FLAG, AT(bench_gemm), "1", 0, 1, NULL, "0: leave out the matmul shapes"},
+    {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0, "1|p2: weight of the v loss"},
+    {"no_grad_iters", TRAIN, OPT_RANGE, AT(no_grad_iters), "0,3", 0, 1000, "range of n: iterations without gradient"},
+    {"grad_iters", TRAIN, OPT_RANGE, AT(grad_iters), "1,4", 1, 1000, "range of m: iterations with gradient"},
+    {"batch", TRAIN | BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, "pictures per step"},
+    {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, "pictures at a time; gradients add up; 0: all"},
+    {"steps", TRAIN, OPT_INT, AT(steps), "3000", 1, 2e9, "training steps"},
+    {"lr", TRAIN, OPT_REAL, AT(lr), "2e-3", 0, 10, "learning rate of AdamW"},
+    {"warmup", TRAIN, OPT_INT, AT(warmup), "100", 0, 2e9, "steps of linear warm-up"},
+    {"weight_decay", TRAIN, OPT_REAL, AT(weight_decay), "0", 0, 10, "decay of AdamW"},
+    {"grad_clip", TRAIN, OPT_REAL, AT(grad_clip), "1", 0, 1e9, "largest norm of the gradient; 0: any"},
+    {"ema", TRAIN, OPT_REAL, AT(ema), "0.995", 0, 1, "decay of the moving average of the weights"},
+    {"ema_warmup", TRAIN, OPT_FLAG, AT(ema_warmup), "1", 0, 1, "1: decay = min(ema, (1+step)/(10+step))"},
+    {"label_drop", TRAIN, OPT_REAL, AT(label_drop), "0.1", 0, 1, "probability that a label becomes 'no label'"},
+    {"hflip", TRAIN, OPT_FLAG, AT(hflip), "0", 0, 1, "1: mirror half of the pictures"},
+    {"recompute", TRAIN | BENCH, OPT_FLAG, AT(recompute), "0", 0, 1, "1: keep only layer inputs: less memory, slower"},
+    {"dtype", TRAIN | SAMPLE | BENCH, OPT_CHOICE, AT(dtype), "auto", 0, 0,
+     "auto|fp32|bf16: arithmetic; auto: fp32 on a CPU, bf16 on a GPU"},
+    {"resume", TRAIN | ONCE, OPT_TEXT, AT(resume), "", 0, 0, "folder of a run to go on with"},
+    {"save_every", TRAIN, OPT_INT, AT(save_every), "1000", 1, 2e9, "steps between saves of weights and state"},
+    {"sample_every", TRAIN, OPT_INT, AT(sample_every), "1000", 0, 2e9, "steps between sample grids; 0: at the end"},
+    {"log_every", TRAIN, OPT_INT, AT(log_every), "50", 1, 2e9, "steps between progress lines"},
+    {"weights_dtype", TRAIN, OPT_CHOICE, AT(weights_dtype), "f32", 0, 0, "f32|bf16: tensors in weights.safetensors"},
+    {"weights", SAMPLE, OPT_TEXT, AT(weights), "weights/shapes.safetensors", 0, 0, "weight file"},
+    {"n", SAMPLE, OPT_INT, AT(n), "40", 1, 1e6, "number of pictures"},
+    {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0, "numbers or class names, 3,7,heart; default: each in turn"},
+    {"sampler", TRAIN | SAMPLE, OPT_CHOICE, AT(sampler), "auto", 0, 0,
+     "auto|ddpm|ddim|flow: auto: flow for flow models, ddim otherwise"},
+    {"steps", SAMPLE, OPT_INT, AT(sample_steps), "20", 2, 1000, "timesteps S"},
+    {"sample_steps", TRAIN, OPT_INT, AT(sample_steps), "20", 2, 1000, "timesteps of the sample grids"},
+    {"eta", SAMPLE, OPT_REAL, AT(eta), "0", 0, 1, "noise of ddim: 0 none, 1 as much as ddpm"},
+    {"iters", SAMPLE, OPT_TEXT, AT(iters), "", 0, 0, "iterations per timestep: one, or a list in sampling order"},
+    {"budget", SAMPLE, OPT_INT, AT(budget), "0", 0, 1e8, "Transformer-block passes per picture; instead of iters"},
+    {"alloc", SAMPLE, OPT_CHOICE, AT(alloc), "const", 0, 0, "const|inc|dec: share of iterations; inc: more at large t"},
+    {"reuse", TRAIN | SAMPLE, OPT_FLAG, AT(reuse), "1", 0, 1, "1: start from the solution of the timestep before"},
+    {"tol", SAMPLE, OPT_REAL, AT(tol), "0", 0, 1, "stop a timestep once the mean residual is below this"},
+    {"cfg", TRAIN | SAMPLE, OPT_REAL, AT(cfg), "3", -100, 100, "scale of classifier-free guidance; 1: none"},
+    {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024, "prediction channels that are guided"},
+    {"batch", SAMPLE, OPT_INT, AT(batch), "40", 1, 1 << 20, "pictures at a time"},
+    {"latents", SAMPLE, OPT_TEXT, AT(latents), "", 0, 0, "also write the result as a safetensors file"},
+    {"trace", SAMPLE, OPT_TEXT, AT(trace), "", 0, 0, "write the residual of every iteration as CSV"},
+    {"show", TRAIN | SAMPLE, OPT_FLAG, AT(show), "0", 0, 1, "1: draw the pictures in the terminal"},
+    {"seed", TRAIN | SAMPLE | BENCH, OPT_SEED, AT(seed), "1", 0, 0, "every random draw follows from it"},
+    {"out", TRAIN, OPT_TEXT, AT(out), "out", 0, 0, "folder for weights, state, log and pictures"},
+    {"out", SAMPLE, OPT_TEXT, AT(out), "samples.png", 0, 0, "PNG file"},
+    {"n", BENCH, OPT_INT, AT(bench_n), "5", 0, 1000, "iterations without gradient"},
+    {"m", BENCH, OPT_INT, AT(bench_m), "6", 1, 1000, "iterations with gradient"},
+    {"rounds", BENCH, OPT_INT, AT(rounds), "5", 1, 10000, "timed runs; the median counts"},
+    {"gemm", BENCH, OPT_FLAG, AT(bench_gemm), "1", 0, 1, "0: leave out the matmul shapes"},
 };
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 
 // Sets one option from text; `where` names the source in error messages ("option --" or a file).
 static void option_set(Options *o, const Option *opt, const char *text, const char *where) {
-    char *field = (char *)o + opt->offset, *end = NULL;
-    errno = 0;
+    char *field = (char *)o + opt->offset, *end;
     if (opt->type == OPT_TEXT) {
         *(const char **)field = text;
-    } else if (opt->type == OPT_CHOICE) {
-        int index = choice_index(opt->choices, text);
-        if (index < 0) die("%s%s: '%s' is not one of %s", where, opt->name, text, opt->choices);
-        *(int *)field = index;
+    } else if (opt->type == OPT_CHOICE || opt->type == OPT_FLAG) {
+        const char *choices = opt->type == OPT_FLAG ? "0|1|false|true|False|True" : opt->help;
+        int index = choice_index(choices, text);
+        if (index < 0)
+            die("%s%s: '%s' is not one of %.*s", where, opt->name, text, (int)strcspn(choices, ":"), choices);
+        *(int *)field = opt->type == OPT_FLAG ? index % 2 : index;
     } else if (opt->type == OPT_SEED) {
-        uint64_t value = strtoull(text, &end, 10);
-        if (end == text || *end || errno || *text == '-')
+        errno = 0;
+        *(uint64_t *)field = strtoull(text, &end, 10);
+        if (!isdigit((unsigned char)*text) || *end || errno)
             die("%s%s: '%s' is not a whole number from 0", where, opt->name, text);
-        *(uint64_t *)field = value;
-    } else if (opt->type == OPT_RANGE) {
-        long lo = strtol(text, &end, 10), hi = lo;
-        const char *second = end + 1;
-        if (end != text && *end == ',') hi = strtol(second, &end, 10);
-        if (end == text || end == second || *end || errno || lo > hi || lo < opt->lo || hi > opt->hi)
-            die("%s%s: '%s' is not a range like %s (from %g to %g)", where, opt->name, text, opt->initial, opt->lo,
-                opt->hi);
-        ((int *)field)[0] = (int)lo;
-        ((int *)field)[1] = (int)hi;
-    } else if (opt->type == OPT_FLAG && choice_index("false|true|False|True|0|1", text) >= 0) {
-        *(int *)field = choice_index("false|true|False|True|0|1", text) % 2;
     } else {
-        double value = strtod(text, &end);
-        if (end == text || *end || !(value >= opt->lo && value <= opt->hi) ||
-            (opt->type != OPT_REAL && value != floor(value)))
-            die("%s%s: '%s' is not a %s from %g to %g", where, opt->name, text,
-                opt->type == OPT_REAL ? "number" : "whole number", opt->lo, opt->hi);
+        double a = strtod(text, &end), b = a;
+        const char *second = end + 1, *kind = opt->type == OPT_REAL ? "number" : "whole number";
+        if (opt->type == OPT_RANGE) kind = "range like 1,4,";
+        if (opt->type == OPT_RANGE && *end == ',') b = strtod(second, &end);
+        if (end == text || end == second || *end || !(opt->lo <= a && a <= b && b <= opt->hi) ||
+            (opt->type != OPT_REAL && (a != floor(a) || b != floor(b))))
+            die("%s%s: '%s' is not a %s from %g to %g", where, opt->name, text, kind, opt->lo, opt->hi);
+        if (opt->type == OPT_RANGE) ((int *)field)[1] = (int)b;
         if (opt->type == OPT_REAL)
-            *(double *)field = value;
+            *(double *)field = a;
         else
-            *(int *)field = (int)value;
+            *(int *)field = (int)a;
     }
 }
 
 // The value of an option as text, such that option_set gives the same value back.
 static void option_text(char *text, size_t size, const Options *o, const Option *opt) {
-    const char *field = (const char *)o + opt->offset;
-    if (opt->type == OPT_TEXT)
-        snprintf(text, size, "%s", *(const char *const *)field);
-    else if (opt->type == OPT_SEED)
-        snprintf(text, size, "%llu", (unsigned long long)*(const uint64_t *)field);
-    else if (opt->type == OPT_REAL)
-        snprintf(text, size, "%.17g", *(const double *)field);
-    else if (opt->type == OPT_RANGE)
-        snprintf(text, size, "%d,%d", ((const int *)field)[0], ((const int *)field)[1]);
-    else if (opt->type == OPT_CHOICE) {
-        const char *p = opt->choices;
-        for (int i = *(const int *)field; i > 0; i--) p = strchr(p, '|') + 1;
-        snprintf(text, size, "%.*s", (int)strcspn(p, "|"), p);
-    } else
-        snprintf(text, size, "%d", *(const int *)field);
+    const char *field = (const char *)o + opt->offset, *word = opt->help;
+    const int *number = (const int *)field;
+    if (opt->type == OPT_TEXT) snprintf(text, size, "%s", *(const char *const *)field);
+    if (opt->type == OPT_SEED) snprintf(text, size, "%llu", (unsigned long long)*(const uint64_t *)field);
+    if (opt->type == OPT_REAL) snprintf(text, size, "%.17g", *(const double *)field);
+    if (opt->type == OPT_RANGE) snprintf(text, size, "%d,%d", number[0], number[1]);
+    if (opt->type == OPT_INT || opt->type == OPT_FLAG) snprintf(text, size, "%d", *number);
+    if (opt->type != OPT_CHOICE) return;
+    for (int i = 0; i < *number; i++) word = strchr(word, '|') + 1;
+    snprintf(text, size, "%.*s", (int)strcspn(word, "|:"), word);
 }
 
+// Every field gets a value; where options of two programs share one, that of a program in `use`.
 static void options_default(Options *o, int use) {
     memset(o, 0, sizeof *o);
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *opt = &option_table[i];
-        if (opt->use & (use | WEIGHTS))
-            option_set(o, opt, opt->initial, "default of ");
-        else if (opt->type == OPT_TEXT && !*(const char **)((char *)o + opt->offset))
-            option_set(o, opt, "", "");
+    for (int pass = 0; pass < 2; pass++)
+        for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++)
+            if (pass == 0 || opt->use & use) option_set(o, opt, opt->initial, "default of ");
+}
+
+// Levenshtein distance, to name the option that was probably meant. b has less than 64 characters.
+static int edit_distance(const char *a, const char *b) {
+    int row[64], length = (int)strlen(b);
+    for (int j = 0; j <= length; j++) row[j] = j;
+    for (; *a; a++) {
+        int diagonal = row[0]++;
+        for (int j = 1; j <= length; j++) {
+            int change = diagonal + (*a != b[j - 1]), insert = 1 + (row[j] < row[j - 1] ? row[j] : row[j - 1]);
+            diagonal = row[j];
+            row[j] = change < insert ? change : insert;
+        }
     }
+    return row[length];
+}
+
+// The option of a program that has this name.
+static const Option *option_find(const char *name, int use) {
+    const Option *nearest = NULL;
+    int distance = INT_MAX;
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
+        int d = opt->use & use ? edit_distance(name, opt->name) : INT_MAX;
+        if (d < distance) distance = d, nearest = opt;
+    }
+    if (distance) die("unknown option --%s; did you mean --%s? (--help lists them)", name, nearest->name);
+    return nearest;
 }
 
 static void print_help(const char *program, int use, const char *about) {
     printf("%s\n\nUsage: %s [--name value | --name=value] ...\n\n", about, program);
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *opt = &option_table[i];
-        if (!(opt->use & use)) continue;
-        printf("  --%-21s %s%s%s%s [%s]\n", opt->name, opt->help, opt->choices ? " (" : "",
-               opt->choices ? opt->choices : "", opt->choices ? ")" : "", *opt->initial ? opt->initial : "none");
-    }
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++)
+        if (opt->use & use) printf("  --%-21s %s [%s]\n", opt->name, opt->help, *opt->initial ? opt->initial : "none");
 }
 
-// Levenshtein distance, to name the option that was probably meant.
-static int edit_distance(const char *a, const char *b) {
-    int row[64], la = (int)strlen(a), lb = (int)strlen(b);
-    if (la > 63 || lb > 63) return 1000;
-    for (int j = 0; j <= lb; j++) row[j] = j;
-    for (int i = 1; i <= la; i++) {
-        int diagonal = row[0];
-        row[0] = i;
-        for (int j = 1; j <= lb; j++) {
-            int change = diagonal + (a[i - 1] != b[j - 1]);
-            diagonal = row[j];
-            int best = row[j] < row[j - 1] ? row[j] + 1 : row[j - 1] + 1;
-            row[j] = change < best ? change : best;
-        }
-    }
-    return row[lb];
-}
-
-// Applies the command line to `o`; given[i] becomes 1 for each option of option_table that it names.
-static void options_parse(Options *o, int use, int argc, char **argv, const char *about, char given[N_OPTIONS]) {
-    memset(given, 0, N_OPTIONS);
-    for (int a = 1; a < argc; a++) {
-        if (!strcmp(argv[a], "--help") || !strcmp(argv[a], "-h")) {
-            print_help(argv[0], use, about);
-            exit(0);
-        }
-        if (strncmp(argv[a], "--", 2))
-            die("'%s' is not an option: options are --name value; --help lists them", argv[a]);
-        char name[64];
-        const char *value = strchr(argv[a], '=');
-        size_t length = value ? (size_t)(value - argv[a] - 2) : strlen(argv[a] + 2);
-        snprintf(name, sizeof name, "%.*s", (int)(length < 63 ? length : 63), argv[a] + 2);
-        int found = -1, nearest = -1, distance = 1000;
-        for (int i = 0; i < N_OPTIONS; i++) {
-            if (!(option_table[i].use & use)) continue;
-            int d = edit_distance(name, option_table[i].name);
-            if (d < distance) distance = d, nearest = i;
-            if (!d) found = i;
-        }
-        if (found < 0)
-            die("unknown option --%s; did you mean --%s? (--help lists them)", name, option_table[nearest].name);
-        const Option *opt = &option_table[found];
-        if (value)
-            value++;
-        else if (a + 1 < argc && strncmp(argv[a + 1], "--", 2))
-            value = argv[++a];
-        else if (opt->type == OPT_FLAG)
-            value = "1";
-        else
-            die("option --%s needs a value", name);
-        option_set(o, opt, value, "option --");
-        given[found] = 1;
-    }
-}
-
-static const Option *option_find(const char *name, int use) {
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (option_table[i].use & use && !strcmp(option_table[i].name, name)) return &option_table[i];
-    return NULL;
-}
-
-static int option_given(const char *name, int use, const char given[N_OPTIONS]) {
-    return given[option_find(name, use) - option_table];
-}
-
-// --model XL/2 sets width, heads, depth and patch, and for training the paper's settings; what the command line gives
-// itself stays.
-static void options_model(Options *o, int use, const char given[N_OPTIONS]) {
+// --model XL/2 stands for width, heads, depth, patch, and the paper's settings of training.
+static void options_model(Options *o) {
     static const struct {
-        const char *name;
         int depth, width, heads;
-    } sizes[] = {{"S", 12, 384, 6}, {"B", 12, 768, 12}, {"L", 24, 1024, 16}, {"XL", 28, 1152, 16}};
-    static const char *const paper[][2] = {{"no_grad_iters", "0,10"}, {"grad_iters", "1,12"}, {"lr", "1e-4"},
-                                           {"warmup", "0"},           {"grad_clip", "0"},     {"ema", "0.9999"},
-                                           {"ema_warmup", "0"}};
-    if (!*o->model_name) return;
+    } sizes[] = {{12, 384, 6}, {12, 768, 12}, {24, 1024, 16}, {28, 1152, 16}};
+    char name[8];
     const char *slash = strchr(o->model_name, '/');
-    int patch = slash ? atoi(slash + 1) : 0, found = -1;
-    for (int i = 0; patch > 0 && i < 4; i++)
-        if (!strncmp(o->model_name, sizes[i].name, (size_t)(slash - o->model_name)) &&
-            !sizes[i].name[slash - o->model_name])
-            found = i;
-    if (found < 0) die("option --model: '%s' is not S, B, L or XL with a patch size, such as S/2", o->model_name);
-    if (!option_given("width", use, given)) o->model.width = sizes[found].width;
-    if (!option_given("heads", use, given)) o->model.heads = sizes[found].heads;
-    if (!option_given("depth", use, given)) o->model.depth = sizes[found].depth;
-    if (!option_given("patch", use, given)) o->model.patch = patch;
-    for (int i = 0; use == TRAIN && i < 7; i++)
-        if (!option_given(paper[i][0], use, given)) option_set(o, option_find(paper[i][0], use), paper[i][1], "");
+    snprintf(name, sizeof name, "%.*s", slash ? (int)(slash - o->model_name) : 0, o->model_name);
+    int size = choice_index("S|B|L|XL", name), patch = slash ? atoi(slash + 1) : 0;
+    if (size < 0 || patch < 1)
+        die("option --model: '%s' is not S, B, L or XL with a patch size, such as S/2", o->model_name);
+    o->model.depth = sizes[size].depth;
+    o->model.width = sizes[size].width;
+    o->model.heads = sizes[size].heads;
+    o->model.patch = patch;
+    o->no_grad_iters[0] = 0, o->no_grad_iters[1] = 10;
+    o->grad_iters[0] = 1, o->grad_iters[1] = 12;
+    o->lr = 1e-4;
+    o->ema = 0.9999;
+    o->grad_clip = o->warmup = o->ema_warmup = 0;
+}
+
+// Applies the command line to `o`: twice, as what it says itself goes over what --model stands for.
+static void options_parse(Options *o, int use, int argc, char **argv, const char *about) {
+    for (int pass = 0; pass < 2; pass++) {
+        for (int a = 1; a < argc; a++) {
+            char name[64];
+            const char *value = strchr(argv[a], '=');
+            if (!strcmp(argv[a], "--help") || !strcmp(argv[a], "-h")) {
+                print_help(argv[0], use, about);
+                exit(0);
+            }
+            if (strncmp(argv[a], "--", 2))
+                die("'%s' is not an option: options are --name value; --help lists them", argv[a]);
+            snprintf(name, sizeof name, "%.*s", (int)strcspn(argv[a] + 2, "="), argv[a] + 2);
+            const Option *opt = option_find(name, use);
+            if (value)
+                value++;
+            else if (a + 1 < argc && strncmp(argv[a + 1], "--", 2))
+                value = argv[++a];
+            else if (opt->type == OPT_FLAG)
+                value = "1";
+            else
+                die("option --%s needs a value", name);
+            option_set(o, opt, value, "option --");
+        }
+        if (pass == 0 && *o->model_name) options_model(o);
+    }
 }
 
 // Dies with one line when the sizes do not fit together; `where` is what the user should change.
@@ -979,31 +927,29 @@ static int config_iterations(const Config *c) { // default iterations per timest
     return k < 1 ? 1 : k;
 }
 
-// Metadata: every option with one of the bits in `use`, as text, and then what the caller adds.
+// Metadata: every option with one of the bits in `use`, as text; returns how many. The values are to be freed.
 static int options_to_meta(Meta *meta, const Options *o, int use) {
     int count = 0;
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *opt = &option_table[i];
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
         char text[4096];
-        if (!(opt->use & use) || !strcmp(opt->name, "resume")) continue;
+        if (!(opt->use & use) || opt->use & ONCE) continue;
         option_text(text, sizeof text, o, opt);
-        meta[count].key = strdup(opt->name);
+        meta[count].key = opt->name;
         meta[count++].value = strdup(text);
     }
     return count;
 }
 
 static void options_from_meta(Options *o, const SafeTensors *f, int use) {
-    char where[1200];
+    char where[PATH_MAX + 16];
     snprintf(where, sizeof where, "%s: metadata ", f->path);
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *opt = &option_table[i];
-        if (!(opt->use & use) || !strcmp(opt->name, "resume")) continue;
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
+        if (!(opt->use & use) || opt->use & ONCE) continue;
         const char *text = st_meta(f, opt->name);
         if (!text) die("%s'%s' is missing: is this a file of weights of this project?", where, opt->name);
         option_set(o, opt, opt->type == OPT_TEXT ? strdup(text) : text, where);
     }
-    snprintf(where, sizeof where, "%s: metadata", f->path);
+    where[strlen(where) - 1] = 0; // the space
     config_check(&o->model, where);
 }
 
@@ -1046,23 +992,17 @@ static void schedule_make(Schedule *s, const Config *c, int steps) {
 }
 
 // Iterations of each timestep in sampling order (large t first), iters[0..S-1]; returns their sum. A real-valued share
-// of 1 + (total - S)·ratio/sum(ratio) is rounded through its running sum: each is then at least 1 and the sum is
-// `total`.
+// of 1 + (total - S)·ratio/S is rounded through its running sum: each is then at least 1 and the sum is `total`.
 static int allocate_iterations(int *iters, int S, int total, int alloc) {
-    double sum = 0, running = 0;
+    double running = 0;
     int spent = 0;
-    for (int pass = 0; pass < 2; pass++)
-        for (int s = 0; s < S; s++) {
-            double position = S > 1 ? (double)s / (S - 1) : 0.5; // 0 at the largest t
-            double ratio = alloc == ALLOC_INC ? 1.5 - position : alloc == ALLOC_DEC ? 0.5 + position : 1;
-            if (!pass) {
-                sum += ratio;
-                continue;
-            }
-            running += 1 + (total - S) * ratio / sum;
-            iters[s] = (int)floor(running + 1e-6) - spent;
-            spent += iters[s];
-        }
+    for (int s = 0; s < S; s++) {
+        double position = S > 1 ? (double)s / (S - 1) : 0.5; // 0 at the largest t
+        double ratio = alloc == ALLOC_INC ? 1.5 - position : alloc == ALLOC_DEC ? 0.5 + position : 1; // in all: S
+        running += 1 + (total - S) * ratio / S;
+        iters[s] = (int)floor(running + 1e-6) - spent;
+        spent += iters[s];
+    }
     return spent;
 }
 
@@ -1253,6 +1193,12 @@ typedef struct {
     uint64_t seed;
 } Dataset;
 
+static int64_t dataset_label(const Dataset *d, int64_t index) {
+    int64_t label;
+    memcpy(&label, (const char *)d->y->data + 8 * index, 8); // may be unaligned
+    return label;
+}
+
 static void dataset_open(Dataset *d, const char *path, int shapes_size, uint64_t seed) {
     memset(d, 0, sizeof *d);
     d->seed = seed;
@@ -1265,39 +1211,33 @@ static void dataset_open(Dataset *d, const char *path, int shapes_size, uint64_t
         return;
     }
     st_open(&d->file, path);
-    d->x = st_find(&d->file, "x");
-    d->y = st_find(&d->file, "y");
-    if (!d->x) die("%s: no tensor 'x': is this a dataset? tools/data.py makes them", path);
-    int bytes = d->x->dtype == U8;
-    if (d->x->ndim != 4 || (!bytes && d->x->dtype != F32 && d->x->dtype != F16 && d->x->dtype != BF16))
+    const Tensor *x = d->x = st_find(&d->file, "x"), *y = d->y = st_find(&d->file, "y");
+    if (!x) die("%s: no tensor 'x': is this a dataset? tools/data.py makes them", path);
+    int bytes = x->dtype == U8;
+    if (x->ndim != 4 || (!bytes && x->dtype != F32 && x->dtype != F16 && x->dtype != BF16))
         die("%s: tensor x: want U8 (N,H,W,C), or F32, F16 or BF16 (N,C,H,W)", path);
-    const int64_t *shape = d->x->shape;
-    if (shape[0] < 1 || shape[0] > INT32_MAX)
-        die("%s: tensor x: %lld samples; want 1 to 2^31-1", path, (long long)shape[0]);
-    if (shape[bytes ? 1 : 2] != shape[bytes ? 2 : 3]) die("%s: tensor x: pictures must be square", path);
-    if (shape[2] < 1 || shape[2] > 4096 || shape[bytes ? 3 : 1] < 1 || shape[bytes ? 3 : 1] > 1024)
+    int64_t n = x->shape[0], C = x->shape[bytes ? 3 : 1], H = x->shape[bytes ? 1 : 2], W = x->shape[bytes ? 2 : 3];
+    if (n < 1 || n > INT32_MAX) die("%s: tensor x: %lld samples; want 1 to 2^31-1", path, (long long)n);
+    if (H != W) die("%s: tensor x: pictures must be square", path);
+    if (H < 1 || H > 4096 || C < 1 || C > 1024)
         die("%s: tensor x: want sides from 1 to 4096 and 1 to 1024 channels", path);
-    d->count = shape[0];
-    d->size = (int)shape[2];
-    d->channels = (int)shape[bytes ? 3 : 1];
-    d->class_json = d->y ? st_meta(&d->file, "class_names") : NULL;
-    d->class_names = parse_class_names(d->class_json, &d->classes);
+    if (y && (y->dtype != I64 || y->ndim != 1 || y->shape[0] != n))
+        die("%s: tensor y: want I64 with one label for each of the %lld samples", path, (long long)n);
+    d->count = n;
+    d->size = (int)H;
+    d->channels = (int)C;
     d->latent_scale = st_meta(&d->file, "latent_scale");
-    if (d->y) {
-        if (d->y->dtype != I64 || d->y->ndim != 1 || d->y->shape[0] != d->count)
-            die("%s: tensor y: want I64 with one label for each of the %lld samples", path, (long long)d->count);
-        int64_t largest = 0;
-        for (int64_t i = 0; i < d->count; i++) {
-            int64_t label;
-            memcpy(&label, (const char *)d->y->data + 8 * i, 8);
-            if (label < 0 || label >= (d->class_names ? d->classes : 1000000))
-                die("%s: tensor y: label %lld of sample %lld is out of range 0..%d", path, (long long)label,
-                    (long long)i, d->class_names ? d->classes - 1 : 999999);
-            if (label > largest) largest = label;
-        }
-        if (!d->class_names) d->classes = (int)largest + 1;
+    d->class_json = y ? st_meta(&d->file, "class_names") : NULL;
+    d->class_names = parse_class_names(d->class_json, &d->classes);
+    int64_t limit = d->class_names ? d->classes : 1000000;
+    for (int64_t i = 0; y && i < n; i++) {
+        int64_t label = dataset_label(d, i);
+        if (label < 0 || label >= limit)
+            die("%s: tensor y: label %lld of sample %lld is out of range 0..%lld", path, (long long)label, (long long)i,
+                (long long)limit - 1);
+        if (label >= d->classes) d->classes = (int)label + 1;
     }
-    d->order = (int32_t *)xcalloc((size_t)d->count, sizeof *d->order, "the order of the samples");
+    d->order = (int32_t *)xcalloc((size_t)n, sizeof *d->order, "the order of the samples");
 }
 
 // Which sample is number g = step·batch + b of the run: position g mod N in epoch g / N, each epoch a Fisher-Yates
@@ -1326,25 +1266,19 @@ static void dataset_sample(const Dataset *d, float *x, int *label, int64_t index
         shapes_draw(x, label, d->size, d->seed, (uint32_t)index);
         return;
     }
-    const unsigned char *source = (const unsigned char *)d->x->data + (size_t)index * (d->x->bytes / (size_t)d->count);
-    if (d->x->dtype == U8) {
+    Tensor one = *d->x;
+    one.count = (int64_t)C * hw;
+    const unsigned char *source = (const unsigned char *)one.data + (size_t)index * one.count * dtype_sizes[one.dtype];
+    one.data = source;
+    if (one.dtype == U8) {
         for (int c = 0; c < C; c++)
             for (int i = 0; i < hw; i++) x[c * hw + i] = source[i * C + c] / 127.5f - 1;
     } else {
-        Tensor one = *d->x;
-        one.data = (void *)source;
-        one.count = (int64_t)C * hw;
         st_to_float(&d->file, &one, x);
-        for (int i = 0; i < C * hw; i++)
-            if (!isfinite(x[i]))
-                die("%s: tensor x: sample %lld holds %g; remove it", d->file.path, (long long)index, x[i]);
     }
-    *label = 0;
-    if (d->y) {
-        int64_t y;
-        memcpy(&y, (const char *)d->y->data + 8 * index, 8);
-        *label = (int)y;
-    }
+    for (int i = 0; i < C * hw; i++)
+        if (!isfinite(x[i])) die("%s: tensor x: sample %lld holds %g; remove it", d->file.path, (long long)index, x[i]);
+    *label = d->y ? (int)dataset_label(d, index) : 0;
 }
 
 // Samples first..first+count-1 of the batch of a step: x (count,C,H,W), labels y (count) with some dropped.
@@ -1364,12 +1298,11 @@ static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch,
         philox(drop, d->seed, (uint32_t)(first + b), (uint32_t)step, STREAM_DROP);
         philox(flip, d->seed, (uint32_t)(first + b), (uint32_t)step, STREAM_AUGMENT);
         if (rng_uniform(drop[0]) < label_drop) y[b] = d->classes;
-        if (!hflip || !(flip[0] & 1)) continue;
-        for (size_t row = 0; row < chw; row += (size_t)d->size)
+        for (float *row = picture; hflip && flip[0] & 1 && row < picture + chw; row += d->size)
             for (int i = 0, j = d->size - 1; i < j; i++, j--) {
-                float swap = picture[row + i];
-                picture[row + i] = picture[row + j];
-                picture[row + j] = swap;
+                float swap = row[i];
+                row[i] = row[j];
+                row[j] = swap;
             }
     }
     xfree(index);
@@ -1418,49 +1351,36 @@ typedef struct {
     int64_t size;
 } ParamWalk;
 
+// The next tensor; pass 1 for the dimensions beyond ndim.
 static real *param(ParamWalk *w, const char *name, int init, int ndim, int64_t n0, int64_t n1, int64_t n2, int64_t n3) {
-    int64_t shape[4] = {n0, n1, n2, n3}, offset = w->size, elements = 1;
-    for (int i = 0; i < ndim; i++) elements *= shape[i];
-    if (w->list) {
-        ParamTensor *t = &w->list[w->count];
-        snprintf(t->name, sizeof t->name, "%s", name);
-        t->init = init;
-        t->ndim = ndim;
-        memcpy(t->shape, shape, sizeof shape);
-        t->offset = offset;
-        t->count = elements;
-    }
+    ParamTensor t = {"", init, ndim, {n0, n1, n2, n3}, w->size, n0 * n1 * n2 * n3};
+    snprintf(t.name, sizeof t.name, "%s", name);
+    if (w->list) w->list[w->count] = t;
     w->count++;
-    w->size += elements;
-    return w->memory ? w->memory + offset : NULL;
+    w->size += t.count;
+    return w->memory ? w->memory + t.offset : NULL;
 }
 
-// weight (N,K) and bias (N) of NAME
-static void param_linear(ParamWalk *w, const char *name, int init, int64_t N, int64_t K, real **weight, real **bias) {
+// weight (N,K) and bias (N) of the layer GROUP + NAME
+static void param_linear(ParamWalk *w, const char *group, const char *name, int init, int64_t N, int64_t K,
+                         real **weight, real **bias) {
     char text[80];
-    snprintf(text, sizeof text, "%s.weight", name);
-    *weight = param(w, text, init, 2, N, K, 0, 0);
-    snprintf(text, sizeof text, "%s.bias", name);
-    *bias = param(w, text, INIT_ZERO, 1, N, 0, 0, 0);
+    snprintf(text, sizeof text, "%s%s.weight", group, name);
+    *weight = param(w, text, init, 2, N, K, 1, 1);
+    snprintf(text, sizeof text, "%s%s.bias", group, name);
+    *bias = param(w, text, INIT_ZERO, 1, N, 1, 1, 1);
 }
 
-static void param_block(ParamWalk *w, const char *group, int index, BlockParams *p) {
+// A block. `format` is its name, with a place for the index.
+static void param_block(ParamWalk *w, const char *format, int index, BlockParams *p) {
     int64_t D = w->config->width;
-    char prefix[48], name[80];
-    if (index < 0)
-        snprintf(prefix, sizeof prefix, "%s", group);
-    else
-        snprintf(prefix, sizeof prefix, "%s.%d", group, index);
-    snprintf(name, sizeof name, "%s.attn.qkv", prefix);
-    param_linear(w, name, INIT_XAVIER, 3 * D, D, &p->qkv_w, &p->qkv_b);
-    snprintf(name, sizeof name, "%s.attn.proj", prefix);
-    param_linear(w, name, INIT_XAVIER, D, D, &p->proj_w, &p->proj_b);
-    snprintf(name, sizeof name, "%s.mlp.fc1", prefix);
-    param_linear(w, name, INIT_XAVIER, 4 * D, D, &p->fc1_w, &p->fc1_b);
-    snprintf(name, sizeof name, "%s.mlp.fc2", prefix);
-    param_linear(w, name, INIT_XAVIER, D, 4 * D, &p->fc2_w, &p->fc2_b);
-    snprintf(name, sizeof name, "%s.adaLN_modulation.1", prefix);
-    param_linear(w, name, INIT_ZERO, 6 * D, D, &p->ada_w, &p->ada_b);
+    char block[40];
+    snprintf(block, sizeof block, format, index);
+    param_linear(w, block, ".attn.qkv", INIT_XAVIER, 3 * D, D, &p->qkv_w, &p->qkv_b);
+    param_linear(w, block, ".attn.proj", INIT_XAVIER, D, D, &p->proj_w, &p->proj_b);
+    param_linear(w, block, ".mlp.fc1", INIT_XAVIER, 4 * D, D, &p->fc1_w, &p->fc1_b);
+    param_linear(w, block, ".mlp.fc2", INIT_XAVIER, D, 4 * D, &p->fc2_w, &p->fc2_b);
+    param_linear(w, block, ".adaLN_modulation.1", INIT_ZERO, 6 * D, D, &p->ada_w, &p->ada_b);
 }
 
 // Points *p into `memory` and fills `list`; either may be NULL. Returns the walk, with the number of tensors that `list`
@@ -1469,22 +1389,23 @@ static ParamWalk params_point(Params *p, const Config *c, real *memory, ParamTen
     ParamWalk w = {c, memory, list, 0, 0};
     int64_t D = c->width, pixels = (int64_t)c->patch * c->patch;
     p->patch_w = param(&w, "x_embedder.proj.weight", INIT_XAVIER, 4, D, c->channels, c->patch, c->patch);
-    p->patch_b = param(&w, "x_embedder.proj.bias", INIT_ZERO, 1, D, 0, 0, 0);
-    param_linear(&w, "t_embedder.mlp.0", INIT_NORMAL, D, 256, &p->time0_w, &p->time0_b);
-    param_linear(&w, "t_embedder.mlp.2", INIT_NORMAL, D, D, &p->time2_w, &p->time2_b);
-    p->label_table = param(&w, "y_embedder.embedding_table.weight", INIT_NORMAL, 2, c->classes + 1, D, 0, 0);
+    p->patch_b = param(&w, "x_embedder.proj.bias", INIT_ZERO, 1, D, 1, 1, 1);
+    param_linear(&w, "t_embedder", ".mlp.0", INIT_NORMAL, D, 256, &p->time0_w, &p->time0_b);
+    param_linear(&w, "t_embedder", ".mlp.2", INIT_NORMAL, D, D, &p->time2_w, &p->time2_b);
+    p->label_table = param(&w, "y_embedder.embedding_table.weight", INIT_NORMAL, 2, c->classes + 1, D, 1, 1);
+    for (int i = 0; !c->fixed_point && i < c->depth; i++) param_block(&w, "blocks.%d", i, &p->block[i]);
     if (c->fixed_point) {
-        for (int i = 0; i < c->pre_depth; i++) param_block(&w, "blocks_pre", i, &p->block[i]);
-        param_linear(&w, "block_pre_projection", INIT_XAVIER, D, D, &p->inject_w, &p->inject_b);
-        param_linear(&w, "block_fixed_point_projection_fc1", INIT_XAVIER, 2 * D, 2 * D, &p->fp1_w, &p->fp1_b);
-        param_linear(&w, "block_fixed_point_projection_fc2", INIT_XAVIER, D, 2 * D, &p->fp2_w, &p->fp2_b);
-        param_block(&w, "block_fixed_point", -1, &p->block[c->pre_depth]);
-        for (int i = 0; i < c->post_depth; i++) param_block(&w, "blocks_post", i, &p->block[c->pre_depth + 1 + i]);
-    } else {
-        for (int i = 0; i < c->depth; i++) param_block(&w, "blocks", i, &p->block[i]);
+        const char *fp = "block_fixed_point";
+        for (int i = 0; i < c->pre_depth; i++) param_block(&w, "blocks_pre.%d", i, &p->block[i]);
+        param_linear(&w, "block_pre_projection", "", INIT_XAVIER, D, D, &p->inject_w, &p->inject_b);
+        param_linear(&w, fp, "_projection_fc1", INIT_XAVIER, 2 * D, 2 * D, &p->fp1_w, &p->fp1_b);
+        param_linear(&w, fp, "_projection_fc2", INIT_XAVIER, D, 2 * D, &p->fp2_w, &p->fp2_b);
+        param_block(&w, fp, 0, &p->block[c->pre_depth]);
+        for (int i = 0; i < c->post_depth; i++) param_block(&w, "blocks_post.%d", i, &p->block[c->pre_depth + 1 + i]);
     }
-    param_linear(&w, "final_layer.linear", INIT_ZERO, pixels * config_out_channels(c), D, &p->final_w, &p->final_b);
-    param_linear(&w, "final_layer.adaLN_modulation.1", INIT_ZERO, 2 * D, D, &p->final_ada_w, &p->final_ada_b);
+    int64_t outputs = pixels * config_out_channels(c);
+    param_linear(&w, "final_layer", ".linear", INIT_ZERO, outputs, D, &p->final_w, &p->final_b);
+    param_linear(&w, "final_layer", ".adaLN_modulation.1", INIT_ZERO, 2 * D, D, &p->final_ada_w, &p->final_ada_b);
     return w;
 }
 
@@ -1492,22 +1413,17 @@ static ParamWalk params_point(Params *p, const Config *c, real *memory, ParamTen
 static void params_init(float *memory, const ParamTensor *list, int count, uint64_t seed) {
     for (int k = 0; k < count; k++) {
         const ParamTensor *t = &list[k];
-        int64_t fan_out = t->shape[0], fan_in = t->count / fan_out;
-        double range = sqrt(6.0 / (double)(fan_in + fan_out));
-        float *normal = NULL;
-        if (t->init == INIT_NORMAL) {
-            normal = (float *)xcalloc((size_t)t->count, sizeof *normal, "initial weights");
-            rng_normal(normal, (size_t)t->count, 0, seed, (uint32_t)k, STREAM_INIT);
-        }
+        float *w = memory + t->offset;
+        double range = sqrt(6.0 / (double)(t->shape[0] + t->count / t->shape[0])); // fan-out and fan-in
+        uint32_t word[4];
+        memset(w, 0, (size_t)t->count * sizeof *w);
+        if (t->init == INIT_NORMAL) rng_normal(w, (size_t)t->count, 0, seed, (uint32_t)k, STREAM_INIT);
         for (int64_t e = 0; e < t->count; e++) {
-            uint32_t word[4];
-            if (t->init == INIT_XAVIER && e % 4 == 0) philox(word, seed, (uint32_t)(e / 4), (uint32_t)k, STREAM_INIT);
-            float value = 0;
-            if (t->init == INIT_XAVIER) value = (float)((2 * rng_uniform(word[e % 4]) - 1) * range);
-            if (t->init == INIT_NORMAL) value = (float)(0.02 * normal[e]);
-            memory[t->offset + e] = value;
+            w[e] = (float)(0.02 * w[e]);
+            if (t->init != INIT_XAVIER) continue;
+            if (e % 4 == 0) philox(word, seed, (uint32_t)(e / 4), (uint32_t)k, STREAM_INIT);
+            w[e] = (float)((2 * rng_uniform(word[e % 4]) - 1) * range);
         }
-        xfree(normal);
     }
 }
 
@@ -1522,9 +1438,8 @@ static int tensors_describe(Tensor *out, const ParamTensor *list, int count, con
         char name[100];
         snprintf(name, sizeof name, "%s%s", prefix, p->name);
         const void *data = half ? (const void *)(half + p->offset) : (const void *)(memory + p->offset);
-        int64_t shape[4] = {1, 1, 1, 1};
-        memcpy(shape, p->shape, sizeof *shape * (size_t)p->ndim);
-        out[i] = st_tensor(strdup(name), half ? BF16 : F32, data, p->ndim, shape[0], shape[1], shape[2], shape[3]);
+        out[i] = st_tensor(strdup(name), half ? BF16 : F32, data, p->ndim, p->shape[0], p->shape[1], p->shape[2],
+                           p->shape[3]);
     }
     return count;
 }
@@ -1540,8 +1455,7 @@ static void shape_text(char *text, size_t size, const int64_t *shape, int ndim) 
 // Reads the tensors PREFIX + name into memory; dies with the names of file and tensor when one is missing or does not
 // fit.
 static void tensors_read(const SafeTensors *f, const ParamTensor *list, int count, const char *prefix, float *memory) {
-    for (int i = 0; i < count; i++) {
-        const ParamTensor *p = &list[i];
+    for (const ParamTensor *p = list; p < list + count; p++) {
         char name[100], want[200], got[200];
         snprintf(name, sizeof name, "%s%s", prefix, p->name);
         const Tensor *t = st_find(f, name);
@@ -1550,12 +1464,11 @@ static void tensors_read(const SafeTensors *f, const ParamTensor *list, int coun
         shape_text(got, sizeof got, t->shape, t->ndim);
         if (strcmp(want, got))
             die("%s: tensor %s has the shape (%s), but the metadata asks for (%s)", f->path, name, got, want);
-        st_to_float(f, t, memory + p->offset);
-        for (int64_t e = 0; e < p->count; e++) {
-            float value = memory[p->offset + e];
-            if (!isfinite(value))
-                die("%s: tensor %s holds %g at element %lld", f->path, name, (double)value, (long long)e);
-        }
+        float *value = memory + p->offset;
+        st_to_float(f, t, value);
+        for (int64_t e = 0; e < p->count; e++)
+            if (!isfinite(value[e]))
+                die("%s: tensor %s holds %g at element %lld", f->path, name, value[e], (long long)e);
     }
 }
 
@@ -3921,21 +3834,18 @@ static void save_grid(const char *path, const float *x, int n, const Config *c, 
 static int weights_meta(Meta *meta, const Options *o, const Dataset *d, int use) {
     int count = options_to_meta(meta, o, use);
     if (d->class_json) {
-        meta[count].key = strdup("class_names");
+        meta[count].key = "class_names";
         meta[count++].value = strdup(d->class_json);
     }
     if (d->latent_scale) {
-        meta[count].key = strdup("latent_scale");
+        meta[count].key = "latent_scale";
         meta[count++].value = strdup(d->latent_scale);
     }
     return count;
 }
 
 static void meta_free(Meta *meta, int count) {
-    for (int i = 0; i < count; i++) {
-        free((void *)meta[i].key);
-        free((void *)meta[i].value);
-    }
+    for (int i = 0; i < count; i++) free((void *)meta[i].value);
 }
 
 // What a training state consists of
@@ -3968,7 +3878,7 @@ static void save_run(const char *folder, const Options *o, const Dataset *d, con
 
     n_meta = weights_meta(meta, o, d, WEIGHTS | TRAIN);
     snprintf(text, sizeof text, "%lld", (long long)step);
-    meta[n_meta].key = strdup("step");
+    meta[n_meta].key = "step";
     meta[n_meta++].value = strdup(text);
     snprintf(path, sizeof path, "%s/state.safetensors", folder);
     st_save(path, tensors, n, meta, n_meta);
@@ -4031,11 +3941,11 @@ static int train_main(int argc, char **argv) {
         "Trains a fixed-point diffusion model (or DiT) on pictures; writes weights, state, log and samples into --out.";
     Options options, *o = &options;
     Config *c = &o->model;
-    char given[N_OPTIONS], path[PATH_MAX];
+    char path[PATH_MAX];
     SafeTensors state;
     int64_t start = 0;
     options_default(o, TRAIN);
-    options_parse(o, TRAIN, argc, argv, about, given);
+    options_parse(o, TRAIN, argc, argv, about);
     if (*o->resume) { // settings of the stopped run, then the command line over them
         const char *folder = o->resume;
         snprintf(path, sizeof path, "%s/state.safetensors", folder);
@@ -4049,13 +3959,10 @@ static int train_main(int argc, char **argv) {
         Config before = *c;
         o->out = folder;
         o->model_name = ""; // what it stood for is in the settings
-        options_parse(o, TRAIN, argc, argv, about, given);
-        if (option_given("model", TRAIN, given)) options_model(o, TRAIN, given);
+        options_parse(o, TRAIN, argc, argv, about);
         if (memcmp(&before, c, sizeof before))
             die("option --resume: %s holds another model; leave out the options that describe it", path);
         if (start >= o->steps) die("option --steps: %s is at step %lld already; ask for more", path, (long long)start);
-    } else {
-        options_model(o, TRAIN, given);
     }
     int dtype = compute_dtype(o->dtype);
 
@@ -4190,9 +4097,8 @@ static int sample_main(int argc, char **argv) {
     static const char about[] = "Draws pictures from trained weights.";
     Options options, *o = &options;
     Config *c = &o->model;
-    char given[N_OPTIONS];
     options_default(o, SAMPLE);
-    options_parse(o, SAMPLE, argc, argv, about, given);
+    options_parse(o, SAMPLE, argc, argv, about);
     int dtype = compute_dtype(o->dtype);
     SafeTensors f;
     st_open(&f, o->weights);
@@ -4249,10 +4155,8 @@ static int bench_main(int argc, char **argv) {
     static const char about[] = "Measures matmuls, a training step and sampling; prints `name value unit` lines.";
     Options options, *o = &options;
     Config *c = &o->model;
-    char given[N_OPTIONS];
     options_default(o, BENCH);
-    options_parse(o, BENCH, argc, argv, about, given);
-    options_model(o, BENCH, given);
+    options_parse(o, BENCH, argc, argv, about);
     config_check(c, "options");
     if (c->learn_sigma) c->prediction = PREDICT_EPS;
     int B = o->batch, n = o->bench_n, iterations = o->bench_m;
