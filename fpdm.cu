@@ -668,7 +668,7 @@ typedef struct {     // what a weight file's metadata says: the model and the di
 typedef struct {
     Config model;
     // training
-    const char *data, *model_name, *out, *resume;
+    const char *data, *export_to, *model_name, *out, *resume;
     int no_grad_iters[2], grad_iters[2];
     int batch, micro_batch, steps, warmup, ema_warmup, hflip, recompute, dtype, weights_dtype;
     int save_every, sample_every, log_every;
@@ -699,6 +699,8 @@ typedef struct {
 
 static const Option option_table[] = {
     {"data", TRAIN, OPT_TEXT, AT(data), "shapes", 0, 0, "dataset (safetensors), or 'shapes': drawn by the program"},
+    {"export", TRAIN | ONCE, OPT_TEXT, AT(export_to), "", 0, 0,
+     "only write the pictures of all batches into this dataset file"},
     {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
     {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0,
      "S/2 to XL/8: sets width, heads, depth, patch, and the paper's n, m, lr, ema, no warmup or clipping"},
@@ -3814,6 +3816,21 @@ static void sample_pictures(Model *model, const Schedule *s, SampleSettings *set
     set->passes = (passes + n - 1) / n; // the mean: with `tol` batches may differ
 }
 
+// Pictures x (n,C,S,S) and their labels as a dataset file; the metadata are NULL where there are none.
+static void save_pictures(const char *path, const float *x, const int *y, int n, const Config *c,
+                          const char *class_names, const char *latent_scale) {
+    int64_t *label = (int64_t *)xcalloc((size_t)n, sizeof *label, "labels");
+    for (int i = 0; i < n; i++) label[i] = y[i];
+    Tensor tensors[2] = {st_tensor("x", F32, x, 4, n, c->channels, c->image_size, c->image_size),
+                         st_tensor("y", I64, label, 1, n, 1, 1, 1)};
+    Meta meta[2];
+    int n_meta = 0;
+    if (class_names) meta[n_meta].key = "class_names", meta[n_meta++].value = class_names;
+    if (latent_scale) meta[n_meta].key = "latent_scale", meta[n_meta++].value = latent_scale;
+    st_save(path, tensors, 2, meta, n_meta);
+    xfree(label);
+}
+
 // A grid of pictures (n,C,S,S) as PNG, and in the terminal with `show`.
 static void save_grid(const char *path, const float *x, int n, const Config *c, int show) {
     int columns = 1, width, height, zoom = c->image_size >= 64 ? 1 : c->image_size >= 32 ? 2 : 4;
@@ -3936,6 +3953,18 @@ static void on_interrupt(int signal_number) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Training
 
+// Writes what training would see, without label dropping, as a dataset file: real pictures to compare samples with.
+static int export_data(const Options *o, Dataset *d) {
+    int64_t n = (int64_t)o->steps * o->batch, pixels = (int64_t)d->channels * d->size * d->size;
+    if (n > 1000000) die("option --export: %lld pictures; at most a million: lower --steps", (long long)n);
+    float *x = (float *)xcalloc((size_t)(n * pixels), sizeof *x, "pictures");
+    int *y = (int *)xcalloc((size_t)n, sizeof *y, "labels");
+    dataset_batch(d, x, y, 0, (int)n, 0, (int)n, o->hflip, 0);
+    save_pictures(o->export_to, x, y, (int)n, &o->model, d->class_json, d->latent_scale);
+    printf("%lld pictures of %s: %s\n", (long long)n, o->data, o->export_to);
+    return 0;
+}
+
 static int train_main(int argc, char **argv) {
     static const char about[] =
         "Trains a fixed-point diffusion model (or DiT) on pictures; writes weights, state, log and samples into --out.";
@@ -3974,6 +4003,7 @@ static int train_main(int argc, char **argv) {
     c->channels = data.channels;
     c->classes = data.classes;
     config_check(c, *o->resume ? path : "options");
+    if (*o->export_to) return export_data(o, &data);
     resolve_sampler(o->sampler, c);
     int micro = o->micro_batch && o->micro_batch < o->batch ? o->micro_batch : o->batch;
 
@@ -3985,6 +4015,14 @@ static int train_main(int argc, char **argv) {
 
     Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, dtype);
     size_t n_params = (size_t)m->n_params;
+    double mb = 4e-6 * (double)n_params;
+    printf("data: %s, %dx%d, %d channels, %d classes%s\n", o->data, c->image_size, c->image_size, c->channels,
+           c->classes, data.count ? "" : ", endless");
+    printf("model: %s, width %d, %d heads, patch %d, %.2f million parameters\n", c->fixed_point ? "fixed point" : "DiT",
+           c->width, c->heads, c->patch, 1e-6 * (double)n_params);
+    printf("memory: parameters %.1f MB, gradients %.1f, Adam %.1f, EMA %.1f, activations %.1f; in all %.1f MB\n", mb,
+           mb, 2 * mb, mb, 1e-6 * (double)m->activation_bytes, 5 * mb + 1e-6 * (double)m->activation_bytes);
+    fflush(stdout);
     float *values = (float *)xcalloc(n_params, sizeof *values, "initial weights");
     if (*o->resume) {
         for (int i = 0; i < 4; i++) {
@@ -4000,13 +4038,6 @@ static int train_main(int argc, char **argv) {
     xfree(values);
     if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
     FILE *log = open_log(o->out, start);
-    double mb = 4e-6 * (double)n_params;
-    printf("data: %s, %dx%d, %d channels, %d classes%s\n", o->data, c->image_size, c->image_size, c->channels,
-           c->classes, data.count ? "" : ", endless");
-    printf("model: %s, width %d, %d heads, patch %d, %.2f million parameters\n", c->fixed_point ? "fixed point" : "DiT",
-           c->width, c->heads, c->patch, 1e-6 * (double)n_params);
-    printf("memory: parameters %.1f MB, gradients %.1f, Adam %.1f, EMA %.1f, activations %.1f; in all %.1f MB\n", mb,
-           mb, 2 * mb, mb, 1e-6 * (double)m->activation_bytes, 5 * mb + 1e-6 * (double)m->activation_bytes);
 
     Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "the schedule");
     schedule_make(s, c, DIFFUSION_STEPS);
@@ -4130,18 +4161,7 @@ static int sample_main(int argc, char **argv) {
     sample_pictures(m, s, &set, x, y, n, o->seed);
     double seconds = (now_ms() - begin) / 1000;
     if (set.trace) commit_temp(set.trace, o->trace);
-    if (*o->latents) {
-        int64_t *label = (int64_t *)xcalloc((size_t)n, sizeof *label, "labels");
-        for (int i = 0; i < n; i++) label[i] = y[i];
-        Tensor tensors[2] = {st_tensor("x", F32, x, 4, n, c->channels, c->image_size, c->image_size),
-                             st_tensor("y", I64, label, 1, n, 1, 1, 1)};
-        Meta meta[2];
-        int n_meta = 0;
-        const char *keys[] = {"class_names", "latent_scale"};
-        for (int i = 0; i < 2; i++)
-            if (st_meta(&f, keys[i])) meta[n_meta].key = keys[i], meta[n_meta++].value = st_meta(&f, keys[i]);
-        st_save(o->latents, tensors, 2, meta, n_meta);
-    }
+    if (*o->latents) save_pictures(o->latents, x, y, n, c, st_meta(&f, "class_names"), st_meta(&f, "latent_scale"));
     save_grid(o->out, x, n, c, o->show);
     printf("%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s\n", n, seconds, o->sample_steps,
            (long long)set.passes, guided ? " (and as many for guidance)" : "", o->out);
