@@ -580,18 +580,22 @@ static void json_write_string(FILE *out, const char *text) {
     fputc('"', out);
 }
 
-// Writes a file. Tensors of larger elements come first, so that every one is aligned to its element when mapped.
+// Writes a file. Tensors of larger elements come first, so that every one is aligned to its element when mapped;
+// metadata whose value is NULL is left out.
 static void st_save(const char *path, const Tensor *tensors, int n, const Meta *meta, int n_meta) {
     char *header = NULL;
     size_t length = 0, offset = 0;
     FILE *text = open_memstream(&header, &length), *file = open_temp(path);
     if (!text) fail_temp(path);
     fputs("{\"__metadata__\":{", text);
+    const char *comma = "";
     for (int i = 0; i < n_meta; i++) {
-        if (i) fputc(',', text);
+        if (!meta[i].value) continue;
+        fputs(comma, text);
         json_write_string(text, meta[i].key);
         fputc(':', text);
         json_write_string(text, meta[i].value);
+        comma = ",";
     }
     fputc('}', text);
     for (size_t size = 8; size; size /= 2) {
@@ -671,7 +675,7 @@ typedef struct {
     const char *data, *export_to, *model_name, *out, *resume;
     int no_grad_iters[2], grad_iters[2];
     int batch, micro_batch, steps, warmup, ema_warmup, hflip, recompute, dtype, weights_dtype;
-    int save_every, sample_every, log_every;
+    int save_every, sample_every, log_every, step;
     double lr, weight_decay, grad_clip, ema, label_drop;
     uint64_t seed;
     // sampling
@@ -683,8 +687,8 @@ typedef struct {
 } Options;
 
 enum { OPT_INT, OPT_SEED, OPT_REAL, OPT_TEXT, OPT_FLAG, OPT_RANGE, OPT_CHOICE };
-// Where an option is used. WEIGHTS: metadata of weight files; ONCE: not part of a training state.
-enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, ONCE = 16, MODEL = TRAIN | BENCH | WEIGHTS };
+// Where an option is used. WEIGHTS: metadata of weight files; STATE: only in a training state; ONCE: never there.
+enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, STATE = 16, ONCE = 32, MODEL = TRAIN | BENCH | WEIGHTS };
 
 typedef struct {
     const char *name;
@@ -768,6 +772,7 @@ static const Option option_table[] = {
     {"n", BENCH, OPT_INT, AT(bench_n), "5", 0, 1000, "iterations without gradient"},
     {"m", BENCH, OPT_INT, AT(bench_m), "6", 1, 1000, "iterations with gradient"},
     {"rounds", BENCH, OPT_INT, AT(rounds), "5", 1, 10000, "timed runs; the median counts"},
+    {"step", STATE, OPT_INT, AT(step), "0", 0, 2e9, ""},
     {"gemm", BENCH, OPT_FLAG, AT(bench_gemm), "1", 0, 1, "0: leave out the matmul shapes"},
 };
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
@@ -921,6 +926,7 @@ static void config_check(const Config *c, const char *where) {
     if (tokens > 65536) die("%s: %g tokens per picture; at most 65536: use a larger patch", where, tokens);
 }
 
+static size_t config_pixels(const Config *c) { return (size_t)c->channels * c->image_size * c->image_size; }
 static int config_tokens(const Config *c) { return (c->image_size / c->patch) * (c->image_size / c->patch); }
 static int config_out_channels(const Config *c) { return c->learn_sigma ? 2 * c->channels : c->channels; }
 static int config_blocks(const Config *c) { return c->fixed_point ? c->pre_depth + 1 + c->post_depth : c->depth; }
@@ -1550,22 +1556,17 @@ static int resolve_sampler(int sampler, const Config *c) {
     return sampler;
 }
 
-// Multiply-adds count two. What the algorithm needs, by SPEC 1: constants of the iterations once, no recomputation.
-// n: iterations without gradient; m: with; backward adds twice the forward of what has a gradient.
-static double model_flops(const Config *c, int B, int n, int m, int backward) {
+// What a training step needs: multiply-adds count two; constants of the iterations once (SPEC 1), no recomputation.
+// n: iterations without gradient; m: with gradient, which costs three times the forward pass.
+static double model_flops(const Config *c, int B, int n, int m) {
     double D = c->width, T = config_tokens(c), M = B * T, pixels = (double)c->patch * c->patch;
     double block = M * (24 * D * D + 4 * T * D), projection = M * 8 * D * D, inject = M * 6 * D * D;
     double ends = M * 2 * D * pixels * (c->channels + config_out_channels(c));
     double modulation = B * (2.0 * D * (6 * D * config_blocks(c) + 2 * D) + 2 * (256 * D + D * D));
-    double with_gradient = ends + modulation;
-    if (c->fixed_point)
-        with_gradient += (c->pre_depth + c->post_depth + m) * block + m * projection + inject;
-    else
-        with_gradient += c->depth * block;
-    double total = with_gradient + (c->fixed_point ? n * (block + projection) : 0);
-    // the gradients of the pixels and of the first z are not computed
-    if (backward) total += 2 * with_gradient - M * 2 * D * pixels * c->channels - (c->fixed_point ? M * 4 * D * D : 0);
-    return total;
+    double pixel_gradient = M * 2 * D * pixels * c->channels, z_gradient = M * 4 * D * D; // of the first: not computed
+    if (!c->fixed_point) return 3 * (ends + modulation + c->depth * block) - pixel_gradient;
+    double layers = (c->pre_depth + c->post_depth + m) * block + m * projection + inject;
+    return 3 * (ends + modulation + layers) - pixel_gradient - z_gradient + n * (block + projection);
 }
 
 static int by_value(const void *a, const void *b) {
@@ -3801,14 +3802,12 @@ static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
 // Pictures x (n,C,S,S) for the labels y (n), in batches that the model has room for.
 static void sample_pictures(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int n,
                             uint64_t seed) {
-    const Config *c = &model->config;
-    size_t count = (size_t)c->channels * c->image_size * c->image_size;
+    size_t count = config_pixels(&model->config);
     int at_a_time = set->cfg != 1 ? model->batch / 2 : model->batch;
     int64_t passes = 0;
     for (int first = 0; first < n; first += at_a_time) {
         int B = n - first < at_a_time ? n - first : at_a_time;
-        for (int b = 0; b < B; b++)
-            rng_normal(x + (first + b) * count, count, 0, seed, (uint32_t)(first + b), STREAM_XT);
+        for (int b = first; b < first + B; b++) rng_normal(x + b * count, count, 0, seed, (uint32_t)b, STREAM_XT);
         set->passes = 0;
         sample_batch(model, s, set, x + first * count, y + first, B, NULL, seed, first);
         passes += set->passes * B;
@@ -3819,50 +3818,26 @@ static void sample_pictures(Model *model, const Schedule *s, SampleSettings *set
 // Pictures x (n,C,S,S) and their labels as a dataset file; the metadata are NULL where there are none.
 static void save_pictures(const char *path, const float *x, const int *y, int n, const Config *c,
                           const char *class_names, const char *latent_scale) {
-    int64_t *label = (int64_t *)xcalloc((size_t)n, sizeof *label, "labels");
+    int64_t *label = (int64_t *)xcalloc(n, sizeof *label, "labels");
     for (int i = 0; i < n; i++) label[i] = y[i];
     Tensor tensors[2] = {st_tensor("x", F32, x, 4, n, c->channels, c->image_size, c->image_size),
                          st_tensor("y", I64, label, 1, n, 1, 1, 1)};
-    Meta meta[2];
-    int n_meta = 0;
-    if (class_names) meta[n_meta].key = "class_names", meta[n_meta++].value = class_names;
-    if (latent_scale) meta[n_meta].key = "latent_scale", meta[n_meta++].value = latent_scale;
-    st_save(path, tensors, 2, meta, n_meta);
+    const Meta meta[] = {{"class_names", class_names}, {"latent_scale", latent_scale}};
+    st_save(path, tensors, 2, meta, 2);
     xfree(label);
 }
 
 // A grid of pictures (n,C,S,S) as PNG, and in the terminal with `show`.
 static void save_grid(const char *path, const float *x, int n, const Config *c, int show) {
-    int columns = 1, width, height, zoom = c->image_size >= 64 ? 1 : c->image_size >= 32 ? 2 : 4;
-    if (c->classes > 1 && c->classes <= 20 && n > c->classes)
-        columns = c->classes;
-    else
-        while (columns * columns < n) columns++;
-    uint8_t *rgb = picture_grid(x, n, c->channels, c->image_size, c->image_size, columns, zoom, 2, &width, &height);
+    int S = c->image_size, zoom = S >= 64 ? 1 : S >= 32 ? 2 : 4, columns = (int)ceil(sqrt(n)), width, height;
+    if (c->classes > 1 && c->classes <= 20 && n > c->classes) columns = c->classes;
+    uint8_t *rgb = picture_grid(x, n, c->channels, S, S, columns, zoom, 2, &width, &height);
     png_write(path, rgb, width, height);
     xfree(rgb);
     if (!show) return;
-    rgb = picture_grid(x, n, c->channels, c->image_size, c->image_size, columns, 1, 1, &width, &height);
+    rgb = picture_grid(x, n, c->channels, S, S, columns, 1, 1, &width, &height);
     show_picture(rgb, width, height);
     xfree(rgb);
-}
-
-// Metadata of a file of weights: the model's options, then class names and the scale of latents where there are any.
-static int weights_meta(Meta *meta, const Options *o, const Dataset *d, int use) {
-    int count = options_to_meta(meta, o, use);
-    if (d->class_json) {
-        meta[count].key = "class_names";
-        meta[count++].value = strdup(d->class_json);
-    }
-    if (d->latent_scale) {
-        meta[count].key = "latent_scale";
-        meta[count++].value = strdup(d->latent_scale);
-    }
-    return count;
-}
-
-static void meta_free(Meta *meta, int count) {
-    for (int i = 0; i < count; i++) free((void *)meta[i].value);
 }
 
 // What a training state consists of
@@ -3872,14 +3847,34 @@ static const struct {
 } state_parts[4] = {
     {"ema.", MODEL_EMA}, {"model.", MODEL_WEIGHTS}, {"adam_m.", MODEL_ADAM_M}, {"adam_v.", MODEL_ADAM_V}};
 
+// Reads the tensors PREFIX + name of a file into the model.
+static void model_load(Model *m, int kind, const SafeTensors *f, const char *prefix) {
+    float *values = (float *)xcalloc(m->n_params, sizeof *values, "weights");
+    tensors_read(f, m->tensors, m->n_tensors, prefix, values);
+    model_upload(m, kind, values);
+    xfree(values);
+}
+
+// Writes OUT/NAME, with the options of `use` as metadata, then class names and the scale of latents if there are any.
+static void save_file(const char *name, const Tensor *tensors, int n, const Options *o, const Dataset *d, int use) {
+    char path[PATH_MAX];
+    Meta meta[N_OPTIONS + 2];
+    int n_options = options_to_meta(meta, o, use);
+    meta[n_options].key = "class_names";
+    meta[n_options].value = d->class_json;
+    meta[n_options + 1].key = "latent_scale";
+    meta[n_options + 1].value = d->latent_scale;
+    snprintf(path, sizeof path, "%s/%s.safetensors", o->out, name);
+    st_save(path, tensors, n, meta, n_options + 2);
+    for (int i = 0; i < n_options; i++) free((char *)meta[i].value);
+}
+
 // OUT/weights.safetensors, the EMA weights, ready to sample; OUT/state.safetensors, all that is needed to go on as if
 // the run had never stopped
-static void save_run(const char *folder, const Options *o, const Dataset *d, const Model *m, int64_t step) {
-    char path[PATH_MAX], text[32];
-    Meta meta[N_OPTIONS + 4];
-    size_t size = (size_t)m->n_params;
+static void save_run(const Options *o, const Dataset *d, const Model *m) {
+    size_t size = m->n_params;
     int count = m->n_tensors, n = 0;
-    Tensor *tensors = (Tensor *)xcalloc(5 * (size_t)count, sizeof *tensors, "saving");
+    Tensor *tensors = (Tensor *)xcalloc(5 * count, sizeof *tensors, "saving");
     float *values = (float *)xcalloc(4 * size, sizeof *values, "saving");
     uint16_t *half = o->weights_dtype ? (uint16_t *)xcalloc(size, sizeof *half, "saving") : NULL;
     for (int i = 0; i < 4; i++) {
@@ -3888,32 +3883,22 @@ static void save_run(const char *folder, const Options *o, const Dataset *d, con
     }
     for (size_t i = 0; half && i < size; i++) half[i] = float_to_bf16(values[i]);
     tensors_describe(tensors + n, m->tensors, count, "", values, half);
-    int n_meta = weights_meta(meta, o, d, WEIGHTS);
-    snprintf(path, sizeof path, "%s/weights.safetensors", folder);
-    st_save(path, tensors + n, count, meta, n_meta);
-    meta_free(meta, n_meta);
-
-    n_meta = weights_meta(meta, o, d, WEIGHTS | TRAIN);
-    snprintf(text, sizeof text, "%lld", (long long)step);
-    meta[n_meta].key = "step";
-    meta[n_meta++].value = strdup(text);
-    snprintf(path, sizeof path, "%s/state.safetensors", folder);
-    st_save(path, tensors, n, meta, n_meta);
-    meta_free(meta, n_meta);
-    for (int i = 0; i < n + count; i++) free((void *)tensors[i].name);
+    save_file("weights", tensors + n, count, o, d, WEIGHTS);
+    save_file("state", tensors, n, o, d, WEIGHTS | TRAIN | STATE);
+    for (int i = 0; i < n + count; i++) free((char *)tensors[i].name);
     xfree(tensors);
     xfree(values);
     xfree(half);
 }
 
 // Opens OUT/log.csv for appending; rows of steps from `step` on, which will be made again, are dropped.
-static FILE *open_log(const char *folder, int64_t step) {
+static FILE *open_log(const char *folder, int step) {
     char path[PATH_MAX], line[512];
     snprintf(path, sizeof path, "%s/log.csv", folder);
     FILE *old = step ? fopen(path, "r") : NULL, *file = open_temp(path);
     fprintf(file, "step,loss,mse,vb,grad_norm,lr,n,m,ms,images_per_s\n");
     while (old && fgets(line, sizeof line, old))
-        if (line[0] >= '0' && line[0] <= '9' && atoll(line) < step) fputs(line, file);
+        if (isdigit((unsigned char)*line) && atoi(line) < step) fputs(line, file);
     if (old) fclose(old);
     commit_temp(file, path);
     file = fopen(path, "a");
@@ -3922,26 +3907,25 @@ static FILE *open_log(const char *folder, int64_t step) {
 }
 
 // Pictures from the EMA weights with the settings of --sample_steps, --cfg, --sampler, --reuse.
-static void sample_grid(const char *folder, const Options *o, Model *m, int64_t step) {
+static void sample_grid(const Options *o, Model *m) {
     const Config *c = &m->config;
     char path[PATH_MAX];
     int n = c->classes > 1 && c->classes <= 20 ? 4 * c->classes : 36, iters[DIFFUSION_STEPS];
-    int *y = (int *)xcalloc((size_t)n, sizeof *y, "samples");
-    float *x = (float *)xcalloc((size_t)n * c->channels * c->image_size * c->image_size, sizeof *x, "samples");
-    Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "samples");
-    for (int i = 0; i < n; i++) y[i] = c->classes ? i % c->classes : 0;
-    for (int i = 0; i < o->sample_steps; i++) iters[i] = config_iterations(c);
-    schedule_make(s, c, o->sample_steps);
+    int *y = (int *)xcalloc(n, sizeof *y, "samples");
+    float *x = (float *)xcalloc(n * config_pixels(c), sizeof *x, "samples");
+    Schedule s;
+    schedule_make(&s, c, o->sample_steps);
+    plan_iterations(iters, o, c);
+    parse_labels(y, n, "", c->classes, NULL);
     SampleSettings set = {resolve_sampler(o->sampler, c), 3, o->reuse, 0, m->batch > 1 ? o->cfg : 1, 0, iters, NULL, 0};
     model_use(m, MODEL_EMA);
-    sample_pictures(m, s, &set, x, y, n, o->seed);
+    sample_pictures(m, &s, &set, x, y, n, o->seed);
     model_use(m, MODEL_WEIGHTS);
-    snprintf(path, sizeof path, "%s/samples_%06lld.png", folder, (long long)step);
+    snprintf(path, sizeof path, "%s/samples_%06d.png", o->out, o->step);
     save_grid(path, x, n, c, o->show);
     printf("pictures: %s\n", path);
     xfree(y);
     xfree(x);
-    xfree(s);
 }
 
 static volatile sig_atomic_t interrupted;
@@ -3955,14 +3939,29 @@ static void on_interrupt(int signal_number) {
 
 // Writes what training would see, without label dropping, as a dataset file: real pictures to compare samples with.
 static int export_data(const Options *o, Dataset *d) {
-    int64_t n = (int64_t)o->steps * o->batch, pixels = (int64_t)d->channels * d->size * d->size;
+    int64_t n = (int64_t)o->steps * o->batch;
     if (n > 1000000) die("option --export: %lld pictures; at most a million: lower --steps", (long long)n);
-    float *x = (float *)xcalloc((size_t)(n * pixels), sizeof *x, "pictures");
-    int *y = (int *)xcalloc((size_t)n, sizeof *y, "labels");
+    float *x = (float *)xcalloc(n * config_pixels(&o->model), sizeof *x, "pictures");
+    int *y = (int *)xcalloc(n, sizeof *y, "labels");
     dataset_batch(d, x, y, 0, (int)n, 0, (int)n, o->hflip, 0);
     save_pictures(o->export_to, x, y, (int)n, &o->model, d->class_json, d->latent_scale);
     printf("%lld pictures of %s: %s\n", (long long)n, o->data, o->export_to);
     return 0;
+}
+
+// The settings of the run in --resume, then the command line over them; opens the run's state.
+static void resume_settings(Options *o, SafeTensors *state, int argc, char **argv, const char *about) {
+    char path[PATH_MAX];
+    snprintf(path, sizeof path, "%s/state.safetensors", o->resume);
+    st_open(state, path);
+    options_from_meta(o, state, TRAIN | WEIGHTS | STATE);
+    Config before = o->model;
+    o->out = o->resume;
+    o->model_name = ""; // what it stood for is in the settings
+    options_parse(o, TRAIN, argc, argv, about);
+    if (memcmp(&before, &o->model, sizeof before))
+        die("option --resume: %s holds another model; leave out the options that describe it", path);
+    if (o->step >= o->steps) die("option --steps: %s is at step %d already; ask for more", path, o->step);
 }
 
 static int train_main(int argc, char **argv) {
@@ -3972,41 +3971,21 @@ static int train_main(int argc, char **argv) {
     Config *c = &o->model;
     char path[PATH_MAX];
     SafeTensors state;
-    int64_t start = 0;
+    Dataset data;
     options_default(o, TRAIN);
     options_parse(o, TRAIN, argc, argv, about);
-    if (*o->resume) { // settings of the stopped run, then the command line over them
-        const char *folder = o->resume;
-        snprintf(path, sizeof path, "%s/state.safetensors", folder);
-        st_open(&state, path);
-        options_from_meta(o, &state, TRAIN | WEIGHTS);
-        const char *step = st_meta(&state, "step");
-        char *end = NULL;
-        start = step ? strtoll(step, &end, 10) : -1;
-        if (start < 0 || end == step || *end)
-            die("%s: metadata 'step' is not a number of steps: this is no training state, or a damaged one", path);
-        Config before = *c;
-        o->out = folder;
-        o->model_name = ""; // what it stood for is in the settings
-        options_parse(o, TRAIN, argc, argv, about);
-        if (memcmp(&before, c, sizeof before))
-            die("option --resume: %s holds another model; leave out the options that describe it", path);
-        if (start >= o->steps) die("option --steps: %s is at step %lld already; ask for more", path, (long long)start);
-    }
-    int dtype = compute_dtype(o->dtype);
-
-    Dataset data;
+    if (*o->resume) resume_settings(o, &state, argc, argv, about);
+    int dtype = compute_dtype(o->dtype), start = o->step, micro = o->micro_batch;
+    if (!micro || micro > o->batch) micro = o->batch;
     dataset_open(&data, o->data, c->image_size, o->seed);
     if (*o->resume && (data.size != c->image_size || data.channels != c->channels || data.classes != c->classes))
         die("%s: other sizes or classes than the run in %s was started with", o->data, o->resume);
     c->image_size = data.size;
     c->channels = data.channels;
     c->classes = data.classes;
-    config_check(c, *o->resume ? path : "options");
+    config_check(c, *o->resume ? state.path : "options");
     if (*o->export_to) return export_data(o, &data);
     resolve_sampler(o->sampler, c);
-    int micro = o->micro_batch && o->micro_batch < o->batch ? o->micro_batch : o->batch;
-
     for (int i = 0; i < 2 && !*o->resume; i++) {
         snprintf(path, sizeof path, "%s/%s.safetensors", o->out, i ? "weights" : "state");
         if (!access(path, F_OK))
@@ -4014,52 +3993,45 @@ static int train_main(int argc, char **argv) {
     }
 
     Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, dtype);
-    size_t n_params = (size_t)m->n_params;
-    double mb = 4e-6 * (double)n_params;
+    double mb = 4e-6 * (double)m->n_params, activations = 1e-6 * (double)m->activation_bytes;
     printf("data: %s, %dx%d, %d channels, %d classes%s\n", o->data, c->image_size, c->image_size, c->channels,
            c->classes, data.count ? "" : ", endless");
     printf("model: %s, width %d, %d heads, patch %d, %.2f million parameters\n", c->fixed_point ? "fixed point" : "DiT",
-           c->width, c->heads, c->patch, 1e-6 * (double)n_params);
+           c->width, c->heads, c->patch, 1e-6 * (double)m->n_params);
     printf("memory: parameters %.1f MB, gradients %.1f, Adam %.1f, EMA %.1f, activations %.1f; in all %.1f MB\n", mb,
-           mb, 2 * mb, mb, 1e-6 * (double)m->activation_bytes, 5 * mb + 1e-6 * (double)m->activation_bytes);
+           mb, 2 * mb, mb, activations, 5 * mb + activations);
     fflush(stdout);
-    float *values = (float *)xcalloc(n_params, sizeof *values, "initial weights");
     if (*o->resume) {
-        for (int i = 0; i < 4; i++) {
-            tensors_read(&state, m->tensors, m->n_tensors, state_parts[i].prefix, values);
-            model_upload(m, state_parts[i].kind, values);
-        }
+        for (int i = 0; i < 4; i++) model_load(m, state_parts[i].kind, &state, state_parts[i].prefix);
         st_close(&state);
     } else {
+        float *values = (float *)xcalloc(m->n_params, sizeof *values, "initial weights");
         params_init(values, m->tensors, m->n_tensors, o->seed);
         model_upload(m, MODEL_WEIGHTS, values);
         model_upload(m, MODEL_EMA, values);
+        xfree(values);
     }
-    xfree(values);
     if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
     FILE *log = open_log(o->out, start);
 
-    Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "the schedule");
-    schedule_make(s, c, DIFFUSION_STEPS);
-    size_t count = (size_t)c->channels * c->image_size * c->image_size;
-    float *x0 = (float *)xcalloc(micro * count, sizeof *x0, "a batch"),
-          *noise = (float *)xcalloc(micro * count, sizeof *noise, "a batch");
-    int *t = (int *)xcalloc((size_t)micro, sizeof *t, "a batch"),
-        *y = (int *)xcalloc((size_t)micro, sizeof *y, "a batch");
-    double *mse = (double *)xcalloc((size_t)micro, sizeof *mse, "a batch"),
-           *vb = (double *)xcalloc((size_t)micro, sizeof *vb, "a batch");
+    Schedule s;
+    schedule_make(&s, c, DIFFUSION_STEPS);
+    size_t count = config_pixels(c);
+    float *x0 = (float *)xcalloc(micro * count, sizeof *x0, "a batch");
+    float *noise = (float *)xcalloc(micro * count, sizeof *noise, "a batch");
+    int *t = (int *)xcalloc(micro, sizeof *t, "a batch"), *y = (int *)xcalloc(micro, sizeof *y, "a batch");
+    double *mse = (double *)xcalloc(micro, sizeof *mse, "a batch"),
+           *vb = (double *)xcalloc(micro, sizeof *vb, "a batch");
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
     double shown_ms = now_ms(), shown_flops = 0, shown_loss = 0, run_ms = now_ms();
-    int64_t shown = start, step = start, saved = *o->resume ? start : -1;
-    for (; step < o->steps && !interrupted; step++) {
+    int shown = start, saved = *o->resume ? start : -1;
+    for (int step = start; step < o->steps && !interrupted; step++) {
         double begin = now_ms(), loss_mse = 0, loss_vb = 0;
         uint32_t word[4];
         philox(word, o->seed, 0, (uint32_t)step, STREAM_NM);
-        int n =
-            o->no_grad_iters[0] + (int)rng_below(word[0], (uint32_t)(o->no_grad_iters[1] - o->no_grad_iters[0] + 1));
-        int iterations =
-            o->grad_iters[0] + (int)rng_below(word[1], (uint32_t)(o->grad_iters[1] - o->grad_iters[0] + 1));
+        int n = o->no_grad_iters[0] + (int)rng_below(word[0], o->no_grad_iters[1] - o->no_grad_iters[0] + 1);
+        int iterations = o->grad_iters[0] + (int)rng_below(word[1], o->grad_iters[1] - o->grad_iters[0] + 1);
         model_zero_gradients(m);
         for (int first = 0; first < o->batch; first += micro) {
             int B = o->batch - first < micro ? o->batch - first : micro;
@@ -4069,50 +4041,49 @@ static int train_main(int argc, char **argv) {
                 philox(word, o->seed, (uint32_t)(first + b), (uint32_t)step, STREAM_T);
                 t[b] = (int)rng_below(word[0], DIFFUSION_STEPS);
             }
-            model_loss(m, s, x0, noise, t, y, B, n, iterations, 1.0 / o->batch, mse, vb);
+            model_loss(m, &s, x0, noise, t, y, B, n, iterations, 1.0 / o->batch, mse, vb);
             for (int b = 0; b < B; b++) loss_mse += mse[b] / o->batch, loss_vb += vb[b] / o->batch;
         }
         double norm = model_gradient_norm(m), loss = loss_mse + loss_vb;
         if (!isfinite(loss) || !isfinite(norm)) {
             fclose(log);
-            snprintf(path, sizeof path, "%s keeps the state of step %lld", o->out, (long long)saved);
-            die("step %lld: the loss is %g and the gradient's norm %g; %s: lower --lr, or set --grad_clip and --warmup",
-                (long long)step, loss, norm, saved < 0 ? "nothing was saved yet" : path);
+            snprintf(path, sizeof path, "%s keeps the state of step %d", o->out, saved);
+            die("step %d: the loss is %g and the gradient's norm %g; %s: lower --lr, or set --grad_clip and --warmup",
+                step, loss, norm, saved < 0 ? "nothing was saved yet" : path);
         }
-        double lr = o->lr * (step + 1 < o->warmup ? (double)(step + 1) / o->warmup : 1), ema = o->ema;
-        if (o->ema_warmup && (1.0 + step) / (10 + step) < ema) ema = (1.0 + step) / (10 + step);
+        double lr = o->lr * (step + 1 < o->warmup ? (double)(step + 1) / o->warmup : 1);
+        double ema = o->ema_warmup ? fmin(o->ema, (1.0 + step) / (10.0 + step)) : o->ema;
         double clip = o->grad_clip > 0 && norm > o->grad_clip ? o->grad_clip / (norm + 1e-6) : 1;
         model_update(m, step + 1, lr, 0.9, 0.999, 1e-8, o->weight_decay, clip, ema);
 
         double ms = now_ms() - begin;
-        fprintf(log, "%lld,%.9g,%.9g,%.9g,%.6g,%.6g,%d,%d,%.3f,%.1f\n", (long long)step, loss, loss_mse, loss_vb, norm,
-                lr, n, iterations, ms, o->batch / ms * 1e3);
+        fprintf(log, "%d,%.9g,%.9g,%.9g,%.6g,%.6g,%d,%d,%.3f,%.1f\n", step, loss, loss_mse, loss_vb, norm, lr, n,
+                iterations, ms, o->batch / ms * 1e3);
         if (fflush(log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
-        shown_flops += model_flops(c, o->batch, n, iterations, 1);
+        shown_flops += model_flops(c, o->batch, n, iterations);
         shown_loss += loss;
-        int64_t done = step + 1;
-        if (done % o->log_every == 0 || done == o->steps) {
-            double elapsed = now_ms() - shown_ms,
-                   left = (now_ms() - run_ms) / (done - start) * (o->steps - done) / 1000;
-            printf("step %lld/%d  loss %.4f  %.0f images/s  %.1f GFLOP/s  %d:%02d left\n", (long long)done, o->steps,
-                   shown_loss / (done - shown), (done - shown) * o->batch / elapsed * 1e3, shown_flops / elapsed * 1e-6,
-                   (int)left / 60, (int)left % 60);
+        int done = o->step = step + 1, last = done == o->steps;
+        if (done % o->log_every == 0 || last) {
+            double now = now_ms(), elapsed = now - shown_ms, steps = done - shown;
+            int left = (int)((now - run_ms) / (done - start) * (o->steps - done) / 1000);
+            printf("step %d/%d  loss %.4f  %.0f images/s  %.1f GFLOP/s  %d:%02d left\n", done, o->steps,
+                   shown_loss / steps, steps * o->batch / elapsed * 1e3, shown_flops / elapsed * 1e-6, left / 60,
+                   left % 60);
             fflush(stdout);
             shown = done;
             shown_ms = now_ms();
             shown_flops = shown_loss = 0;
         }
-        if (done % o->save_every == 0 || done == o->steps) {
-            save_run(o->out, o, &data, m, done);
+        if (done % o->save_every == 0 || last) {
+            save_run(o, &data, m);
             saved = done;
         }
-        if ((o->sample_every && done % o->sample_every == 0 && !interrupted) || done == o->steps)
-            sample_grid(o->out, o, m, done);
+        if ((o->sample_every && done % o->sample_every == 0 && !interrupted) || last) sample_grid(o, m);
     }
     if (fclose(log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
-    if (step < o->steps) {
-        if (saved != step) save_run(o->out, o, &data, m, step);
-        printf("stopped after step %lld; go on with: %s --resume %s\n", (long long)step, argv[0], o->out);
+    if (o->step < o->steps) {
+        if (saved != o->step) save_run(o, &data, m);
+        printf("stopped after step %d; go on with: %s --resume %s\n", o->step, argv[0], o->out);
         return 130;
     }
     model_free(m);
@@ -4125,46 +4096,39 @@ static int train_main(int argc, char **argv) {
 // Sampling from a file of weights
 
 static int sample_main(int argc, char **argv) {
-    static const char about[] = "Draws pictures from trained weights.";
     Options options, *o = &options;
     Config *c = &o->model;
-    options_default(o, SAMPLE);
-    options_parse(o, SAMPLE, argc, argv, about);
-    int dtype = compute_dtype(o->dtype);
     SafeTensors f;
+    options_default(o, SAMPLE);
+    options_parse(o, SAMPLE, argc, argv, "Draws pictures from trained weights.");
+    int dtype = compute_dtype(o->dtype), iters[DIFFUSION_STEPS], n = o->n, B = n < o->batch ? n : o->batch, named;
     st_open(&f, o->weights);
     options_from_meta(o, &f, WEIGHTS);
-    int named = 0;
-    const char **names = parse_class_names(st_meta(&f, "class_names"), &named);
+    const char *class_json = st_meta(&f, "class_names"), **names = parse_class_names(class_json, &named);
     if (names && named != c->classes)
         die("%s: metadata class_names has %d names for %d classes", o->weights, named, c->classes);
-    int iters[DIFFUSION_STEPS], guided = o->cfg != 1, n = o->n, *y = (int *)xcalloc((size_t)n, sizeof *y, "labels");
+    int *y = (int *)xcalloc(n, sizeof *y, "labels");
     plan_iterations(iters, o, c);
     parse_labels(y, n, o->labels, c->classes, names);
-    o->sampler = resolve_sampler(o->sampler, c);
-    int B = n < o->batch ? n : o->batch;
-    Model *m = model_create(c, guided ? 2 * B : B, 0, 0, 0, dtype);
-    float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
-    tensors_read(&f, m->tensors, m->n_tensors, "", values);
-    model_upload(m, MODEL_WEIGHTS, values);
-    xfree(values);
-    Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "the schedule");
-    schedule_make(s, c, o->sample_steps);
-    size_t count = (size_t)c->channels * c->image_size * c->image_size;
-    float *x = (float *)xcalloc(n * count, sizeof *x, "pictures");
-    SampleSettings set = {o->sampler, o->cfg_channels, o->reuse, o->eta, o->cfg, o->tol, iters, NULL, 0};
+    SampleSettings set = {
+        resolve_sampler(o->sampler, c), o->cfg_channels, o->reuse, o->eta, o->cfg, o->tol, iters, NULL, 0};
+    Model *m = model_create(c, o->cfg != 1 ? 2 * B : B, 0, 0, 0, dtype);
+    model_load(m, MODEL_WEIGHTS, &f, "");
+    Schedule s;
+    schedule_make(&s, c, o->sample_steps);
+    float *x = (float *)xcalloc(n * config_pixels(c), sizeof *x, "pictures");
     if (*o->trace) {
         set.trace = open_temp(o->trace);
         fprintf(set.trace, "step,t,iteration,residual\n");
     }
     double begin = now_ms();
-    sample_pictures(m, s, &set, x, y, n, o->seed);
+    sample_pictures(m, &s, &set, x, y, n, o->seed);
     double seconds = (now_ms() - begin) / 1000;
     if (set.trace) commit_temp(set.trace, o->trace);
-    if (*o->latents) save_pictures(o->latents, x, y, n, c, st_meta(&f, "class_names"), st_meta(&f, "latent_scale"));
+    if (*o->latents) save_pictures(o->latents, x, y, n, c, class_json, st_meta(&f, "latent_scale"));
     save_grid(o->out, x, n, c, o->show);
     printf("%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s\n", n, seconds, o->sample_steps,
-           (long long)set.passes, guided ? " (and as many for guidance)" : "", o->out);
+           (long long)set.passes, o->cfg != 1 ? " (and as many for guidance)" : "", o->out);
     return 0;
 }
 
@@ -4180,48 +4144,45 @@ static int bench_main(int argc, char **argv) {
     config_check(c, "options");
     if (c->learn_sigma) c->prediction = PREDICT_EPS;
     int B = o->batch, n = o->bench_n, iterations = o->bench_m;
-    double *times = (double *)xcalloc((size_t)o->rounds, sizeof *times, "times");
+    double *times = (double *)xcalloc(o->rounds, sizeof *times, "times");
     bench_matmul(c, B, o->bench_gemm ? o->rounds : 0, compute_dtype(o->dtype));
 
     Model *m = model_create(c, B, iterations, o->recompute, 1, compute_dtype(o->dtype));
-    float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
-    rng_normal(values, (size_t)m->n_params, 0, o->seed, 0, STREAM_INIT);
+    float *values = (float *)xcalloc(m->n_params, sizeof *values, "weights");
+    rng_normal(values, m->n_params, 0, o->seed, 0, STREAM_INIT);
     for (int64_t i = 0; i < m->n_params; i++) values[i] *= 0.02f;
     model_upload(m, MODEL_WEIGHTS, values);
     xfree(values);
-    size_t count = (size_t)B * c->channels * c->image_size * c->image_size;
-    float *x0 = (float *)xcalloc(count, sizeof *x0, "a batch"),
-          *noise = (float *)xcalloc(count, sizeof *noise, "a batch");
-    int *t = (int *)xcalloc((size_t)B, sizeof *t, "a batch"), *y = (int *)xcalloc((size_t)B, sizeof *y, "a batch");
-    double *mse = (double *)xcalloc((size_t)B, sizeof *mse, "a batch"),
-           *vb = (double *)xcalloc((size_t)B, sizeof *vb, "a batch");
-    Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "the schedule");
-    schedule_make(s, c, DIFFUSION_STEPS);
+    size_t count = B * config_pixels(c);
+    float *x0 = (float *)xcalloc(count, sizeof *x0, "a batch"), *noise = (float *)xcalloc(count, sizeof *x0, "a batch");
+    int *t = (int *)xcalloc(B, sizeof *t, "a batch"), *y = (int *)xcalloc(B, sizeof *y, "a batch");
+    double *mse = (double *)xcalloc(B, sizeof *mse, "a batch"), *vb = (double *)xcalloc(B, sizeof *vb, "a batch");
+    Schedule s;
+    schedule_make(&s, c, DIFFUSION_STEPS);
     rng_normal(x0, count, 0, o->seed, 0, STREAM_DATA);
     rng_normal(noise, count, 0, o->seed, 0, STREAM_NOISE);
     for (int b = 0; b < B; b++) t[b] = b * 997 % DIFFUSION_STEPS, y[b] = c->classes ? b % c->classes : 0;
     for (int round = -1; round < o->rounds; round++) { // the first is a warm-up
         double begin = now_ms();
         model_zero_gradients(m);
-        model_loss(m, s, x0, noise, t, y, B, n, iterations, 1.0 / B, mse, vb);
+        model_loss(m, &s, x0, noise, t, y, B, n, iterations, 1.0 / B, mse, vb);
         double norm = model_gradient_norm(m);
         model_update(m, round + 2, 1e-4, 0.9, 0.999, 1e-8, 0, norm > 1 ? 1 / norm : 1, 0.9999);
         if (round >= 0) times[round] = now_ms() - begin;
     }
     double step_ms = median(times, o->rounds);
     printf("train_step_ms %.2f ms\n", step_ms);
-    printf("train_gflops %.2f GFLOP/s\n", model_flops(c, B, n, iterations, 1) / step_ms * 1e-6);
+    printf("train_gflops %.2f GFLOP/s\n", model_flops(c, B, n, iterations) / step_ms * 1e-6);
     printf("train_images_per_s %.2f images/s\n", B / step_ms * 1e3);
     printf("train_peak_mb %.1f MB\n", peak_memory());
 
-    enum { STEPS = 4 };
-    int iters[STEPS] = {n + 1, n + 1, n + 1, n + 1};
+    int iters[] = {n + 1, n + 1, n + 1, n + 1};
     SampleSettings set = {resolve_sampler(SAMPLER_AUTO, c), 3, 1, 0, 1, 0, iters, NULL, 0};
-    schedule_make(s, c, STEPS);
+    schedule_make(&s, c, 4);
     for (int round = 0; round < o->rounds; round++) {
         double begin = now_ms();
         set.passes = 0;
-        sample_batch(m, s, &set, x0, y, B, NULL, o->seed, 0);
+        sample_batch(m, &s, &set, x0, y, B, NULL, o->seed, 0);
         times[round] = (now_ms() - begin) / (double)(set.passes * B);
     }
     printf("sample_passes_per_s %.1f passes/s\n", 1e3 / median(times, o->rounds));
