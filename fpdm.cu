@@ -129,12 +129,7 @@ static FILE *open_temp(const char *path) {
     return file;
 }
 
-// Writes bytes. What goes wrong here or in an fprintf to the file is found by commit_temp.
-static void write_temp(FILE *file, const char *path, const void *data, size_t bytes) {
-    if (bytes && fwrite(data, 1, bytes, file) != bytes) fail_temp(path);
-}
-
-// Closes the file and gives it its name.
+// Closes the file and gives it its name, unless anything went wrong since it was opened.
 static void commit_temp(FILE *file, const char *path) {
     if (ferror(file) || fflush(file) || fsync(fileno(file)) || fclose(file) || rename(temp_name(path), path))
         fail_temp(path);
@@ -226,7 +221,6 @@ static const char *const dtype_names[N_DTYPES] = {"F64", "F32", "F16", "BF16", "
 static const size_t dtype_sizes[N_DTYPES] = {8, 4, 2, 2, 8, 4, 2, 1, 8, 4, 2, 1, 1, 1, 1, 8};
 
 enum { MAX_DIMS = 8, MAX_HEADER = 100000000 };
-
 #define ST_DAMAGED "damaged: make or copy it again"
 
 typedef struct {
@@ -252,15 +246,13 @@ typedef struct {
     int n_meta;
 } SafeTensors;
 
-// The float with these bits.
-static float bits_to_float(uint32_t bits) {
+// A bf16 is the upper half of a float.
+static float bf16_to_float(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
 }
-
-// A bf16 is the upper half of a float.
-static float bf16_to_float(uint16_t h) { return bits_to_float((uint32_t)h << 16); }
 
 // Rounds to nearest, ties to even; a NaN stays a NaN (rounding its bits could carry into an infinity).
 static uint16_t float_to_bf16(float x) {
@@ -272,10 +264,10 @@ static uint16_t float_to_bf16(float x) {
 
 // IEEE half precision: 5 bits of exponent (bias 15), 10 of mantissa.
 static float f16_to_float(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3ff;
-    if (exponent == 0) return (sign ? -1.0f : 1.0f) * (float)mantissa / 16777216; // zero and subnormal numbers
-    if (exponent == 31) return bits_to_float(sign | 0x7f800000 | mantissa << 13); // infinity and NaN
-    return bits_to_float(sign | (exponent + 112) << 23 | mantissa << 13);
+    int exponent = h >> 10 & 31, mantissa = h & 0x3ff;
+    float x = exponent ? ldexpf((float)(1024 + mantissa), exponent - 25) : ldexpf((float)mantissa, -24);
+    if (exponent == 31) x = mantissa ? NAN : INFINITY;
+    return h >> 15 ? -x : x;
 }
 
 // The part of JSON that the format uses: objects, lists, strings and whole numbers, read by position without recursion.
@@ -287,9 +279,9 @@ typedef struct {
 
 // Ends the program: what is wrong, in which tensor, and where.
 __attribute__((noreturn)) static void json_fail(const Json *j, const char *why) {
-    const char *name = j->tensor ? j->tensor : "";
-    die("%s: %s%.200s%s%s (byte %td of the JSON text); the file is " ST_DAMAGED, j->path, j->tensor ? "tensor " : "",
-        name, j->tensor ? ": " : "", why, j->p - j->start);
+    char name[250] = "";
+    if (j->tensor) snprintf(name, sizeof name, "tensor %.200s: ", j->tensor);
+    die("%s: %s%s (byte %td of the JSON text); the file is " ST_DAMAGED, j->path, name, why, j->p - j->start);
 }
 
 // Skips white space, then takes `c` if it comes next.
@@ -614,11 +606,11 @@ static void st_save(const char *path, const Tensor *tensors, int n, const Meta *
     while (ftell(text) % 8) fputc(' ', text);
     if (fclose(text)) fail_temp(path);
     uint64_t prefix = length;
-    write_temp(file, path, &prefix, 8);
-    write_temp(file, path, header, length);
+    fwrite(&prefix, 8, 1, file);
+    fwrite(header, 1, length, file);
     for (size_t size = 8; size; size /= 2)
         for (int i = 0; i < n; i++)
-            if (dtype_sizes[tensors[i].dtype] == size) write_temp(file, path, tensors[i].data, tensors[i].bytes);
+            if (dtype_sizes[tensors[i].dtype] == size) fwrite(tensors[i].data, 1, tensors[i].bytes, file);
     commit_temp(file, path);
     free(header);
 }
@@ -1029,7 +1021,7 @@ static void put32(uint8_t *out, uint32_t x) {
 }
 
 // Writes length, type, data, CRC-32 of type and data; `chunk` is the type and then `size` bytes of data.
-static void png_chunk(FILE *file, const char *path, const uint8_t *chunk, size_t size) {
+static void png_chunk(FILE *file, const uint8_t *chunk, size_t size) {
     uint8_t length[4], check[4];
     uint32_t crc = ~0u;
     for (size_t i = 0; i < size + 4; i++) {
@@ -1038,9 +1030,9 @@ static void png_chunk(FILE *file, const char *path, const uint8_t *chunk, size_t
     }
     put32(length, (uint32_t)size);
     put32(check, ~crc);
-    write_temp(file, path, length, 4);
-    write_temp(file, path, chunk, size + 4);
-    write_temp(file, path, check, 4);
+    fwrite(length, 4, 1, file);
+    fwrite(chunk, size + 4, 1, file);
+    fwrite(check, 4, 1, file);
 }
 
 // rgb (h,w,3). Nothing is compressed, which would take more lines than it is worth: the zlib stream (RFC 1950) of the
@@ -1067,10 +1059,10 @@ static void png_write(const char *path, const uint8_t *rgb, int w, int h) {
     put32(head + 4, (uint32_t)w);
     put32(head + 8, (uint32_t)h);
     FILE *file = open_temp(path);
-    write_temp(file, path, "\x89PNG\r\n\x1a\n", 8);
-    png_chunk(file, path, head, 13);
-    png_chunk(file, path, data, (size_t)(out - data));
-    png_chunk(file, path, (const uint8_t *)"IEND", 0);
+    fwrite("\x89PNG\r\n\x1a\n", 8, 1, file);
+    png_chunk(file, head, 13);
+    png_chunk(file, data, (size_t)(out - data)); // less the type, with the checksum
+    png_chunk(file, (const uint8_t *)"IEND", 0);
     commit_temp(file, path);
     xfree(data);
 }
