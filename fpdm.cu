@@ -640,6 +640,8 @@ enum Prediction { PREDICT_EPS, PREDICT_V, PREDICT_FLOW };
 enum VWeight { V_WEIGHT_1, V_WEIGHT_P2 };
 enum Sampler { SAMPLER_AUTO, SAMPLER_DDPM, SAMPLER_DDIM, SAMPLER_FLOW };
 enum Allocation { ALLOC_CONST, ALLOC_INC, ALLOC_DEC };
+enum Solver { SOLVER_PLAIN, SOLVER_ANDERSON };
+enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: earlier results, and with the newest
 enum Arithmetic { COMPUTE_AUTO, COMPUTE_FP32, COMPUTE_BF16 };
 
 typedef struct {     // what a weight file's metadata says: the model and the diffusion that it was trained for
@@ -672,8 +674,8 @@ typedef struct {
     uint64_t seed;
     // sampling
     const char *weights, *labels, *iters, *latents, *trace;
-    int n, sampler, sample_steps, budget, alloc, reuse, cfg_channels, show;
-    double eta, tol, cfg;
+    int n, sampler, sample_steps, budget, alloc, reuse, solver, window, cfg_channels, show;
+    double eta, tol, mixing, cfg;
     // benchmark
     int bench_n, bench_m, rounds, bench_gemm;
 } Options;
@@ -752,6 +754,10 @@ static const Option option_table[] = {
     {"alloc", SAMPLE, OPT_CHOICE, AT(alloc), "const", 0, 0, "const|inc|dec: share of iterations; inc: more at large t"},
     {"reuse", TRAIN | SAMPLE, OPT_FLAG, AT(reuse), "1", 0, 1, "1: start from the solution of the timestep before"},
     {"tol", SAMPLE, OPT_REAL, AT(tol), "0", 0, 1, "stop a timestep once the mean residual is below this"},
+    {"solver", SAMPLE, OPT_CHOICE, AT(solver), "plain", 0, 0,
+     "plain|anderson: z_k is the last iteration's result, or mixed with earlier ones"},
+    {"window", SAMPLE, OPT_INT, AT(window), "3", 1, MAX_WINDOW, "anderson: number of earlier results"},
+    {"mixing", SAMPLE, OPT_REAL, AT(mixing), "1", 0.01, 2, "anderson: beta, the step along the mixed residual"},
     {"cfg", TRAIN | SAMPLE, OPT_REAL, AT(cfg), "3", -100, 100, "scale of classifier-free guidance; 1: none"},
     {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024, "prediction channels that are guided"},
     {"batch", SAMPLE, OPT_INT, AT(batch), "40", 1, 1 << 20, "pictures at a time"},
@@ -1534,6 +1540,8 @@ typedef struct {
     const int *iters; // per timestep, in sampling order
     FILE *trace;      // CSV of residuals, or NULL
     int64_t passes;   // Transformer-block passes per picture that were spent, counted up
+    int window;       // of Anderson acceleration; 0: plain iteration
+    double mixing;    // its beta
 } SampleSettings;
 
 // Which sampler suits the model; dies on one that does not.
@@ -2769,8 +2777,11 @@ typedef struct {
     Act *normed;      // (B,T,D) scratch: LN output
     Act *wide;        // (B,T,4D) scratch: gelu output
     float *patch_out; // (B,T,p·p·Cout)
-    float *mid; // (B,T,D) scratch: z_{k-1} for residuals; a block's middle in the backward pass; the final LN's output
+    float
+        *mid; // (B,T,D) scratch: z_{k-1} while iterating; a block's middle in the backward pass; the final LN's output
     float *reused;     // (B,T,D) the solution of the timestep before (sampling)
+    float *history;    // (B,window+1,2,T,D) Anderson acceleration: of each iteration in the window f, then g
+    double *gram;      // (B,HISTORY,HISTORY) the products of its f
     double *sums;      // (B,2) or partial sums of the gradient norm
     SampleStep *steps; // (1000) in sampling order
     int *step;
@@ -2792,8 +2803,8 @@ enum { NORM_BLOCKS = 1024 };
 enum Kind { MODEL_WEIGHTS, MODEL_GRADS, MODEL_ADAM_M, MODEL_ADAM_V, MODEL_EMA };
 typedef struct {
     Config config;
-    int batch, max_m, recompute, training; // what the activations have room for
-    int half;                              // activations are bf16
+    int batch, max_m, recompute, training, window; // what the activations have room for
+    int half;                                      // activations are bf16
     int n_tensors;
     ParamTensor *tensors;
     int64_t n_params;
@@ -2875,6 +2886,9 @@ static size_t activations_point(Model *m, char *memory) {
     a->wide = (Act *)take(r, 4 * N * A);
     a->mid = take_floats(r, N);
     a->reused = c->fixed_point ? take_floats(r, N) : NULL;
+    size_t solver = c->fixed_point && m->window; // needs memory
+    a->history = take_floats(r, solver * 2 * (m->window + 1) * N);
+    a->gram = (double *)take(r, solver * B * HISTORY * HISTORY * sizeof(double));
     a->sums = (double *)take(r, (2 * B + NORM_BLOCKS) * sizeof(double));
     a->steps = (SampleStep *)take(r, DIFFUSION_STEPS * sizeof(SampleStep));
     a->step = (int *)take(r, sizeof(int));
@@ -2937,9 +2951,11 @@ static void model_tables(Model *m) {
     xfree(time);
 }
 
-// A model with room for `batch` pictures and, for training, `max_m` gradient iterations. Its weights are zero.
-// Refuses sizes that the kernels do not serve, or beyond the GPU's memory, naming the options that lower it.
-static Model *model_create(const Config *config, int batch, int max_m, int recompute, int training, int dtype) {
+// A model with room for `batch` pictures and, for training, `max_m` gradient iterations, for sampling Anderson
+// acceleration over `window` (0: none). Its weights are zero. Refuses sizes that the kernels do not serve, or beyond the
+// GPU's memory, naming the options that lower it.
+static Model *model_create(const Config *config, int batch, int max_m, int recompute, int training, int window,
+                           int dtype) {
     gpu_open();
     int hd = config->width / config->heads;
     if (config->width % 8)
@@ -2954,6 +2970,7 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     m->max_m = training ? max_m : 1;
     m->recompute = recompute;
     m->training = training;
+    m->window = window;
     m->half = dtype == COMPUTE_BF16;
     int layers = config_blocks(config) + m->max_m;
     m->a.x = (float **)xcalloc((size_t)layers + 1, sizeof *m->a.x, "the model");
@@ -3224,12 +3241,90 @@ static double residual_of(Model *m, const float *z, size_t count) {
     return sum / m->B;
 }
 
+// a (m) minimises ||sum a_i f_i||^2 + R sum (a_i ||f_i||)^2 where sum a_i = 1, given the products f_i·f_j: all rows of
+// (gram + R diag)·a are the same number. R keeps the weights of nearly parallel residuals small. Where no unique a
+// exists because a residual is zero, the newest counts alone. One thread of a block calls this.
+__device__ inline void anderson_weights(double a[HISTORY], const double *gram, int m, int newest) {
+    __shared__ double A[HISTORY][HISTORY]; // in local memory it would be reserved for every thread of the GPU
+    const double R = 1e-8;
+    double sum = 0;
+    int positive = 1;
+    for (int i = 0; i < m; i++) {
+        a[i] = 1;
+        for (int j = 0; j < m; j++) A[i][j] = gram[i * HISTORY + j] * (i == j ? 1 + R : 1);
+    }
+    for (int i = 0; i < m; i++) { // Gaussian elimination, which needs no pivoting as the matrix is positive definite
+        positive &= A[i][i] > 0;
+        for (int r = i + 1; r < m; r++) {
+            double factor = A[r][i] / A[i][i];
+            for (int j = i; j < m; j++) A[r][j] -= factor * A[i][j];
+            a[r] -= factor * a[i];
+        }
+    }
+    for (int i = m - 1; i >= 0; i--) {
+        for (int j = i + 1; j < m; j++) a[i] -= A[i][j] * a[j];
+        a[i] /= A[i][i];
+        sum += a[i];
+    }
+    for (int i = 0; i < m; i++) a[i] = positive ? a[i] / sum : i == newest;
+}
+
+// The newest f and g of each picture into its history, and f's product with that of place blockIdx.x of m into gram
+__global__ void anderson_products_kernel(double *gram, float *history, const float *z, const float *before, int newest,
+                                         int slots, size_t count) {
+    SHARED_DYNAMIC(double, shared);
+    int i = blockIdx.x, b = blockIdx.y;
+    float *f = history + 2 * ((size_t)b * slots + i) * count;
+    double *products = gram + b * HISTORY * HISTORY, dot = 0;
+    for (size_t e = threadIdx.x; e < count; e += blockDim.x) {
+        float g = z[b * count + e], change = g - before[b * count + e];
+        if (i == newest) f[e] = change;
+        if (i == newest) f[count + e] = g;
+        dot += (double)change * f[e];
+    }
+    dot = block_sum(dot, shared);
+    if (threadIdx.x == 0) products[i * HISTORY + newest] = products[newest * HISTORY + i] = dot;
+}
+
+// z (B,count) = sum a_i·(g_i - undo·f_i), and in bf16 the same to copy; every block solves for a again
+template <typename A>
+__global__ void anderson_mix_kernel(float *z, A *copy, const double *gram, const float *history, int m, int newest,
+                                    int slots, float undo, size_t count) {
+    __shared__ double a[HISTORY];
+    size_t b = blockIdx.y, e = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
+    if (threadIdx.x == 0) anderson_weights(a, gram + b * HISTORY * HISTORY, m, newest);
+    __syncthreads();
+    if (e >= count) return;
+    float mixed[4] = {0, 0, 0, 0};
+    for (int i = 0; i < m; i++) {
+        float f[4], g[4];
+        load(f, history + 2 * (b * slots + i) * count + e);
+        load(g, history + (2 * (b * slots + i) + 1) * count + e);
+        for (int j = 0; j < 4; j++) mixed[j] += (float)a[i] * (g[j] - undo * f[j]);
+    }
+    store(z + b * count + e, mixed);
+    if (copy) store(copy + b * count + e, mixed);
+}
+
+// Anderson acceleration (Walker and Ni 2011, type II; in equilibrium models arXiv:1909.01377) after iteration k = 1, 2...
+// of a timestep, for each picture alone. z (B,T,D) holds g(z_{k-1}) on entry, a.mid z_{k-1}. With f_i = g(z_i) - z_i of
+// the last min(k, window+1) iterations, which a.history and a.gram keep:
+//   z_k = sum a_i·(z_i + mixing·f_i),   a = argmin ||sum a_i f_i||, sum a_i = 1;   in bf16 also in a.z
+static void anderson_forward(Model *m, float *z, int k, int window, double mixing) {
+    size_t count = (size_t)config_tokens(&m->config) * m->config.width;
+    int slots = window + 1, used = imin(k, slots), newest = (k - 1) % slots;
+    RUN(anderson_products_kernel, dim3(used, m->B), 512, 32 * sizeof(double), m->a.gram, m->a.history, z, m->a.mid,
+        newest, slots, count);
+    TYPED(m->half, RUN((anderson_mix_kernel<A>), dim3((unsigned)ceil_div(count, 4 * 256), m->B), 256, 0, z, (A *)m->a.z,
+                       m->a.gram, m->a.history, used, newest, slots, (float)(1 - mixing), count));
+}
+
 // How sampling watches and steers the fixed point; training passes NULL.
 typedef struct {
-    int reuse, reuse_ready; // start from the solution of the timestep before, once there is one
-    int want_residual;
-    double tol;             // stop when the residual is below
-    double residuals[1000]; // of the iterations that ran, when wanted
+    int reuse, reuse_ready;    // start from the solution of the timestep before, once there is one
+    int want_residual, window; // window: of Anderson acceleration, 0 for plain iteration
+    double tol, mixing;        // stop when the residual is below tol
+    double residuals[1000];    // of the iterations that ran, when wanted
     int ran;
 } Solve;
 
@@ -3313,16 +3408,17 @@ static void model_forward(Model *m, int B, int n, int iterations, Solve *solve) 
         as_act(m, a->z, z, N);
         for (int k = 1; k <= n + iterations; k++) {
             float *next = k <= n ? z : a->x[l + 1 + k - n];
-            if (solve && solve->want_residual) gpu_copy(a->mid, z, N * sizeof(float));
+            if (solve && (solve->want_residual || solve->window)) gpu_copy(a->mid, z, N * sizeof(float));
             iteration_forward(m, next, m->half ? a->z : (const Act *)z, &a->slot[k <= n ? l : l + k - n - 1],
                               keep && k > n);
             z = next;
             show_probe(m, "act.z", k, z, 0, N);
             if (!solve) continue;
             solve->ran = k;
-            if (!solve->want_residual) continue;
-            solve->residuals[k - 1] = residual_of(m, z, (size_t)T * D);
-            if (solve->residuals[k - 1] < solve->tol) break;
+            if (solve->want_residual) solve->residuals[k - 1] = residual_of(m, z, (size_t)T * D);
+            int last = k == n + iterations || (solve->want_residual && solve->residuals[k - 1] < solve->tol);
+            if (solve->window) anderson_forward(m, z, k, solve->window, last ? 1 : solve->mixing);
+            if (last) break;
         }
         if (solve && solve->reuse) {
             gpu_copy(a->reused, z, N * sizeof(float));
@@ -3596,6 +3692,9 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
     solve->reuse = set->reuse && c->fixed_point;
     solve->want_residual = set->trace || set->tol > 0;
     solve->tol = set->tol;
+    solve->window = set->window;
+    solve->mixing = set->mixing;
+    assert(set->window <= model->window);
     for (int b = 0; b < rows; b++) labels[b] = b < B ? y[b] : c->classes;
     sample_steps(steps, s, set, c);
     gpu_upload(a->steps, steps, (size_t)S * sizeof *steps);
@@ -3909,7 +4008,8 @@ static void sample_grid(const Options *o, Model *m) {
     schedule_make(&s, c, o->sample_steps);
     plan_iterations(iters, o, c);
     parse_labels(y, n, "", c->classes, NULL);
-    SampleSettings set = {resolve_sampler(o->sampler, c), 3, o->reuse, 0, m->batch > 1 ? o->cfg : 1, 0, iters, NULL, 0};
+    SampleSettings set = {
+        resolve_sampler(o->sampler, c), 3, o->reuse, 0, m->batch > 1 ? o->cfg : 1, 0, iters, NULL, 0, 0, 1};
     model_use(m, MODEL_EMA);
     sample_pictures(m, &s, &set, x, y, n, o->seed);
     model_use(m, MODEL_WEIGHTS);
@@ -3984,7 +4084,7 @@ static int train_main(int argc, char **argv) {
             die("%s: a run is stored here; give another --out, or go on with it: --resume %s", path, o->out);
     }
 
-    Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, dtype);
+    Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, 0, dtype);
     double mb = 4e-6 * (double)m->n_params, activations = 1e-6 * (double)m->activation_bytes;
     printf("data: %s, %dx%d, %d channels, %d classes%s\n", o->data, c->image_size, c->image_size, c->channels,
            c->classes, data.count ? "" : ", endless");
@@ -4099,12 +4199,21 @@ static int sample_main(int argc, char **argv) {
     const char *class_json = st_meta(&f, "class_names"), **names = parse_class_names(class_json, &named);
     if (names && named != c->classes)
         die("%s: metadata class_names has %d names for %d classes", o->weights, named, c->classes);
-    int *y = (int *)xcalloc(n, sizeof *y, "labels");
+    int *y = (int *)xcalloc(n, sizeof *y, "labels"), window = o->solver == SOLVER_ANDERSON ? o->window : 0;
     plan_iterations(iters, o, c);
     parse_labels(y, n, o->labels, c->classes, names);
-    SampleSettings set = {
-        resolve_sampler(o->sampler, c), o->cfg_channels, o->reuse, o->eta, o->cfg, o->tol, iters, NULL, 0};
-    Model *m = model_create(c, o->cfg != 1 ? 2 * B : B, 0, 0, 0, dtype);
+    SampleSettings set = {resolve_sampler(o->sampler, c),
+                          o->cfg_channels,
+                          o->reuse,
+                          o->eta,
+                          o->cfg,
+                          o->tol,
+                          iters,
+                          NULL,
+                          0,
+                          window,
+                          o->mixing};
+    Model *m = model_create(c, o->cfg != 1 ? 2 * B : B, 0, 0, 0, window, dtype);
     model_load(m, MODEL_WEIGHTS, &f, "");
     Schedule s;
     schedule_make(&s, c, o->sample_steps);
@@ -4139,7 +4248,7 @@ static int bench_main(int argc, char **argv) {
     double *times = (double *)xcalloc(o->rounds, sizeof *times, "times");
     bench_matmul(c, B, o->bench_gemm ? o->rounds : 0, compute_dtype(o->dtype));
 
-    Model *m = model_create(c, B, iterations, o->recompute, 1, compute_dtype(o->dtype));
+    Model *m = model_create(c, B, iterations, o->recompute, 1, 0, compute_dtype(o->dtype));
     float *values = (float *)xcalloc(m->n_params, sizeof *values, "weights");
     rng_normal(values, m->n_params, 0, o->seed, 0, STREAM_INIT);
     for (int64_t i = 0; i < m->n_params; i++) values[i] *= 0.02f;
@@ -4169,7 +4278,7 @@ static int bench_main(int argc, char **argv) {
     printf("train_peak_mb %.1f MB\n", peak_memory());
 
     int iters[] = {n + 1, n + 1, n + 1, n + 1};
-    SampleSettings set = {resolve_sampler(SAMPLER_AUTO, c), 3, 1, 0, 1, 0, iters, NULL, 0};
+    SampleSettings set = {resolve_sampler(SAMPLER_AUTO, c), 3, 1, 0, 1, 0, iters, NULL, 0, 0, 1};
     schedule_make(&s, c, 4);
     for (int round = 0; round < o->rounds; round++) {
         double begin = now_ms();
