@@ -56,9 +56,8 @@ __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *fmt,
     va_start(args, fmt);
     vsnprintf(line, sizeof line, fmt, args);
     va_end(args);
-    for (char *c = line; *c; c++) {
-        if ((unsigned char)*c < 32 || *c == 127) *c = '?';
-    }
+    for (char *c = line; *c; c++)
+        if (iscntrl((unsigned char)*c)) *c = '?';
 #pragma omp critical(die) // one line, even when several threads find something wrong
     {
         fprintf(stderr, "error: %s\n", line);
@@ -66,9 +65,8 @@ __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *fmt,
     }
 }
 
-// Zeroed memory, aligned to 64 bytes (a cache line, the widest vector). calloc gets large blocks from the system as
-// pages that are zero when first touched, so no time goes into clearing them. Released with xfree: calloc's own pointer
-// is kept in the word before.
+// Zeroed memory, aligned to 64 bytes (a cache line, the widest vector). calloc gets large blocks as pages that are zero
+// when first touched, so clearing them takes no time. xfree finds calloc's own pointer in the word before.
 static void *xcalloc(size_t count, size_t size, const char *what) {
     char *block = size == 0 || count <= (SIZE_MAX - 128) / size ? (char *)calloc(1, count * size + 128) : NULL;
     if (!block)
@@ -101,49 +99,43 @@ static double now_ms(void) {
 // A file is written under a temporary name beside its target, synced, then renamed: whoever opens the target finds the
 // old file or the new one, never half of one, and a full disk or a crash costs nothing that existed before.
 // This is the temporary name; the process number keeps two programs with the same target apart.
-static void temp_name(char name[PATH_MAX], const char *path) {
-    int length = snprintf(name, PATH_MAX, "%s.%ld.tmp", path, (long)getpid());
+static const char *temp_name(const char *path) {
+    static char name[PATH_MAX];
+    int length = snprintf(name, sizeof name, "%s.%ld.tmp", path, (long)getpid());
     if (length >= PATH_MAX) die("%.200s...: this path is too long; use a shorter one", path);
+    return name;
 }
 
 // Ends the program after a failed write; errno says why.
 __attribute__((noreturn)) static void fail_temp(const char *path) {
     const char *why = strerror(errno);
-    char name[PATH_MAX];
-    temp_name(name, path);
-    remove(name);
+    remove(temp_name(path));
     die("%s: cannot write: %s; check the folder, its permissions and the free space", path, why);
 }
 
 // Starts a file that commit_temp puts in place. A device or a folder is refused: the rename would replace it.
 static FILE *open_temp(const char *path) {
-    char name[PATH_MAX];
     struct stat info;
-    temp_name(name, path);
     if (stat(path, &info) == 0 && !S_ISREG(info.st_mode)) die("%s: is not a regular file; use another name", path);
-    FILE *file = fopen(name, "wb");
+    FILE *file = fopen(temp_name(path), "wb");
     if (!file) fail_temp(path);
     return file;
 }
 
-// Writes bytes and checks that they were taken; fprintf and the like may be used as well, commit_temp sees their
-// errors.
-static void write_temp(FILE *file, const char *path, const void *data, size_t bytes) {
-    if (bytes && fwrite(data, 1, bytes, file) != bytes) fail_temp(path);
+// Closes the file and gives it its name, unless anything went wrong since it was opened.
+static void commit_temp(FILE *file, const char *path) {
+    if (ferror(file) || fflush(file) || fsync(fileno(file)) || fclose(file) || rename(temp_name(path), path))
+        fail_temp(path);
 }
 
-// Closes the file and gives it its name, durably.
-static void commit_temp(FILE *file, const char *path) {
-    char name[PATH_MAX], folder[PATH_MAX];
-    temp_name(name, path);
-    if (ferror(file) || fflush(file) || fsync(fileno(file)) || fclose(file) || rename(name, path)) fail_temp(path);
-    snprintf(folder, sizeof folder, "%s", path);
-    char *slash = strrchr(folder, '/');
-    if (slash) slash[slash == folder] = 0;
-    int fd = open(slash ? folder : ".", O_RDONLY);
-    if (fd < 0) return;
-    fsync(fd); // makes the rename itself durable, where the file system can
-    close(fd);
+// The place of a word in a list like "eps|v|flow", which may be followed by a colon and more text; -1 if it is not there.
+static int choice_index(const char *choices, const char *word) {
+    size_t length = strlen(word);
+    for (int index = 0;; index++) {
+        if (strcspn(choices, "|:") == length && !strncmp(choices, word, length)) return index;
+        choices += strcspn(choices, "|:");
+        if (*choices++ != '|') return -1;
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -222,7 +214,6 @@ static const char *const dtype_names[N_DTYPES] = {"F64", "F32", "F16", "BF16", "
 static const size_t dtype_sizes[N_DTYPES] = {8, 4, 2, 2, 8, 4, 2, 1, 8, 4, 2, 1, 1, 1, 1, 8};
 
 enum { MAX_DIMS = 8, MAX_HEADER = 100000000 };
-
 #define ST_DAMAGED "damaged: make or copy it again"
 
 typedef struct {
@@ -239,7 +230,7 @@ typedef struct {
 } Meta;
 
 typedef struct {
-    char *path;
+    char *path, *header; // header: a copy, into which names, keys and values point
     unsigned char *map;
     size_t size;
     Tensor *tensors; // sorted by name
@@ -248,15 +239,13 @@ typedef struct {
     int n_meta;
 } SafeTensors;
 
-// The float with these bits.
-static float bits_to_float(uint32_t bits) {
+// A bf16 is the upper half of a float.
+static float bf16_to_float(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
 }
-
-// A bf16 is the upper half of a float.
-static float bf16_to_float(uint16_t h) { return bits_to_float((uint32_t)h << 16); }
 
 // Rounds to nearest, ties to even; a NaN stays a NaN (rounding its bits could carry into an infinity).
 static uint16_t float_to_bf16(float x) {
@@ -268,29 +257,30 @@ static uint16_t float_to_bf16(float x) {
 
 // IEEE half precision: 5 bits of exponent (bias 15), 10 of mantissa.
 static float f16_to_float(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3ff;
-    if (exponent == 0) return (sign ? -1.0f : 1.0f) * (float)mantissa / 16777216; // zero and subnormal numbers
-    if (exponent == 31) return bits_to_float(sign | 0x7f800000 | mantissa << 13); // infinity and NaN
-    return bits_to_float(sign | (exponent + 112) << 23 | mantissa << 13);
+    int exponent = h >> 10 & 31, mantissa = h & 0x3ff;
+    float x = exponent ? ldexpf((float)(1024 + mantissa), exponent - 25) : ldexpf((float)mantissa, -24);
+    if (exponent == 31) x = mantissa ? NAN : INFINITY;
+    return h >> 15 ? -x : x;
 }
 
 // The part of JSON that the format uses: objects, lists, strings and whole numbers, read by position without recursion.
+// The text is writable and ends with a 0: strings are decoded where they stand.
 typedef struct {
     const char *path, *tensor; // named in errors; tensor is NULL outside of a tensor's entry
-    const unsigned char *start, *p, *end;
+    char *start, *p, *end;
 } Json;
 
 // Ends the program: what is wrong, in which tensor, and where.
 __attribute__((noreturn)) static void json_fail(const Json *j, const char *why) {
-    const char *name = j->tensor ? j->tensor : "";
-    die("%s: %s%.200s%s%s (byte %td of the JSON text); the file is " ST_DAMAGED, j->path, j->tensor ? "tensor " : "",
-        name, j->tensor ? ": " : "", why, j->p - j->start);
+    char name[250] = "";
+    if (j->tensor) snprintf(name, sizeof name, "tensor %.200s: ", j->tensor);
+    die("%s: %s%s (byte %td of the JSON text); the file is " ST_DAMAGED, j->path, name, why, j->p - j->start);
 }
 
 // Skips white space, then takes `c` if it comes next.
 static int json_accept(Json *j, char c) {
-    while (j->p < j->end && (*j->p == ' ' || *j->p == '\n' || *j->p == '\t' || *j->p == '\r')) j->p++;
-    if (j->p == j->end || *j->p != c) return 0;
+    j->p += strspn(j->p, " \n\t\r");
+    if (*j->p != c) return 0;
     j->p++;
     return 1;
 }
@@ -302,88 +292,89 @@ static void json_expect(Json *j, char c) {
     if (!json_accept(j, c)) json_fail(j, why);
 }
 
-// The four digits of \uXXXX.
-static uint32_t json_hex4(Json *j) {
-    uint32_t value = 0;
-    for (int i = 0; i < 4; i++, j->p++) {
-        if (j->p == j->end || !isxdigit(*j->p)) json_fail(j, "\\u needs four hexadecimal digits");
-        value = 16 * value + (uint32_t)(*j->p <= '9' ? *j->p - '0' : (*j->p | 32) - 'a' + 10);
-    }
-    return value;
+// Whether element n of a list or object follows, or `close`, which ends it. Takes the comma, or `close`.
+static int json_more(Json *j, int n, char close) {
+    if (n ? json_accept(j, ',') : !json_accept(j, close)) return 1;
+    if (n) json_expect(j, close);
+    return 0;
 }
 
-// Reads what follows a backslash; returns the end of what it appended to `out` as UTF-8.
-static char *json_escape(Json *j, char *out) {
+// The end of the text: nothing but white space may be left.
+static void json_end(Json *j, const char *why) {
+    j->p += strspn(j->p, " \n\t\r");
+    if (j->p != j->end) json_fail(j, why);
+}
+
+// The four digits of \uXXXX.
+static uint32_t json_hex4(Json *j) {
+    char digits[5] = {0};
+    if (strspn(j->p, "0123456789abcdefABCDEF") < 4) json_fail(j, "\\u needs four hexadecimal digits");
+    memcpy(digits, j->p, 4);
+    j->p += 4;
+    return (uint32_t)strtoul(digits, NULL, 16);
+}
+
+// What an escape stands for; p is behind its backslash.
+static uint32_t json_escape(Json *j) {
     static const char from[] = "\"\\/bfnrtu", to[] = "\"\\/\b\f\n\r\t";
-    const char *which = j->p < j->end && *j->p ? strchr(from, *j->p) : NULL;
+    const char *which = *j->p ? strchr(from, *j->p) : NULL;
     if (!which) json_fail(j, "unknown escape in a string");
     j->p++;
-    if (*which != 'u') {
-        *out++ = to[which - from];
-        return out;
-    }
+    if (*which != 'u') return (uint32_t)to[which - from];
     uint32_t code = json_hex4(j);
-    if (code >> 10 == 0xD800 >> 10 && j->end - j->p >= 2 && j->p[0] == '\\' && j->p[1] == 'u') {
+    if (code >> 10 == 0xD800 >> 10 && j->p[0] == '\\' && j->p[1] == 'u') {
         j->p += 2;
         uint32_t low = json_hex4(j);
         if (low >> 10 != 0xDC00 >> 10) json_fail(j, "broken surrogate pair in a string");
-        code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
+        return 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
     }
     if (code == 0 || code >> 11 == 0xD800 >> 11) json_fail(j, "\\u0000 or half a surrogate pair in a string");
-    int more = (code > 0x7f) + (code > 0x7ff) + (code > 0xffff); // continuation bytes
-    static const unsigned char lead[] = {0, 0xC0, 0xE0, 0xF0};
-    *out++ = (char)(lead[more] | code >> 6 * more);
-    while (more--) *out++ = (char)(0x80 | (code >> 6 * more & 0x3f));
-    return out;
+    return code;
 }
 
-// Bytes of the UTF-8 character at p; 0 if there is none (cut short, overlong, a surrogate, beyond U+10FFFF).
-static int utf8_length(const unsigned char *p, const unsigned char *end) {
-    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
-    int length = *p < 0x80 ? 1 : *p >> 5 == 6 ? 2 : *p >> 4 == 14 ? 3 : *p >> 3 == 30 ? 4 : 0;
-    if (length > end - p) return 0;
-    uint32_t code = length > 1 ? *p & (0x7fu >> length) : *p;
-    for (int i = 1; i < length; i++) {
-        if (p[i] >> 6 != 2) return 0;
-        code = code << 6 | (p[i] & 0x3f);
+// The next character of a string, which may be an escape or up to four bytes of UTF-8. Refused: a character cut short,
+// overlong, a surrogate, beyond U+10FFFF.
+static uint32_t json_character(Json *j) {
+    static const uint32_t least[] = {' ', 0x80, 0x800, 0x10000}; // that needs so many bytes after the first
+    uint32_t code = (uint8_t)*j->p++;
+    if (code == '\\') return json_escape(j);
+    int more = (code >= 0xC0) + (code >= 0xE0) + (code >= 0xF0), valid = code < 0x80 || (code >= 0xC0 && code < 0xF8);
+    if (more) code &= 0x3fu >> more;
+    for (int i = 0; i < more && valid; i++) {
+        valid = (*j->p & 0xC0) == 0x80;
+        code = code << 6 | (*j->p++ & 0x3f);
     }
-    return code >= least[length] && code <= 0x10FFFF && code >> 11 != 0xD800 >> 11 ? length : 0;
+    if (!valid || code < least[more] || code > 0x10FFFF || code >> 11 == 0xD800 >> 11)
+        json_fail(j, "a string is not valid UTF-8 text");
+    return code;
 }
 
-// Returns a new string. Decoding never makes it longer, so the distance to the closing quote is room enough.
+// Reads a string. Decoding never makes it longer, and its end takes the place of the closing quote or stands before it.
 static char *json_string(Json *j) {
+    static const unsigned char lead[] = {0, 0xC0, 0xE0, 0xF0};
     json_expect(j, '"');
-    const unsigned char *close = j->p;
-    while (close < j->end && *close != '"') close += *close == '\\' ? 2 : 1;
-    if (close >= j->end) json_fail(j, "a string does not end");
-    char *text = (char *)malloc((size_t)(close - j->p) + 1), *out = text;
-    if (!text) die("%s: no memory for its header; close other programs", j->path);
-    while (j->p < close) {
-        int length = utf8_length(j->p, close);
-        if (length == 0 || *j->p < 32) json_fail(j, "a string is not valid UTF-8 text");
-        if (*j->p == '\\') {
-            j->p++;
-            out = json_escape(j, out);
-        } else {
-            while (length--) *out++ = (char)*j->p++;
-        }
+    char *text = j->p, *out = text;
+    while (*j->p != '"') {
+        if (j->p + (*j->p == '\\') >= j->end) json_fail(j, "a string does not end");
+        uint32_t code = json_character(j);
+        int more = (code > 0x7f) + (code > 0x7ff) + (code > 0xffff);
+        *out++ = (char)(lead[more] | code >> 6 * more);
+        while (more--) *out++ = (char)(0x80 | (code >> 6 * more & 0x3f));
     }
-    *out = 0;
     j->p++;
+    *out = 0;
     return text;
 }
 
-// A whole number from 0 to about 2^63.
+// A whole number from 0 to 2^63 - 1.
 static int64_t json_integer(Json *j) {
     if (json_accept(j, '-')) json_fail(j, "a number is negative");
-    if (j->p == j->end || !isdigit(*j->p)) json_fail(j, "expected a number");
-    if (*j->p == '0' && j->p + 1 < j->end && isdigit(j->p[1])) json_fail(j, "a number starts with 0");
-    int64_t value = 0;
-    for (; j->p < j->end && isdigit(*j->p); j->p++) {
-        if (value > (INT64_MAX - 9) / 10) json_fail(j, "a number is too large");
-        value = 10 * value + (*j->p - '0');
-    }
-    if (j->p < j->end && (*j->p == '.' || (*j->p | 32) == 'e')) json_fail(j, "a number is not whole");
+    if (!isdigit((unsigned char)*j->p)) json_fail(j, "expected a number");
+    if (*j->p == '0' && isdigit((unsigned char)j->p[1])) json_fail(j, "a number starts with 0");
+    errno = 0;
+    int64_t value = strtoll(j->p, &j->p, 10);
+    if (errno) json_fail(j, "a number is too large");
+    if (*j->p == '.' || *j->p == 'e' || *j->p == 'E') json_fail(j, "a number is not whole");
     return value;
 }
 
@@ -391,12 +382,10 @@ static int64_t json_integer(Json *j) {
 static int json_integers(Json *j, int64_t *values, int room) {
     int n = 0;
     json_expect(j, '[');
-    if (json_accept(j, ']')) return 0;
-    do {
+    for (; json_more(j, n, ']'); n++) {
         if (n == room) json_fail(j, "a list is too long");
-        values[n++] = json_integer(j);
-    } while (json_accept(j, ','));
-    json_expect(j, ']');
+        values[n] = json_integer(j);
+    }
     return n;
 }
 
@@ -406,19 +395,16 @@ static void json_tensor(Json *j, Tensor *t, const unsigned char *data, size_t ro
     int seen = 0;
     json_expect(j, '{');
     do {
-        char *key = json_string(j), *dtype;
-        int field = !strcmp(key, "dtype") ? 1 : !strcmp(key, "shape") ? 2 : !strcmp(key, "data_offsets") ? 4 : 0;
-        if (field == 0 || (seen & field)) json_fail(j, "a key is unknown or stands there twice");
-        seen |= field;
-        free(key);
+        int field = choice_index("dtype|shape|data_offsets", json_string(j));
+        if (field < 0 || seen >> field & 1) json_fail(j, "a key is unknown or stands there twice");
+        seen |= 1 << field;
         json_expect(j, ':');
-        if (field == 1) {
-            dtype = json_string(j);
-            while (t->dtype < N_DTYPES && strcmp(dtype, dtype_names[t->dtype])) t->dtype++;
+        if (field == 0) {
+            const char *dtype = json_string(j);
+            for (t->dtype = 0; t->dtype < N_DTYPES && strcmp(dtype, dtype_names[t->dtype]);) t->dtype++;
             if (t->dtype == N_DTYPES)
                 die("%s: tensor %.200s: unknown dtype %.40s; convert it", j->path, t->name, dtype);
-            free(dtype);
-        } else if (field == 2) {
+        } else if (field == 1) {
             t->ndim = json_integers(j, t->shape, MAX_DIMS);
         } else if (json_integers(j, offsets, 2) != 2) {
             json_fail(j, "data_offsets must be two numbers");
@@ -432,11 +418,11 @@ static void json_tensor(Json *j, Tensor *t, const unsigned char *data, size_t ro
         t->count *= t->shape[i];
     }
     t->bytes = (size_t)t->count * dtype_sizes[t->dtype];
+    t->data = data + offsets[0];
     if (offsets[0] > offsets[1]) json_fail(j, "its data ends before it begins");
     if ((size_t)offsets[1] > room) json_fail(j, "its data lies beyond the end of the file");
     if (t->bytes != (size_t)(offsets[1] - offsets[0]))
         json_fail(j, "its shape and dtype do not fit its number of bytes");
-    t->data = data + offsets[0];
 }
 
 // Orders both lists: a Tensor and a Meta begin with their name.
@@ -460,27 +446,13 @@ static const char *st_meta(const SafeTensors *f, const char *key) {
     return m ? m->value : NULL;
 }
 
-// The strings of __metadata__.
-static void json_metadata(Json *j, SafeTensors *f) {
-    json_expect(j, '{');
-    if (json_accept(j, '}')) return;
-    do {
-        f->meta = (Meta *)grow(f->meta, (size_t)f->n_meta, sizeof *f->meta);
-        Meta *m = &f->meta[f->n_meta++];
-        m->key = json_string(j);
-        json_expect(j, ':');
-        m->value = json_string(j);
-    } while (json_accept(j, ','));
-    json_expect(j, '}');
-}
-
 // Sorts tensors or metadata by name for bsearch, which also brings a name that stands there twice to light.
 static void sort_by_name(const SafeTensors *f, void *list, int n, size_t size) {
     qsort(list, (size_t)n, size, by_name);
-    for (const char *entry = (const char *)list; n > 1; n--, entry += size) {
-        if (by_name(entry, entry + size)) continue;
-        die("%s: the name %.200s stands there twice; the file is " ST_DAMAGED, f->path, *(const char *const *)entry);
-    }
+    for (const char *entry = (const char *)list; n > 1; n--, entry += size)
+        if (!by_name(entry, entry + size))
+            die("%s: the name %.200s stands there twice; the file is " ST_DAMAGED, f->path,
+                *(const char *const *)entry);
 }
 
 // The tensors must cover the bytes from `data` to the end of the file, each byte once.
@@ -488,8 +460,7 @@ static void check_cover(const SafeTensors *f, const unsigned char *data) {
     qsort(f->tensors, (size_t)f->n_tensors, sizeof *f->tensors, by_place);
     for (int i = 0; i < f->n_tensors; i++) {
         const Tensor *t = &f->tensors[i];
-        const char *why =
-            (const unsigned char *)t->data < data ? "shares bytes with another tensor" : "a gap lies before it";
+        const char *why = t->data < (const void *)data ? "shares bytes with another tensor" : "a gap lies before it";
         if (t->data != data) die("%s: tensor %.200s: %s; the file is " ST_DAMAGED, f->path, t->name, why);
         data += t->bytes;
     }
@@ -500,7 +471,7 @@ static void check_cover(const SafeTensors *f, const unsigned char *data) {
 static void st_open(SafeTensors *f, const char *path) {
     memset(f, 0, sizeof *f);
     struct stat info;
-    int fd = open(path, O_RDONLY);
+    int fd = open(path, O_RDONLY), metadata = 0;
     if (fd < 0 || fstat(fd, &info)) die("%s: cannot open: %s; check the path", path, strerror(errno));
     if (!S_ISREG(info.st_mode)) die("%s: is not a file; give the path of a .safetensors file", path);
     f->size = (size_t)info.st_size;
@@ -512,38 +483,38 @@ static void st_open(SafeTensors *f, const char *path) {
     f->tensors = (Tensor *)grow(NULL, 0, sizeof *f->tensors);
     f->meta = (Meta *)grow(NULL, 0, sizeof *f->meta);
 
-    uint64_t header = 0;
-    for (int i = 7; i >= 0; i--) header = header << 8 | f->map[i];
-    if (header > MAX_HEADER || header > f->size - 8) {
+    uint64_t length;
+    memcpy(&length, f->map, 8);
+    if (length > MAX_HEADER || length > f->size - 8)
         die("%s: no header can be %.0f bytes long; this is no safetensors file, or it is " ST_DAMAGED, path,
-            (double)header);
-    }
-    const unsigned char *start = f->map + 8, *data = start + header;
-    Json j = {path, NULL, start, start, data};
-    if (header == 0 || *start != '{') json_fail(&j, "no header");
+            (double)length);
+    f->header = (char *)xcalloc(length + 1, 1, "a header");
+    memcpy(f->header, f->map + 8, length);
+    const unsigned char *data = f->map + 8 + length;
+    Json j = {path, NULL, f->header, f->header, f->header + length};
+    if (*f->header != '{') json_fail(&j, "no header");
     json_expect(&j, '{');
-    int seen_metadata = 0;
-    if (!json_accept(&j, '}')) {
-        do {
-            char *name = json_string(&j);
+    for (int n = 0; json_more(&j, n, '}'); n++) {
+        char *name = json_string(&j);
+        json_expect(&j, ':');
+        if (strcmp(name, "__metadata__")) {
+            f->tensors = (Tensor *)grow(f->tensors, (size_t)f->n_tensors, sizeof *f->tensors);
+            Tensor *t = &f->tensors[f->n_tensors++];
+            t->name = j.tensor = name;
+            json_tensor(&j, t, data, f->size - 8 - length);
+            j.tensor = NULL;
+            continue;
+        }
+        if (metadata++) json_fail(&j, "__metadata__ is there twice");
+        json_expect(&j, '{');
+        for (; json_more(&j, f->n_meta, '}'); f->n_meta++) {
+            f->meta = (Meta *)grow(f->meta, (size_t)f->n_meta, sizeof *f->meta);
+            f->meta[f->n_meta].key = json_string(&j);
             json_expect(&j, ':');
-            if (strcmp(name, "__metadata__") == 0) {
-                if (seen_metadata++) json_fail(&j, "__metadata__ is there twice");
-                json_metadata(&j, f);
-                free(name);
-            } else {
-                f->tensors = (Tensor *)grow(f->tensors, (size_t)f->n_tensors, sizeof *f->tensors);
-                Tensor *t = &f->tensors[f->n_tensors++];
-                memset(t, 0, sizeof *t);
-                t->name = j.tensor = name;
-                json_tensor(&j, t, data, f->size - 8 - header);
-                j.tensor = NULL;
-            }
-        } while (json_accept(&j, ','));
-        json_expect(&j, '}');
+            f->meta[f->n_meta].value = json_string(&j);
+        }
     }
-    json_accept(&j, ' '); // the padding
-    if (j.p != data) json_fail(&j, "text follows the header");
+    json_end(&j, "text follows the header");
     check_cover(f, data);
     sort_by_name(f, f->tensors, f->n_tensors, sizeof *f->tensors);
     sort_by_name(f, f->meta, f->n_meta, sizeof *f->meta);
@@ -551,11 +522,7 @@ static void st_open(SafeTensors *f, const char *path) {
 
 // Releases everything; tensors and strings of the file must not be used any more.
 static void st_close(SafeTensors *f) {
-    for (int i = 0; i < f->n_tensors; i++) free((char *)f->tensors[i].name);
-    for (int i = 0; i < f->n_meta; i++) {
-        free((char *)f->meta[i].key);
-        free((char *)f->meta[i].value);
-    }
+    xfree(f->header);
     free(f->tensors);
     free(f->meta);
     free(f->path);
@@ -566,9 +533,8 @@ static void st_close(SafeTensors *f) {
 // out[0..count-1] = the tensor as floats.
 static void st_to_float(const SafeTensors *f, const Tensor *t, float *out) {
     const unsigned char *data = (const unsigned char *)t->data;
-    if (t->dtype != F32 && t->dtype != F16 && t->dtype != BF16) {
+    if (t->dtype != F32 && t->dtype != F16 && t->dtype != BF16)
         die("%s: tensor %.200s: is %s; convert it to F32, F16 or BF16", f->path, t->name, dtype_names[t->dtype]);
-    }
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < t->count; i++) {
         uint16_t half;
@@ -599,18 +565,22 @@ static void json_write_string(FILE *out, const char *text) {
     fputc('"', out);
 }
 
-// Writes a file. Tensors of larger elements come first, so that every one is aligned to its element when mapped.
+// Writes a file. Tensors of larger elements come first, so that every one is aligned to its element when mapped;
+// metadata whose value is NULL is left out.
 static void st_save(const char *path, const Tensor *tensors, int n, const Meta *meta, int n_meta) {
     char *header = NULL;
     size_t length = 0, offset = 0;
     FILE *text = open_memstream(&header, &length), *file = open_temp(path);
     if (!text) fail_temp(path);
     fputs("{\"__metadata__\":{", text);
+    const char *comma = "";
     for (int i = 0; i < n_meta; i++) {
-        if (i) fputc(',', text);
+        if (!meta[i].value) continue;
+        fputs(comma, text);
         json_write_string(text, meta[i].key);
         fputc(':', text);
         json_write_string(text, meta[i].value);
+        comma = ",";
     }
     fputc('}', text);
     for (size_t size = 8; size; size /= 2) {
@@ -628,16 +598,12 @@ static void st_save(const char *path, const Tensor *tensors, int n, const Meta *
     fputc('}', text);
     while (ftell(text) % 8) fputc(' ', text);
     if (fclose(text)) fail_temp(path);
-
-    unsigned char prefix[8];
-    for (int i = 0; i < 8; i++) prefix[i] = (unsigned char)((uint64_t)length >> 8 * i);
-    write_temp(file, path, prefix, 8);
-    write_temp(file, path, header, length);
-    for (size_t size = 8; size; size /= 2) {
-        for (int i = 0; i < n; i++) {
-            if (dtype_sizes[tensors[i].dtype] == size) write_temp(file, path, tensors[i].data, tensors[i].bytes);
-        }
-    }
+    uint64_t prefix = length;
+    fwrite(&prefix, 8, 1, file);
+    fwrite(header, 1, length, file);
+    for (size_t size = 8; size; size /= 2)
+        for (int i = 0; i < n; i++)
+            if (dtype_sizes[tensors[i].dtype] == size) fwrite(tensors[i].data, 1, tensors[i].bytes, file);
     commit_temp(file, path);
     free(header);
 }
@@ -647,35 +613,16 @@ static const char **parse_class_names(const char *json, int *count) {
     const char **names = NULL;
     *count = 0;
     if (!json) return NULL;
-    const unsigned char *start = (const unsigned char *)json;
-    Json j = {"class_names", NULL, start, start, start + strlen(json)};
+    char *text = strdup(json);
+    Json j = {"class_names", NULL, text, text, text + strlen(text)};
     json_expect(&j, '[');
-    if (!json_accept(&j, ']')) {
-        do {
-            names = (const char **)grow(names, (size_t)*count, sizeof *names);
-            names[(*count)++] = json_string(&j);
-        } while (json_accept(&j, ','));
-        json_expect(&j, ']');
+    for (; json_more(&j, *count, ']'); ++*count) {
+        names = (const char **)grow(names, (size_t)*count, sizeof *names);
+        names[*count] = strdup(json_string(&j));
     }
-    json_accept(&j, ' ');
-    if (j.p != j.end) json_fail(&j, "text follows the list");
+    json_end(&j, "text follows the list");
+    free(text);
     return names;
-}
-
-// The reverse: a new string.
-static char *format_class_names(const char *const *names, int count) {
-    char *json = NULL;
-    size_t length;
-    FILE *out = open_memstream(&json, &length);
-    if (!out) die("no memory for the class names; close other programs");
-    fputc('[', out);
-    for (int i = 0; i < count; i++) {
-        if (i) fputs(", ", out);
-        json_write_string(out, names[i]);
-    }
-    fputc(']', out);
-    fclose(out);
-    return json;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -715,7 +662,7 @@ typedef struct {
     const char *data, *export_to, *model_name, *out, *resume;
     int no_grad_iters[2], grad_iters[2];
     int batch, micro_batch, steps, warmup, ema_warmup, hflip, recompute, dtype, weights_dtype;
-    int save_every, sample_every, log_every;
+    int save_every, sample_every, log_every, step;
     double lr, weight_decay, grad_clip, ema, label_drop;
     uint64_t seed;
     // sampling
@@ -727,7 +674,8 @@ typedef struct {
 } Options;
 
 enum { OPT_INT, OPT_SEED, OPT_REAL, OPT_TEXT, OPT_FLAG, OPT_RANGE, OPT_CHOICE };
-enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8 }; // where an option is used; WEIGHTS: metadata of weight files
+// Where an option is used. WEIGHTS: metadata of weight files; STATE: only in a training state; ONCE: never there.
+enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, STATE = 16, ONCE = 32, MODEL = TRAIN | BENCH | WEIGHTS };
 
 typedef struct {
     const char *name;
@@ -735,290 +683,226 @@ typedef struct {
     size_t offset;       // of the value inside Options
     const char *initial; // default, as text
     double lo, hi;       // smallest and largest value accepted
-    const char *choices; // OPT_CHOICE: the words, separated by '|'
-    const char *help;
+    const char *help;    // of an OPT_CHOICE: the words, separated by '|', then a colon and the rest
 } Option;
 
 #define AT(field) offsetof(Options, field)
+
 static const Option option_table[] = {
-    {"data", TRAIN, OPT_TEXT, AT(data), "shapes", 0, 0, NULL,
-     "dataset file (safetensors), or 'shapes': drawn by the program"},
-    {"export", TRAIN, OPT_TEXT, AT(export_to), "", 0, 0, NULL,
-     "only write the pictures of all --steps batches into this dataset file"},
-    {"image_size", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.image_size), "24", 1, 4096, NULL,
-     "height and width of the pictures of 'shapes'"},
-    {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0, NULL,
+    {"data", TRAIN, OPT_TEXT, AT(data), "shapes", 0, 0, "dataset (safetensors), or 'shapes': drawn by the program"},
+    {"export", TRAIN | ONCE, OPT_TEXT, AT(export_to), "", 0, 0,
+     "only write the pictures of all batches into this dataset file"},
+    {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
+    {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0,
      "S/2 to XL/8: sets width, heads, depth, patch, and the paper's n, m, lr, ema, no warmup or clipping"},
-    {"width", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.width), "128", 8, 16384, NULL,
-     "D, channels of a token; a multiple of 8"},
-    {"heads", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.heads), "4", 1, 1024, NULL,
-     "attention heads; width / heads is the head size"},
-    {"depth", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.depth), "8", 1, 64, NULL,
-     "DiT: blocks; fixed point: default iterations + pre + post"},
-    {"patch", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.patch), "4", 1, 64, NULL, "side of a patch in pixels"},
-    {"fixed_point", TRAIN | BENCH | WEIGHTS, OPT_FLAG, AT(model.fixed_point), "1", 0, 1, NULL,
-     "1: middle layers are one block, iterated; 0: plain DiT"},
-    {"pre_depth", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.pre_depth), "1", 0, 32, NULL,
-     "blocks before the fixed point"},
-    {"post_depth", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.post_depth), "1", 0, 32, NULL, "blocks after it"},
-    {"timestep_in_pre_post", TRAIN | BENCH | WEIGHTS, OPT_FLAG, AT(model.timestep_in_pre_post), "0", 0, 1, NULL,
+    {"width", MODEL, OPT_INT, AT(model.width), "128", 8, 16384, "D, channels of a token; a multiple of 8"},
+    {"heads", MODEL, OPT_INT, AT(model.heads), "4", 1, 1024, "attention heads; width / heads is the head size"},
+    {"depth", MODEL, OPT_INT, AT(model.depth), "8", 1, 64, "DiT: blocks; fixed point: default iterations + pre + post"},
+    {"patch", MODEL, OPT_INT, AT(model.patch), "4", 1, 64, "side of a patch in pixels"},
+    {"fixed_point", MODEL, OPT_FLAG, AT(model.fixed_point), "1", 0, 1, "1: one block is iterated; 0: plain DiT"},
+    {"pre_depth", MODEL, OPT_INT, AT(model.pre_depth), "1", 0, 32, "blocks before the fixed point"},
+    {"post_depth", MODEL, OPT_INT, AT(model.post_depth), "1", 0, 32, "blocks after it"},
+    {"timestep_in_pre_post", MODEL, OPT_FLAG, AT(model.timestep_in_pre_post), "0", 0, 1,
      "1: pre, post and final layers see the timestep too"},
-    {"channels", BENCH | WEIGHTS, OPT_INT, AT(model.channels), "3", 1, 1024, NULL, "channels of a picture"},
-    {"classes", BENCH | WEIGHTS, OPT_INT, AT(model.classes), "10", 0, 1000000, NULL, "number of labels"},
-    {"mlp_ratio", WEIGHTS, OPT_INT, AT(model.mlp_ratio), "4", 4, 4, NULL, ""},
-    {"diffusion_steps", WEIGHTS, OPT_INT, AT(model.diffusion_steps), "1000", 1000, 1000, NULL, ""},
-    {"prediction", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.prediction), "flow", 0, 0, "eps|v|flow",
-     "what the model predicts"},
-    {"learn_sigma", TRAIN | BENCH | WEIGHTS, OPT_FLAG, AT(model.learn_sigma), "0", 0, 1, NULL,
-     "1: predict the variance too (eps and v)"},
-    {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1, NULL,
+    {"channels", BENCH | WEIGHTS, OPT_INT, AT(model.channels), "3", 1, 1024, "channels of a picture"},
+    {"classes", BENCH | WEIGHTS, OPT_INT, AT(model.classes), "10", 0, 1e6, "number of labels"},
+    {"mlp_ratio", WEIGHTS, OPT_INT, AT(model.mlp_ratio), "4", 4, 4, ""},
+    {"diffusion_steps", WEIGHTS, OPT_INT, AT(model.diffusion_steps), "1000", 1000, 1000, ""},
+    {"prediction", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.prediction), "flow", 0, 0, "eps|v|flow: what is predicted"},
+    {"learn_sigma", MODEL, OPT_FLAG, AT(model.learn_sigma), "0", 0, 1, "1: predict the variance too (eps and v)"},
+    {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1,
      "1: the last timestep is pure noise (needs v)"},
-    {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0, "1|p2", "weight of the v loss"},
-    {"no_grad_iters", TRAIN, OPT_RANGE, AT(no_grad_iters), "0,3", 0, 1000, NULL,
-     "n: iterations without gradient, drawn from this range"},
-    {"grad_iters", TRAIN, OPT_RANGE, AT(grad_iters), "1,4", 1, 1000, NULL, "m: iterations with gradient"},
-    {"batch", TRAIN | BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, NULL, "pictures per step"},
-    {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, NULL,
-     "pictures at a time: gradients accumulate over them; 0: all"},
-    {"steps", TRAIN, OPT_INT, AT(steps), "3000", 1, 2000000000, NULL, "training steps"},
-    {"lr", TRAIN, OPT_REAL, AT(lr), "2e-3", 0, 10, NULL, "learning rate of AdamW"},
-    {"warmup", TRAIN, OPT_INT, AT(warmup), "100", 0, 2000000000, NULL, "steps of linear warm-up"},
-    {"weight_decay", TRAIN, OPT_REAL, AT(weight_decay), "0", 0, 10, NULL, "decay of AdamW"},
-    {"grad_clip", TRAIN, OPT_REAL, AT(grad_clip), "1", 0, 1e9, NULL, "largest norm of the gradient; 0: any"},
-    {"ema", TRAIN, OPT_REAL, AT(ema), "0.995", 0, 1, NULL, "decay of the moving average of the weights"},
-    {"ema_warmup", TRAIN, OPT_FLAG, AT(ema_warmup), "1", 0, 1, NULL, "1: decay = min(ema, (1+step)/(10+step))"},
-    {"label_drop", TRAIN, OPT_REAL, AT(label_drop), "0.1", 0, 1, NULL, "probability that a label becomes 'no label'"},
-    {"hflip", TRAIN, OPT_FLAG, AT(hflip), "0", 0, 1, NULL, "1: mirror half of the pictures"},
-    {"recompute", TRAIN | BENCH, OPT_FLAG, AT(recompute), "0", 0, 1, NULL,
-     "1: keep only each layer's input; less memory, more time"},
-    {"dtype", TRAIN | SAMPLE | BENCH, OPT_CHOICE, AT(dtype), "auto", 0, 0, "auto|fp32|bf16",
-     "arithmetic; auto: fp32 on a CPU, bf16 on a GPU"},
-    {"resume", TRAIN, OPT_TEXT, AT(resume), "", 0, 0, NULL, "folder of a run to go on with"},
-    {"save_every", TRAIN, OPT_INT, AT(save_every), "1000", 1, 2000000000, NULL,
-     "steps between saves of weights and state"},
-    {"sample_every", TRAIN, OPT_INT, AT(sample_every), "1000", 0, 2000000000, NULL,
-     "steps between sample grids; 0: only at the end"},
-    {"log_every", TRAIN, OPT_INT, AT(log_every), "50", 1, 2000000000, NULL, "steps between progress lines"},
-    {"weights_dtype", TRAIN, OPT_CHOICE, AT(weights_dtype), "f32", 0, 0, "f32|bf16",
-     "type of the tensors in weights.safetensors"},
-    {"weights", SAMPLE, OPT_TEXT, AT(weights), "weights/shapes.safetensors", 0, 0, NULL, "weight file"},
-    {"n", SAMPLE, OPT_INT, AT(n), "40", 1, 1000000, NULL, "number of pictures"},
-    {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0, NULL,
-     "numbers or class names, 3,7,heart; default: each class in turn"},
-    {"sampler", TRAIN | SAMPLE, OPT_CHOICE, AT(sampler), "auto", 0, 0, "auto|ddpm|ddim|flow",
-     "auto: flow for flow models, ddim otherwise"},
-    {"steps", SAMPLE, OPT_INT, AT(sample_steps), "20", 2, 1000, NULL, "timesteps S"},
-    {"sample_steps", TRAIN, OPT_INT, AT(sample_steps), "20", 2, 1000, NULL, "timesteps of the sample grids"},
-    {"eta", SAMPLE, OPT_REAL, AT(eta), "0", 0, 1, NULL, "noise of ddim: 0 none, 1 as much as ddpm"},
-    {"iters", SAMPLE, OPT_TEXT, AT(iters), "", 0, 0, NULL,
-     "iterations per timestep: one number, or a list in sampling order"},
-    {"budget", SAMPLE, OPT_INT, AT(budget), "0", 0, 100000000, NULL,
-     "Transformer-block passes per picture in all; instead of iters"},
-    {"alloc", SAMPLE, OPT_CHOICE, AT(alloc), "const", 0, 0, "const|inc|dec",
-     "share of iterations; inc: more at large t"},
-    {"reuse", TRAIN | SAMPLE, OPT_FLAG, AT(reuse), "1", 0, 1, NULL,
-     "1: start from the solution of the timestep before"},
-    {"tol", SAMPLE, OPT_REAL, AT(tol), "0", 0, 1, NULL, "stop a timestep once the mean residual is below this"},
-    {"solver", SAMPLE, OPT_CHOICE, AT(solver), "plain", 0, 0, "plain|anderson",
-     "z_k: the last iteration's result, or mixed with earlier ones"},
-    {"window", SAMPLE, OPT_INT, AT(window), "3", 1, MAX_WINDOW, NULL, "anderson: number of earlier results"},
-    {"mixing", SAMPLE, OPT_REAL, AT(mixing), "1", 0.01, 2, NULL, "anderson: beta, the step along the mixed residual"},
-    {"cfg", TRAIN | SAMPLE, OPT_REAL, AT(cfg), "3", -100, 100, NULL, "scale of classifier-free guidance; 1: none"},
-    {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024, NULL, "prediction channels that are guided"},
-    {"batch", SAMPLE, OPT_INT, AT(batch), "40", 1, 1 << 20, NULL, "pictures at a time"},
-    {"latents", SAMPLE, OPT_TEXT, AT(latents), "", 0, 0, NULL, "also write the result as a safetensors file"},
-    {"trace", SAMPLE, OPT_TEXT, AT(trace), "", 0, 0, NULL, "write the residual of every iteration as CSV"},
-    {"show", TRAIN | SAMPLE, OPT_FLAG, AT(show), "0", 0, 1, NULL, "1: draw the pictures in the terminal"},
-    {"seed", TRAIN | SAMPLE | BENCH, OPT_SEED, AT(seed), "1", 0, 0, NULL, "every random draw follows from it"},
-    {"out", TRAIN, OPT_TEXT, AT(out), "out", 0, 0, NULL, "folder for weights, state, log and pictures"},
-    {"out", SAMPLE, OPT_TEXT, AT(out), "samples.png", 0, 0, NULL, "PNG file"},
-    {"n", BENCH, OPT_INT, AT(bench_n), "5", 0, 1000, NULL, "iterations without gradient"},
-    {"m", BENCH, OPT_INT, AT(bench_m), "6", 1, 1000, NULL, "iterations with gradient"},
-    {"rounds", BENCH, OPT_INT, AT(rounds), "5", 1, 10000, NULL, "timed runs; the median counts"},
-    {"gemm", BENCH, OPT_FLAG, AT(bench_gemm), "1", 0, 1, NULL, "0: leave out the matmul shapes"},
+    {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0, "1|p2: weight of the v loss"},
+    {"no_grad_iters", TRAIN, OPT_RANGE, AT(no_grad_iters), "0,3", 0, 1000, "range of n: iterations without gradient"},
+    {"grad_iters", TRAIN, OPT_RANGE, AT(grad_iters), "1,4", 1, 1000, "range of m: iterations with gradient"},
+    {"batch", TRAIN | BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, "pictures per step"},
+    {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, "pictures at a time; gradients add up; 0: all"},
+    {"steps", TRAIN, OPT_INT, AT(steps), "3000", 1, 2e9, "training steps"},
+    {"lr", TRAIN, OPT_REAL, AT(lr), "2e-3", 0, 10, "learning rate of AdamW"},
+    {"warmup", TRAIN, OPT_INT, AT(warmup), "100", 0, 2e9, "steps of linear warm-up"},
+    {"weight_decay", TRAIN, OPT_REAL, AT(weight_decay), "0", 0, 10, "decay of AdamW"},
+    {"grad_clip", TRAIN, OPT_REAL, AT(grad_clip), "1", 0, 1e9, "largest norm of the gradient; 0: any"},
+    {"ema", TRAIN, OPT_REAL, AT(ema), "0.995", 0, 1, "decay of the moving average of the weights"},
+    {"ema_warmup", TRAIN, OPT_FLAG, AT(ema_warmup), "1", 0, 1, "1: decay = min(ema, (1+step)/(10+step))"},
+    {"label_drop", TRAIN, OPT_REAL, AT(label_drop), "0.1", 0, 1, "probability that a label becomes 'no label'"},
+    {"hflip", TRAIN, OPT_FLAG, AT(hflip), "0", 0, 1, "1: mirror half of the pictures"},
+    {"recompute", TRAIN | BENCH, OPT_FLAG, AT(recompute), "0", 0, 1, "1: keep only layer inputs: less memory, slower"},
+    {"dtype", TRAIN | SAMPLE | BENCH, OPT_CHOICE, AT(dtype), "auto", 0, 0,
+     "auto|fp32|bf16: arithmetic; auto: fp32 on a CPU, bf16 on a GPU"},
+    {"resume", TRAIN | ONCE, OPT_TEXT, AT(resume), "", 0, 0, "folder of a run to go on with"},
+    {"save_every", TRAIN, OPT_INT, AT(save_every), "1000", 1, 2e9, "steps between saves of weights and state"},
+    {"sample_every", TRAIN, OPT_INT, AT(sample_every), "1000", 0, 2e9, "steps between sample grids; 0: at the end"},
+    {"log_every", TRAIN, OPT_INT, AT(log_every), "50", 1, 2e9, "steps between progress lines"},
+    {"weights_dtype", TRAIN, OPT_CHOICE, AT(weights_dtype), "f32", 0, 0, "f32|bf16: tensors in weights.safetensors"},
+    {"weights", SAMPLE, OPT_TEXT, AT(weights), "weights/shapes.safetensors", 0, 0, "weight file"},
+    {"n", SAMPLE, OPT_INT, AT(n), "40", 1, 1e6, "number of pictures"},
+    {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0, "numbers or class names, 3,7,heart; default: each in turn"},
+    {"sampler", TRAIN | SAMPLE, OPT_CHOICE, AT(sampler), "auto", 0, 0,
+     "auto|ddpm|ddim|flow: auto: flow for flow models, ddim otherwise"},
+    {"steps", SAMPLE, OPT_INT, AT(sample_steps), "20", 2, 1000, "timesteps S"},
+    {"sample_steps", TRAIN, OPT_INT, AT(sample_steps), "20", 2, 1000, "timesteps of the sample grids"},
+    {"eta", SAMPLE, OPT_REAL, AT(eta), "0", 0, 1, "noise of ddim: 0 none, 1 as much as ddpm"},
+    {"iters", SAMPLE, OPT_TEXT, AT(iters), "", 0, 0, "iterations per timestep: one, or a list in sampling order"},
+    {"budget", SAMPLE, OPT_INT, AT(budget), "0", 0, 1e8, "Transformer-block passes per picture; instead of iters"},
+    {"alloc", SAMPLE, OPT_CHOICE, AT(alloc), "const", 0, 0, "const|inc|dec: share of iterations; inc: more at large t"},
+    {"reuse", TRAIN | SAMPLE, OPT_FLAG, AT(reuse), "1", 0, 1, "1: start from the solution of the timestep before"},
+    {"tol", SAMPLE, OPT_REAL, AT(tol), "0", 0, 1, "stop a timestep once the mean residual is below this"},
+    {"solver", SAMPLE, OPT_CHOICE, AT(solver), "plain", 0, 0,
+     "plain|anderson: z_k is the last iteration's result, or mixed with earlier ones"},
+    {"window", SAMPLE, OPT_INT, AT(window), "3", 1, MAX_WINDOW, "anderson: number of earlier results"},
+    {"mixing", SAMPLE, OPT_REAL, AT(mixing), "1", 0.01, 2, "anderson: beta, the step along the mixed residual"},
+    {"cfg", TRAIN | SAMPLE, OPT_REAL, AT(cfg), "3", -100, 100, "scale of classifier-free guidance; 1: none"},
+    {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024, "prediction channels that are guided"},
+    {"batch", SAMPLE, OPT_INT, AT(batch), "40", 1, 1 << 20, "pictures at a time"},
+    {"latents", SAMPLE, OPT_TEXT, AT(latents), "", 0, 0, "also write the result as a safetensors file"},
+    {"trace", SAMPLE, OPT_TEXT, AT(trace), "", 0, 0, "write the residual of every iteration as CSV"},
+    {"show", TRAIN | SAMPLE, OPT_FLAG, AT(show), "0", 0, 1, "1: draw the pictures in the terminal"},
+    {"seed", TRAIN | SAMPLE | BENCH, OPT_SEED, AT(seed), "1", 0, 0, "every random draw follows from it"},
+    {"out", TRAIN, OPT_TEXT, AT(out), "out", 0, 0, "folder for weights, state, log and pictures"},
+    {"out", SAMPLE, OPT_TEXT, AT(out), "samples.png", 0, 0, "PNG file"},
+    {"n", BENCH, OPT_INT, AT(bench_n), "5", 0, 1000, "iterations without gradient"},
+    {"m", BENCH, OPT_INT, AT(bench_m), "6", 1, 1000, "iterations with gradient"},
+    {"rounds", BENCH, OPT_INT, AT(rounds), "5", 1, 10000, "timed runs; the median counts"},
+    {"step", STATE, OPT_INT, AT(step), "0", 0, 2e9, ""},
+    {"gemm", BENCH, OPT_FLAG, AT(bench_gemm), "1", 0, 1, "0: leave out the matmul shapes"},
 };
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 
-// The words of an OPT_CHOICE: index of `word`, or -1.
-static int choice_index(const char *choices, const char *word) {
-    int index = 0;
-    for (const char *p = choices; p; index++) {
-        const char *bar = strchr(p, '|');
-        size_t length = bar ? (size_t)(bar - p) : strlen(p);
-        if (strlen(word) == length && !strncmp(p, word, length)) return index;
-        p = bar ? bar + 1 : NULL;
-    }
-    return -1;
-}
-
 // Sets one option from text; `where` names the source in error messages ("option --" or a file).
 static void option_set(Options *o, const Option *opt, const char *text, const char *where) {
-    char *field = (char *)o + opt->offset, *end = NULL;
-    errno = 0;
+    char *field = (char *)o + opt->offset, *end;
     if (opt->type == OPT_TEXT) {
         *(const char **)field = text;
-    } else if (opt->type == OPT_CHOICE) {
-        int index = choice_index(opt->choices, text);
-        if (index < 0) die("%s%s: '%s' is not one of %s", where, opt->name, text, opt->choices);
-        *(int *)field = index;
+    } else if (opt->type == OPT_CHOICE || opt->type == OPT_FLAG) {
+        const char *choices = opt->type == OPT_FLAG ? "0|1|false|true|False|True" : opt->help;
+        int index = choice_index(choices, text);
+        if (index < 0)
+            die("%s%s: '%s' is not one of %.*s", where, opt->name, text, (int)strcspn(choices, ":"), choices);
+        *(int *)field = opt->type == OPT_FLAG ? index % 2 : index;
     } else if (opt->type == OPT_SEED) {
-        uint64_t value = strtoull(text, &end, 10);
-        if (end == text || *end || errno || *text == '-')
+        errno = 0;
+        *(uint64_t *)field = strtoull(text, &end, 10);
+        if (!isdigit((unsigned char)*text) || *end || errno)
             die("%s%s: '%s' is not a whole number from 0", where, opt->name, text);
-        *(uint64_t *)field = value;
-    } else if (opt->type == OPT_RANGE) {
-        long lo = strtol(text, &end, 10), hi = lo;
-        const char *second = end + 1;
-        if (end != text && *end == ',') hi = strtol(second, &end, 10);
-        if (end == text || end == second || *end || errno || lo > hi || lo < opt->lo || hi > opt->hi)
-            die("%s%s: '%s' is not a range like %s (from %g to %g)", where, opt->name, text, opt->initial, opt->lo,
-                opt->hi);
-        ((int *)field)[0] = (int)lo;
-        ((int *)field)[1] = (int)hi;
-    } else if (opt->type == OPT_FLAG && choice_index("false|true|False|True|0|1", text) >= 0) {
-        *(int *)field = choice_index("false|true|False|True|0|1", text) % 2;
     } else {
-        double value = strtod(text, &end);
-        if (end == text || *end || !(value >= opt->lo && value <= opt->hi) ||
-            (opt->type != OPT_REAL && value != floor(value)))
-            die("%s%s: '%s' is not a %s from %g to %g", where, opt->name, text,
-                opt->type == OPT_REAL ? "number" : "whole number", opt->lo, opt->hi);
+        double a = strtod(text, &end), b = a;
+        const char *second = end + 1, *kind = opt->type == OPT_REAL ? "number" : "whole number";
+        if (opt->type == OPT_RANGE) kind = "range like 1,4,";
+        if (opt->type == OPT_RANGE && *end == ',') b = strtod(second, &end);
+        if (end == text || end == second || *end || !(opt->lo <= a && a <= b && b <= opt->hi) ||
+            (opt->type != OPT_REAL && (a != floor(a) || b != floor(b))))
+            die("%s%s: '%s' is not a %s from %g to %g", where, opt->name, text, kind, opt->lo, opt->hi);
+        if (opt->type == OPT_RANGE) ((int *)field)[1] = (int)b;
         if (opt->type == OPT_REAL)
-            *(double *)field = value;
+            *(double *)field = a;
         else
-            *(int *)field = (int)value;
+            *(int *)field = (int)a;
     }
 }
 
 // The value of an option as text, such that option_set gives the same value back.
 static void option_text(char *text, size_t size, const Options *o, const Option *opt) {
-    const char *field = (const char *)o + opt->offset;
-    if (opt->type == OPT_TEXT)
-        snprintf(text, size, "%s", *(const char *const *)field);
-    else if (opt->type == OPT_SEED)
-        snprintf(text, size, "%llu", (unsigned long long)*(const uint64_t *)field);
-    else if (opt->type == OPT_REAL)
-        snprintf(text, size, "%.17g", *(const double *)field);
-    else if (opt->type == OPT_RANGE)
-        snprintf(text, size, "%d,%d", ((const int *)field)[0], ((const int *)field)[1]);
-    else if (opt->type == OPT_CHOICE) {
-        const char *p = opt->choices;
-        for (int i = *(const int *)field; i > 0; i--) p = strchr(p, '|') + 1;
-        snprintf(text, size, "%.*s", (int)strcspn(p, "|"), p);
-    } else
-        snprintf(text, size, "%d", *(const int *)field);
+    const char *field = (const char *)o + opt->offset, *word = opt->help;
+    const int *number = (const int *)field;
+    if (opt->type == OPT_TEXT) snprintf(text, size, "%s", *(const char *const *)field);
+    if (opt->type == OPT_SEED) snprintf(text, size, "%llu", (unsigned long long)*(const uint64_t *)field);
+    if (opt->type == OPT_REAL) snprintf(text, size, "%.17g", *(const double *)field);
+    if (opt->type == OPT_RANGE) snprintf(text, size, "%d,%d", number[0], number[1]);
+    if (opt->type == OPT_INT || opt->type == OPT_FLAG) snprintf(text, size, "%d", *number);
+    if (opt->type != OPT_CHOICE) return;
+    for (int i = 0; i < *number; i++) word = strchr(word, '|') + 1;
+    snprintf(text, size, "%.*s", (int)strcspn(word, "|:"), word);
 }
 
+// Every field gets a value; where options of two programs share one, that of a program in `use`.
 static void options_default(Options *o, int use) {
     memset(o, 0, sizeof *o);
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *opt = &option_table[i];
-        if (opt->use & (use | WEIGHTS))
-            option_set(o, opt, opt->initial, "default of ");
-        else if (opt->type == OPT_TEXT && !*(const char **)((char *)o + opt->offset))
-            option_set(o, opt, "", "");
+    for (int pass = 0; pass < 2; pass++)
+        for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++)
+            if (pass == 0 || opt->use & use) option_set(o, opt, opt->initial, "default of ");
+}
+
+// Levenshtein distance, to name the option that was probably meant. b has less than 64 characters.
+static int edit_distance(const char *a, const char *b) {
+    int row[64], length = (int)strlen(b);
+    for (int j = 0; j <= length; j++) row[j] = j;
+    for (; *a; a++) {
+        int diagonal = row[0]++;
+        for (int j = 1; j <= length; j++) {
+            int change = diagonal + (*a != b[j - 1]), insert = 1 + (row[j] < row[j - 1] ? row[j] : row[j - 1]);
+            diagonal = row[j];
+            row[j] = change < insert ? change : insert;
+        }
     }
+    return row[length];
+}
+
+// The option of a program that has this name.
+static const Option *option_find(const char *name, int use) {
+    const Option *nearest = NULL;
+    int distance = INT_MAX;
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
+        int d = opt->use & use ? edit_distance(name, opt->name) : INT_MAX;
+        if (d < distance) distance = d, nearest = opt;
+    }
+    if (distance) die("unknown option --%s; did you mean --%s? (--help lists them)", name, nearest->name);
+    return nearest;
 }
 
 static void print_help(const char *program, int use, const char *about) {
     printf("%s\n\nUsage: %s [--name value | --name=value] ...\n\n", about, program);
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *opt = &option_table[i];
-        if (!(opt->use & use)) continue;
-        printf("  --%-21s %s%s%s%s [%s]\n", opt->name, opt->help, opt->choices ? " (" : "",
-               opt->choices ? opt->choices : "", opt->choices ? ")" : "", *opt->initial ? opt->initial : "none");
-    }
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++)
+        if (opt->use & use) printf("  --%-21s %s [%s]\n", opt->name, opt->help, *opt->initial ? opt->initial : "none");
 }
 
-// Levenshtein distance, to name the option that was probably meant.
-static int edit_distance(const char *a, const char *b) {
-    int row[64], la = (int)strlen(a), lb = (int)strlen(b);
-    if (la > 63 || lb > 63) return 1000;
-    for (int j = 0; j <= lb; j++) row[j] = j;
-    for (int i = 1; i <= la; i++) {
-        int diagonal = row[0];
-        row[0] = i;
-        for (int j = 1; j <= lb; j++) {
-            int change = diagonal + (a[i - 1] != b[j - 1]);
-            diagonal = row[j];
-            int best = row[j] < row[j - 1] ? row[j] + 1 : row[j - 1] + 1;
-            row[j] = change < best ? change : best;
-        }
-    }
-    return row[lb];
-}
-
-// Applies the command line to `o`; given[i] becomes 1 for each option of option_table that it names.
-static void options_parse(Options *o, int use, int argc, char **argv, const char *about, char given[N_OPTIONS]) {
-    memset(given, 0, N_OPTIONS);
-    for (int a = 1; a < argc; a++) {
-        if (!strcmp(argv[a], "--help") || !strcmp(argv[a], "-h")) {
-            print_help(argv[0], use, about);
-            exit(0);
-        }
-        if (strncmp(argv[a], "--", 2))
-            die("'%s' is not an option: options are --name value; --help lists them", argv[a]);
-        char name[64];
-        const char *value = strchr(argv[a], '=');
-        size_t length = value ? (size_t)(value - argv[a] - 2) : strlen(argv[a] + 2);
-        snprintf(name, sizeof name, "%.*s", (int)(length < 63 ? length : 63), argv[a] + 2);
-        int found = -1, nearest = -1, distance = 1000;
-        for (int i = 0; i < N_OPTIONS; i++) {
-            if (!(option_table[i].use & use)) continue;
-            int d = edit_distance(name, option_table[i].name);
-            if (d < distance) distance = d, nearest = i;
-            if (!d) found = i;
-        }
-        if (found < 0)
-            die("unknown option --%s; did you mean --%s? (--help lists them)", name, option_table[nearest].name);
-        const Option *opt = &option_table[found];
-        if (value)
-            value++;
-        else if (a + 1 < argc && strncmp(argv[a + 1], "--", 2))
-            value = argv[++a];
-        else if (opt->type == OPT_FLAG)
-            value = "1";
-        else
-            die("option --%s needs a value", name);
-        option_set(o, opt, value, "option --");
-        given[found] = 1;
-    }
-}
-
-static const Option *option_find(const char *name, int use) {
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (option_table[i].use & use && !strcmp(option_table[i].name, name)) return &option_table[i];
-    return NULL;
-}
-
-static int option_given(const char *name, int use, const char given[N_OPTIONS]) {
-    return given[option_find(name, use) - option_table];
-}
-
-// --model XL/2 sets width, heads, depth and patch, and for training the paper's settings; what the command line gives
-// itself stays.
-static void options_model(Options *o, int use, const char given[N_OPTIONS]) {
+// --model XL/2 stands for width, heads, depth, patch, and the paper's settings of training.
+static void options_model(Options *o) {
     static const struct {
-        const char *name;
         int depth, width, heads;
-    } sizes[] = {{"S", 12, 384, 6}, {"B", 12, 768, 12}, {"L", 24, 1024, 16}, {"XL", 28, 1152, 16}};
-    static const char *const paper[][2] = {{"no_grad_iters", "0,10"}, {"grad_iters", "1,12"}, {"lr", "1e-4"},
-                                           {"warmup", "0"},           {"grad_clip", "0"},     {"ema", "0.9999"},
-                                           {"ema_warmup", "0"}};
-    if (!*o->model_name) return;
+    } sizes[] = {{12, 384, 6}, {12, 768, 12}, {24, 1024, 16}, {28, 1152, 16}};
+    char name[8];
     const char *slash = strchr(o->model_name, '/');
-    int patch = slash ? atoi(slash + 1) : 0, found = -1;
-    for (int i = 0; patch > 0 && i < 4; i++)
-        if (!strncmp(o->model_name, sizes[i].name, (size_t)(slash - o->model_name)) &&
-            !sizes[i].name[slash - o->model_name])
-            found = i;
-    if (found < 0) die("option --model: '%s' is not S, B, L or XL with a patch size, such as S/2", o->model_name);
-    if (!option_given("width", use, given)) o->model.width = sizes[found].width;
-    if (!option_given("heads", use, given)) o->model.heads = sizes[found].heads;
-    if (!option_given("depth", use, given)) o->model.depth = sizes[found].depth;
-    if (!option_given("patch", use, given)) o->model.patch = patch;
-    for (int i = 0; use == TRAIN && i < 7; i++)
-        if (!option_given(paper[i][0], use, given)) option_set(o, option_find(paper[i][0], use), paper[i][1], "");
+    snprintf(name, sizeof name, "%.*s", slash ? (int)(slash - o->model_name) : 0, o->model_name);
+    int size = choice_index("S|B|L|XL", name), patch = slash ? atoi(slash + 1) : 0;
+    if (size < 0 || patch < 1)
+        die("option --model: '%s' is not S, B, L or XL with a patch size, such as S/2", o->model_name);
+    o->model.depth = sizes[size].depth;
+    o->model.width = sizes[size].width;
+    o->model.heads = sizes[size].heads;
+    o->model.patch = patch;
+    o->no_grad_iters[0] = 0, o->no_grad_iters[1] = 10;
+    o->grad_iters[0] = 1, o->grad_iters[1] = 12;
+    o->lr = 1e-4;
+    o->ema = 0.9999;
+    o->grad_clip = o->warmup = o->ema_warmup = 0;
+}
+
+// Applies the command line to `o`: twice, as what it says itself goes over what --model stands for.
+static void options_parse(Options *o, int use, int argc, char **argv, const char *about) {
+    for (int pass = 0; pass < 2; pass++) {
+        for (int a = 1; a < argc; a++) {
+            char name[64];
+            const char *value = strchr(argv[a], '=');
+            if (!strcmp(argv[a], "--help") || !strcmp(argv[a], "-h")) {
+                print_help(argv[0], use, about);
+                exit(0);
+            }
+            if (strncmp(argv[a], "--", 2))
+                die("'%s' is not an option: options are --name value; --help lists them", argv[a]);
+            snprintf(name, sizeof name, "%.*s", (int)strcspn(argv[a] + 2, "="), argv[a] + 2);
+            const Option *opt = option_find(name, use);
+            if (value)
+                value++;
+            else if (a + 1 < argc && strncmp(argv[a + 1], "--", 2))
+                value = argv[++a];
+            else if (opt->type == OPT_FLAG)
+                value = "1";
+            else
+                die("option --%s needs a value", name);
+            option_set(o, opt, value, "option --");
+        }
+        if (pass == 0 && *o->model_name) options_model(o);
+    }
 }
 
 // Dies with one line when the sizes do not fit together; `where` is what the user should change.
@@ -1033,6 +917,7 @@ static void config_check(const Config *c, const char *where) {
     if (tokens > 65536) die("%s: %g tokens per picture; at most 65536: use a larger patch", where, tokens);
 }
 
+static size_t config_pixels(const Config *c) { return (size_t)c->channels * c->image_size * c->image_size; }
 static int config_tokens(const Config *c) { return (c->image_size / c->patch) * (c->image_size / c->patch); }
 static int config_out_channels(const Config *c) { return c->learn_sigma ? 2 * c->channels : c->channels; }
 static int config_blocks(const Config *c) { return c->fixed_point ? c->pre_depth + 1 + c->post_depth : c->depth; }
@@ -1041,31 +926,29 @@ static int config_iterations(const Config *c) { // default iterations per timest
     return k < 1 ? 1 : k;
 }
 
-// Metadata: every option with one of the bits in `use`, as text, and then what the caller adds.
+// Metadata: every option with one of the bits in `use`, as text; returns how many. The values are to be freed.
 static int options_to_meta(Meta *meta, const Options *o, int use) {
     int count = 0;
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *opt = &option_table[i];
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
         char text[4096];
-        if (!(opt->use & use) || !strcmp(opt->name, "resume")) continue;
+        if (!(opt->use & use) || opt->use & ONCE) continue;
         option_text(text, sizeof text, o, opt);
-        meta[count].key = strdup(opt->name);
+        meta[count].key = opt->name;
         meta[count++].value = strdup(text);
     }
     return count;
 }
 
 static void options_from_meta(Options *o, const SafeTensors *f, int use) {
-    char where[1200];
+    char where[PATH_MAX + 16];
     snprintf(where, sizeof where, "%s: metadata ", f->path);
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const Option *opt = &option_table[i];
-        if (!(opt->use & use) || !strcmp(opt->name, "resume")) continue;
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
+        if (!(opt->use & use) || opt->use & ONCE) continue;
         const char *text = st_meta(f, opt->name);
         if (!text) die("%s'%s' is missing: is this a file of weights of this project?", where, opt->name);
         option_set(o, opt, opt->type == OPT_TEXT ? strdup(text) : text, where);
     }
-    snprintf(where, sizeof where, "%s: metadata", f->path);
+    where[strlen(where) - 1] = 0; // the space
     config_check(&o->model, where);
 }
 
@@ -1108,23 +991,17 @@ static void schedule_make(Schedule *s, const Config *c, int steps) {
 }
 
 // Iterations of each timestep in sampling order (large t first), iters[0..S-1]; returns their sum. A real-valued share
-// of 1 + (total - S)·ratio/sum(ratio) is rounded through its running sum: each is then at least 1 and the sum is
-// `total`.
+// of 1 + (total - S)·ratio/S is rounded through its running sum: each is then at least 1 and the sum is `total`.
 static int allocate_iterations(int *iters, int S, int total, int alloc) {
-    double sum = 0, running = 0;
+    double running = 0;
     int spent = 0;
-    for (int pass = 0; pass < 2; pass++)
-        for (int s = 0; s < S; s++) {
-            double position = S > 1 ? (double)s / (S - 1) : 0.5; // 0 at the largest t
-            double ratio = alloc == ALLOC_INC ? 1.5 - position : alloc == ALLOC_DEC ? 0.5 + position : 1;
-            if (!pass) {
-                sum += ratio;
-                continue;
-            }
-            running += 1 + (total - S) * ratio / sum;
-            iters[s] = (int)floor(running + 1e-6) - spent;
-            spent += iters[s];
-        }
+    for (int s = 0; s < S; s++) {
+        double position = S > 1 ? (double)s / (S - 1) : 0.5; // 0 at the largest t
+        double ratio = alloc == ALLOC_INC ? 1.5 - position : alloc == ALLOC_DEC ? 0.5 + position : 1; // in all: S
+        running += 1 + (total - S) * ratio / S;
+        iters[s] = (int)floor(running + 1e-6) - spent;
+        spent += iters[s];
+    }
     return spent;
 }
 
@@ -1137,123 +1014,63 @@ static uint8_t to_byte(float x) {
     return (uint8_t)(v > 0 ? v < 255 ? v : 255 : 0);
 }
 
-// Bits of a deflate stream (RFC 1951), the lowest first.
-typedef struct {
-    uint8_t *out;
-    size_t bytes;
-    uint64_t bits;
-    int n_bits;
-} BitWriter;
-
-// Appends the lowest n (up to 32) bits.
-static void put_bits(BitWriter *w, uint32_t bits, int n) {
-    w->bits |= (uint64_t)bits << w->n_bits;
-    for (w->n_bits += n; w->n_bits >= 8; w->n_bits -= 8, w->bits >>= 8) w->out[w->bytes++] = (uint8_t)w->bits;
+// Four bytes, the highest first.
+static void put32(uint8_t *out, uint32_t x) {
+    for (int i = 0; i < 4; i++) out[i] = (uint8_t)(x >> (24 - 8 * i));
 }
 
-// A Huffman code goes out highest bit first.
-static void put_code(BitWriter *w, uint32_t code, int n) {
-    while (n--) put_bits(w, code >> n & 1, 1);
-}
-
-// A literal byte or the symbol of a length, in deflate's fixed code.
-static void put_symbol(BitWriter *w, uint32_t symbol) {
-    if (symbol < 144) put_code(w, 0x30 + symbol, 8);
-    if (symbol >= 144 && symbol < 256) put_code(w, 0x190 + symbol - 144, 9);
-    if (symbol >= 256 && symbol < 280) put_code(w, symbol - 256, 7);
-    if (symbol >= 280) put_code(w, 0xC0 + symbol - 280, 8);
-}
-
-// The position of the highest set bit of x > 0.
-static int log2_floor(uint32_t x) {
-    int n = 0;
-    while (x >>= 1) n++;
-    return n;
-}
-
-// Copy `length` (4..257) bytes from `distance` (3..32768) back. Either is a symbol for a range and extra bits within.
-static void put_match(BitWriter *w, uint32_t length, uint32_t distance) {
-    uint32_t l = length - 3, d = distance - 1;
-    int nl = l < 8 ? 0 : log2_floor(l) - 2, nd = log2_floor(d) - 1;
-    put_symbol(w, 257 + 4 * (uint32_t)nl + (l >> nl));
-    put_bits(w, l & ((1u << nl) - 1), nl);
-    put_code(w, 2 * (uint32_t)nd + (d >> nd), 5);
-    put_bits(w, d & ((1u << nd) - 1), nd);
-}
-
-// Compresses to zlib format (RFC 1950). A picture repeats the pixel before (distance 3) or the row above (`row`), above
-// all one that was enlarged. Looking only there needs no search and makes samples enlarged 4 times 10 times smaller.
-static size_t deflate_rows(uint8_t *out, const uint8_t *raw, size_t size, size_t row) {
-    BitWriter w = {out, 0, 0, 0};
-    uint32_t a = 1, b = 0; // Adler-32
-    put_bits(&w, 0x0178, 16);
-    put_bits(&w, 3, 3); // the last block, fixed Huffman code
-    for (size_t i = 0; i < size;) {
-        size_t best = 0, distance = 0, candidates[2] = {3, row};
-        for (int c = 0; c < 2; c++) {
-            size_t n = 0, back = candidates[c];
-            while (back <= i && back <= 32768 && n < 257 && i + n < size && raw[i + n] == raw[i + n - back]) n++;
-            if (n > best) {
-                best = n;
-                distance = back;
-            }
-        }
-        if (best < 4) {
-            best = 1;
-            put_symbol(&w, raw[i]);
-        } else {
-            put_match(&w, (uint32_t)best, (uint32_t)distance);
-        }
-        for (size_t end = i + best; i < end; i++) {
-            a = (a + raw[i]) % 65521;
-            b = (b + a) % 65521;
-        }
-    }
-    put_symbol(&w, 256);
-    put_bits(&w, 0, 7); // up to a whole byte
-    for (int shift = 24; shift >= 0; shift -= 8) out[w.bytes++] = (uint8_t)((b << 16 | a) >> shift);
-    return w.bytes;
-}
-
-// A chunk: length, type, data, CRC-32 of type and data.
-static void png_chunk(FILE *file, const char *path, const char *type, const uint8_t *data, size_t size) {
-    uint8_t head[8], tail[4];
+// Writes length, type, data, CRC-32 of type and data; `chunk` is the type and then `size` bytes of data.
+static void png_chunk(FILE *file, const uint8_t *chunk, size_t size) {
+    uint8_t length[4], check[4];
     uint32_t crc = ~0u;
-    for (int i = 0; i < 4; i++) head[i] = (uint8_t)(size >> (24 - 8 * i)), head[4 + i] = (uint8_t)type[i];
-    for (size_t i = 0; i < 4 + size; i++) {
-        crc ^= i < 4 ? head[4 + i] : data[i - 4];
+    for (size_t i = 0; i < size + 4; i++) {
+        crc ^= chunk[i];
         for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
     }
-    for (int i = 0; i < 4; i++) tail[i] = (uint8_t)(~crc >> (24 - 8 * i));
-    write_temp(file, path, head, 8);
-    write_temp(file, path, data, size);
-    write_temp(file, path, tail, 4);
+    put32(length, (uint32_t)size);
+    put32(check, ~crc);
+    fwrite(length, 4, 1, file);
+    fwrite(chunk, size + 4, 1, file);
+    fwrite(check, 4, 1, file);
 }
 
-// rgb (h,w,3). Every row gets the filter byte 0 (none) in front.
+// rgb (h,w,3). Nothing is compressed, which would take more lines than it is worth: the zlib stream (RFC 1950) of the
+// pixels is made of blocks of up to 65535 bytes that deflate (RFC 1951) stores as they are.
 static void png_write(const char *path, const uint8_t *rgb, int w, int h) {
+    const size_t BLOCK = 65535;
+    uint8_t head[] = "IHDR........\10\2\0\0\0"; // width, height, 8 bits, RGB
     size_t row = 3 * (size_t)w + 1, size = row * (size_t)h;
-    uint8_t *raw = (uint8_t *)xcalloc(size, 1, "a picture");
-    uint8_t *packed = (uint8_t *)xcalloc(size + size / 8 + 64, 1, "a picture"); // a byte takes at most 9 bits
-    for (size_t y = 0; y < (size_t)h; y++) memcpy(raw + y * row + 1, rgb + y * (row - 1), row - 1);
-    size_t packed_size = deflate_rows(packed, raw, size, row);
-    uint8_t head[13] = {0, 0, 0, 0, 0, 0, 0, 0, 8, 2, 0, 0, 0}; // width, height, 8 bits, RGB
-    for (int i = 0; i < 4; i++) head[i] = (uint8_t)(w >> (24 - 8 * i)), head[4 + i] = (uint8_t)(h >> (24 - 8 * i));
+    uint8_t *data = (uint8_t *)xcalloc(size + (size / BLOCK + 1) * 5 + 10, 1, "a picture"), *out = data;
+    uint32_t a = 1, b = 0; // Adler-32
+    memcpy(out, "IDAT\x78\x01", 6);
+    out += 6;
+    for (size_t i = 0; i < size; i++) {
+        if (i % BLOCK == 0) { // a block begins: whether it is the last, its length, the same with all bits flipped
+            size_t n = size - i < BLOCK ? size - i : BLOCK;
+            const size_t begin[5] = {n == size - i, n, n >> 8, ~n, ~n >> 8};
+            for (int k = 0; k < 5; k++) *out++ = (uint8_t)begin[k];
+        }
+        *out = i % row ? *rgb++ : 0; // a row begins with its filter: none
+        a = (a + *out++) % 65521;
+        b = (b + a) % 65521;
+    }
+    put32(out, b << 16 | a);
+    put32(head + 4, (uint32_t)w);
+    put32(head + 8, (uint32_t)h);
     FILE *file = open_temp(path);
-    write_temp(file, path, "\x89PNG\r\n\x1a\n", 8);
-    png_chunk(file, path, "IHDR", head, sizeof head);
-    png_chunk(file, path, "IDAT", packed, packed_size);
-    png_chunk(file, path, "IEND", NULL, 0);
+    fwrite("\x89PNG\r\n\x1a\n", 8, 1, file);
+    png_chunk(file, head, 13);
+    png_chunk(file, data, (size_t)(out - data)); // less the type, with the checksum
+    png_chunk(file, (const uint8_t *)"IEND", 0);
     commit_temp(file, path);
-    xfree(raw);
-    xfree(packed);
+    xfree(data);
 }
 
 // Prints rgb (h,w,3) to a terminal: a character is an upper half block, two pixels high.
 static void show_picture(const uint8_t *rgb, int w, int h) {
     for (int y = 0; y < h; y += 2) {
         for (int x = 0; x < w; x++) {
-            const uint8_t *top = rgb + 3 * ((size_t)y * (size_t)w + (size_t)x), *low = top + 3 * (size_t)w;
+            const uint8_t *top = rgb + 3 * ((size_t)y * w + x), *low = top + 3 * w;
             printf("\x1b[38;2;%d;%d;%dm", top[0], top[1], top[2]);
             if (y + 1 < h) printf("\x1b[48;2;%d;%d;%dm", low[0], low[1], low[2]);
             fputs("\xe2\x96\x80", stdout);
@@ -1269,16 +1086,16 @@ static uint8_t *picture_grid(const float *images, int n, int C, int h, int w, in
     if (columns > n) columns = n;
     *out_w = columns * (w * zoom + gap) + gap;
     *out_h = (n + columns - 1) / columns * (h * zoom + gap) + gap;
-    size_t size = 3 * (size_t)*out_w * (size_t)*out_h;
+    size_t size = 3 * (size_t)*out_w * *out_h;
     uint8_t *rgb = (uint8_t *)xcalloc(size, 1, "a picture");
     memset(rgb, 230, size);
     for (int i = 0; i < n; i++) {
         for (int y = 0; y < h * zoom; y++) {
             int Y = gap + i / columns * (h * zoom + gap) + y, X = gap + i % columns * (w * zoom + gap);
-            uint8_t *out = rgb + 3 * ((size_t)Y * (size_t)*out_w + (size_t)X);
+            uint8_t *out = rgb + 3 * ((size_t)Y * *out_w + X);
             for (int x = 0; x < w * zoom * 3; x++) {
-                size_t plane = (size_t)i * (size_t)C + (size_t)(C < 3 ? 0 : x % 3);
-                out[x] = to_byte(images[(plane * (size_t)h + (size_t)(y / zoom)) * (size_t)w + (size_t)(x / 3 / zoom)]);
+                size_t plane = (size_t)i * C + (C < 3 ? 0 : x % 3);
+                out[x] = to_byte(images[(plane * h + y / zoom) * w + x / 3 / zoom]);
             }
         }
     }
@@ -1289,8 +1106,9 @@ static uint8_t *picture_grid(const float *images, int n, int C, int h, int w, in
 // Place, size, angle and both colours vary, little enough for a small model to learn them in minutes. The kinds can be
 // told apart at 8x8 pixels, and remain what they are when flipped left to right.
 enum Shapes { CIRCLE, RING, SQUARE, TRIANGLE, STAR, HEART, CROSS, CRESCENT, ARROW, DIAMOND, N_SHAPES };
-static const char *const shape_names[N_SHAPES] = {"circle", "ring",  "square",   "triangle", "star",
-                                                  "heart",  "cross", "crescent", "arrow",    "diamond"};
+static const char shape_names[] =
+    "[\"circle\", \"ring\", \"square\", \"triangle\", \"star\", "
+    "\"heart\", \"cross\", \"crescent\", \"arrow\", \"diamond\"]";
 
 // Corners x, y of the shapes that are polygons, y pointing down, all of about the same area.
 static const int shape_corners[N_SHAPES] = {0, 0, 4, 3, 10, 0, 12, 0, 7, 4};
@@ -1367,12 +1185,18 @@ typedef struct {
     const Tensor *x, *y; // y NULL: unlabelled
     int64_t count;       // samples; 0: endless
     int channels, size, classes;
-    const char **class_names; // `classes` of them, or NULL
-    const char *latent_scale; // metadata of latents, passed on to the weights; or NULL
-    int32_t *order;           // permutation of the current epoch
+    const char **class_names;              // `classes` of them, or NULL
+    const char *class_json, *latent_scale; // metadata that is passed on to the weights, or NULL
+    int32_t *order;                        // permutation of the current epoch
     int64_t order_epoch;
     uint64_t seed;
 } Dataset;
+
+static int64_t dataset_label(const Dataset *d, int64_t index) {
+    int64_t label;
+    memcpy(&label, (const char *)d->y->data + 8 * index, 8); // may be unaligned
+    return label;
+}
 
 static void dataset_open(Dataset *d, const char *path, int shapes_size, uint64_t seed) {
     memset(d, 0, sizeof *d);
@@ -1381,46 +1205,38 @@ static void dataset_open(Dataset *d, const char *path, int shapes_size, uint64_t
     if (!strcmp(path, "shapes")) {
         d->channels = 3;
         d->size = shapes_size;
-        d->classes = N_SHAPES;
-        d->class_names = (const char **)shape_names;
+        d->class_json = shape_names;
+        d->class_names = parse_class_names(d->class_json, &d->classes);
         return;
     }
     st_open(&d->file, path);
-    d->x = st_find(&d->file, "x");
-    d->y = st_find(&d->file, "y");
-    if (!d->x) die("%s: no tensor 'x': is this a dataset? tools/data.py makes them", path);
-    int bytes = d->x->dtype == U8;
-    if (d->x->ndim != 4 || (!bytes && d->x->dtype != F32 && d->x->dtype != F16 && d->x->dtype != BF16))
+    const Tensor *x = d->x = st_find(&d->file, "x"), *y = d->y = st_find(&d->file, "y");
+    if (!x) die("%s: no tensor 'x': is this a dataset? tools/data.py makes them", path);
+    int bytes = x->dtype == U8;
+    if (x->ndim != 4 || (!bytes && x->dtype != F32 && x->dtype != F16 && x->dtype != BF16))
         die("%s: tensor x: want U8 (N,H,W,C), or F32, F16 or BF16 (N,C,H,W)", path);
-    const int64_t *shape = d->x->shape;
-    if (shape[0] < 1 || shape[0] > INT32_MAX)
-        die("%s: tensor x: %lld samples; want 1 to 2^31-1", path, (long long)shape[0]);
-    if (shape[bytes ? 1 : 2] != shape[bytes ? 2 : 3]) die("%s: tensor x: pictures must be square", path);
-    if (shape[2] < 1 || shape[2] > 4096 || shape[bytes ? 3 : 1] < 1 || shape[bytes ? 3 : 1] > 1024)
+    int64_t n = x->shape[0], C = x->shape[bytes ? 3 : 1], H = x->shape[bytes ? 1 : 2], W = x->shape[bytes ? 2 : 3];
+    if (n < 1 || n > INT32_MAX) die("%s: tensor x: %lld samples; want 1 to 2^31-1", path, (long long)n);
+    if (H != W) die("%s: tensor x: pictures must be square", path);
+    if (H < 1 || H > 4096 || C < 1 || C > 1024)
         die("%s: tensor x: want sides from 1 to 4096 and 1 to 1024 channels", path);
-    d->count = shape[0];
-    d->size = (int)shape[2];
-    d->channels = (int)shape[bytes ? 3 : 1];
-    d->class_names = parse_class_names(st_meta(&d->file, "class_names"), &d->classes);
+    if (y && (y->dtype != I64 || y->ndim != 1 || y->shape[0] != n))
+        die("%s: tensor y: want I64 with one label for each of the %lld samples", path, (long long)n);
+    d->count = n;
+    d->size = (int)H;
+    d->channels = (int)C;
     d->latent_scale = st_meta(&d->file, "latent_scale");
-    if (d->y) {
-        if (d->y->dtype != I64 || d->y->ndim != 1 || d->y->shape[0] != d->count)
-            die("%s: tensor y: want I64 with one label for each of the %lld samples", path, (long long)d->count);
-        int64_t largest = 0;
-        for (int64_t i = 0; i < d->count; i++) {
-            int64_t label;
-            memcpy(&label, (const char *)d->y->data + 8 * i, 8);
-            if (label < 0 || label >= (d->class_names ? d->classes : 1000000))
-                die("%s: tensor y: label %lld of sample %lld is out of range 0..%d", path, (long long)label,
-                    (long long)i, d->class_names ? d->classes - 1 : 999999);
-            if (label > largest) largest = label;
-        }
-        if (!d->class_names) d->classes = (int)largest + 1;
-    } else {
-        d->classes = 0;
-        d->class_names = NULL;
+    d->class_json = y ? st_meta(&d->file, "class_names") : NULL;
+    d->class_names = parse_class_names(d->class_json, &d->classes);
+    int64_t limit = d->class_names ? d->classes : 1000000;
+    for (int64_t i = 0; y && i < n; i++) {
+        int64_t label = dataset_label(d, i);
+        if (label < 0 || label >= limit)
+            die("%s: tensor y: label %lld of sample %lld is out of range 0..%lld", path, (long long)label, (long long)i,
+                (long long)limit - 1);
+        if (label >= d->classes) d->classes = (int)label + 1;
     }
-    d->order = (int32_t *)xcalloc((size_t)d->count, sizeof *d->order, "the order of the samples");
+    d->order = (int32_t *)xcalloc((size_t)n, sizeof *d->order, "the order of the samples");
 }
 
 // Which sample is number g = step·batch + b of the run: position g mod N in epoch g / N, each epoch a Fisher-Yates
@@ -1449,25 +1265,19 @@ static void dataset_sample(const Dataset *d, float *x, int *label, int64_t index
         shapes_draw(x, label, d->size, d->seed, (uint32_t)index);
         return;
     }
-    const unsigned char *source = (const unsigned char *)d->x->data + (size_t)index * (d->x->bytes / (size_t)d->count);
-    if (d->x->dtype == U8) {
+    Tensor one = *d->x;
+    one.count = (int64_t)C * hw;
+    const unsigned char *source = (const unsigned char *)one.data + (size_t)index * one.count * dtype_sizes[one.dtype];
+    one.data = source;
+    if (one.dtype == U8) {
         for (int c = 0; c < C; c++)
             for (int i = 0; i < hw; i++) x[c * hw + i] = source[i * C + c] / 127.5f - 1;
     } else {
-        Tensor one = *d->x;
-        one.data = (void *)source;
-        one.count = (int64_t)C * hw;
         st_to_float(&d->file, &one, x);
-        for (int i = 0; i < C * hw; i++)
-            if (!isfinite(x[i]))
-                die("%s: tensor x: sample %lld holds %g; remove it", d->file.path, (long long)index, x[i]);
     }
-    *label = 0;
-    if (d->y) {
-        int64_t y;
-        memcpy(&y, (const char *)d->y->data + 8 * index, 8);
-        *label = (int)y;
-    }
+    for (int i = 0; i < C * hw; i++)
+        if (!isfinite(x[i])) die("%s: tensor x: sample %lld holds %g; remove it", d->file.path, (long long)index, x[i]);
+    *label = d->y ? (int)dataset_label(d, index) : 0;
 }
 
 // Samples first..first+count-1 of the batch of a step: x (count,C,H,W), labels y (count) with some dropped.
@@ -1487,12 +1297,11 @@ static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch,
         philox(drop, d->seed, (uint32_t)(first + b), (uint32_t)step, STREAM_DROP);
         philox(flip, d->seed, (uint32_t)(first + b), (uint32_t)step, STREAM_AUGMENT);
         if (rng_uniform(drop[0]) < label_drop) y[b] = d->classes;
-        if (!hflip || !(flip[0] & 1)) continue;
-        for (size_t row = 0; row < chw; row += (size_t)d->size)
+        for (float *row = picture; hflip && flip[0] & 1 && row < picture + chw; row += d->size)
             for (int i = 0, j = d->size - 1; i < j; i++, j--) {
-                float swap = picture[row + i];
-                picture[row + i] = picture[row + j];
-                picture[row + j] = swap;
+                float swap = row[i];
+                row[i] = row[j];
+                row[j] = swap;
             }
     }
     xfree(index);
@@ -1541,49 +1350,36 @@ typedef struct {
     int64_t size;
 } ParamWalk;
 
+// The next tensor; pass 1 for the dimensions beyond ndim.
 static real *param(ParamWalk *w, const char *name, int init, int ndim, int64_t n0, int64_t n1, int64_t n2, int64_t n3) {
-    int64_t shape[4] = {n0, n1, n2, n3}, offset = w->size, elements = 1;
-    for (int i = 0; i < ndim; i++) elements *= shape[i];
-    if (w->list) {
-        ParamTensor *t = &w->list[w->count];
-        snprintf(t->name, sizeof t->name, "%s", name);
-        t->init = init;
-        t->ndim = ndim;
-        memcpy(t->shape, shape, sizeof shape);
-        t->offset = offset;
-        t->count = elements;
-    }
+    ParamTensor t = {"", init, ndim, {n0, n1, n2, n3}, w->size, n0 * n1 * n2 * n3};
+    snprintf(t.name, sizeof t.name, "%s", name);
+    if (w->list) w->list[w->count] = t;
     w->count++;
-    w->size += elements;
-    return w->memory ? w->memory + offset : NULL;
+    w->size += t.count;
+    return w->memory ? w->memory + t.offset : NULL;
 }
 
-// weight (N,K) and bias (N) of NAME
-static void param_linear(ParamWalk *w, const char *name, int init, int64_t N, int64_t K, real **weight, real **bias) {
+// weight (N,K) and bias (N) of the layer GROUP + NAME
+static void param_linear(ParamWalk *w, const char *group, const char *name, int init, int64_t N, int64_t K,
+                         real **weight, real **bias) {
     char text[80];
-    snprintf(text, sizeof text, "%s.weight", name);
-    *weight = param(w, text, init, 2, N, K, 0, 0);
-    snprintf(text, sizeof text, "%s.bias", name);
-    *bias = param(w, text, INIT_ZERO, 1, N, 0, 0, 0);
+    snprintf(text, sizeof text, "%s%s.weight", group, name);
+    *weight = param(w, text, init, 2, N, K, 1, 1);
+    snprintf(text, sizeof text, "%s%s.bias", group, name);
+    *bias = param(w, text, INIT_ZERO, 1, N, 1, 1, 1);
 }
 
-static void param_block(ParamWalk *w, const char *group, int index, BlockParams *p) {
+// A block. `format` is its name, with a place for the index.
+static void param_block(ParamWalk *w, const char *format, int index, BlockParams *p) {
     int64_t D = w->config->width;
-    char prefix[48], name[80];
-    if (index < 0)
-        snprintf(prefix, sizeof prefix, "%s", group);
-    else
-        snprintf(prefix, sizeof prefix, "%s.%d", group, index);
-    snprintf(name, sizeof name, "%s.attn.qkv", prefix);
-    param_linear(w, name, INIT_XAVIER, 3 * D, D, &p->qkv_w, &p->qkv_b);
-    snprintf(name, sizeof name, "%s.attn.proj", prefix);
-    param_linear(w, name, INIT_XAVIER, D, D, &p->proj_w, &p->proj_b);
-    snprintf(name, sizeof name, "%s.mlp.fc1", prefix);
-    param_linear(w, name, INIT_XAVIER, 4 * D, D, &p->fc1_w, &p->fc1_b);
-    snprintf(name, sizeof name, "%s.mlp.fc2", prefix);
-    param_linear(w, name, INIT_XAVIER, D, 4 * D, &p->fc2_w, &p->fc2_b);
-    snprintf(name, sizeof name, "%s.adaLN_modulation.1", prefix);
-    param_linear(w, name, INIT_ZERO, 6 * D, D, &p->ada_w, &p->ada_b);
+    char block[40];
+    snprintf(block, sizeof block, format, index);
+    param_linear(w, block, ".attn.qkv", INIT_XAVIER, 3 * D, D, &p->qkv_w, &p->qkv_b);
+    param_linear(w, block, ".attn.proj", INIT_XAVIER, D, D, &p->proj_w, &p->proj_b);
+    param_linear(w, block, ".mlp.fc1", INIT_XAVIER, 4 * D, D, &p->fc1_w, &p->fc1_b);
+    param_linear(w, block, ".mlp.fc2", INIT_XAVIER, D, 4 * D, &p->fc2_w, &p->fc2_b);
+    param_linear(w, block, ".adaLN_modulation.1", INIT_ZERO, 6 * D, D, &p->ada_w, &p->ada_b);
 }
 
 // Points *p into `memory` and fills `list`; either may be NULL. Returns the walk, with the number of tensors that `list`
@@ -1592,22 +1388,23 @@ static ParamWalk params_point(Params *p, const Config *c, real *memory, ParamTen
     ParamWalk w = {c, memory, list, 0, 0};
     int64_t D = c->width, pixels = (int64_t)c->patch * c->patch;
     p->patch_w = param(&w, "x_embedder.proj.weight", INIT_XAVIER, 4, D, c->channels, c->patch, c->patch);
-    p->patch_b = param(&w, "x_embedder.proj.bias", INIT_ZERO, 1, D, 0, 0, 0);
-    param_linear(&w, "t_embedder.mlp.0", INIT_NORMAL, D, 256, &p->time0_w, &p->time0_b);
-    param_linear(&w, "t_embedder.mlp.2", INIT_NORMAL, D, D, &p->time2_w, &p->time2_b);
-    p->label_table = param(&w, "y_embedder.embedding_table.weight", INIT_NORMAL, 2, c->classes + 1, D, 0, 0);
+    p->patch_b = param(&w, "x_embedder.proj.bias", INIT_ZERO, 1, D, 1, 1, 1);
+    param_linear(&w, "t_embedder", ".mlp.0", INIT_NORMAL, D, 256, &p->time0_w, &p->time0_b);
+    param_linear(&w, "t_embedder", ".mlp.2", INIT_NORMAL, D, D, &p->time2_w, &p->time2_b);
+    p->label_table = param(&w, "y_embedder.embedding_table.weight", INIT_NORMAL, 2, c->classes + 1, D, 1, 1);
+    for (int i = 0; !c->fixed_point && i < c->depth; i++) param_block(&w, "blocks.%d", i, &p->block[i]);
     if (c->fixed_point) {
-        for (int i = 0; i < c->pre_depth; i++) param_block(&w, "blocks_pre", i, &p->block[i]);
-        param_linear(&w, "block_pre_projection", INIT_XAVIER, D, D, &p->inject_w, &p->inject_b);
-        param_linear(&w, "block_fixed_point_projection_fc1", INIT_XAVIER, 2 * D, 2 * D, &p->fp1_w, &p->fp1_b);
-        param_linear(&w, "block_fixed_point_projection_fc2", INIT_XAVIER, D, 2 * D, &p->fp2_w, &p->fp2_b);
-        param_block(&w, "block_fixed_point", -1, &p->block[c->pre_depth]);
-        for (int i = 0; i < c->post_depth; i++) param_block(&w, "blocks_post", i, &p->block[c->pre_depth + 1 + i]);
-    } else {
-        for (int i = 0; i < c->depth; i++) param_block(&w, "blocks", i, &p->block[i]);
+        const char *fp = "block_fixed_point";
+        for (int i = 0; i < c->pre_depth; i++) param_block(&w, "blocks_pre.%d", i, &p->block[i]);
+        param_linear(&w, "block_pre_projection", "", INIT_XAVIER, D, D, &p->inject_w, &p->inject_b);
+        param_linear(&w, fp, "_projection_fc1", INIT_XAVIER, 2 * D, 2 * D, &p->fp1_w, &p->fp1_b);
+        param_linear(&w, fp, "_projection_fc2", INIT_XAVIER, D, 2 * D, &p->fp2_w, &p->fp2_b);
+        param_block(&w, fp, 0, &p->block[c->pre_depth]);
+        for (int i = 0; i < c->post_depth; i++) param_block(&w, "blocks_post.%d", i, &p->block[c->pre_depth + 1 + i]);
     }
-    param_linear(&w, "final_layer.linear", INIT_ZERO, pixels * config_out_channels(c), D, &p->final_w, &p->final_b);
-    param_linear(&w, "final_layer.adaLN_modulation.1", INIT_ZERO, 2 * D, D, &p->final_ada_w, &p->final_ada_b);
+    int64_t outputs = pixels * config_out_channels(c);
+    param_linear(&w, "final_layer", ".linear", INIT_ZERO, outputs, D, &p->final_w, &p->final_b);
+    param_linear(&w, "final_layer", ".adaLN_modulation.1", INIT_ZERO, 2 * D, D, &p->final_ada_w, &p->final_ada_b);
     return w;
 }
 
@@ -1615,22 +1412,17 @@ static ParamWalk params_point(Params *p, const Config *c, real *memory, ParamTen
 static void params_init(float *memory, const ParamTensor *list, int count, uint64_t seed) {
     for (int k = 0; k < count; k++) {
         const ParamTensor *t = &list[k];
-        int64_t fan_out = t->shape[0], fan_in = t->count / fan_out;
-        double range = sqrt(6.0 / (double)(fan_in + fan_out));
-        float *normal = NULL;
-        if (t->init == INIT_NORMAL) {
-            normal = (float *)xcalloc((size_t)t->count, sizeof *normal, "initial weights");
-            rng_normal(normal, (size_t)t->count, 0, seed, (uint32_t)k, STREAM_INIT);
-        }
+        float *w = memory + t->offset;
+        double range = sqrt(6.0 / (double)(t->shape[0] + t->count / t->shape[0])); // fan-out and fan-in
+        uint32_t word[4];
+        memset(w, 0, (size_t)t->count * sizeof *w);
+        if (t->init == INIT_NORMAL) rng_normal(w, (size_t)t->count, 0, seed, (uint32_t)k, STREAM_INIT);
         for (int64_t e = 0; e < t->count; e++) {
-            uint32_t word[4];
-            if (t->init == INIT_XAVIER && e % 4 == 0) philox(word, seed, (uint32_t)(e / 4), (uint32_t)k, STREAM_INIT);
-            float value = 0;
-            if (t->init == INIT_XAVIER) value = (float)((2 * rng_uniform(word[e % 4]) - 1) * range);
-            if (t->init == INIT_NORMAL) value = (float)(0.02 * normal[e]);
-            memory[t->offset + e] = value;
+            w[e] = (float)(0.02 * w[e]);
+            if (t->init != INIT_XAVIER) continue;
+            if (e % 4 == 0) philox(word, seed, (uint32_t)(e / 4), (uint32_t)k, STREAM_INIT);
+            w[e] = (float)((2 * rng_uniform(word[e % 4]) - 1) * range);
         }
-        xfree(normal);
     }
 }
 
@@ -1645,9 +1437,8 @@ static int tensors_describe(Tensor *out, const ParamTensor *list, int count, con
         char name[100];
         snprintf(name, sizeof name, "%s%s", prefix, p->name);
         const void *data = half ? (const void *)(half + p->offset) : (const void *)(memory + p->offset);
-        int64_t shape[4] = {1, 1, 1, 1};
-        memcpy(shape, p->shape, sizeof *shape * (size_t)p->ndim);
-        out[i] = st_tensor(strdup(name), half ? BF16 : F32, data, p->ndim, shape[0], shape[1], shape[2], shape[3]);
+        out[i] = st_tensor(strdup(name), half ? BF16 : F32, data, p->ndim, p->shape[0], p->shape[1], p->shape[2],
+                           p->shape[3]);
     }
     return count;
 }
@@ -1663,8 +1454,7 @@ static void shape_text(char *text, size_t size, const int64_t *shape, int ndim) 
 // Reads the tensors PREFIX + name into memory; dies with the names of file and tensor when one is missing or does not
 // fit.
 static void tensors_read(const SafeTensors *f, const ParamTensor *list, int count, const char *prefix, float *memory) {
-    for (int i = 0; i < count; i++) {
-        const ParamTensor *p = &list[i];
+    for (const ParamTensor *p = list; p < list + count; p++) {
         char name[100], want[200], got[200];
         snprintf(name, sizeof name, "%s%s", prefix, p->name);
         const Tensor *t = st_find(f, name);
@@ -1673,12 +1463,11 @@ static void tensors_read(const SafeTensors *f, const ParamTensor *list, int coun
         shape_text(got, sizeof got, t->shape, t->ndim);
         if (strcmp(want, got))
             die("%s: tensor %s has the shape (%s), but the metadata asks for (%s)", f->path, name, got, want);
-        st_to_float(f, t, memory + p->offset);
-        for (int64_t e = 0; e < p->count; e++) {
-            float value = memory[p->offset + e];
-            if (!isfinite(value))
-                die("%s: tensor %s holds %g at element %lld", f->path, name, (double)value, (long long)e);
-        }
+        float *value = memory + p->offset;
+        st_to_float(f, t, value);
+        for (int64_t e = 0; e < p->count; e++)
+            if (!isfinite(value[e]))
+                die("%s: tensor %s holds %g at element %lld", f->path, name, value[e], (long long)e);
     }
 }
 
@@ -1760,22 +1549,17 @@ static int resolve_sampler(int sampler, const Config *c) {
     return sampler;
 }
 
-// Multiply-adds count two. What the algorithm needs, by SPEC 1: constants of the iterations once, no recomputation.
-// n: iterations without gradient; m: with; backward adds twice the forward of what has a gradient.
-static double model_flops(const Config *c, int B, int n, int m, int backward) {
+// What a training step needs: multiply-adds count two; constants of the iterations once (SPEC 1), no recomputation.
+// n: iterations without gradient; m: with gradient, which costs three times the forward pass.
+static double model_flops(const Config *c, int B, int n, int m) {
     double D = c->width, T = config_tokens(c), M = B * T, pixels = (double)c->patch * c->patch;
     double block = M * (24 * D * D + 4 * T * D), projection = M * 8 * D * D, inject = M * 6 * D * D;
     double ends = M * 2 * D * pixels * (c->channels + config_out_channels(c));
     double modulation = B * (2.0 * D * (6 * D * config_blocks(c) + 2 * D) + 2 * (256 * D + D * D));
-    double with_gradient = ends + modulation;
-    if (c->fixed_point)
-        with_gradient += (c->pre_depth + c->post_depth + m) * block + m * projection + inject;
-    else
-        with_gradient += c->depth * block;
-    double total = with_gradient + (c->fixed_point ? n * (block + projection) : 0);
-    // the gradients of the pixels and of the first z are not computed
-    if (backward) total += 2 * with_gradient - M * 2 * D * pixels * c->channels - (c->fixed_point ? M * 4 * D * D : 0);
-    return total;
+    double pixel_gradient = M * 2 * D * pixels * c->channels, z_gradient = M * 4 * D * D; // of the first: not computed
+    if (!c->fixed_point) return 3 * (ends + modulation + c->depth * block) - pixel_gradient;
+    double layers = (c->pre_depth + c->post_depth + m) * block + m * projection + inject;
+    return 3 * (ends + modulation + layers) - pixel_gradient - z_gradient + n * (block + projection);
 }
 
 static int by_value(const void *a, const void *b) {
@@ -1802,8 +1586,6 @@ static int thread_index(void) { return omp_get_thread_num(); }
 static int max_threads(void) { return 1; }
 static int thread_index(void) { return 0; }
 #endif
-
-static real sqrt_real(real x) { return sizeof x == 4 ? (real)sqrtf((float)x) : (real)sqrt((double)x); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Matrix multiplication: C = A.B (+ bias) or C += A.B, for matrices of any strides, so that one function does the
@@ -2017,6 +1799,8 @@ static inline real exp_real(real x) {
 // Layers: each forward above its backward. B pictures, T tokens, D width, H heads, hd head size. Matrices are
 // row-major. Outputs come first. A backward adds (+=) to weight and modulation gradients, and says whether it adds to
 // its input's.
+
+static real sqrt_real(real x) { return sizeof x == 4 ? (real)sqrtf((float)x) : (real)sqrt((double)x); }
 
 // out (M,N) = in (M,K)·w^T + b; w (N,K), b (N)
 static void linear_forward(real *out, const real *in, const real *w, const real *b, int M, int K, int N) {
@@ -3106,14 +2890,12 @@ static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
 // Pictures x (n,C,S,S) for the labels y (n), in batches that the model has room for.
 static void sample_pictures(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int n,
                             uint64_t seed) {
-    const Config *c = &model->config;
-    size_t count = (size_t)c->channels * c->image_size * c->image_size;
+    size_t count = config_pixels(&model->config);
     int at_a_time = set->cfg != 1 ? model->batch / 2 : model->batch;
     int64_t passes = 0;
     for (int first = 0; first < n; first += at_a_time) {
         int B = n - first < at_a_time ? n - first : at_a_time;
-        for (int b = 0; b < B; b++)
-            rng_normal(x + (first + b) * count, count, 0, seed, (uint32_t)(first + b), STREAM_XT);
+        for (int b = first; b < first + B; b++) rng_normal(x + b * count, count, 0, seed, (uint32_t)b, STREAM_XT);
         set->passes = 0;
         sample_batch(model, s, set, x + first * count, y + first, B, NULL, seed, first);
         passes += set->passes * B;
@@ -3124,53 +2906,26 @@ static void sample_pictures(Model *model, const Schedule *s, SampleSettings *set
 // Pictures x (n,C,S,S) and their labels as a dataset file; the metadata are NULL where there are none.
 static void save_pictures(const char *path, const float *x, const int *y, int n, const Config *c,
                           const char *class_names, const char *latent_scale) {
-    int64_t *label = (int64_t *)xcalloc((size_t)n, sizeof *label, "labels");
+    int64_t *label = (int64_t *)xcalloc(n, sizeof *label, "labels");
     for (int i = 0; i < n; i++) label[i] = y[i];
     Tensor tensors[2] = {st_tensor("x", F32, x, 4, n, c->channels, c->image_size, c->image_size),
                          st_tensor("y", I64, label, 1, n, 1, 1, 1)};
-    Meta meta[2];
-    int n_meta = 0;
-    if (class_names) meta[n_meta].key = "class_names", meta[n_meta++].value = class_names;
-    if (latent_scale) meta[n_meta].key = "latent_scale", meta[n_meta++].value = latent_scale;
-    st_save(path, tensors, 2, meta, n_meta);
+    const Meta meta[] = {{"class_names", class_names}, {"latent_scale", latent_scale}};
+    st_save(path, tensors, 2, meta, 2);
     xfree(label);
 }
 
 // A grid of pictures (n,C,S,S) as PNG, and in the terminal with `show`.
 static void save_grid(const char *path, const float *x, int n, const Config *c, int show) {
-    int columns = 1, width, height, zoom = c->image_size >= 64 ? 1 : c->image_size >= 32 ? 2 : 4;
-    if (c->classes > 1 && c->classes <= 20 && n > c->classes)
-        columns = c->classes;
-    else
-        while (columns * columns < n) columns++;
-    uint8_t *rgb = picture_grid(x, n, c->channels, c->image_size, c->image_size, columns, zoom, 2, &width, &height);
+    int S = c->image_size, zoom = S >= 64 ? 1 : S >= 32 ? 2 : 4, columns = (int)ceil(sqrt(n)), width, height;
+    if (c->classes > 1 && c->classes <= 20 && n > c->classes) columns = c->classes;
+    uint8_t *rgb = picture_grid(x, n, c->channels, S, S, columns, zoom, 2, &width, &height);
     png_write(path, rgb, width, height);
     xfree(rgb);
     if (!show) return;
-    rgb = picture_grid(x, n, c->channels, c->image_size, c->image_size, columns, 1, 1, &width, &height);
+    rgb = picture_grid(x, n, c->channels, S, S, columns, 1, 1, &width, &height);
     show_picture(rgb, width, height);
     xfree(rgb);
-}
-
-// Metadata of a file of weights: the model's options, then class names and the scale of latents where there are any.
-static int weights_meta(Meta *meta, const Options *o, const Dataset *d, int use) {
-    int count = options_to_meta(meta, o, use);
-    if (d->class_names) {
-        meta[count].key = strdup("class_names");
-        meta[count++].value = format_class_names(d->class_names, d->classes);
-    }
-    if (d->latent_scale) {
-        meta[count].key = strdup("latent_scale");
-        meta[count++].value = strdup(d->latent_scale);
-    }
-    return count;
-}
-
-static void meta_free(Meta *meta, int count) {
-    for (int i = 0; i < count; i++) {
-        free((void *)meta[i].key);
-        free((void *)meta[i].value);
-    }
 }
 
 // What a training state consists of
@@ -3180,14 +2935,34 @@ static const struct {
 } state_parts[4] = {
     {"ema.", MODEL_EMA}, {"model.", MODEL_WEIGHTS}, {"adam_m.", MODEL_ADAM_M}, {"adam_v.", MODEL_ADAM_V}};
 
+// Reads the tensors PREFIX + name of a file into the model.
+static void model_load(Model *m, int kind, const SafeTensors *f, const char *prefix) {
+    float *values = (float *)xcalloc(m->n_params, sizeof *values, "weights");
+    tensors_read(f, m->tensors, m->n_tensors, prefix, values);
+    model_upload(m, kind, values);
+    xfree(values);
+}
+
+// Writes OUT/NAME, with the options of `use` as metadata, then class names and the scale of latents if there are any.
+static void save_file(const char *name, const Tensor *tensors, int n, const Options *o, const Dataset *d, int use) {
+    char path[PATH_MAX];
+    Meta meta[N_OPTIONS + 2];
+    int n_options = options_to_meta(meta, o, use);
+    meta[n_options].key = "class_names";
+    meta[n_options].value = d->class_json;
+    meta[n_options + 1].key = "latent_scale";
+    meta[n_options + 1].value = d->latent_scale;
+    snprintf(path, sizeof path, "%s/%s.safetensors", o->out, name);
+    st_save(path, tensors, n, meta, n_options + 2);
+    for (int i = 0; i < n_options; i++) free((char *)meta[i].value);
+}
+
 // OUT/weights.safetensors, the EMA weights, ready to sample; OUT/state.safetensors, all that is needed to go on as if
 // the run had never stopped
-static void save_run(const char *folder, const Options *o, const Dataset *d, const Model *m, int64_t step) {
-    char path[PATH_MAX], text[32];
-    Meta meta[N_OPTIONS + 4];
-    size_t size = (size_t)m->n_params;
+static void save_run(const Options *o, const Dataset *d, const Model *m) {
+    size_t size = m->n_params;
     int count = m->n_tensors, n = 0;
-    Tensor *tensors = (Tensor *)xcalloc(5 * (size_t)count, sizeof *tensors, "saving");
+    Tensor *tensors = (Tensor *)xcalloc(5 * count, sizeof *tensors, "saving");
     float *values = (float *)xcalloc(4 * size, sizeof *values, "saving");
     uint16_t *half = o->weights_dtype ? (uint16_t *)xcalloc(size, sizeof *half, "saving") : NULL;
     for (int i = 0; i < 4; i++) {
@@ -3196,32 +2971,22 @@ static void save_run(const char *folder, const Options *o, const Dataset *d, con
     }
     for (size_t i = 0; half && i < size; i++) half[i] = float_to_bf16(values[i]);
     tensors_describe(tensors + n, m->tensors, count, "", values, half);
-    int n_meta = weights_meta(meta, o, d, WEIGHTS);
-    snprintf(path, sizeof path, "%s/weights.safetensors", folder);
-    st_save(path, tensors + n, count, meta, n_meta);
-    meta_free(meta, n_meta);
-
-    n_meta = weights_meta(meta, o, d, WEIGHTS | TRAIN);
-    snprintf(text, sizeof text, "%lld", (long long)step);
-    meta[n_meta].key = strdup("step");
-    meta[n_meta++].value = strdup(text);
-    snprintf(path, sizeof path, "%s/state.safetensors", folder);
-    st_save(path, tensors, n, meta, n_meta);
-    meta_free(meta, n_meta);
-    for (int i = 0; i < n + count; i++) free((void *)tensors[i].name);
+    save_file("weights", tensors + n, count, o, d, WEIGHTS);
+    save_file("state", tensors, n, o, d, WEIGHTS | TRAIN | STATE);
+    for (int i = 0; i < n + count; i++) free((char *)tensors[i].name);
     xfree(tensors);
     xfree(values);
     xfree(half);
 }
 
 // Opens OUT/log.csv for appending; rows of steps from `step` on, which will be made again, are dropped.
-static FILE *open_log(const char *folder, int64_t step) {
+static FILE *open_log(const char *folder, int step) {
     char path[PATH_MAX], line[512];
     snprintf(path, sizeof path, "%s/log.csv", folder);
     FILE *old = step ? fopen(path, "r") : NULL, *file = open_temp(path);
     fprintf(file, "step,loss,mse,vb,grad_norm,lr,n,m,ms,images_per_s\n");
     while (old && fgets(line, sizeof line, old))
-        if (line[0] >= '0' && line[0] <= '9' && atoll(line) < step) fputs(line, file);
+        if (isdigit((unsigned char)*line) && atoi(line) < step) fputs(line, file);
     if (old) fclose(old);
     commit_temp(file, path);
     file = fopen(path, "a");
@@ -3230,27 +2995,26 @@ static FILE *open_log(const char *folder, int64_t step) {
 }
 
 // Pictures from the EMA weights with the settings of --sample_steps, --cfg, --sampler, --reuse.
-static void sample_grid(const char *folder, const Options *o, Model *m, int64_t step) {
+static void sample_grid(const Options *o, Model *m) {
     const Config *c = &m->config;
     char path[PATH_MAX];
     int n = c->classes > 1 && c->classes <= 20 ? 4 * c->classes : 36, iters[DIFFUSION_STEPS];
-    int *y = (int *)xcalloc((size_t)n, sizeof *y, "samples");
-    float *x = (float *)xcalloc((size_t)n * c->channels * c->image_size * c->image_size, sizeof *x, "samples");
-    Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "samples");
-    for (int i = 0; i < n; i++) y[i] = c->classes ? i % c->classes : 0;
-    for (int i = 0; i < o->sample_steps; i++) iters[i] = config_iterations(c);
-    schedule_make(s, c, o->sample_steps);
+    int *y = (int *)xcalloc(n, sizeof *y, "samples");
+    float *x = (float *)xcalloc(n * config_pixels(c), sizeof *x, "samples");
+    Schedule s;
+    schedule_make(&s, c, o->sample_steps);
+    plan_iterations(iters, o, c);
+    parse_labels(y, n, "", c->classes, NULL);
     SampleSettings set = {
         resolve_sampler(o->sampler, c), 3, o->reuse, 0, m->batch > 1 ? o->cfg : 1, 0, iters, NULL, 0, 0, 1};
     model_use(m, MODEL_EMA);
-    sample_pictures(m, s, &set, x, y, n, o->seed);
+    sample_pictures(m, &s, &set, x, y, n, o->seed);
     model_use(m, MODEL_WEIGHTS);
-    snprintf(path, sizeof path, "%s/samples_%06lld.png", folder, (long long)step);
+    snprintf(path, sizeof path, "%s/samples_%06d.png", o->out, o->step);
     save_grid(path, x, n, c, o->show);
     printf("pictures: %s\n", path);
     xfree(y);
     xfree(x);
-    xfree(s);
 }
 
 static volatile sig_atomic_t interrupted;
@@ -3264,15 +3028,29 @@ static void on_interrupt(int signal_number) {
 
 // Writes what training would see, without label dropping, as a dataset file: real pictures to compare samples with.
 static int export_data(const Options *o, Dataset *d) {
-    int64_t n = (int64_t)o->steps * o->batch, pixels = (int64_t)d->channels * d->size * d->size;
+    int64_t n = (int64_t)o->steps * o->batch;
     if (n > 1000000) die("option --export: %lld pictures; at most a million: lower --steps", (long long)n);
-    float *x = (float *)xcalloc((size_t)(n * pixels), sizeof *x, "pictures");
-    int *y = (int *)xcalloc((size_t)n, sizeof *y, "labels");
+    float *x = (float *)xcalloc(n * config_pixels(&o->model), sizeof *x, "pictures");
+    int *y = (int *)xcalloc(n, sizeof *y, "labels");
     dataset_batch(d, x, y, 0, (int)n, 0, (int)n, o->hflip, 0);
-    save_pictures(o->export_to, x, y, (int)n, &o->model,
-                  d->class_names ? format_class_names(d->class_names, d->classes) : NULL, d->latent_scale);
+    save_pictures(o->export_to, x, y, (int)n, &o->model, d->class_json, d->latent_scale);
     printf("%lld pictures of %s: %s\n", (long long)n, o->data, o->export_to);
     return 0;
+}
+
+// The settings of the run in --resume, then the command line over them; opens the run's state.
+static void resume_settings(Options *o, SafeTensors *state, int argc, char **argv, const char *about) {
+    char path[PATH_MAX];
+    snprintf(path, sizeof path, "%s/state.safetensors", o->resume);
+    st_open(state, path);
+    options_from_meta(o, state, TRAIN | WEIGHTS | STATE);
+    Config before = o->model;
+    o->out = o->resume;
+    o->model_name = ""; // what it stood for is in the settings
+    options_parse(o, TRAIN, argc, argv, about);
+    if (memcmp(&before, &o->model, sizeof before))
+        die("option --resume: %s holds another model; leave out the options that describe it", path);
+    if (o->step >= o->steps) die("option --steps: %s is at step %d already; ask for more", path, o->step);
 }
 
 static int train_main(int argc, char **argv) {
@@ -3280,46 +3058,23 @@ static int train_main(int argc, char **argv) {
         "Trains a fixed-point diffusion model (or DiT) on pictures; writes weights, state, log and samples into --out.";
     Options options, *o = &options;
     Config *c = &o->model;
-    char given[N_OPTIONS], path[PATH_MAX];
+    char path[PATH_MAX];
     SafeTensors state;
-    int64_t start = 0;
-    options_default(o, TRAIN);
-    options_parse(o, TRAIN, argc, argv, about, given);
-    if (*o->resume) { // settings of the stopped run, then the command line over them
-        const char *folder = o->resume;
-        snprintf(path, sizeof path, "%s/state.safetensors", folder);
-        st_open(&state, path);
-        options_from_meta(o, &state, TRAIN | WEIGHTS);
-        const char *step = st_meta(&state, "step");
-        char *end = NULL;
-        start = step ? strtoll(step, &end, 10) : -1;
-        if (start < 0 || end == step || *end)
-            die("%s: metadata 'step' is not a number of steps: this is no training state, or a damaged one", path);
-        Config before = *c;
-        o->out = folder;
-        o->model_name = ""; // what it stood for is in the settings
-        options_parse(o, TRAIN, argc, argv, about, given);
-        if (option_given("model", TRAIN, given)) options_model(o, TRAIN, given);
-        if (memcmp(&before, c, sizeof before))
-            die("option --resume: %s holds another model; leave out the options that describe it", path);
-        if (start >= o->steps) die("option --steps: %s is at step %lld already; ask for more", path, (long long)start);
-    } else {
-        options_model(o, TRAIN, given);
-    }
-    int dtype = compute_dtype(o->dtype);
-
     Dataset data;
+    options_default(o, TRAIN);
+    options_parse(o, TRAIN, argc, argv, about);
+    if (*o->resume) resume_settings(o, &state, argc, argv, about);
+    int dtype = compute_dtype(o->dtype), start = o->step, micro = o->micro_batch;
+    if (!micro || micro > o->batch) micro = o->batch;
     dataset_open(&data, o->data, c->image_size, o->seed);
     if (*o->resume && (data.size != c->image_size || data.channels != c->channels || data.classes != c->classes))
         die("%s: other sizes or classes than the run in %s was started with", o->data, o->resume);
     c->image_size = data.size;
     c->channels = data.channels;
     c->classes = data.classes;
-    config_check(c, *o->resume ? path : "options");
+    config_check(c, *o->resume ? state.path : "options");
     if (*o->export_to) return export_data(o, &data);
     resolve_sampler(o->sampler, c);
-    int micro = o->micro_batch && o->micro_batch < o->batch ? o->micro_batch : o->batch;
-
     for (int i = 0; i < 2 && !*o->resume; i++) {
         snprintf(path, sizeof path, "%s/%s.safetensors", o->out, i ? "weights" : "state");
         if (!access(path, F_OK))
@@ -3327,52 +3082,45 @@ static int train_main(int argc, char **argv) {
     }
 
     Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, 0, dtype);
-    size_t n_params = (size_t)m->n_params;
-    double mb = 4e-6 * (double)n_params;
+    double mb = 4e-6 * (double)m->n_params, activations = 1e-6 * (double)m->activation_bytes;
     printf("data: %s, %dx%d, %d channels, %d classes%s\n", o->data, c->image_size, c->image_size, c->channels,
            c->classes, data.count ? "" : ", endless");
     printf("model: %s, width %d, %d heads, patch %d, %.2f million parameters\n", c->fixed_point ? "fixed point" : "DiT",
-           c->width, c->heads, c->patch, 1e-6 * (double)n_params);
+           c->width, c->heads, c->patch, 1e-6 * (double)m->n_params);
     printf("memory: parameters %.1f MB, gradients %.1f, Adam %.1f, EMA %.1f, activations %.1f; in all %.1f MB\n", mb,
-           mb, 2 * mb, mb, 1e-6 * (double)m->activation_bytes, 5 * mb + 1e-6 * (double)m->activation_bytes);
+           mb, 2 * mb, mb, activations, 5 * mb + activations);
     fflush(stdout);
-    float *values = (float *)xcalloc(n_params, sizeof *values, "initial weights");
     if (*o->resume) {
-        for (int i = 0; i < 4; i++) {
-            tensors_read(&state, m->tensors, m->n_tensors, state_parts[i].prefix, values);
-            model_upload(m, state_parts[i].kind, values);
-        }
+        for (int i = 0; i < 4; i++) model_load(m, state_parts[i].kind, &state, state_parts[i].prefix);
         st_close(&state);
     } else {
+        float *values = (float *)xcalloc(m->n_params, sizeof *values, "initial weights");
         params_init(values, m->tensors, m->n_tensors, o->seed);
         model_upload(m, MODEL_WEIGHTS, values);
         model_upload(m, MODEL_EMA, values);
+        xfree(values);
     }
-    xfree(values);
     if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
     FILE *log = open_log(o->out, start);
 
-    Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "the schedule");
-    schedule_make(s, c, DIFFUSION_STEPS);
-    size_t count = (size_t)c->channels * c->image_size * c->image_size;
-    float *x0 = (float *)xcalloc(micro * count, sizeof *x0, "a batch"),
-          *noise = (float *)xcalloc(micro * count, sizeof *noise, "a batch");
-    int *t = (int *)xcalloc((size_t)micro, sizeof *t, "a batch"),
-        *y = (int *)xcalloc((size_t)micro, sizeof *y, "a batch");
-    double *mse = (double *)xcalloc((size_t)micro, sizeof *mse, "a batch"),
-           *vb = (double *)xcalloc((size_t)micro, sizeof *vb, "a batch");
+    Schedule s;
+    schedule_make(&s, c, DIFFUSION_STEPS);
+    size_t count = config_pixels(c);
+    float *x0 = (float *)xcalloc(micro * count, sizeof *x0, "a batch");
+    float *noise = (float *)xcalloc(micro * count, sizeof *noise, "a batch");
+    int *t = (int *)xcalloc(micro, sizeof *t, "a batch"), *y = (int *)xcalloc(micro, sizeof *y, "a batch");
+    double *mse = (double *)xcalloc(micro, sizeof *mse, "a batch"),
+           *vb = (double *)xcalloc(micro, sizeof *vb, "a batch");
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
     double shown_ms = now_ms(), shown_flops = 0, shown_loss = 0, run_ms = now_ms();
-    int64_t shown = start, step = start, saved = *o->resume ? start : -1;
-    for (; step < o->steps && !interrupted; step++) {
+    int shown = start, saved = *o->resume ? start : -1;
+    for (int step = start; step < o->steps && !interrupted; step++) {
         double begin = now_ms(), loss_mse = 0, loss_vb = 0;
         uint32_t word[4];
         philox(word, o->seed, 0, (uint32_t)step, STREAM_NM);
-        int n =
-            o->no_grad_iters[0] + (int)rng_below(word[0], (uint32_t)(o->no_grad_iters[1] - o->no_grad_iters[0] + 1));
-        int iterations =
-            o->grad_iters[0] + (int)rng_below(word[1], (uint32_t)(o->grad_iters[1] - o->grad_iters[0] + 1));
+        int n = o->no_grad_iters[0] + (int)rng_below(word[0], o->no_grad_iters[1] - o->no_grad_iters[0] + 1);
+        int iterations = o->grad_iters[0] + (int)rng_below(word[1], o->grad_iters[1] - o->grad_iters[0] + 1);
         model_zero_gradients(m);
         for (int first = 0; first < o->batch; first += micro) {
             int B = o->batch - first < micro ? o->batch - first : micro;
@@ -3382,50 +3130,49 @@ static int train_main(int argc, char **argv) {
                 philox(word, o->seed, (uint32_t)(first + b), (uint32_t)step, STREAM_T);
                 t[b] = (int)rng_below(word[0], DIFFUSION_STEPS);
             }
-            model_loss(m, s, x0, noise, t, y, B, n, iterations, 1.0 / o->batch, mse, vb);
+            model_loss(m, &s, x0, noise, t, y, B, n, iterations, 1.0 / o->batch, mse, vb);
             for (int b = 0; b < B; b++) loss_mse += mse[b] / o->batch, loss_vb += vb[b] / o->batch;
         }
         double norm = model_gradient_norm(m), loss = loss_mse + loss_vb;
         if (!isfinite(loss) || !isfinite(norm)) {
             fclose(log);
-            snprintf(path, sizeof path, "%s keeps the state of step %lld", o->out, (long long)saved);
-            die("step %lld: the loss is %g and the gradient's norm %g; %s: lower --lr, or set --grad_clip and --warmup",
-                (long long)step, loss, norm, saved < 0 ? "nothing was saved yet" : path);
+            snprintf(path, sizeof path, "%s keeps the state of step %d", o->out, saved);
+            die("step %d: the loss is %g and the gradient's norm %g; %s: lower --lr, or set --grad_clip and --warmup",
+                step, loss, norm, saved < 0 ? "nothing was saved yet" : path);
         }
-        double lr = o->lr * (step + 1 < o->warmup ? (double)(step + 1) / o->warmup : 1), ema = o->ema;
-        if (o->ema_warmup && (1.0 + step) / (10 + step) < ema) ema = (1.0 + step) / (10 + step);
+        double lr = o->lr * (step + 1 < o->warmup ? (double)(step + 1) / o->warmup : 1);
+        double ema = o->ema_warmup ? fmin(o->ema, (1.0 + step) / (10.0 + step)) : o->ema;
         double clip = o->grad_clip > 0 && norm > o->grad_clip ? o->grad_clip / (norm + 1e-6) : 1;
         model_update(m, step + 1, lr, 0.9, 0.999, 1e-8, o->weight_decay, clip, ema);
 
         double ms = now_ms() - begin;
-        fprintf(log, "%lld,%.9g,%.9g,%.9g,%.6g,%.6g,%d,%d,%.3f,%.1f\n", (long long)step, loss, loss_mse, loss_vb, norm,
-                lr, n, iterations, ms, o->batch / ms * 1e3);
+        fprintf(log, "%d,%.9g,%.9g,%.9g,%.6g,%.6g,%d,%d,%.3f,%.1f\n", step, loss, loss_mse, loss_vb, norm, lr, n,
+                iterations, ms, o->batch / ms * 1e3);
         if (fflush(log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
-        shown_flops += model_flops(c, o->batch, n, iterations, 1);
+        shown_flops += model_flops(c, o->batch, n, iterations);
         shown_loss += loss;
-        int64_t done = step + 1;
-        if (done % o->log_every == 0 || done == o->steps) {
-            double elapsed = now_ms() - shown_ms,
-                   left = (now_ms() - run_ms) / (done - start) * (o->steps - done) / 1000;
-            printf("step %lld/%d  loss %.4f  %.0f images/s  %.1f GFLOP/s  %d:%02d left\n", (long long)done, o->steps,
-                   shown_loss / (done - shown), (done - shown) * o->batch / elapsed * 1e3, shown_flops / elapsed * 1e-6,
-                   (int)left / 60, (int)left % 60);
+        int done = o->step = step + 1, last = done == o->steps;
+        if (done % o->log_every == 0 || last) {
+            double now = now_ms(), elapsed = now - shown_ms, steps = done - shown;
+            int left = (int)((now - run_ms) / (done - start) * (o->steps - done) / 1000);
+            printf("step %d/%d  loss %.4f  %.0f images/s  %.1f GFLOP/s  %d:%02d left\n", done, o->steps,
+                   shown_loss / steps, steps * o->batch / elapsed * 1e3, shown_flops / elapsed * 1e-6, left / 60,
+                   left % 60);
             fflush(stdout);
             shown = done;
             shown_ms = now_ms();
             shown_flops = shown_loss = 0;
         }
-        if (done % o->save_every == 0 || done == o->steps) {
-            save_run(o->out, o, &data, m, done);
+        if (done % o->save_every == 0 || last) {
+            save_run(o, &data, m);
             saved = done;
         }
-        if ((o->sample_every && done % o->sample_every == 0 && !interrupted) || done == o->steps)
-            sample_grid(o->out, o, m, done);
+        if ((o->sample_every && done % o->sample_every == 0 && !interrupted) || last) sample_grid(o, m);
     }
     if (fclose(log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
-    if (step < o->steps) {
-        if (saved != step) save_run(o->out, o, &data, m, step);
-        printf("stopped after step %lld; go on with: %s --resume %s\n", (long long)step, argv[0], o->out);
+    if (o->step < o->steps) {
+        if (saved != o->step) save_run(o, &data, m);
+        printf("stopped after step %d; go on with: %s --resume %s\n", o->step, argv[0], o->out);
         return 130;
     }
     model_free(m);
@@ -3438,48 +3185,48 @@ static int train_main(int argc, char **argv) {
 // Sampling from a file of weights
 
 static int sample_main(int argc, char **argv) {
-    static const char about[] = "Draws pictures from trained weights.";
     Options options, *o = &options;
     Config *c = &o->model;
-    char given[N_OPTIONS];
-    options_default(o, SAMPLE);
-    options_parse(o, SAMPLE, argc, argv, about, given);
-    int dtype = compute_dtype(o->dtype);
     SafeTensors f;
+    options_default(o, SAMPLE);
+    options_parse(o, SAMPLE, argc, argv, "Draws pictures from trained weights.");
+    int dtype = compute_dtype(o->dtype), iters[DIFFUSION_STEPS], n = o->n, B = n < o->batch ? n : o->batch, named;
     st_open(&f, o->weights);
     options_from_meta(o, &f, WEIGHTS);
-    int named = 0;
-    const char **names = parse_class_names(st_meta(&f, "class_names"), &named);
+    const char *class_json = st_meta(&f, "class_names"), **names = parse_class_names(class_json, &named);
     if (names && named != c->classes)
         die("%s: metadata class_names has %d names for %d classes", o->weights, named, c->classes);
-    int iters[DIFFUSION_STEPS], guided = o->cfg != 1, n = o->n, *y = (int *)xcalloc((size_t)n, sizeof *y, "labels");
+    int *y = (int *)xcalloc(n, sizeof *y, "labels"), window = o->solver == SOLVER_ANDERSON ? o->window : 0;
     plan_iterations(iters, o, c);
     parse_labels(y, n, o->labels, c->classes, names);
-    o->sampler = resolve_sampler(o->sampler, c);
-    int B = n < o->batch ? n : o->batch, window = o->solver == SOLVER_ANDERSON ? o->window : 0;
-    Model *m = model_create(c, guided ? 2 * B : B, 0, 0, 0, window, dtype);
-    float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
-    tensors_read(&f, m->tensors, m->n_tensors, "", values);
-    model_upload(m, MODEL_WEIGHTS, values);
-    xfree(values);
-    Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "the schedule");
-    schedule_make(s, c, o->sample_steps);
-    size_t count = (size_t)c->channels * c->image_size * c->image_size;
-    float *x = (float *)xcalloc(n * count, sizeof *x, "pictures");
-    SampleSettings set = {o->sampler, o->cfg_channels, o->reuse, o->eta, o->cfg, o->tol, iters, NULL,
-                          0,          window,          o->mixing};
+    SampleSettings set = {resolve_sampler(o->sampler, c),
+                          o->cfg_channels,
+                          o->reuse,
+                          o->eta,
+                          o->cfg,
+                          o->tol,
+                          iters,
+                          NULL,
+                          0,
+                          window,
+                          o->mixing};
+    Model *m = model_create(c, o->cfg != 1 ? 2 * B : B, 0, 0, 0, window, dtype);
+    model_load(m, MODEL_WEIGHTS, &f, "");
+    Schedule s;
+    schedule_make(&s, c, o->sample_steps);
+    float *x = (float *)xcalloc(n * config_pixels(c), sizeof *x, "pictures");
     if (*o->trace) {
         set.trace = open_temp(o->trace);
         fprintf(set.trace, "step,t,iteration,residual\n");
     }
     double begin = now_ms();
-    sample_pictures(m, s, &set, x, y, n, o->seed);
+    sample_pictures(m, &s, &set, x, y, n, o->seed);
     double seconds = (now_ms() - begin) / 1000;
     if (set.trace) commit_temp(set.trace, o->trace);
-    if (*o->latents) save_pictures(o->latents, x, y, n, c, st_meta(&f, "class_names"), st_meta(&f, "latent_scale"));
+    if (*o->latents) save_pictures(o->latents, x, y, n, c, class_json, st_meta(&f, "latent_scale"));
     save_grid(o->out, x, n, c, o->show);
     printf("%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s\n", n, seconds, o->sample_steps,
-           (long long)set.passes, guided ? " (and as many for guidance)" : "", o->out);
+           (long long)set.passes, o->cfg != 1 ? " (and as many for guidance)" : "", o->out);
     return 0;
 }
 
@@ -3490,55 +3237,50 @@ static int bench_main(int argc, char **argv) {
     static const char about[] = "Measures matmuls, a training step and sampling; prints `name value unit` lines.";
     Options options, *o = &options;
     Config *c = &o->model;
-    char given[N_OPTIONS];
     options_default(o, BENCH);
-    options_parse(o, BENCH, argc, argv, about, given);
-    options_model(o, BENCH, given);
+    options_parse(o, BENCH, argc, argv, about);
     config_check(c, "options");
     if (c->learn_sigma) c->prediction = PREDICT_EPS;
     int B = o->batch, n = o->bench_n, iterations = o->bench_m;
-    double *times = (double *)xcalloc((size_t)o->rounds, sizeof *times, "times");
+    double *times = (double *)xcalloc(o->rounds, sizeof *times, "times");
     bench_matmul(c, B, o->bench_gemm ? o->rounds : 0, compute_dtype(o->dtype));
 
     Model *m = model_create(c, B, iterations, o->recompute, 1, 0, compute_dtype(o->dtype));
-    float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
-    rng_normal(values, (size_t)m->n_params, 0, o->seed, 0, STREAM_INIT);
+    float *values = (float *)xcalloc(m->n_params, sizeof *values, "weights");
+    rng_normal(values, m->n_params, 0, o->seed, 0, STREAM_INIT);
     for (int64_t i = 0; i < m->n_params; i++) values[i] *= 0.02f;
     model_upload(m, MODEL_WEIGHTS, values);
     xfree(values);
-    size_t count = (size_t)B * c->channels * c->image_size * c->image_size;
-    float *x0 = (float *)xcalloc(count, sizeof *x0, "a batch"),
-          *noise = (float *)xcalloc(count, sizeof *noise, "a batch");
-    int *t = (int *)xcalloc((size_t)B, sizeof *t, "a batch"), *y = (int *)xcalloc((size_t)B, sizeof *y, "a batch");
-    double *mse = (double *)xcalloc((size_t)B, sizeof *mse, "a batch"),
-           *vb = (double *)xcalloc((size_t)B, sizeof *vb, "a batch");
-    Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "the schedule");
-    schedule_make(s, c, DIFFUSION_STEPS);
+    size_t count = B * config_pixels(c);
+    float *x0 = (float *)xcalloc(count, sizeof *x0, "a batch"), *noise = (float *)xcalloc(count, sizeof *x0, "a batch");
+    int *t = (int *)xcalloc(B, sizeof *t, "a batch"), *y = (int *)xcalloc(B, sizeof *y, "a batch");
+    double *mse = (double *)xcalloc(B, sizeof *mse, "a batch"), *vb = (double *)xcalloc(B, sizeof *vb, "a batch");
+    Schedule s;
+    schedule_make(&s, c, DIFFUSION_STEPS);
     rng_normal(x0, count, 0, o->seed, 0, STREAM_DATA);
     rng_normal(noise, count, 0, o->seed, 0, STREAM_NOISE);
     for (int b = 0; b < B; b++) t[b] = b * 997 % DIFFUSION_STEPS, y[b] = c->classes ? b % c->classes : 0;
     for (int round = -1; round < o->rounds; round++) { // the first is a warm-up
         double begin = now_ms();
         model_zero_gradients(m);
-        model_loss(m, s, x0, noise, t, y, B, n, iterations, 1.0 / B, mse, vb);
+        model_loss(m, &s, x0, noise, t, y, B, n, iterations, 1.0 / B, mse, vb);
         double norm = model_gradient_norm(m);
         model_update(m, round + 2, 1e-4, 0.9, 0.999, 1e-8, 0, norm > 1 ? 1 / norm : 1, 0.9999);
         if (round >= 0) times[round] = now_ms() - begin;
     }
     double step_ms = median(times, o->rounds);
     printf("train_step_ms %.2f ms\n", step_ms);
-    printf("train_gflops %.2f GFLOP/s\n", model_flops(c, B, n, iterations, 1) / step_ms * 1e-6);
+    printf("train_gflops %.2f GFLOP/s\n", model_flops(c, B, n, iterations) / step_ms * 1e-6);
     printf("train_images_per_s %.2f images/s\n", B / step_ms * 1e3);
     printf("train_peak_mb %.1f MB\n", peak_memory());
 
-    enum { STEPS = 4 };
-    int iters[STEPS] = {n + 1, n + 1, n + 1, n + 1};
+    int iters[] = {n + 1, n + 1, n + 1, n + 1};
     SampleSettings set = {resolve_sampler(SAMPLER_AUTO, c), 3, 1, 0, 1, 0, iters, NULL, 0, 0, 1};
-    schedule_make(s, c, STEPS);
+    schedule_make(&s, c, 4);
     for (int round = 0; round < o->rounds; round++) {
         double begin = now_ms();
         set.passes = 0;
-        sample_batch(m, s, &set, x0, y, B, NULL, o->seed, 0);
+        sample_batch(m, &s, &set, x0, y, B, NULL, o->seed, 0);
         times[round] = (now_ms() - begin) / (double)(set.passes * B);
     }
     printf("sample_passes_per_s %.1f passes/s\n", 1e3 / median(times, o->rounds));

@@ -240,11 +240,9 @@ static void test_round_trip(void) {
     int count;
     const char **names = parse_class_names(st_meta(&f, "class_names"), &count);
     CHECK("class names", count == 2 && !strcmp(names[0], "a\"") && !strcmp(names[1], "b\xc3\xa9"));
-    char *json = format_class_names(names, count);
-    CHECK("class names, written", !strcmp(json, "[\"a\\\"\", \"b\xc3\xa9\"]"));
+    CHECK("class names, written", !strcmp(st_meta(&f, "class_names"), meta[1].value));
     for (int i = 0; i < count; i++) free((char *)names[i]);
     free(names);
-    free(json);
     CHECK("class names, absent", !parse_class_names(NULL, &count) && count == 0);
     CHECK("class names, empty", !parse_class_names(" [ ] ", &count) && count == 0);
     st_close(&f);

@@ -881,6 +881,7 @@ static void test_datasets(void) {
     dataset_open(&d, path, 0, 1);
     CHECK("data: sizes",
           d.count == N && d.channels == 3 && d.size == SIDE && d.classes == 3 && !strcmp(d.class_names[2], "c"));
+    CHECK("data: class names are passed on as they stand", !strcmp(d.class_json, names));
     for (int i = 0; i < N; i++) {
         dataset_sample(&d, x, y, i);
         for (int c = 0; c < 3; c++)
@@ -931,6 +932,7 @@ static void test_datasets(void) {
     }
     for (int i = 0; i < N_SHAPES; i++) in_range &= kinds[i] > 20;
     CHECK("data: shapes: every kind, pixels in -1..1", in_range);
+    CHECK("data: shapes: a name for every kind", d.classes == N_SHAPES && !strcmp(d.class_names[DIAMOND], "diamond"));
     shapes_draw(x, y, SIDE, 1, 499);
     CHECK("data: shapes: a picture follows from its number", !memcmp(x, shape, sizeof shape));
 
@@ -979,69 +981,29 @@ static void test_datasets(void) {
 // ---------------------------------------------------------------------------------------------------------------------
 // PNG, read back by a decoder that shares no code with the writer
 
-typedef struct {
-    const uint8_t *data;
-    size_t at, size; // in bits
-} BitReader;
-
-static uint32_t take_bits(BitReader *r, int n) { // lowest first
-    uint32_t value = 0;
-    for (int i = 0; i < n; i++, r->at++)
-        if (r->at < r->size) value |= (uint32_t)(r->data[r->at / 8] >> r->at % 8 & 1) << i;
-    return value;
+static uint32_t big_endian(const uint8_t *p) {
+    return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
 }
 
-static uint32_t take_code(BitReader *r, uint32_t code, int n) { // highest first
-    while (n--) code = code << 1 | take_bits(r, 1);
-    return code;
-}
-
-// Inflates a zlib stream of fixed Huffman blocks into `out`; returns the number of bytes, or -1 if anything is wrong.
-static int64_t inflate_fixed(uint8_t *out, size_t room, const uint8_t *in, size_t size) {
-    static const int length_base[] = {3,  4,  5,  6,  7,  8,  9,  10, 11,  13,  15,  17,  19,  23, 27,
-                                      31, 35, 43, 51, 59, 67, 83, 99, 115, 131, 163, 195, 227, 258};
-    static const int length_bits[] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2,
-                                      2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0};
-    BitReader r = {in, 16, 8 * size};
-    size_t n = 0;
+// Unpacks a zlib stream of stored blocks into `out`; returns the number of bytes, or -1 if anything is wrong.
+static int64_t inflate_stored(uint8_t *out, size_t room, const uint8_t *in, size_t size) {
+    size_t n = 0, at = 2;
     uint32_t last = 0, a = 1, b = 0;
     if (size < 6 || (in[0] & 15) != 8 || (in[0] * 256 + in[1]) % 31 || (in[1] & 32)) return -1;
     while (!last) {
-        last = take_bits(&r, 1);
-        if (take_bits(&r, 2) != 1) return -1;
-        for (;;) {
-            if (r.at >= r.size) return -1;
-            uint32_t code = take_code(&r, 0, 7), symbol = code + 256;
-            if (code > 0x17) {
-                code = take_code(&r, code, 1);
-                symbol = code < 0xC0 ? code - 0x30 : code - 0xC0 + 280;
-                if (code > 0xC7) symbol = take_code(&r, code, 1) - 0x190 + 144;
-            }
-            if (symbol == 256) break;
-            if (symbol < 256) {
-                if (n == room) return -1;
-                out[n++] = (uint8_t)symbol;
-                continue;
-            }
-            if (symbol > 285) return -1;
-            size_t length = (size_t)length_base[symbol - 257] + take_bits(&r, length_bits[symbol - 257]);
-            uint32_t d = take_code(&r, 0, 5);
-            if (d > 29) return -1;
-            size_t distance = d < 4 ? d + 1 : ((size_t)(2 + d % 2) << (d / 2 - 1)) + 1 + take_bits(&r, (int)d / 2 - 1);
-            if (distance > n || distance > 32768 || n + length > room) return -1;
-            for (; length; length--, n++) out[n] = out[n - distance];
-        }
+        if (size - at < 5) return -1;
+        size_t length = in[at + 1] + 256u * in[at + 2];
+        last = in[at] & 1;
+        if (in[at] > 1 || length + in[at + 3] + 256u * in[at + 4] != 65535) return -1;
+        at += 5;
+        if (size - at < length || room - n < length) return -1;
+        memcpy(out + n, in + at, length);
+        n += length;
+        at += length;
     }
     for (size_t i = 0; i < n; i++) a = (a + out[i]) % 65521, b = (b + a) % 65521;
-    size_t tail = (r.at + 7) / 8;
-    if (tail + 4 != size) return -1;
-    uint32_t adler =
-        (uint32_t)in[tail] << 24 | (uint32_t)in[tail + 1] << 16 | (uint32_t)in[tail + 2] << 8 | in[tail + 3];
-    return adler == (b << 16 | a) ? (int64_t)n : -1;
-}
-
-static uint32_t big_endian(const uint8_t *p) {
-    return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
+    if (at + 4 != size) return -1;
+    return big_endian(in + at) == (b << 16 | a) ? (int64_t)n : -1;
 }
 
 // The pixels (h,w,3) of an 8-bit RGB picture; NULL, with the reason printed, if the file is not right in every byte.
@@ -1087,7 +1049,7 @@ static uint8_t *png_read(const char *path, int *w, int *h) {
     size_t row = 3 * (size_t)*w + 1;
     room = row * (size_t)*h;
     raw = (uint8_t *)xcalloc(room, 1, "a test");
-    if (inflate_fixed(raw, room, packed, packed_size) != (int64_t)room) goto end;
+    if (inflate_stored(raw, room, packed, packed_size) != (int64_t)room) goto end;
     rgb = (uint8_t *)xcalloc(room, 1, "a test");
     for (size_t y = 0; y < (size_t)*h; y++) {
         if (raw[y * row]) goto end; // a filter
