@@ -28,7 +28,7 @@ ROOT = os.path.dirname(HERE)
 # with a sampling seed of its own; `per_step`: iterations per timestep of the fixed point that are tried at each budget.
 SCALES = {
     "smoke": dict(image_size=16, width=32, heads=2, patch=4, depth=8, rival_depth=6, batch=32, warmup=20, ema=0.98,
-                  phases=[(250, 1), (300, 0.2)], tune_steps=60, lrs=[4e-3, 8e-3], seeds=2, pictures=200, real=800,
+                  phases=[(120, 1), (150, 0.2)], tune_steps=40, lrs=[8e-3, 1.6e-2], seeds=2, pictures=200, real=800,
                   budgets=[12, 24], per_step=[1, 2], solver_iters=[2, 4], unroll_iters=[1, 4], tols=[0.1],
                   trace_iters=6),
     "laptop": dict(image_size=24, width=128, heads=4, patch=4, depth=8, rival_depth=6, batch=64, warmup=100, ema=0.995,
@@ -425,6 +425,12 @@ class Report:
         axis.errorbar(xs, [y[0] for y in ys], yerr=[y[1] for y in ys], label=label, color=color, linestyle=style,
                       marker="o", markersize=3, capsize=2)
 
+    @staticmethod
+    def ticks(axis, numbers):
+        axis.set_xticks(numbers)
+        axis.set_xticklabels(map(str, numbers))
+        axis.minorticks_off()
+
     def quality(self, run, budget, k=None):
         settings = self.e.fpdm_settings(budget, k) if run == "fpdm" else self.e.dit_settings(run, budget)
         return (self.e.mean(run, settings), settings) if settings else None
@@ -517,6 +523,7 @@ class Report:
                 axis.set(xscale="log", yscale="log", ylabel="Fréchet distance",
                          xlabel={"passes": "Transformer-block passes per picture", "gflop": "GFLOP per picture"}[unit])
                 axis.legend()
+            self.ticks(by_passes, budgets)
 
         self.figure("claims_budget.png", draw, 2)
         rows, verdicts = [], []
@@ -568,6 +575,7 @@ class Report:
                 self.curve(axis, [(steps, m["fd"]) for steps, m in sorted(grid[b], key=lambda p: p[0])], f"{b} passes",
                            f"C{i}")
             axis.set(xscale="log", yscale="log", xlabel="timesteps", ylabel="Fréchet distance")
+            self.ticks(axis, sorted({steps for b in budgets for steps, _ in grid[b]})[::2])
             axis.legend()
 
         self.figure("claims_smoothing.png", draw)
@@ -647,6 +655,7 @@ class Report:
                 self.curve(axis, [(k, found[run, k]) for k in iterations], e.runs[run][0], COLORS[run])
             axis.set(xscale="log", yscale="log", xlabel="iterations per timestep when sampling (10 timesteps)",
                      ylabel="Fréchet distance")
+            self.ticks(axis, iterations)
             axis.legend()
 
         self.figure("claims_training.png", draw)
