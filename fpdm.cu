@@ -2731,10 +2731,10 @@ __global__ void __launch_bounds__(128, HD < 128 ? 3 : 2)
         tile_scores<HD>(s, tq + 16 * warp * LD, tk);
         tile_scores<HD>(dp, tg + 16 * warp * LD, tv);
 #pragma unroll
-        for (int j = 0; j < NT; j++) { // a column beyond T meets a row of zeros in k
+        for (int j = 0; j < NT; j++) { // a column beyond T meets a row of zeros in k: all it must be is finite
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                s[j][i] = exp2f(s[j][i] * scale - row_lse[i / 2]) * (dp[j][i] - row_delta[i / 2]);
+                s[j][i] = exp2f(fminf(s[j][i] * scale - row_lse[i / 2], 0)) * (dp[j][i] - row_delta[i / 2]);
         }
         tile_apply<HD>(dq, s, tk);
         __syncthreads();
