@@ -1848,7 +1848,9 @@ static struct {
 } gpu;
 
 static void check(cudaError_t error, const char *what) {
-    if (error != cudaSuccess) die("CUDA: %s: %s", what, cudaGetErrorString(error));
+    if (error != cudaSuccess)
+        die("CUDA: %s: %s%s", what, cudaGetErrorString(error),
+            error == cudaErrorNoKernelImageForDevice ? "; build the program on this machine" : "");
 }
 #define CHECK(call) check(call, #call)
 
@@ -1863,6 +1865,7 @@ static void check(cudaError_t error, const char *what) {
 
 static void gpu_open(void) {
     if (gpu.ready) return;
+    setenv("CUDA_MODULE_LOADING", "EAGER", 0); // old drivers cannot load a kernel while a graph is recorded
     int count = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || count == 0)
@@ -3823,7 +3826,10 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
         if (!z && steps[step].noisy)
             for (int b = 0; b < B; b++)
                 rng_normal(noise + b * count, count, 0, seed, (uint32_t)((first + b) * DIFFUSION_STEPS + i), STREAM_Z);
-        if (steps[step].noisy) gpu_upload(a->noise, z ? z + step * B * count : noise, B * count * sizeof *noise);
+        if (steps[step].noisy) {
+            gpu_upload(a->noise, z ? z + step * B * count : noise, B * count * sizeof *noise);
+            gpu_wait(); // the host draws the next step's into the same place
+        }
 
         struct Graph *graph = graphs;
         while (graph < graphs + n_graphs && (graph->iters != iters || graph->reuse_ready != solve->reuse_ready))
@@ -3955,18 +3961,41 @@ __global__ void peak_kernel(float *out, int reps) {
     out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
 }
 
+// Device memory with `count` normal numbers times `scale` as activations: a table of them over and over. Multiplying
+// zeros would take less power, and less time.
+static void *random_act(int half, size_t count, float scale, const char *what) {
+    const size_t TABLE = 1000003, size = half ? sizeof(bf16) : sizeof(float); // odd: rows differ
+    char *p = (char *)gpu_malloc(count * size, what);
+    float *table = (float *)xcalloc(TABLE, sizeof *table, what);
+    rng_normal(table, TABLE, 0, 0, 0, STREAM_DATA);
+    uint16_t *bits = (uint16_t *)table; // in place: it is never ahead of what is still to be read
+    for (size_t i = 0; i < TABLE; i++) {
+        float value = scale * table[i];
+        if (half)
+            bits[i] = float_to_bf16(value);
+        else
+            table[i] = value;
+    }
+    for (size_t at = 0; at < count; at += TABLE)
+        gpu_upload(p + at * size, table, (count - at < TABLE ? count - at : TABLE) * size);
+    gpu_wait();
+    xfree(table);
+    return p;
+}
+
 // Peak rate of fused multiply-adds, then every matmul of the model in its three forms
 static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
     enum { REPEAT = 10 };
     int half = dtype == COMPUTE_BF16, D = c->width, M = B * config_tokens(c), blocks = 4 * gpu.sms, reps = 100000;
     int shapes[][2] = {{3 * D, D}, {D, D}, {4 * D, D}, {D, 4 * D}, {2 * D, D}, {D, 2 * D}};
-    size_t size = half ? sizeof(bf16) : sizeof(float), x_bytes = (size_t)M * 4 * D * size;
-    size_t w_bytes = 4 * (size_t)D * D * sizeof(float);
-    void *x = gpu_malloc(x_bytes, "matmul"), *y = gpu_malloc(x_bytes, "matmul"), *w = gpu_malloc(w_bytes, "matmul");
+    size_t size = half ? sizeof(bf16) : sizeof(float), x_count = (size_t)M * 4 * D, w_count = 4 * (size_t)D * D;
+    void *x = random_act(half, x_count, 1, "matmul"), *y = random_act(half, x_count, 1, "matmul");
+    void *w = random_act(half, w_count, (float)(1 / sqrt((double)D)), "matmul");
+    void *result = gpu_malloc(x_count * size, "matmul");
+    float *dw = (float *)gpu_malloc(w_count * sizeof(float), "matmul");
     float *out = (float *)gpu_malloc((size_t)blocks * PEAK_WARPS * 32 * sizeof(float), "matmul");
     double times[100], begin = 0;
-    gpu_zero(x, x_bytes);
-    gpu_zero(w, w_bytes);
+    gpu_zero(dw, w_count * sizeof(float));
     workspace_reserve(16 * (size_t)D * D);
     for (int run = 0; run < 2; run++) { // the first is a warm-up
         gpu_wait();
@@ -3984,9 +4013,9 @@ static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
                 gpu_wait();
                 begin = now_ms();
                 for (int repeat = 0; repeat < REPEAT; repeat++) {
-                    if (form == 0) matmul<false, false, EPI_STORE>(half, linear(y, x, w, K, NULL, M, K, N));
-                    if (form == 1) matmul<false, true, EPI_STORE>(half, linear_input(x, y, w, K, M, K, N));
-                    if (form == 2) linear_weight(half, (float *)w, K, NULL, y, x, M, K, N);
+                    if (form == 0) matmul<false, false, EPI_STORE>(half, linear(result, x, w, K, NULL, M, K, N));
+                    if (form == 1) matmul<false, true, EPI_STORE>(half, linear_input(result, y, w, K, M, K, N));
+                    if (form == 2) linear_weight(half, dw, K, NULL, y, x, M, K, N);
                 }
                 gpu_wait();
                 if (r >= 0) times[r] = (now_ms() - begin) / REPEAT;
@@ -3995,9 +4024,9 @@ static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
                 printf("gemm_gflops_%s_%dx%dx%d %.1f GFLOP/s\n", forms[form], M, N, K,
                        2e-6 * M * N * K / median(times, imin(rounds, 100)));
         }
-    gpu_free(x, x_bytes);
-    gpu_free(y, x_bytes);
-    gpu_free(w, w_bytes);
+    for (void *p : {x, y, result}) gpu_free(p, x_count * size);
+    gpu_free(w, w_count * size);
+    gpu_free(dw, w_count * sizeof(float));
     gpu_free(out, (size_t)blocks * PEAK_WARPS * 32 * sizeof(float));
 }
 
