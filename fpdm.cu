@@ -2240,6 +2240,12 @@ static struct {
     size_t count; // floats
 } workspace;
 
+// What is worth having for a model of width D: 16 D^2, and for small D a tile for each of two blocks a multiprocessor
+static size_t workspace_floats(int D) {
+    size_t floats = 16 * (size_t)D * D, tiles = 2 * (size_t)gpu.sms * 128 * 130; // 130: column sums too
+    return floats > tiles ? floats : tiles;
+}
+
 static void workspace_reserve(size_t count) {
     if (count <= workspace.count) return;
     gpu_free(workspace.memory, workspace.count * sizeof(float));
@@ -2993,12 +2999,9 @@ static int compute_dtype(int dtype) {
     return dtype == COMPUTE_FP32 ? COMPUTE_FP32 : COMPUTE_BF16;
 }
 
-// Bytes of device memory for parameters of all kinds, and for the workspace of split sums
+// Bytes of device memory for parameters of all kinds
 static size_t params_bytes(const Model *m) {
     return (size_t)m->n_params * ((m->training ? 5 : 1) * sizeof(real) + (m->half ? sizeof(bf16) : 0));
-}
-static size_t workspace_floats(const Model *m) {
-    return m->training ? 16 * (size_t)m->config.width * (size_t)m->config.width : 0;
 }
 
 // pos (T,D) and the embeddings of all timesteps, made once, in double (SPEC 1)
@@ -3054,7 +3057,8 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     m->n_params = w.size;
     m->tensors = (ParamTensor *)xcalloc((size_t)w.count, sizeof *m->tensors, "the model");
     m->activation_bytes = activations_point(m, NULL);
-    size_t need = m->activation_bytes + params_bytes(m) + workspace_floats(m) * sizeof(float), have, all;
+    size_t workspace_size = training ? workspace_floats(config->width) : 0, have, all;
+    size_t need = m->activation_bytes + params_bytes(m) + workspace_size * sizeof(float);
     CHECK(cudaMemGetInfo(&have, &all));
     if (need > have)
         die("this model with %d pictures at a time needs %.0f MB and the GPU has %.0f MB free: lower --batch%s%s",
@@ -3069,7 +3073,7 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     if (training) params_point(&m->g, config, m->memory[MODEL_GRADS], NULL);
     m->activations = (char *)gpu_malloc(m->activation_bytes, "activations");
     activations_point(m, m->activations);
-    workspace_reserve(workspace_floats(m));
+    workspace_reserve(workspace_size);
     model_tables(m);
     return m;
 }
@@ -3837,7 +3841,7 @@ static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
     float *out = (float *)gpu_malloc((size_t)blocks * PEAK_WARPS * 32 * sizeof(float), "matmul");
     double times[100], begin = 0;
     gpu_zero(dw, w_count * sizeof(float));
-    workspace_reserve(16 * (size_t)D * D);
+    workspace_reserve(workspace_floats(D));
     for (int run = 0; run < 2; run++) { // the first is a warm-up
         gpu_wait();
         begin = now_ms();

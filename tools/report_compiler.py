@@ -107,10 +107,10 @@ def matmuls(found):
                 threads, dynamic = launch("matmul_bf16", (t,))
                 slots = SMS * occupancy(ARCHS["sm_90a"], threads, registers, static + dynamic)
                 splits = 1
-                if form == "dw":  # as matmul() chooses, with a workspace of 16 D^2
-                    best = 0
+                if form == "dw":  # as matmul() chooses
+                    best, room = 0, max(16 * D * D, 2 * SMS * 128 * 130)
                     for s in range(1, 17):
-                        if s * (m * n + m) > 16 * D * D or s * 256 > k:
+                        if s * (m * n + m) > room or s * 256 > k:
                             break
                         waves = tiles(t) * s / (SMS * (2 if t == 128 else 4))
                         if waves / -(-waves // 1) > 1.05 * best:
