@@ -693,6 +693,8 @@ enum Prediction { PREDICT_EPS, PREDICT_V, PREDICT_FLOW };
 enum VWeight { V_WEIGHT_1, V_WEIGHT_P2 };
 enum Sampler { SAMPLER_AUTO, SAMPLER_DDPM, SAMPLER_DDIM, SAMPLER_FLOW };
 enum Allocation { ALLOC_CONST, ALLOC_INC, ALLOC_DEC };
+enum Solver { SOLVER_PLAIN, SOLVER_ANDERSON };
+enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: earlier results, and with the newest
 enum Arithmetic { COMPUTE_AUTO, COMPUTE_FP32, COMPUTE_BF16 };
 
 typedef struct {     // what a weight file's metadata says: the model and the diffusion that it was trained for
@@ -717,7 +719,7 @@ typedef struct {     // what a weight file's metadata says: the model and the di
 typedef struct {
     Config model;
     // training
-    const char *data, *model_name, *out, *resume;
+    const char *data, *export_to, *model_name, *out, *resume;
     int no_grad_iters[2], grad_iters[2];
     int batch, micro_batch, steps, warmup, ema_warmup, hflip, recompute, dtype, weights_dtype;
     int save_every, sample_every, log_every;
@@ -725,8 +727,8 @@ typedef struct {
     uint64_t seed;
     // sampling
     const char *weights, *labels, *iters, *latents, *trace;
-    int n, sampler, sample_steps, budget, alloc, reuse, cfg_channels, show;
-    double eta, tol, cfg;
+    int n, sampler, sample_steps, budget, alloc, reuse, solver, window, cfg_channels, show;
+    double eta, tol, mixing, cfg;
     // benchmark
     int bench_n, bench_m, rounds, bench_gemm;
 } Options;
@@ -748,6 +750,8 @@ typedef struct {
 static const Option option_table[] = {
     {"data", TRAIN, OPT_TEXT, AT(data), "shapes", 0, 0, NULL,
      "dataset file (safetensors), or 'shapes': drawn by the program"},
+    {"export", TRAIN, OPT_TEXT, AT(export_to), "", 0, 0, NULL,
+     "only write the pictures of all --steps batches into this dataset file"},
     {"image_size", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.image_size), "24", 1, 4096, NULL,
      "height and width of the pictures of 'shapes'"},
     {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0, NULL,
@@ -822,6 +826,10 @@ static const Option option_table[] = {
     {"reuse", TRAIN | SAMPLE, OPT_FLAG, AT(reuse), "1", 0, 1, NULL,
      "1: start from the solution of the timestep before"},
     {"tol", SAMPLE, OPT_REAL, AT(tol), "0", 0, 1, NULL, "stop a timestep once the mean residual is below this"},
+    {"solver", SAMPLE, OPT_CHOICE, AT(solver), "plain", 0, 0, "plain|anderson",
+     "z_k: the last iteration's result, or mixed with earlier ones"},
+    {"window", SAMPLE, OPT_INT, AT(window), "3", 1, MAX_WINDOW, NULL, "anderson: number of earlier results"},
+    {"mixing", SAMPLE, OPT_REAL, AT(mixing), "1", 0.01, 2, NULL, "anderson: beta, the step along the mixed residual"},
     {"cfg", TRAIN | SAMPLE, OPT_REAL, AT(cfg), "3", -100, 100, NULL, "scale of classifier-free guidance; 1: none"},
     {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024, NULL, "prediction channels that are guided"},
     {"batch", SAMPLE, OPT_INT, AT(batch), "40", 1, 1 << 20, NULL, "pictures at a time"},
@@ -1743,6 +1751,8 @@ typedef struct {
     const int *iters; // per timestep, in sampling order
     FILE *trace;      // CSV of residuals, or NULL
     int64_t passes;   // Transformer-block passes per picture that were spent, counted up
+    int window;       // of Anderson acceleration; 0: plain iteration
+    double mixing;    // its beta
 } SampleSettings;
 
 // Which sampler suits the model; dies on one that does not.
@@ -2647,9 +2657,9 @@ __global__ void attention_delta_kernel(float *delta, const A *dout, const A *out
     }
 }
 
-// The backward pass, with P recomputed from q, k and lse: dP = dout·v^T, dS = P·(dP - delta)/sqrt(hd), dq = dS·k; and with
-// KEYS dk = dS^T·q, dv = P^T·dout. Rows are queries, or keys: P^T and dS^T then come out of the products directly. Two
-// kernels cost the scores twice, and save adding up dq across blocks in some order.
+// The backward pass, with P recomputed from q, k and lse: dP = dout·v^T, dS = P·(dP - delta)/sqrt(hd), dq = dS·k; and
+// with KEYS dk = dS^T·q, dv = P^T·dout. Rows are queries, or keys: P^T and dS^T then come out of the products directly.
+// Two kernels cost the scores twice, and save adding up dq across blocks in some order.
 template <typename A, int HD, bool KEYS>
 __global__ void __launch_bounds__(128, HD < 64 || (!KEYS && HD < 128) ? 3 : 2)
     attention_backward_kernel(A *dqkv, const A *dout, const float *lse, const float *delta, const A *qkv, int T, int D,
@@ -2870,8 +2880,10 @@ typedef struct {
     Act *z;                          // (B,T,D) bf16 only: z for the matmul
     Act *normed;                     // (B,T,D) scratch: LN output
     Act *wide;                       // (B,T,4D) scratch: gelu output
-    float *mid; // (B,T,D) scratch: z_{k-1} for residuals; a block's middle in the backward pass; the final LN's output
+    float *mid;        // (B,T,D) scratch: z_{k-1}; a block's middle in the backward pass; the final LN's output
     float *reused;     // (B,T,D) the solution of the timestep before (sampling)
+    float *history;    // (B,window+1,2,T,D) Anderson acceleration: of each iteration in the window f, then g
+    double *gram;      // (B,HISTORY,HISTORY) the products of its f
     double *sums;      // (B,2) or partial sums of the gradient norm
     SampleStep *steps; // (1000) in sampling order
     int *step;
@@ -2893,8 +2905,8 @@ enum { NORM_BLOCKS = 1024 };
 enum Kind { MODEL_WEIGHTS, MODEL_GRADS, MODEL_ADAM_M, MODEL_ADAM_V, MODEL_EMA };
 typedef struct {
     Config config;
-    int batch, max_m, recompute, training; // what the activations have room for
-    int half;                              // activations are bf16
+    int batch, max_m, recompute, training, window; // what the activations have room for
+    int half;                                      // activations are bf16
     int n_tensors;
     ParamTensor *tensors;
     int64_t n_params;
@@ -2973,6 +2985,10 @@ static size_t activations_point(Model *m, char *memory) {
         take_all(r, 2 * N * F, &a->inj_part);
         take_all(r, N * F, &a->reused);
         if (m->half) take_all(r, N * A, &a->z);
+        if (m->window) {
+            take_all(r, 2 * (m->window + 1) * N * F, &a->history);
+            take_all(r, B * HISTORY * HISTORY * sizeof(double), &a->gram);
+        }
     }
     take_all(r, (2 * B + NORM_BLOCKS) * sizeof(double), &a->sums);
     take_all(r, DIFFUSION_STEPS * sizeof(SampleStep), &a->steps);
@@ -3031,9 +3047,11 @@ static void model_tables(Model *m) {
     xfree(time);
 }
 
-// A model with room for `batch` pictures and, for training, `max_m` gradient iterations. Its weights are zero.
-// Refuses sizes that the kernels do not serve, or beyond the GPU's memory, naming the options that lower it.
-static Model *model_create(const Config *config, int batch, int max_m, int recompute, int training, int dtype) {
+// A model with room for `batch` pictures and, for training, `max_m` gradient iterations, for sampling Anderson
+// acceleration over `window` (0: none). Its weights are zero. Refuses sizes that the kernels do not serve, or beyond
+// the GPU's memory, naming the options that lower it.
+static Model *model_create(const Config *config, int batch, int max_m, int recompute, int training, int window,
+                           int dtype) {
     gpu_open();
     int hd = config->width / config->heads;
     if (config->width % 8)
@@ -3048,6 +3066,7 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     m->max_m = training ? max_m : 1;
     m->recompute = recompute;
     m->training = training;
+    m->window = window;
     m->half = dtype == COMPUTE_BF16;
     int layers = config_blocks(config) + m->max_m;
     m->a.x = (float **)xcalloc((size_t)layers + 1, sizeof *m->a.x, "the model");
@@ -3140,8 +3159,8 @@ static void show_probe(Model *m, const char *name, int k, const void *data, int 
     xfree(host);
 }
 
-// normed = LN(x)·(1+scale)+shift, mod pointing at shift, of which a picture has `vectors` (6; 2 in the final layer). With
-// a branch and gate, of mid = x + gate·branch, which is stored.
+// normed = LN(x)·(1+scale)+shift, mod pointing at shift, of which a picture has `vectors` (6; 2 in the final layer).
+// With a branch and gate, of mid = x + gate·branch, which is stored.
 static void layernorm_forward(Model *m, int half, Act *normed, const float *x, const float *mod, int vectors,
                               float *mid = NULL, const Act *branch = NULL, const float *gate = NULL) {
     int T = config_tokens(&m->config), D = m->config.width, rows = m->B * T;
@@ -3311,12 +3330,93 @@ static double residual_of(Model *m, const float *z, size_t count) {
     return sum / m->B;
 }
 
+// a (m) minimises ||sum a_i f_i||^2 + R sum (a_i ||f_i||)^2 where sum a_i = 1, given the products f_i·f_j: all rows of
+// (gram + R diag)·a are the same number. R keeps the weights of nearly parallel residuals small. Where no unique a
+// exists because a residual is zero, the newest counts alone. One thread of a block calls this.
+__device__ inline void anderson_weights(double a[HISTORY], const double *gram, int m, int newest) {
+    __shared__ double A[HISTORY][HISTORY]; // in local memory it would be reserved for every thread of the GPU
+    const double R = 1e-8;
+    double sum = 0;
+    int positive = 1;
+    for (int i = 0; i < m; i++) {
+        a[i] = 1;
+        for (int j = 0; j < m; j++) A[i][j] = gram[i * HISTORY + j] * (i == j ? 1 + R : 1);
+    }
+    for (int i = 0; i < m; i++) { // Gaussian elimination, which needs no pivoting as the matrix is positive definite
+        positive &= A[i][i] > 0;
+        for (int r = i + 1; r < m; r++) {
+            double factor = A[r][i] / A[i][i];
+            for (int j = i; j < m; j++) A[r][j] -= factor * A[i][j];
+            a[r] -= factor * a[i];
+        }
+    }
+    for (int i = m - 1; i >= 0; i--) {
+        for (int j = i + 1; j < m; j++) a[i] -= A[i][j] * a[j];
+        a[i] /= A[i][i];
+        sum += a[i];
+    }
+    for (int i = 0; i < m; i++) a[i] = positive ? a[i] / sum : i == newest;
+}
+
+// The newest f and g of each picture into its history, and f's product with that of place blockIdx.x of m into gram
+__global__ void anderson_products_kernel(double *gram, float *history, const float *z, const float *before, int newest,
+                                         int slots, size_t count) {
+    SHARED_DYNAMIC(double, shared);
+    int i = blockIdx.x, b = blockIdx.y;
+    float *f = history + 2 * ((size_t)b * slots + i) * count;
+    double *products = gram + b * HISTORY * HISTORY, dot = 0;
+    for (size_t e = threadIdx.x; e < count; e += blockDim.x) {
+        float g = z[b * count + e], change = g - before[b * count + e];
+        if (i == newest) f[e] = change;
+        if (i == newest) f[count + e] = g;
+        dot += (double)change * f[e];
+    }
+    dot = block_sum(dot, shared);
+    if (threadIdx.x == 0) products[i * HISTORY + newest] = products[newest * HISTORY + i] = dot;
+}
+
+// z (B,count) = sum a_i·(g_i - undo·f_i), and in bf16 the same to copy. Every block solves for a again, so there are no
+// more of them than fill the GPU.
+template <typename A>
+__global__ void anderson_mix_kernel(float *z, A *copy, const double *gram, const float *history, int m, int newest,
+                                    int slots, float undo, size_t count) {
+    __shared__ double a[HISTORY];
+    size_t b = blockIdx.y, e = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
+    if (threadIdx.x == 0) anderson_weights(a, gram + b * HISTORY * HISTORY, m, newest);
+    __syncthreads();
+    for (; e < count; e += 4 * (size_t)gridDim.x * blockDim.x) {
+        float mixed[4] = {0, 0, 0, 0};
+        for (int i = 0; i < m; i++) {
+            float f[4], g[4];
+            load(f, history + 2 * (b * slots + i) * count + e);
+            load(g, history + (2 * (b * slots + i) + 1) * count + e);
+            EACH(j, 4) mixed[j] += (float)a[i] * (g[j] - undo * f[j]);
+        }
+        store(z + b * count + e, mixed);
+        if (copy) store(copy + b * count + e, mixed);
+    }
+}
+
+// Anderson acceleration (Walker and Ni 2011, type II; in equilibrium models arXiv:1909.01377) after iteration k = 1, 2, ...
+// of a timestep, for each picture alone. z (B,T,D) holds g(z_{k-1}) on entry, a.mid z_{k-1}. With f_i = g(z_i) - z_i
+// of the last min(k, window+1) iterations, which a.history and a.gram keep:
+//   z_k = sum a_i·(z_i + mixing·f_i),   a = argmin ||sum a_i f_i||, sum a_i = 1;   in bf16 also in a.z
+static void anderson_forward(Model *m, float *z, int k, int window, double mixing) {
+    size_t count = (size_t)config_tokens(&m->config) * m->config.width;
+    int slots = window + 1, used = imin(k, slots), newest = (k - 1) % slots;
+    RUN(anderson_products_kernel, dim3(used, m->B), 512, 32 * sizeof(double), m->a.gram, m->a.history, z, m->a.mid,
+        newest, slots, count);
+    unsigned blocks = imin((int)ceil_div(count, 4 * 256), (int)ceil_div(8 * gpu.sms, m->B));
+    TYPED(m->half, RUN((anderson_mix_kernel<A>), dim3(blocks, m->B), 256, 0, z, (A *)m->a.z, m->a.gram, m->a.history,
+                       used, newest, slots, (float)(1 - mixing), count));
+}
+
 // How sampling watches and steers the fixed point; training passes NULL.
 typedef struct {
-    int reuse, reuse_ready; // start from the solution of the timestep before, once there is one
-    int want_residual;
-    double tol;             // stop when the residual is below
-    double residuals[1000]; // of the iterations that ran, when wanted
+    int reuse, reuse_ready;    // start from the solution of the timestep before, once there is one
+    int want_residual, window; // window: of Anderson acceleration, 0 for plain iteration
+    double tol, mixing;        // stop when the residual is below tol
+    double residuals[1000];    // of the iterations that ran, when wanted
     int ran;
 } Solve;
 
@@ -3399,16 +3499,17 @@ static void model_forward(Model *m, int B, int n, int iterations, Solve *solve) 
         as_act(m, a->z, z, N);
         for (int k = 1; k <= n + iterations; k++) {
             float *next = k <= n ? z : a->x[l + 1 + k - n];
-            if (solve && solve->want_residual) gpu_copy(a->mid, z, N * sizeof(float));
+            if (solve && (solve->want_residual || solve->window)) gpu_copy(a->mid, z, N * sizeof(float));
             iteration_forward(m, next, m->half ? a->z : (const Act *)z, &a->slot[k <= n ? l : l + k - n - 1],
                               keep && k > n);
             z = next;
             show_probe(m, "act.z", k, z, 0, N);
             if (!solve) continue;
             solve->ran = k;
-            if (!solve->want_residual) continue;
-            solve->residuals[k - 1] = residual_of(m, z, (size_t)T * D);
-            if (solve->residuals[k - 1] < solve->tol) break;
+            if (solve->want_residual) solve->residuals[k - 1] = residual_of(m, z, (size_t)T * D);
+            int last = k == n + iterations || (solve->want_residual && solve->residuals[k - 1] < solve->tol);
+            if (solve->window) anderson_forward(m, z, k, solve->window, last ? 1 : solve->mixing);
+            if (last) break;
         }
         if (solve && solve->reuse) {
             gpu_copy(a->reused, z, N * sizeof(float));
@@ -3676,6 +3777,9 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
     solve->reuse = set->reuse && c->fixed_point;
     solve->want_residual = set->trace || set->tol > 0;
     solve->tol = set->tol;
+    solve->window = set->window;
+    solve->mixing = set->mixing;
+    assert(set->window <= model->window);
     for (int b = 0; b < rows; b++) labels[b] = b < B ? y[b] : c->classes;
     sample_steps(steps, s, set, c);
     gpu_upload(a->steps, steps, (size_t)S * sizeof *steps);
@@ -3897,6 +4001,21 @@ static void sample_pictures(Model *model, const Schedule *s, SampleSettings *set
     set->passes = (passes + n - 1) / n; // the mean: with `tol` batches may differ
 }
 
+// Pictures x (n,C,S,S) and their labels as a dataset file; the metadata are NULL where there are none.
+static void save_pictures(const char *path, const float *x, const int *y, int n, const Config *c,
+                          const char *class_names, const char *latent_scale) {
+    int64_t *label = (int64_t *)xcalloc((size_t)n, sizeof *label, "labels");
+    for (int i = 0; i < n; i++) label[i] = y[i];
+    Tensor tensors[2] = {st_tensor("x", F32, x, 4, n, c->channels, c->image_size, c->image_size),
+                         st_tensor("y", I64, label, 1, n, 1, 1, 1)};
+    Meta meta[2];
+    int n_meta = 0;
+    if (class_names) meta[n_meta].key = "class_names", meta[n_meta++].value = class_names;
+    if (latent_scale) meta[n_meta].key = "latent_scale", meta[n_meta++].value = latent_scale;
+    st_save(path, tensors, 2, meta, n_meta);
+    xfree(label);
+}
+
 // A grid of pictures (n,C,S,S) as PNG, and in the terminal with `show`.
 static void save_grid(const char *path, const float *x, int n, const Config *c, int show) {
     int columns = 1, width, height, zoom = c->image_size >= 64 ? 1 : c->image_size >= 32 ? 2 : 4;
@@ -4001,7 +4120,8 @@ static void sample_grid(const char *folder, const Options *o, Model *m, int64_t 
     for (int i = 0; i < n; i++) y[i] = c->classes ? i % c->classes : 0;
     for (int i = 0; i < o->sample_steps; i++) iters[i] = config_iterations(c);
     schedule_make(s, c, o->sample_steps);
-    SampleSettings set = {resolve_sampler(o->sampler, c), 3, o->reuse, 0, m->batch > 1 ? o->cfg : 1, 0, iters, NULL, 0};
+    SampleSettings set = {
+        resolve_sampler(o->sampler, c), 3, o->reuse, 0, m->batch > 1 ? o->cfg : 1, 0, iters, NULL, 0, 0, 1};
     model_use(m, MODEL_EMA);
     sample_pictures(m, s, &set, x, y, n, o->seed);
     model_use(m, MODEL_WEIGHTS);
@@ -4021,6 +4141,19 @@ static void on_interrupt(int signal_number) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Training
+
+// Writes what training would see, without label dropping, as a dataset file: real pictures to compare samples with.
+static int export_data(const Options *o, Dataset *d) {
+    int64_t n = (int64_t)o->steps * o->batch, pixels = (int64_t)d->channels * d->size * d->size;
+    if (n > 1000000) die("option --export: %lld pictures; at most a million: lower --steps", (long long)n);
+    float *x = (float *)xcalloc((size_t)(n * pixels), sizeof *x, "pictures");
+    int *y = (int *)xcalloc((size_t)n, sizeof *y, "labels");
+    dataset_batch(d, x, y, 0, (int)n, 0, (int)n, o->hflip, 0);
+    save_pictures(o->export_to, x, y, (int)n, &o->model,
+                  d->class_names ? format_class_names(d->class_names, d->classes) : NULL, d->latent_scale);
+    printf("%lld pictures of %s: %s\n", (long long)n, o->data, o->export_to);
+    return 0;
+}
 
 static int train_main(int argc, char **argv) {
     static const char about[] =
@@ -4063,6 +4196,7 @@ static int train_main(int argc, char **argv) {
     c->channels = data.channels;
     c->classes = data.classes;
     config_check(c, *o->resume ? path : "options");
+    if (*o->export_to) return export_data(o, &data);
     resolve_sampler(o->sampler, c);
     int micro = o->micro_batch && o->micro_batch < o->batch ? o->micro_batch : o->batch;
 
@@ -4072,8 +4206,16 @@ static int train_main(int argc, char **argv) {
             die("%s: a run is stored here; give another --out, or go on with it: --resume %s", path, o->out);
     }
 
-    Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, dtype);
+    Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, 0, dtype);
     size_t n_params = (size_t)m->n_params;
+    double mb = 4e-6 * (double)n_params;
+    printf("data: %s, %dx%d, %d channels, %d classes%s\n", o->data, c->image_size, c->image_size, c->channels,
+           c->classes, data.count ? "" : ", endless");
+    printf("model: %s, width %d, %d heads, patch %d, %.2f million parameters\n", c->fixed_point ? "fixed point" : "DiT",
+           c->width, c->heads, c->patch, 1e-6 * (double)n_params);
+    printf("memory: parameters %.1f MB, gradients %.1f, Adam %.1f, EMA %.1f, activations %.1f; in all %.1f MB\n", mb,
+           mb, 2 * mb, mb, 1e-6 * (double)m->activation_bytes, 5 * mb + 1e-6 * (double)m->activation_bytes);
+    fflush(stdout);
     float *values = (float *)xcalloc(n_params, sizeof *values, "initial weights");
     if (*o->resume) {
         for (int i = 0; i < 4; i++) {
@@ -4089,13 +4231,6 @@ static int train_main(int argc, char **argv) {
     xfree(values);
     if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
     FILE *log = open_log(o->out, start);
-    double mb = 4e-6 * (double)n_params;
-    printf("data: %s, %dx%d, %d channels, %d classes%s\n", o->data, c->image_size, c->image_size, c->channels,
-           c->classes, data.count ? "" : ", endless");
-    printf("model: %s, width %d, %d heads, patch %d, %.2f million parameters\n", c->fixed_point ? "fixed point" : "DiT",
-           c->width, c->heads, c->patch, 1e-6 * (double)n_params);
-    printf("memory: parameters %.1f MB, gradients %.1f, Adam %.1f, EMA %.1f, activations %.1f; in all %.1f MB\n", mb,
-           mb, 2 * mb, mb, 1e-6 * (double)m->activation_bytes, 5 * mb + 1e-6 * (double)m->activation_bytes);
 
     Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "the schedule");
     schedule_make(s, c, DIFFUSION_STEPS);
@@ -4201,8 +4336,8 @@ static int sample_main(int argc, char **argv) {
     plan_iterations(iters, o, c);
     parse_labels(y, n, o->labels, c->classes, names);
     o->sampler = resolve_sampler(o->sampler, c);
-    int B = n < o->batch ? n : o->batch;
-    Model *m = model_create(c, guided ? 2 * B : B, 0, 0, 0, dtype);
+    int B = n < o->batch ? n : o->batch, window = o->solver == SOLVER_ANDERSON ? o->window : 0;
+    Model *m = model_create(c, guided ? 2 * B : B, 0, 0, 0, window, dtype);
     float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
     tensors_read(&f, m->tensors, m->n_tensors, "", values);
     model_upload(m, MODEL_WEIGHTS, values);
@@ -4211,7 +4346,8 @@ static int sample_main(int argc, char **argv) {
     schedule_make(s, c, o->sample_steps);
     size_t count = (size_t)c->channels * c->image_size * c->image_size;
     float *x = (float *)xcalloc(n * count, sizeof *x, "pictures");
-    SampleSettings set = {o->sampler, o->cfg_channels, o->reuse, o->eta, o->cfg, o->tol, iters, NULL, 0};
+    SampleSettings set = {o->sampler, o->cfg_channels, o->reuse, o->eta, o->cfg, o->tol, iters, NULL,
+                          0,          window,          o->mixing};
     if (*o->trace) {
         set.trace = open_temp(o->trace);
         fprintf(set.trace, "step,t,iteration,residual\n");
@@ -4220,18 +4356,7 @@ static int sample_main(int argc, char **argv) {
     sample_pictures(m, s, &set, x, y, n, o->seed);
     double seconds = (now_ms() - begin) / 1000;
     if (set.trace) commit_temp(set.trace, o->trace);
-    if (*o->latents) {
-        int64_t *label = (int64_t *)xcalloc((size_t)n, sizeof *label, "labels");
-        for (int i = 0; i < n; i++) label[i] = y[i];
-        Tensor tensors[2] = {st_tensor("x", F32, x, 4, n, c->channels, c->image_size, c->image_size),
-                             st_tensor("y", I64, label, 1, n, 1, 1, 1)};
-        Meta meta[2];
-        int n_meta = 0;
-        const char *keys[] = {"class_names", "latent_scale"};
-        for (int i = 0; i < 2; i++)
-            if (st_meta(&f, keys[i])) meta[n_meta].key = keys[i], meta[n_meta++].value = st_meta(&f, keys[i]);
-        st_save(o->latents, tensors, 2, meta, n_meta);
-    }
+    if (*o->latents) save_pictures(o->latents, x, y, n, c, st_meta(&f, "class_names"), st_meta(&f, "latent_scale"));
     save_grid(o->out, x, n, c, o->show);
     printf("%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s\n", n, seconds, o->sample_steps,
            (long long)set.passes, guided ? " (and as many for guidance)" : "", o->out);
@@ -4255,7 +4380,7 @@ static int bench_main(int argc, char **argv) {
     double *times = (double *)xcalloc((size_t)o->rounds, sizeof *times, "times");
     bench_matmul(c, B, o->bench_gemm ? o->rounds : 0, compute_dtype(o->dtype));
 
-    Model *m = model_create(c, B, iterations, o->recompute, 1, compute_dtype(o->dtype));
+    Model *m = model_create(c, B, iterations, o->recompute, 1, 0, compute_dtype(o->dtype));
     float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
     rng_normal(values, (size_t)m->n_params, 0, o->seed, 0, STREAM_INIT);
     for (int64_t i = 0; i < m->n_params; i++) values[i] *= 0.02f;
@@ -4288,7 +4413,7 @@ static int bench_main(int argc, char **argv) {
 
     enum { STEPS = 4 };
     int iters[STEPS] = {n + 1, n + 1, n + 1, n + 1};
-    SampleSettings set = {resolve_sampler(SAMPLER_AUTO, c), 3, 1, 0, 1, 0, iters, NULL, 0};
+    SampleSettings set = {resolve_sampler(SAMPLER_AUTO, c), 3, 1, 0, 1, 0, iters, NULL, 0, 0, 1};
     schedule_make(s, c, STEPS);
     for (int round = 0; round < o->rounds; round++) {
         double begin = now_ms();

@@ -686,6 +686,8 @@ enum Prediction { PREDICT_EPS, PREDICT_V, PREDICT_FLOW };
 enum VWeight { V_WEIGHT_1, V_WEIGHT_P2 };
 enum Sampler { SAMPLER_AUTO, SAMPLER_DDPM, SAMPLER_DDIM, SAMPLER_FLOW };
 enum Allocation { ALLOC_CONST, ALLOC_INC, ALLOC_DEC };
+enum Solver { SOLVER_PLAIN, SOLVER_ANDERSON };
+enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: earlier results, and with the newest
 enum Arithmetic { COMPUTE_AUTO, COMPUTE_FP32, COMPUTE_BF16 };
 
 typedef struct {     // what a weight file's metadata says: the model and the diffusion that it was trained for
@@ -710,7 +712,7 @@ typedef struct {     // what a weight file's metadata says: the model and the di
 typedef struct {
     Config model;
     // training
-    const char *data, *model_name, *out, *resume;
+    const char *data, *export_to, *model_name, *out, *resume;
     int no_grad_iters[2], grad_iters[2];
     int batch, micro_batch, steps, warmup, ema_warmup, hflip, recompute, dtype, weights_dtype;
     int save_every, sample_every, log_every;
@@ -718,8 +720,8 @@ typedef struct {
     uint64_t seed;
     // sampling
     const char *weights, *labels, *iters, *latents, *trace;
-    int n, sampler, sample_steps, budget, alloc, reuse, cfg_channels, show;
-    double eta, tol, cfg;
+    int n, sampler, sample_steps, budget, alloc, reuse, solver, window, cfg_channels, show;
+    double eta, tol, mixing, cfg;
     // benchmark
     int bench_n, bench_m, rounds, bench_gemm;
 } Options;
@@ -741,6 +743,8 @@ typedef struct {
 static const Option option_table[] = {
     {"data", TRAIN, OPT_TEXT, AT(data), "shapes", 0, 0, NULL,
      "dataset file (safetensors), or 'shapes': drawn by the program"},
+    {"export", TRAIN, OPT_TEXT, AT(export_to), "", 0, 0, NULL,
+     "only write the pictures of all --steps batches into this dataset file"},
     {"image_size", TRAIN | BENCH | WEIGHTS, OPT_INT, AT(model.image_size), "24", 1, 4096, NULL,
      "height and width of the pictures of 'shapes'"},
     {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0, NULL,
@@ -815,6 +819,10 @@ static const Option option_table[] = {
     {"reuse", TRAIN | SAMPLE, OPT_FLAG, AT(reuse), "1", 0, 1, NULL,
      "1: start from the solution of the timestep before"},
     {"tol", SAMPLE, OPT_REAL, AT(tol), "0", 0, 1, NULL, "stop a timestep once the mean residual is below this"},
+    {"solver", SAMPLE, OPT_CHOICE, AT(solver), "plain", 0, 0, "plain|anderson",
+     "z_k: the last iteration's result, or mixed with earlier ones"},
+    {"window", SAMPLE, OPT_INT, AT(window), "3", 1, MAX_WINDOW, NULL, "anderson: number of earlier results"},
+    {"mixing", SAMPLE, OPT_REAL, AT(mixing), "1", 0.01, 2, NULL, "anderson: beta, the step along the mixed residual"},
     {"cfg", TRAIN | SAMPLE, OPT_REAL, AT(cfg), "3", -100, 100, NULL, "scale of classifier-free guidance; 1: none"},
     {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024, NULL, "prediction channels that are guided"},
     {"batch", SAMPLE, OPT_INT, AT(batch), "40", 1, 1 << 20, NULL, "pictures at a time"},
@@ -1736,6 +1744,8 @@ typedef struct {
     const int *iters; // per timestep, in sampling order
     FILE *trace;      // CSV of residuals, or NULL
     int64_t passes;   // Transformer-block passes per picture that were spent, counted up
+    int window;       // of Anderson acceleration; 0: plain iteration
+    double mixing;    // its beta
 } SampleSettings;
 
 // Which sampler suits the model; dies on one that does not.
@@ -2322,8 +2332,10 @@ typedef struct {
     real *wide;      // (B,T,4D) scratch: gelu output
     real *patch_out; // (B,T,p·p·Cout)
     real *scores;    // (threads,2,QUERY_ROWS,T) attention scratch
-    real *z_before;  // (B,T,D) z_{k-1} for residuals; in training the gradient's scratch
+    real *z_before;  // (B,T,D) z_{k-1} where it is needed; in training the gradient's scratch
     real *reused;    // (B,T,D) the solution of the timestep before (sampling)
+    real *history;   // (B,window+1,2,T,D) Anderson acceleration: of each iteration in the window f, then g
+    double *gram;    // (B,HISTORY,HISTORY) the products of its f
     // backward
     real *dx, *dnormed, *dwide, *dbranch; // (B,T,D), (B,T,D), (B,T,4D), (B,T,D)
     real *du_sum;                         // (B,T,2D) gradient of inj_part, summed over the iterations
@@ -2334,7 +2346,7 @@ typedef struct {
 enum Kind { MODEL_WEIGHTS, MODEL_GRADS, MODEL_ADAM_M, MODEL_ADAM_V, MODEL_EMA };
 typedef struct {
     Config config;
-    int batch, max_m, recompute, training; // what the activations have room for
+    int batch, max_m, recompute, training, window; // what the activations have room for
     int n_tensors;
     ParamTensor *tensors;
     int64_t n_params;
@@ -2400,6 +2412,9 @@ static size_t activations_point(Model *m, real *memory) {
     a->scores = take(&arena, (size_t)max_threads() * 2 * QUERY_ROWS * T);
     a->z_before = take(&arena, N);
     a->reused = c->fixed_point ? take(&arena, N) : NULL;
+    size_t solver = c->fixed_point && m->window; // needs memory
+    a->history = take(&arena, solver * 2 * (m->window + 1) * N);
+    a->gram = (double *)take(&arena, solver * B * HISTORY * HISTORY * sizeof(double) / sizeof(real));
     if (!m->training) return arena.count;
     a->dx = take(&arena, N);
     a->dnormed = take(&arena, N);
@@ -2421,9 +2436,11 @@ static int compute_dtype(int dtype) {
     return COMPUTE_FP32;
 }
 
-// A model with room for `batch` pictures and, for training, `max_m` gradient iterations. Its weights are zero.
-// Refuses sizes beyond the machine's memory, naming the options that lower it.
-static Model *model_create(const Config *config, int batch, int max_m, int recompute, int training, int dtype) {
+// A model with room for `batch` pictures and, for training, `max_m` gradient iterations, for sampling Anderson
+// acceleration over `window` (0: none). Its weights are zero. Refuses sizes beyond the machine's memory, naming the
+// options that lower it.
+static Model *model_create(const Config *config, int batch, int max_m, int recompute, int training, int window,
+                           int dtype) {
     (void)dtype;
     Model *m = (Model *)xcalloc(1, sizeof *m, "the model");
     m->config = *config;
@@ -2431,6 +2448,7 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     m->max_m = training ? max_m : 1;
     m->recompute = recompute;
     m->training = training;
+    m->window = window;
     int layers = config_blocks(config) + m->max_m;
     m->a.x = (real **)xcalloc((size_t)layers + 1, sizeof *m->a.x, "the model");
     m->a.slot = (Slot *)xcalloc((size_t)layers, sizeof *m->a.slot, "the model");
@@ -2574,12 +2592,69 @@ static double residual_of(const real *z, const real *before, int B, size_t count
     return sum / B;
 }
 
+// a (m) minimises ||sum a_i f_i||^2 + R sum (a_i ||f_i||)^2 where sum a_i = 1, given the products f_i·f_j: all rows of
+// (gram + R diag)·a are the same number. R keeps the weights of nearly parallel residuals small. Where no unique a
+// exists because a residual is zero, the newest counts alone.
+static void anderson_weights(double a[HISTORY], const double *gram, int m, int newest) {
+    const double R = 1e-8;
+    double A[HISTORY][HISTORY], sum = 0;
+    int positive = 1;
+    for (int i = 0; i < m; i++) {
+        a[i] = 1;
+        for (int j = 0; j < m; j++) A[i][j] = gram[i * HISTORY + j] * (i == j ? 1 + R : 1);
+    }
+    for (int i = 0; i < m; i++) { // Gaussian elimination, which needs no pivoting as the matrix is positive definite
+        positive &= A[i][i] > 0;
+        for (int r = i + 1; r < m; r++) {
+            double factor = A[r][i] / A[i][i];
+            for (int j = i; j < m; j++) A[r][j] -= factor * A[i][j];
+            a[r] -= factor * a[i];
+        }
+    }
+    for (int i = m - 1; i >= 0; i--) {
+        for (int j = i + 1; j < m; j++) a[i] -= A[i][j] * a[j];
+        a[i] /= A[i][i];
+        sum += a[i];
+    }
+    for (int i = 0; i < m; i++) a[i] = positive ? a[i] / sum : i == newest;
+}
+
+// Anderson acceleration (Walker and Ni 2011, type II; in equilibrium models arXiv:1909.01377) after iteration k = 1, 2...
+// of a timestep, for each of B pictures alone. z (B,count) holds g(z_{k-1}) on entry, before (B,count) z_{k-1}. With
+// f_i = g(z_i) - z_i of the last min(k, window+1) iterations, which `history` and `gram` (see Activations) keep:
+//   z_k = sum a_i·(z_i + mixing·f_i),   a = argmin ||sum a_i f_i||, sum a_i = 1
+static void anderson_forward(real *z, const real *before, real *history, double *gram, int k, int window, double mixing,
+                             int B, size_t count) {
+    int slots = window + 1, m = k < slots ? k : slots, newest = (k - 1) % slots;
+    real undo = (real)(1 - mixing); // z_i + mixing·f_i = g_i - undo·f_i
+#pragma omp parallel for schedule(static)
+    for (int b = 0; b < B; b++) {
+        real *first = history + 2 * slots * b * count, *f = first + 2 * newest * count, *out = z + b * count;
+        double *products = gram + b * HISTORY * HISTORY, a[HISTORY];
+        for (size_t e = 0; e < count; e++) f[e] = out[e] - before[b * count + e];
+        memcpy(f + count, out, count * sizeof(real));
+        for (int i = 0; i < m; i++) {
+            const real *fi = first + 2 * i * count;
+            double dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (size_t e = 0; e < count; e++) dot += (double)f[e] * fi[e];
+            products[i * HISTORY + newest] = products[newest * HISTORY + i] = dot;
+        }
+        anderson_weights(a, products, m, newest);
+        memset(out, 0, count * sizeof(real));
+        for (int i = 0; i < m; i++) {
+            const real *fi = first + 2 * i * count, *gi = fi + count, weight = (real)a[i];
+            for (size_t e = 0; e < count; e++) out[e] += weight * (gi[e] - undo * fi[e]);
+        }
+    }
+}
+
 // How sampling watches and steers the fixed point; training passes NULL.
 typedef struct {
-    int reuse, reuse_ready; // start from the solution of the timestep before, once there is one
-    int want_residual;
-    double tol;             // stop when the residual is below
-    double residuals[1000]; // of the iterations that ran, when wanted
+    int reuse, reuse_ready;    // start from the solution of the timestep before, once there is one
+    int want_residual, window; // window: of Anderson acceleration, 0 for plain iteration
+    double tol, mixing;        // stop when the residual is below tol
+    double residuals[1000];    // of the iterations that ran, when wanted
     int ran;
 } Solve;
 
@@ -2676,15 +2751,18 @@ static void model_forward(Model *m, const int *t, const int *y, int B, int n, in
         if (z != start) memcpy(z, start, bytes);
         for (int k = 1; k <= n + iterations; k++) {
             real *next = k <= n ? z : a->x[l + 1 + k - n];
-            if (solve && solve->want_residual) memcpy(a->z_before, z, bytes);
+            if (solve && (solve->want_residual || solve->window)) memcpy(a->z_before, z, bytes);
             iteration_forward(m, next, z, &a->slot[k <= n ? l : l + k - n - 1]);
             z = next;
             show_probe(m, "act.z", k, z, N);
             if (!solve) continue;
             solve->ran = k;
-            if (!solve->want_residual) continue;
-            solve->residuals[k - 1] = residual_of(z, a->z_before, B, (size_t)T * D);
-            if (solve->residuals[k - 1] < solve->tol) break;
+            if (solve->want_residual) solve->residuals[k - 1] = residual_of(z, a->z_before, B, (size_t)T * D);
+            int last = k == n + iterations || (solve->want_residual && solve->residuals[k - 1] < solve->tol);
+            if (solve->window)
+                anderson_forward(z, a->z_before, a->history, a->gram, k, solve->window, last ? 1 : solve->mixing, B,
+                                 (size_t)T * D);
+            if (last) break;
         }
         if (solve && solve->reuse) {
             memcpy(a->reused, z, bytes);
@@ -2869,7 +2947,12 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
     int *t = (int *)xcalloc((size_t)rows, sizeof *t, "sampling"),
         *labels = (int *)xcalloc((size_t)rows, sizeof *labels, "sampling");
     float *noise = (float *)xcalloc(B * count, sizeof *noise, "sampling");
-    Solve solve = {.reuse = set->reuse && c->fixed_point, .want_residual = set->trace || set->tol > 0, .tol = set->tol};
+    Solve solve = {.reuse = set->reuse && c->fixed_point,
+                   .want_residual = set->trace || set->tol > 0,
+                   .window = set->window,
+                   .tol = set->tol,
+                   .mixing = set->mixing};
+    assert(set->window <= model->window);
     for (int b = 0; b < rows; b++) labels[b] = b < B ? y[b] : c->classes;
     for (int step = 0; step < S; step++) {
         int i = S - 1 - step;
@@ -3038,6 +3121,21 @@ static void sample_pictures(Model *model, const Schedule *s, SampleSettings *set
     set->passes = (passes + n - 1) / n; // the mean: with `tol` batches may differ
 }
 
+// Pictures x (n,C,S,S) and their labels as a dataset file; the metadata are NULL where there are none.
+static void save_pictures(const char *path, const float *x, const int *y, int n, const Config *c,
+                          const char *class_names, const char *latent_scale) {
+    int64_t *label = (int64_t *)xcalloc((size_t)n, sizeof *label, "labels");
+    for (int i = 0; i < n; i++) label[i] = y[i];
+    Tensor tensors[2] = {st_tensor("x", F32, x, 4, n, c->channels, c->image_size, c->image_size),
+                         st_tensor("y", I64, label, 1, n, 1, 1, 1)};
+    Meta meta[2];
+    int n_meta = 0;
+    if (class_names) meta[n_meta].key = "class_names", meta[n_meta++].value = class_names;
+    if (latent_scale) meta[n_meta].key = "latent_scale", meta[n_meta++].value = latent_scale;
+    st_save(path, tensors, 2, meta, n_meta);
+    xfree(label);
+}
+
 // A grid of pictures (n,C,S,S) as PNG, and in the terminal with `show`.
 static void save_grid(const char *path, const float *x, int n, const Config *c, int show) {
     int columns = 1, width, height, zoom = c->image_size >= 64 ? 1 : c->image_size >= 32 ? 2 : 4;
@@ -3142,7 +3240,8 @@ static void sample_grid(const char *folder, const Options *o, Model *m, int64_t 
     for (int i = 0; i < n; i++) y[i] = c->classes ? i % c->classes : 0;
     for (int i = 0; i < o->sample_steps; i++) iters[i] = config_iterations(c);
     schedule_make(s, c, o->sample_steps);
-    SampleSettings set = {resolve_sampler(o->sampler, c), 3, o->reuse, 0, m->batch > 1 ? o->cfg : 1, 0, iters, NULL, 0};
+    SampleSettings set = {
+        resolve_sampler(o->sampler, c), 3, o->reuse, 0, m->batch > 1 ? o->cfg : 1, 0, iters, NULL, 0, 0, 1};
     model_use(m, MODEL_EMA);
     sample_pictures(m, s, &set, x, y, n, o->seed);
     model_use(m, MODEL_WEIGHTS);
@@ -3162,6 +3261,19 @@ static void on_interrupt(int signal_number) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Training
+
+// Writes what training would see, without label dropping, as a dataset file: real pictures to compare samples with.
+static int export_data(const Options *o, Dataset *d) {
+    int64_t n = (int64_t)o->steps * o->batch, pixels = (int64_t)d->channels * d->size * d->size;
+    if (n > 1000000) die("option --export: %lld pictures; at most a million: lower --steps", (long long)n);
+    float *x = (float *)xcalloc((size_t)(n * pixels), sizeof *x, "pictures");
+    int *y = (int *)xcalloc((size_t)n, sizeof *y, "labels");
+    dataset_batch(d, x, y, 0, (int)n, 0, (int)n, o->hflip, 0);
+    save_pictures(o->export_to, x, y, (int)n, &o->model,
+                  d->class_names ? format_class_names(d->class_names, d->classes) : NULL, d->latent_scale);
+    printf("%lld pictures of %s: %s\n", (long long)n, o->data, o->export_to);
+    return 0;
+}
 
 static int train_main(int argc, char **argv) {
     static const char about[] =
@@ -3204,6 +3316,7 @@ static int train_main(int argc, char **argv) {
     c->channels = data.channels;
     c->classes = data.classes;
     config_check(c, *o->resume ? path : "options");
+    if (*o->export_to) return export_data(o, &data);
     resolve_sampler(o->sampler, c);
     int micro = o->micro_batch && o->micro_batch < o->batch ? o->micro_batch : o->batch;
 
@@ -3213,8 +3326,16 @@ static int train_main(int argc, char **argv) {
             die("%s: a run is stored here; give another --out, or go on with it: --resume %s", path, o->out);
     }
 
-    Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, dtype);
+    Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, 0, dtype);
     size_t n_params = (size_t)m->n_params;
+    double mb = 4e-6 * (double)n_params;
+    printf("data: %s, %dx%d, %d channels, %d classes%s\n", o->data, c->image_size, c->image_size, c->channels,
+           c->classes, data.count ? "" : ", endless");
+    printf("model: %s, width %d, %d heads, patch %d, %.2f million parameters\n", c->fixed_point ? "fixed point" : "DiT",
+           c->width, c->heads, c->patch, 1e-6 * (double)n_params);
+    printf("memory: parameters %.1f MB, gradients %.1f, Adam %.1f, EMA %.1f, activations %.1f; in all %.1f MB\n", mb,
+           mb, 2 * mb, mb, 1e-6 * (double)m->activation_bytes, 5 * mb + 1e-6 * (double)m->activation_bytes);
+    fflush(stdout);
     float *values = (float *)xcalloc(n_params, sizeof *values, "initial weights");
     if (*o->resume) {
         for (int i = 0; i < 4; i++) {
@@ -3230,13 +3351,6 @@ static int train_main(int argc, char **argv) {
     xfree(values);
     if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
     FILE *log = open_log(o->out, start);
-    double mb = 4e-6 * (double)n_params;
-    printf("data: %s, %dx%d, %d channels, %d classes%s\n", o->data, c->image_size, c->image_size, c->channels,
-           c->classes, data.count ? "" : ", endless");
-    printf("model: %s, width %d, %d heads, patch %d, %.2f million parameters\n", c->fixed_point ? "fixed point" : "DiT",
-           c->width, c->heads, c->patch, 1e-6 * (double)n_params);
-    printf("memory: parameters %.1f MB, gradients %.1f, Adam %.1f, EMA %.1f, activations %.1f; in all %.1f MB\n", mb,
-           mb, 2 * mb, mb, 1e-6 * (double)m->activation_bytes, 5 * mb + 1e-6 * (double)m->activation_bytes);
 
     Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "the schedule");
     schedule_make(s, c, DIFFUSION_STEPS);
@@ -3342,8 +3456,8 @@ static int sample_main(int argc, char **argv) {
     plan_iterations(iters, o, c);
     parse_labels(y, n, o->labels, c->classes, names);
     o->sampler = resolve_sampler(o->sampler, c);
-    int B = n < o->batch ? n : o->batch;
-    Model *m = model_create(c, guided ? 2 * B : B, 0, 0, 0, dtype);
+    int B = n < o->batch ? n : o->batch, window = o->solver == SOLVER_ANDERSON ? o->window : 0;
+    Model *m = model_create(c, guided ? 2 * B : B, 0, 0, 0, window, dtype);
     float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
     tensors_read(&f, m->tensors, m->n_tensors, "", values);
     model_upload(m, MODEL_WEIGHTS, values);
@@ -3352,7 +3466,8 @@ static int sample_main(int argc, char **argv) {
     schedule_make(s, c, o->sample_steps);
     size_t count = (size_t)c->channels * c->image_size * c->image_size;
     float *x = (float *)xcalloc(n * count, sizeof *x, "pictures");
-    SampleSettings set = {o->sampler, o->cfg_channels, o->reuse, o->eta, o->cfg, o->tol, iters, NULL, 0};
+    SampleSettings set = {o->sampler, o->cfg_channels, o->reuse, o->eta, o->cfg, o->tol, iters, NULL,
+                          0,          window,          o->mixing};
     if (*o->trace) {
         set.trace = open_temp(o->trace);
         fprintf(set.trace, "step,t,iteration,residual\n");
@@ -3361,18 +3476,7 @@ static int sample_main(int argc, char **argv) {
     sample_pictures(m, s, &set, x, y, n, o->seed);
     double seconds = (now_ms() - begin) / 1000;
     if (set.trace) commit_temp(set.trace, o->trace);
-    if (*o->latents) {
-        int64_t *label = (int64_t *)xcalloc((size_t)n, sizeof *label, "labels");
-        for (int i = 0; i < n; i++) label[i] = y[i];
-        Tensor tensors[2] = {st_tensor("x", F32, x, 4, n, c->channels, c->image_size, c->image_size),
-                             st_tensor("y", I64, label, 1, n, 1, 1, 1)};
-        Meta meta[2];
-        int n_meta = 0;
-        const char *keys[] = {"class_names", "latent_scale"};
-        for (int i = 0; i < 2; i++)
-            if (st_meta(&f, keys[i])) meta[n_meta].key = keys[i], meta[n_meta++].value = st_meta(&f, keys[i]);
-        st_save(o->latents, tensors, 2, meta, n_meta);
-    }
+    if (*o->latents) save_pictures(o->latents, x, y, n, c, st_meta(&f, "class_names"), st_meta(&f, "latent_scale"));
     save_grid(o->out, x, n, c, o->show);
     printf("%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s\n", n, seconds, o->sample_steps,
            (long long)set.passes, guided ? " (and as many for guidance)" : "", o->out);
@@ -3396,7 +3500,7 @@ static int bench_main(int argc, char **argv) {
     double *times = (double *)xcalloc((size_t)o->rounds, sizeof *times, "times");
     bench_matmul(c, B, o->bench_gemm ? o->rounds : 0, compute_dtype(o->dtype));
 
-    Model *m = model_create(c, B, iterations, o->recompute, 1, compute_dtype(o->dtype));
+    Model *m = model_create(c, B, iterations, o->recompute, 1, 0, compute_dtype(o->dtype));
     float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
     rng_normal(values, (size_t)m->n_params, 0, o->seed, 0, STREAM_INIT);
     for (int64_t i = 0; i < m->n_params; i++) values[i] *= 0.02f;
@@ -3429,7 +3533,7 @@ static int bench_main(int argc, char **argv) {
 
     enum { STEPS = 4 };
     int iters[STEPS] = {n + 1, n + 1, n + 1, n + 1};
-    SampleSettings set = {resolve_sampler(SAMPLER_AUTO, c), 3, 1, 0, 1, 0, iters, NULL, 0};
+    SampleSettings set = {resolve_sampler(SAMPLER_AUTO, c), 3, 1, 0, 1, 0, iters, NULL, 0, 0, 1};
     schedule_make(s, c, STEPS);
     for (int round = 0; round < o->rounds; round++) {
         double begin = now_ms();

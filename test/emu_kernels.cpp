@@ -195,6 +195,54 @@ static void test_attention(int half, int B, int T, int H, int hd, float apart = 
     for (void *q : all) gpu_free(q, 0);
 }
 
+// Anderson acceleration over random z_{k-1} and g(z_{k-1}), against weights from pivoted elimination of the system with
+// the constraint as its last row; in round 6 the residual is zero
+static void test_anderson(int half, int B, int side, int D, int window) {
+    char text[100];
+    Model m = {};
+    m.config.image_size = side, m.config.patch = 1, m.config.width = D;
+    m.B = B, m.half = half;
+    size_t count = (size_t)side * side * D, N = B * count;
+    m.a.history = (float *)gpu_malloc(2 * (window + 1) * N * 4, ""), m.a.gram = (double *)gpu_malloc((size_t)B * HISTORY * HISTORY * 8, "");
+    std::vector<Floats> z, g;
+    for (int k = 1; k <= 6; k++) {
+        z.push_back(random_floats(N, 30 + k, 0)), g.push_back(k == 6 ? z.back() : random_floats(N, 40 + k, 0));
+        for (size_t i = 0; i < N && k > 1 && k < 6; i++) g[k - 1][i] += 0.7f * (g[k - 2][i] - z[k - 2][i]); // not orthogonal
+        int first = k > window + 1 ? k - window - 1 : 0, n = k - first, last = k == 5;
+        std::vector<double> want(N);
+        for (int b = 0; b < B; b++) {
+            double A[10][11] = {};
+            for (int i = 0; i < n; i++) {
+                A[i][n] = A[n][i] = 1;
+                for (int j = 0; j < n; j++)
+                    for (size_t e = b * count; e < (b + 1) * count; e++)
+                        A[i][j] += ((double)g[first + i][e] - z[first + i][e]) * ((double)g[first + j][e] - z[first + j][e]);
+            }
+            A[n][n + 1] = 1; // column n+1: the right side
+            for (int c = 0; c <= n; c++) {
+                int best = c;
+                for (int r = c; r <= n; r++) best = fabs(A[r][c]) > fabs(A[best][c]) ? r : best;
+                std::swap(A[c], A[best]);
+                for (int r = 0; r <= n; r++)
+                    for (int j = n + 1; r != c && j >= c; j--) A[r][j] -= A[r][c] / A[c][c] * A[c][j];
+            }
+            for (int i = 0; i < n; i++)
+                for (size_t e = b * count; e < (b + 1) * count; e++) {
+                    double zi = z[first + i][e], a = k == 6 ? i == n - 1 : A[i][n + 1] / A[i][i];
+                    want[e] += a * (zi + (last ? 1 : 0.7) * (g[first + i][e] - zi));
+                }
+        }
+        float *x = (float *)on_gpu(g.back(), 0);
+        m.a.mid = (float *)on_gpu(z.back(), 0), m.a.z = half ? (Act *)gpu_malloc(N * 2, "") : NULL;
+        anderson_forward(&m, x, k, window, last ? 1 : 0.7);
+        snprintf(text, sizeof text, "%s anderson, %d of %zu, window %d, iteration %d", half ? "bf16" : "fp32", B, count, window, k);
+        expect(text, from_gpu(x, N, 0), want, 1e-6);
+        if (half) expect("  its copy", from_gpu(m.a.z, N, 1), want, 3e-3);
+        gpu_free(x, 0), gpu_free(m.a.mid, 0), gpu_free(m.a.z, 0);
+    }
+    gpu_free(m.a.history, 0), gpu_free(m.a.gram, 0);
+}
+
 int main(void) {
     gpu_open();
     workspace_reserve(1 << 18);
@@ -204,6 +252,9 @@ int main(void) {
         test_matmul(half, 1030, 136, 144);
         test_matmul(half, 24, 8, 16);
         if (!half) test_matmul(half, 10, 3, 12);
+        test_anderson(half, 3, 2, 8, 3);
+        test_anderson(half, 2, 7, 40, 1);
+        test_anderson(half, 1, 5, 64, 8);
         int sizes[][3] = {{1, 1, 8}, {100, 2, 24}, {65, 1, 40}, {64, 1, 64}, {130, 1, 72}, {70, 1, 96}, {200, 1, 128}, {1024, 1, 8}};
         for (auto &s : sizes) test_attention(half, 2, s[0], s[1], s[2]);
         if (half) test_attention(half, 2, 20, 1, 16, 1024); // weights of columns beyond the last would overflow

@@ -111,8 +111,8 @@ static void compare_activation(const char *name, const real *data, int64_t count
     xfree(got);
 }
 
-static Model *case_model(const Options *o, int batch, int max_m, int training) {
-    Model *m = model_create(&o->model, batch, max_m, RECOMPUTE, training, dtype);
+static Model *case_model(const Options *o, int batch, int max_m, int training, int window) {
+    Model *m = model_create(&o->model, batch, max_m, RECOMPUTE, training, window, dtype);
     float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
     tensors_read(&file, m->tensors, m->n_tensors, "", values);
     model_upload(m, MODEL_WEIGHTS, values);
@@ -137,7 +137,7 @@ static void forward_case(const Options *o) {
     double *mse = (double *)xcalloc((size_t)B, sizeof *mse, "losses"),
            *vb = (double *)xcalloc((size_t)B, sizeof *vb, "losses");
     schedule_make(s, &o->model, DIFFUSION_STEPS);
-    Model *m = case_model(o, B, iterations, 1);
+    Model *m = case_model(o, B, iterations, 1, 0);
     m->probe = compare_activation;
     model_zero_gradients(m);
     model_loss(m, s, x0, noise, t, y, B, n, iterations, 1.0 / B, mse, vb);
@@ -169,7 +169,7 @@ static void train_case(const Options *o) {
         snprintf(key, sizeof key, "m.%d", k + base);
         if (atoi(meta_text(key)) > largest) largest = atoi(meta_text(key));
     }
-    Model *m = case_model(o, B, largest, 1);
+    Model *m = case_model(o, B, largest, 1, 0);
     for (int k = 0; k < steps; k++) {
         snprintf(key, sizeof key, "n.%d", k + base);
         int n = atoi(meta_text(key));
@@ -197,6 +197,7 @@ static void sample_case(const Options *o) {
         iters[i] = atoi(list);
         if (strchr(list, ',')) list = strchr(list, ',') + 1;
     }
+    int window = st_meta(&file, "window") ? atoi(meta_text("window")) : 0; // of Anderson acceleration
     SampleSettings set = {choice_index("auto|ddpm|ddim|flow", meta_text("sampler")),
                           atoi(meta_text("cfg_channels")),
                           atoi(meta_text("reuse")),
@@ -205,14 +206,16 @@ static void sample_case(const Options *o) {
                           0,
                           iters,
                           NULL,
-                          0};
+                          0,
+                          window,
+                          window ? atof(meta_text("mixing")) : 1};
     int64_t count;
     float *x = tensor_floats("x_T", &count), *z = tensor_floats("z", NULL),
           *want = tensor_floats("expect.sample", NULL);
     int *y = tensor_ints("y");
     Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "schedule");
     schedule_make(s, &o->model, steps);
-    Model *m = case_model(o, set.cfg != 1 ? 2 * B : B, 0, 0);
+    Model *m = case_model(o, set.cfg != 1 ? 2 * B : B, 0, 0, set.window);
     sample_batch(m, s, &set, x, y, B, z, 0, 0);
     compare("expect.sample", x, want, count, SAMPLED, 0);
     model_free(m);

@@ -209,6 +209,24 @@ check "sample: trace: a row for each iteration" [ "$(echo $(column trace.csv 1,2
 check "sample: trace: residuals" awk -F, 'NR > 1 && !($4 > 0 && $4 < 10) { exit 1 }' trace.csv
 runs "sample: tol stops early" "$sample" $weights --n 3 --steps 3 --iters 50 --tol 1 --out a.png
 check "sample: tol stops early: passes" says " (9|[0-9]{2}|1[01][0-9]) block passes" # of 156
+anderson="--weights six/weights.safetensors --solver anderson"
+runs "sample: anderson" "$sample" $anderson --n 3 --steps 3 --iters 2,1,4 --trace mixed.csv --out a.png
+check "sample: anderson: no further passes" says " 13 block passes"
+check "sample: anderson: trace: the same rows" [ "$(column mixed.csv 1,2,3)" = "$(column trace.csv 1,2,3)" ]
+check "sample: anderson: trace: up to the first mixture the same residuals" \
+    same <(head -n 3 mixed.csv) <(head -n 3 trace.csv)
+check "sample: anderson: trace: then others" differ <(tail -n +4 mixed.csv) <(tail -n +4 trace.csv)
+runs "sample: anderson: without a trace" "$sample" $anderson --n 3 --steps 3 --iters 2,1,4 --out b.png
+check "sample: anderson: without a trace: same file" same a.png b.png
+runs "sample: anderson: 3 threads" env OMP_NUM_THREADS=3 "$sample" $anderson --n 3 --steps 3 --iters 2,1,4 --out b.png
+check "sample: anderson: 3 threads: same file" same a.png b.png
+runs "sample: anderson: one iteration" "$sample" $anderson --n 3 --steps 3 --iters 1 --mixing 0.5 --out a.png
+runs "sample: plain: one iteration" "$sample" $weights --n 3 --steps 3 --iters 1 --out b.png
+check "sample: anderson: one iteration is plain" same a.png b.png
+runs "sample: anderson: tol stops early" "$sample" $anderson --n 3 --steps 3 --iters 50 --tol 1 --out a.png
+check "sample: anderson: tol stops early: passes" says " (9|[0-9]{2}|1[01][0-9]) block passes"
+runs "sample: anderson means nothing to DiT" \
+    "$sample" --weights dit/weights.safetensors --n 1 --steps 2 --solver anderson --out a.png
 for budget in 12 40 61 100; do
     for alloc in const inc dec; do
         runs "sample: budget $budget $alloc" \
@@ -246,8 +264,8 @@ for option in data image_size model width heads depth patch fixed_point pre_dept
     log_every; do
     echo "  --$option "
 done > train_options
-for option in weights n labels seed sampler steps eta iters budget alloc reuse tol cfg cfg_channels out latents trace \
-    show; do
+for option in weights n labels seed sampler steps eta iters budget alloc reuse tol solver window mixing cfg \
+    cfg_channels out latents trace show; do
     echo "  --$option "
 done > sample_options
 for option in model width heads depth patch batch n m rounds; do echo "  --$option "; done > bench_options
@@ -297,6 +315,14 @@ refuses "option: budget too small for DiT" "option --budget" \
 refuses "option: budget and iters" "option --budget" "$sample" $weights --budget 100 --iters 3 --out no.png
 refuses "option: iters" "option --iters: 2 numbers for 4 timesteps" \
     "$sample" $weights --steps 4 --iters 3,4 --out no.png
+refuses "option: solver" "option --solver: 'newton' is not one of plain\|anderson" \
+    "$sample" $weights --solver newton --out no.png
+refuses "option: solver while training" "unknown option --solver" "$train" --solver anderson --out no
+refuses "option: window too small" "option --window: '0' is not a whole number from 1 to 8" \
+    "$sample" $anderson --window 0 --out no.png
+refuses "option: window too large" "option --window: '9'" "$sample" $anderson --window 9 --out no.png
+refuses "option: no mixing" "option --mixing: '0' is not a number from 0.01 to 2" \
+    "$sample" $anderson --mixing 0 --out no.png
 refuses "option: label too large" "option --labels: '11'" "$sample" $weights --labels 0,11 --out no.png
 refuses "option: label negative" "option --labels: '-1'" "$sample" $weights --labels=-1 --out no.png
 refuses "option: unknown class" "option --labels: 'hart'" "$sample" $weights --labels hart --out no.png

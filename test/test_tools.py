@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""Tests tools/data.py, tools/plot.py and tools/bench_torch.py from end to end, on small files that it makes itself.
+"""Tests data.py, plot.py, evaluate.py, reproduce.py and bench_torch.py of tools/ from end to end, on small files.
 
     python3 test/test_tools.py           # everything
     python3 test/test_tools.py plot      # the tests with "plot" in their name
 
 Needs numpy, pillow, matplotlib and safetensors; what needs the emoji font or torch is skipped where they are missing.
 """
+import contextlib
 import gzip
 import importlib.util
+import io
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -399,6 +402,17 @@ def test_plot_traces():
         is_plot(path)
 
 
+def test_plot_side_by_side():
+    first, second = (rng.integers(0, 256, (20, width, 3), dtype=np.uint8) for width in (30, 50))
+    Image.fromarray(first).save("first.png")
+    Image.fromarray(second).save("second.png")
+    run("plot.py", "first.png", "second.png", "--names", "FPDM, 24 passes,DiT".replace(", ", " "), "--out", "both.png")
+    both = np.asarray(Image.open("both.png"))
+    assert (both[-20:, :30] == first).all() and (both[-20:, -50:] == second).all()
+    fails("--names", "plot.py", "first.png", "second.png", "--names", "one", "--out", "c.png")
+    fails("PNG", "plot.py", "first.png", "nothing.png", "--out", "c.png")
+
+
 def test_plot_broken_input():
     write_log("log.csv", 3)
     write_trace("trace.csv", 2)
@@ -416,6 +430,279 @@ def test_plot_broken_input():
     fails("--names", "plot.py", "log.csv", "--names", "a,b", "--out", "a.png")
     fails("nonsense", "plot.py", "log.csv", "--columns", "nonsense", "--out", "a.png")
     fails("no/a.png", "plot.py", "log.csv", "--out", "no/a.png")
+
+
+# ---- evaluate.py
+
+
+def evaluate():
+    """The tool as a module."""
+    if not importlib.util.find_spec("torch"):
+        raise Skip("needs torch")
+    if str(TOOLS) not in sys.path:
+        sys.path.insert(0, str(TOOLS))
+        importlib.import_module("torch").set_num_threads(1)  # more only wait for each other at work this small
+    return importlib.import_module("evaluate")
+
+
+def judge(*args):
+    """evaluate.py's main in this process, as importing torch anew takes seconds: exit status, output, errors."""
+    out, errors, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["evaluate.py", *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+            evaluate().main()
+        return 0, out.getvalue(), errors.getvalue()
+    except SystemExit as end:
+        return end.code, out.getvalue(), errors.getvalue()
+    finally:
+        sys.argv = before
+
+
+def judged(*args):
+    """The output, and the figures of --json."""
+    code, said, errors = judge(*args, "--json", "figures.json")
+    assert code == 0 and not errors, errors
+    return said, json.loads(Path("figures.json").read_text())
+
+
+def misjudged(words, *args):
+    before = sorted(Path().rglob("*"))
+    code, _, errors = judge(*args)
+    assert code == 1 and errors.count("\n") == 1 and words in errors, f"{args}: exit {code}, said {errors!r}"
+    assert sorted(Path().rglob("*")) == before, f"{args}: left a file behind"
+
+
+def stripes(count, size=12):
+    """Pictures of three classes, U8 (N,H,W,3): stripes across, down and along the diagonal, in any colours."""
+    y = np.arange(count) % 3
+    row, column = np.mgrid[:size, :size]
+    along = np.stack([row, column, row + column])[y]
+    wave = 0.5 + 0.5 * np.sin(along * rng.uniform(1, 1.6, (count, 1, 1)) + rng.uniform(0, 6, (count, 1, 1)))
+    colours = rng.uniform(0, 255, (2, count, 1, 1, 3))
+    x = colours[0] * wave[..., None] + colours[1] * (1 - wave[..., None])
+    return x.astype(np.uint8), y.astype(np.int64)
+
+
+def save(path, x, y=None, **metadata):
+    from safetensors.numpy import save_file
+
+    save_file({"x": np.ascontiguousarray(x)} | ({} if y is None else {"y": np.ascontiguousarray(y)}), path, metadata)
+
+
+def as_samples(x):
+    """U8 (N,H,W,C) as sample_* --latents writes pictures, F32 (N,C,H,W) in -1..1."""
+    return (x.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32)
+
+
+STRIPES = {"class_names": '["across", "down", "diagonal"]'}
+
+
+def test_evaluate_frechet():
+    import torch
+
+    tool = evaluate()
+    x = rng.standard_normal((500, 6))
+    x = np.linalg.qr(x - x.mean(0))[0] * np.sqrt(499)  # sample mean 0 and covariance 1, exactly
+    a, b = rng.standard_normal((2, 6, 6))
+    shift, wide = rng.standard_normal(6), rng.uniform(0, 3, 6)
+
+    def distance(first, second):
+        return tool.frechet(tool.Gaussian(torch.from_numpy(first)), tool.Gaussian(torch.from_numpy(second)))
+
+    want = (shift**2).sum() + ((1 - wide) ** 2).sum()
+    assert abs(distance(x, x * wide + shift) - want) < 1e-9 * want
+    roots = np.sqrt(np.linalg.eigvals(a @ a.T @ b @ b.T).real).sum()
+    want = np.trace(a @ a.T + b @ b.T) - 2 * roots
+    assert abs(distance(x @ a.T, x @ b.T) - want) < 1e-6 * want, (distance(x @ a.T, x @ b.T), want)
+    assert 0 <= distance(x @ a.T, x @ a.T) < 1e-6 and 0 <= distance(x[:3], x[:3]) < 1e-6
+    same = np.repeat(x[:1], 5, 0)  # one picture again and again: no covariance
+    want = 6 + (x[0] ** 2).sum()
+    assert abs(distance(x, same) - want) < 1e-9 * want
+
+
+def test_evaluate_manifold():
+    import torch
+
+    tool = evaluate()
+    real, drawn = rng.standard_normal((40, 5)), 0.6 * rng.standard_normal((30, 5)) + 0.4
+    between = np.linalg.norm(drawn[:, None] - real[None], axis=2)
+    radii = np.sort(np.linalg.norm(real[:, None] - real[None], axis=2), axis=1)[:, 3]  # the 0th is the point itself
+    manifold = tool.Manifold(torch.from_numpy(real))
+    order = [int(np.abs(real - point).sum(1).argmin()) for point in manifold.points.numpy()]
+    assert np.allclose(manifold.radii.sqrt(), radii[order])
+    want = (between <= radii).any(1).mean()
+    assert 0 < want < 1 and abs(manifold.share(torch.from_numpy(drawn)) - want) < 1e-12
+
+
+def test_evaluate():
+    tool = evaluate()
+    x, y = stripes(600)
+    save("data.safetensors", x, y, **STRIPES)
+    drawn, wanted = stripes(300)
+    samples = as_samples(drawn)
+    rough = samples + 0.15 * rng.standard_normal(samples.shape).astype(np.float32)
+    save("good.safetensors", samples, wanted, **STRIPES)
+    save("rough.safetensors", rough, wanted, **STRIPES)
+    save("shuffled.safetensors", samples, np.roll(wanted, 1), **STRIPES)
+    save("renamed.safetensors", samples, 2 - wanted, class_names='["diagonal", "down", "across"]')
+    save("one.safetensors", np.repeat(samples[:1], 300, 0), np.repeat(wanted[:1], 300), **STRIPES)
+    for i in range(300):
+        path = Path("pngs", ("across", "down", "diagonal")[wanted[i]], f"{i:03}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawn[i]).save(path)
+    files = [f"{name}.safetensors" for name in ("good", "rough", "shuffled", "renamed", "one")] + ["pngs"]
+    said, figures = judged("data.safetensors", *files)
+    assert "training" in said and "floor" in said and "good.safetensors" in said, said
+    good, rough, shuffled, renamed, one, pngs = (figures["pictures"][name] for name in files)
+    floor, ceiling = figures["floor"], figures["ceiling"]
+    assert figures["test_accuracy"] > 0.9 and good["recognised"] > 0.9 and ceiling["recognised"] < 0.6, figures
+    assert good["fd"] < rough["fd"] < one["fd"] and good["fd"] < 0.1 * ceiling["fd"] > floor["fd"], figures
+    assert good["precision"] > 0.7 and good["recall"] > 0.7 and floor["precision"] > 0.7, figures
+    assert rough["precision"] < good["precision"] and one["recall"] < 0.05, figures
+    assert ceiling["precision"] < floor["precision"] and ceiling["recall"] < 0.05, figures
+    assert shuffled["recognised"] < 0.1 and shuffled["fd"] == good["fd"], figures
+    assert renamed == good, (renamed, good)
+    assert abs(pngs["fd"] - good["fd"]) < 1e-6 and pngs["recognised"] == good["recognised"], (pngs, good)
+
+    said, _ = run("evaluate.py", "data.safetensors", *files, "--json", "again.json")  # from the cache, the same figures
+    again = json.loads(Path("again.json").read_text())
+    assert "training" not in said and again["network"] == figures["network"], said
+    assert all(abs(again["pictures"][name]["fd"] - figures["pictures"][name]["fd"]) < 1e-4 for name in files), again
+    save("data.safetensors", x[::-1], y[::-1], **STRIPES)
+    assert "training" in judged("data.safetensors")[0], "used the cache of another dataset"
+    Path("data.features.safetensors").write_bytes(b"broken")
+    evaluator = tool.Evaluator("data.safetensors", log=lambda line: None)
+    assert 0 < evaluator.floor["fd"] < evaluator.ceiling["fd"] and evaluator.test_accuracy > 0.9
+    found = evaluator.metrics(*tool.load_pictures("good.safetensors")[:2])
+    assert abs(found["fd"] - good["fd"]) < 0.1 * ceiling["fd"] and found["recognised"] > 0.9, (found, good)
+
+
+def test_evaluate_unlabelled():
+    evaluate()
+    x, _ = stripes(300, 16)
+    save("grey.safetensors", x[..., :1], np.zeros(300, np.int64))
+    save("samples.safetensors", as_samples(stripes(100, 16)[0][..., :1]), np.zeros(100, np.int64))
+    said, figures = judged("grey.safetensors", "samples.safetensors")
+    assert "rotations" in said and "fewer pictures than features" in said, said
+    found = figures["pictures"]["samples.safetensors"]
+    assert found["recognised"] is None and found["fd"] < 0.2 * figures["ceiling"]["fd"], figures
+
+    y = rng.integers(5, size=400)
+    latents = 4 * rng.standard_normal((400, 4, 8, 8)) + y[:, None, None, None]
+    save("latents.safetensors", latents.astype(np.float16), y, latent_scale="0.2")
+    save("samples.safetensors", latents[::2].astype(np.float32), y[::2])
+    _, figures = judged("latents.safetensors", "samples.safetensors")
+    found = figures["pictures"]["samples.safetensors"]
+    assert found["precision"] == 1 and found["recognised"] > 0.5 > figures["ceiling"]["recognised"], figures
+
+
+def test_evaluate_inception():
+    import torch
+
+    evaluate()
+
+    network = torch.jit.ScriptModule()  # called as the TorchScript file of the FID network is
+    network.define("""
+def forward(self, img, return_features: bool = False):
+    assert return_features and img.dtype == torch.uint8 and img.size(1) == 3
+    return torch.nn.functional.adaptive_avg_pool2d(img.float(), [2, 2]).flatten(1)
+""")
+    network.save("inception.pt")
+    x, y = stripes(300)
+    save("data.safetensors", x, y, **STRIPES)
+    drawn, wanted = stripes(200)
+    save("samples.safetensors", as_samples(drawn), wanted, **STRIPES)
+    use = ("data.safetensors", "samples.safetensors", "--inception")
+    _, figures = judged(*use, "inception.pt")
+
+    def pooled(pictures):
+        return pictures.astype(float).reshape(-1, 2, 6, 2, 6, 3).mean((2, 4)).transpose(0, 3, 1, 2).reshape(-1, 12)
+
+    a, b = pooled(x), pooled(drawn)
+    s, t = np.cov(a.T), np.cov(b.T)
+    want = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t) - 2 * np.sqrt(np.linalg.eigvals(s @ t).real).sum()
+    got = figures["pictures"]["samples.safetensors"]
+    assert abs(got["fd"] - want) < 1e-4 * want, (got["fd"], want)
+    assert got["recognised"] > 0.9 and Path("data.inception.safetensors").exists()
+    assert judged(*use, "inception.pt")[1] == figures, "the cached features give other figures"
+    Path("text.pt").write_text("hello")
+    misjudged("text.pt", *use, "text.pt")
+    misjudged("missing.pt", *use, "missing.pt")
+
+
+def test_evaluate_broken_input():
+    evaluate()
+    x, y = stripes(60)
+    samples = as_samples(x)
+    save("data.safetensors", x, y, **STRIPES)
+    save("few.safetensors", x[:20], y[:20], **STRIPES)
+    save("high.safetensors", x, y + 1, **STRIPES)
+    save("wide.safetensors", x[:, :8], y, **STRIPES)
+    save("small.safetensors", samples[..., :8, :8], y)
+    save("grey.safetensors", samples[:, :1], y)
+    save("three.safetensors", samples[:3], y[:3])
+    save("minus.safetensors", samples, y - 1)
+    save("other.safetensors", samples, y, class_names='["cat", "dog", "diagonal"]')
+    save("nan.safetensors", np.where(samples > 0.9, np.float32("nan"), samples), y)
+    save("double.safetensors", samples.astype(float), y)
+    Path("text.safetensors").write_text("hello")
+    Path("cut.safetensors").write_bytes(Path("data.safetensors").read_bytes()[:-1])
+    os.makedirs("empty")
+    os.makedirs("broken")
+    os.makedirs("sizes")
+    Path("broken/1.png").write_text("hello")
+    Image.fromarray(x[0]).save("sizes/1.png")
+    Image.fromarray(x[0, :8]).save("sizes/2.png")
+    for name in ("missing", "text", "cut", "few", "high", "wide", "double"):
+        misjudged(f"{name}.safetensors", f"{name}.safetensors")
+    for name in ("missing", "text", "small", "grey", "three", "minus", "other", "nan"):
+        misjudged(f"{name}.safetensors", "data.safetensors", f"{name}.safetensors")
+    misjudged("empty", "data.safetensors", "empty")
+    misjudged("broken/1.png", "data.safetensors", "broken")
+    misjudged("sizes/2.png", "data.safetensors", "sizes")
+    misjudged("no/a.json", "data.safetensors", "--json", "no/a.json")
+    fails("missing", "evaluate.py", "missing.safetensors")
+    misjudged("--help", "data.safetensors", "--nonsense")
+
+
+# ---- reproduce.py
+
+
+def test_reproduce():
+    """The smoke scale, stopped in the middle and gone on with; its report holds every claim, and figures of the runs."""
+    if not importlib.util.find_spec("torch"):
+        raise Skip("needs torch")
+    command = [sys.executable, TOOLS / "reproduce.py", "--scale", "smoke", "--target", "cpu", "--out", "out"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in first.stdout:
+        if "train one_step" in line:
+            first.send_signal(signal.SIGINT)
+    assert first.wait() == 130 and "the same command goes on" in line, line
+    done = json.loads(Path("out/points.json").read_text())
+    assert 3 <= len(done) < 25 and all(key.startswith("train ") for key in done), done
+    said, _ = run("reproduce.py", "--scale", "smoke", "--target", "cpu", "--out", "out")
+    points = json.loads(Path("out/points.json").read_text())
+    assert all(points[key] == value for key, value in done.items()), "measured again what was measured already"
+    claims = Path("out/claims.md").read_text()
+    for heading in ("Parameters, memory", "Quality against budget", "Smoothing", "Reuse and allocation", "Solvers",
+                    "Training: S-JFB"):
+        assert f"## {heading}" in claims, heading
+    for picture in ("budget", "smoothing", "residual", "training"):
+        assert f"claims_{picture}.png" in claims and is_plot(f"out/claims_{picture}.png") is None
+    both = [points[f"fpdm {seed} steps=4 budget=12 reuse=1 alloc=const"] for seed in (1, 2)]
+    mean, deviation = np.mean([p["fd"] for p in both]), np.std([p["fd"] for p in both], ddof=1)
+    assert f"{mean:.2f} ± {deviation:.2f} (4)" in claims, (mean, deviation)
+    assert both[0]["passes"] == 12 and both[0]["fd"] != both[1]["fd"]
+    assert points["dit_cost 1 steps=2 budget=12"]["passes"] == 12 and points["dit_params 1 steps=4 budget=12"]["fd"] > 0
+    assert points["evaluator"]["floor"]["fd"] < both[0]["fd"] < points["evaluator"]["ceiling"]["fd"]
+    memory = {run: points[next(key for key in points if key.startswith(f"train {run} 1 "))]["memory"]
+              for run in ("one_step", "fpdm", "unroll")}
+    assert memory["one_step"] < memory["fpdm"] < memory["unroll"], memory
+    run("reproduce.py", "--scale", "smoke", "--target", "cpu", "--out", "out")
+    assert Path("out/claims.md").read_text() == claims and json.loads(Path("out/points.json").read_text()) == points
+    fails("another setup", "reproduce.py", "--scale", "laptop", "--target", "cpu", "--out", "out")
+    fails("no such dataset", "reproduce.py", "--data", "none.safetensors", "--target", "cpu")
 
 
 # ---- bench_torch.py

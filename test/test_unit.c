@@ -92,7 +92,7 @@ static Config case_config(const Case *k) {
 }
 
 static Model *make_model(const Config *c, int batch, int max_m, int recompute, int training) {
-    return model_create(c, batch, max_m, recompute, training, COMPUTE_FP32);
+    return model_create(c, batch, max_m, recompute, training, 0, COMPUTE_FP32);
 }
 
 // Weights of which no gradient vanishes: the initial ones are zero in many places.
@@ -295,7 +295,7 @@ static void test_threads(const Case *k) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Sampling: a picture depends on the seed and its number, not on how many are drawn at a time
 
-static void test_sampling_batches(const Case *k, int sampler, double eta, double cfg) {
+static void test_sampling_batches(const Case *k, int sampler, double eta, double cfg, int window) {
     enum { PICTURES = 7, STEPS = 3 };
     Config c = case_config(k);
     Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "a test");
@@ -305,8 +305,8 @@ static void test_sampling_batches(const Case *k, int sampler, double eta, double
     schedule_make(s, &c, STEPS);
     for (int b = 0; b < PICTURES; b++) y[b] = b % (c.classes + 1);
     for (int batch = 1; batch <= PICTURES; batch += batch < 3 ? 1 : 2) {
-        SampleSettings set = {sampler, 2, 1, eta, cfg, 0, iters, NULL, 0};
-        Model *m = make_model(&c, cfg != 1 ? 2 * batch : batch, 0, 0, 0);
+        SampleSettings set = {sampler, 2, 1, eta, cfg, 0, iters, NULL, 0, window, 0.8};
+        Model *m = model_create(&c, cfg != 1 ? 2 * batch : batch, 0, 0, 0, window, COMPUTE_FP32);
         random_weights(m);
         sample_pictures(m, s, &set, batch == 1 ? want : got, y, PICTURES, 3);
         int64_t passes = c.fixed_point ? (c.pre_depth + c.post_depth) * STEPS + 6 : c.depth * STEPS;
@@ -325,6 +325,118 @@ static void test_sampling_batches(const Case *k, int sampler, double eta, double
     xfree(s);
     xfree(want);
     xfree(got);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Anderson acceleration of affine maps z <- R·z + c, one for each picture: R turns every pair of elements by some angle
+// and shrinks it, so that plain iteration converges slowly and no two pictures alike.
+
+enum { AFFINE_MOST = 3000 };
+static void affine_map(real *out, const real *z, int picture, int count) {
+    for (int e = 0; e < count; e += 2) {
+        double angle = 0.5 + 0.3 * (e % 6) + 0.1 * picture, shrink = 0.95 - 0.02 * (e % 6), x = z[e], y = z[e + 1];
+        out[e] = (real)(shrink * (cos(angle) * x - sin(angle) * y) + 1 + 0.1 * e / count);
+        out[e + 1] = (real)(shrink * (sin(angle) * x + cos(angle) * y) - 2);
+    }
+}
+
+// `steps` iterations from 0 for pictures first..first+B-1; window 0: plain. Returns the largest ||g(z) - z||/||g(z)||.
+static double affine_solve(real *z, int first, int B, int count, int steps, int window, double mixing) {
+    size_t N = (size_t)(B * count), room = 2 * (size_t)(window + 1) * N;
+    real *before = (real *)xcalloc(N, sizeof *z, "a test"), *history = (real *)xcalloc(room, sizeof *z, "a test");
+    double *gram = (double *)xcalloc((size_t)B * HISTORY * HISTORY, sizeof *gram, "a test"), worst = 0;
+    memset(z, 0, N * sizeof *z);
+    for (size_t i = 0; i < room; i++) history[i] = NAN; // only what was written may be read
+    for (int k = 1; k <= steps; k++) {
+        memcpy(before, z, N * sizeof *z);
+        for (int b = 0; b < B; b++) affine_map(z + b * count, before + b * count, first + b, count);
+        if (window) anderson_forward(z, before, history, gram, k, window, mixing, B, (size_t)count);
+    }
+    for (int b = 0; b < B; b++) {
+        affine_map(before, z + b * count, first + b, count);
+        double error = relative_error(z + b * count, before, count);
+        if (!(error <= worst)) worst = error; // NaN stays
+    }
+    xfree(before);
+    xfree(history);
+    xfree(gram);
+    return worst;
+}
+
+static void test_anderson(void) {
+    static real z[4 * AFFINE_MOST], other[4 * AFFINE_MOST], before[6], history[2 * 9 * 6], start[6];
+    double gram[HISTORY * HISTORY], plain = affine_solve(z, 0, 4, 6, 7, 0, 1),
+                                    error = affine_solve(z, 0, 4, 6, 7, 6, 1);
+    check(plain > 0.1 && error < 1e-5, "anderson: 6 elements, solved after 7 iterations: %.1e, plain %.1e", error,
+          plain);
+    error = affine_solve(z, 0, 4, 6, 7, 8, 0.7);
+    check(error < 1e-5, "anderson: a larger window, mixing 0.7: %.1e", error);
+    plain = affine_solve(z, 0, 4, AFFINE_MOST, 30, 0, 1);
+    for (int window = 3; window <= 8; window += 5) { // six different eigenvalues
+        error = affine_solve(z, 0, 4, AFFINE_MOST, 30, window, 1);
+        check(error < 0.2 * plain, "anderson: 30 iterations, window %d: %.1e, plain %.1e", window, error, plain);
+    }
+
+    // Window 2 and mixing 0.6 against z - sum gamma_j dz_j + 0.6·(f - sum gamma_j df_j), with the differences of the
+    // iterates and gamma from the normal equations
+    double x[4][6], f[4][6], worst = 0;
+    memset(start, 0, sizeof start);
+    for (int k = 1; k <= 9; k++) {
+        real g[6];
+        double a[3] = {0}, d[2] = {0}, gamma[2] = {0};
+        affine_map(g, start, 1, 6);
+        memmove(x[1], x[0], 3 * sizeof *x);
+        memmove(f[1], f[0], 3 * sizeof *f);
+        for (int e = 0; e < 6; e++) x[0][e] = start[e], f[0][e] = (double)g[e] - start[e];
+        for (int e = 0; e < 6 && k > 1; e++) {
+            double first = f[0][e] - f[1][e], second = k > 2 ? f[1][e] - f[2][e] : 0;
+            a[0] += first * first, a[1] += first * second, a[2] += second * second;
+            d[0] += first * f[0][e], d[1] += second * f[0][e];
+        }
+        if (k == 2) gamma[0] = d[0] / a[0];
+        if (k > 2) gamma[0] = (d[0] * a[2] - d[1] * a[1]) / (a[0] * a[2] - a[1] * a[1]);
+        if (k > 2) gamma[1] = (d[1] * a[0] - d[0] * a[1]) / (a[0] * a[2] - a[1] * a[1]);
+        memcpy(before, start, sizeof start);
+        memcpy(start, g, sizeof start);
+        anderson_forward(start, before, history, gram, k, 2, 0.6, 1, 6);
+        for (int e = 0; e < 6; e++) {
+            double want = x[0][e] + 0.6 * f[0][e];
+            for (int j = 0; j < 2 && j < k - 1; j++)
+                want -= gamma[j] * (x[j][e] - x[j + 1][e] + 0.6 * (f[j][e] - f[j + 1][e]));
+            if (!(fabs(start[e] - want) <= worst)) worst = fabs(start[e] - want);
+        }
+    }
+    check(worst < 2e-5, "anderson: window 2 against differences: error %.1e", worst);
+
+    int same = 1, unharmed = 1;
+    for (int window = 1; window <= MAX_WINDOW; window++) {
+        affine_solve(z, 2, 1, 6, 1, window, 1);
+        affine_solve(other, 2, 1, 6, 1, 0, 1);
+        same &= !memcmp(z, other, 6 * sizeof *z);
+        for (int k = 1; k <= 12; k++) { // the same residual over and over, then none at all
+            for (int e = 0; e < 6; e++) before[e] = (real)(e + 1), start[e] = (real)(k < 10 ? 2 * e + 1 : e + 1);
+            memcpy(other, start, sizeof start);
+            anderson_forward(start, before, history, gram, k, window, 1, 1, 6);
+            double changed = relative_error(start, other, 6);
+            unharmed &= changed <= (k < 10 ? 1e-6 : 0);
+        }
+    }
+    CHECK("anderson: the first iteration is plain", same);
+    CHECK("anderson: equal or no residuals: the newest iterate", unharmed);
+
+    affine_solve(z, 0, 4, AFFINE_MOST, 12, 3, 0.9);
+    same = 1;
+    for (int b = 0; b < 4; b++) {
+        affine_solve(other, b, 1, AFFINE_MOST, 12, 3, 0.9);
+        same &= !memcmp(other, z + b * AFFINE_MOST, AFFINE_MOST * sizeof *z);
+    }
+    CHECK("anderson: a picture alone: same bits", same);
+    for (int threads = 1; threads <= 4; threads++) {
+        set_threads(threads);
+        affine_solve(other, 0, 4, AFFINE_MOST, 12, 3, 0.9);
+        check(!memcmp(other, z, sizeof z), "anderson: %d threads: same bits", threads);
+    }
+    set_threads(max_threads());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1076,10 +1188,12 @@ int main(int argc, char **argv) {
         test_gemm(400, 900);
         set_threads(threads);
         for (int i = 0; i < N_CASES; i++) test_memory_plans(&cases[i]);
-        test_sampling_batches(&cases[1], SAMPLER_DDPM, 0, 1);
-        test_sampling_batches(&cases[4], SAMPLER_DDIM, 0.5, 1.5);
-        test_sampling_batches(&cases[6], SAMPLER_FLOW, 0, 2);
-        test_sampling_batches(&cases[9], SAMPLER_DDIM, 0, 3);
+        test_anderson();
+        test_sampling_batches(&cases[1], SAMPLER_DDPM, 0, 1, 0);
+        test_sampling_batches(&cases[4], SAMPLER_DDIM, 0.5, 1.5, 0);
+        test_sampling_batches(&cases[6], SAMPLER_FLOW, 0, 2, 0);
+        test_sampling_batches(&cases[3], SAMPLER_DDIM, 0, 2, 1);
+        test_sampling_batches(&cases[9], SAMPLER_DDIM, 0, 3, 2);
         Case wide = cases[1], alone = cases[7]; // large enough for the matmuls to use threads
         wide.name = "width 72, 25 tokens, B = 3";
         wide.image_size = 10, wide.width = 72, wide.heads = 3, wide.B = 3;

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Draws training logs or residual traces to a PNG.
+"""Draws training logs or residual traces to a PNG, or puts grids of pictures side by side.
 
     python3 tools/plot.py runs/emoji/log.csv --out loss.png                        # one run
     python3 tools/plot.py runs/fpdm/log.csv runs/dit/log.csv --names FPDM,DiT --out loss.png
     python3 tools/plot.py trace.csv --out residuals.png                            # of sample_* --trace trace.csv
+    python3 tools/plot.py fpdm.png dit.png --names FPDM,DiT --out both.png         # of sample_* --out
 
 The first line of a file says what it is: a log of train_* has the columns step and loss, a trace has step, t, iteration
-and residual. Needs numpy and matplotlib.
+and residual. Needs numpy, matplotlib and pillow.
 """
 import argparse
 import csv
@@ -19,8 +20,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
 
 PANELS = {  # what of a log is drawn, where the file has it
     "loss": "loss",
@@ -148,9 +151,38 @@ def plot_traces(tables, names, args):
     return args.title or "How far each fixed-point iteration still moves: " + ", ".join(names)
 
 
+def side_by_side(args):
+    """The pictures in a row, pixel for pixel, each below its name."""
+    try:
+        pictures = [Image.open(path).convert("RGB") for path in args.files]
+    except OSError as error:
+        die(f"{error}; give PNG files only")
+    names = args.names.split(",") if args.names else [Path(path).stem for path in args.files]
+    if len(names) != len(pictures):
+        die(f"--names gives {len(names)} names for {len(pictures)} files; give one for each")
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 15)
+    gap, head = 16, 28
+    height = max(picture.height for picture in pictures)
+    row = Image.new("RGB", (sum(p.width + gap for p in pictures) - gap, height + head), "white")
+    left = 0
+    for picture, name in zip(pictures, names):
+        ImageDraw.Draw(row).text((left + 2, 5), name, "black", font)
+        row.paste(picture, (left, head))
+        left += picture.width + gap
+    save(args.out, lambda: row.save(args.out, format="PNG", optimize=True))
+    print(f"{args.out}: {', '.join(names)}")
+
+
+def save(path, write):
+    try:
+        write()
+    except OSError as error:
+        die(f"--out {path}: {error.strerror}; give a path in a folder that can be written")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", help="log.csv of training runs, or traces of sample_* --trace")
+    parser.add_argument("files", nargs="+", help="log.csv of training runs, traces of sample_* --trace, or PNGs")
     parser.add_argument("--out", required=True, help="the PNG to write")
     parser.add_argument("--names", help="what to call the files, commas between (default: as they are called)")
     parser.add_argument("--columns", help="which columns of a log to draw, commas between (default: those that change)")
@@ -159,6 +191,9 @@ def main():
     parser.error = lambda message: die(f"{message}; see --help")
     args = parser.parse_args()
 
+    if args.files[0].endswith(".png"):
+        side_by_side(args)
+        return
     tables = [read_csv(path) for path in args.files]
     paths = [Path(path).resolve() for path in args.files]
     names = args.names.split(",") if args.names else [p.parent.name if p.stem == "log" else p.stem for p in paths]
@@ -171,10 +206,7 @@ def main():
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
     plt.suptitle((plot_traces if all(traces) else plot_logs)(tables, names, args), fontweight="bold")
     plt.tight_layout()
-    try:
-        plt.savefig(args.out, dpi=120, format="png")
-    except OSError as error:
-        die(f"--out {args.out}: {error.strerror}; give a path in a folder that can be written")
+    save(args.out, lambda: plt.savefig(args.out, dpi=120, format="png"))
     print(f"{args.out}: {'residuals' if all(traces) else 'log'} of {', '.join(names)}")
 
 

@@ -214,11 +214,11 @@ class FPDM(nn.Module):
         x = x.view(len(x), g, g, p, p, self.cfg.out_channels).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(len(x), self.cfg.out_channels, g * p, g * p)
 
-    def forward(self, x, t, y, n=0, m=1, z=None, acts=None):
+    def forward(self, x, t, y, n=0, m=1, z=None, acts=None, window=0, mixing=1.0):
         """x (B,C,H,W), t (B), y (B) -> prediction (B,Cout,H,W) and the solution z_{n+m} (B,T,D).
 
         n iterations without gradient, then m through which gradients flow: S-JFB. z is z_0 when the solution of another
-        timestep is to be reused. acts, a dict, receives the activations.
+        timestep is to be reused. acts, a dict, receives the activations. window > 0: Anderson acceleration.
         """
 
         def keep(name, h):
@@ -239,17 +239,31 @@ class FPDM(nn.Module):
             h = block(h, c_pp)
         inj = keep("inj", self.block_pre_projection(keep("pre", h)))
 
-        z = (h if z is None else z).detach()
+        z, history = (h if z is None else z).detach(), []
         with torch.no_grad():
             for k in range(n):
                 z = keep("z.%d" % (k + 1), self.iterate(z, inj, c))
         for k in range(n, n + m):
-            z = keep("z.%d" % (k + 1), self.iterate(z, inj, c))
+            before, z = z, keep("z.%d" % (k + 1), self.iterate(z, inj, c))
+            if window:
+                history = history[-window:] + [(before, z)]
+                z = anderson(history, mixing if k + 1 < n + m else 1.0)
 
         h = z
         for block in self.blocks_post:
             h = block(h, c_pp)
         return self.unpatch(self.final_layer(keep("post", h), c_pp)), z
+
+
+def anderson(history, mixing):
+    """Anderson acceleration, type II: the next z from the last pairs (z_i, g(z_i)), each (B,T,D)."""
+    z, g = (torch.stack(parts, 1).flatten(2).double() for parts in zip(*history))  # (B,m,T·D)
+    f = g - z
+    gram = f @ f.transpose(1, 2)
+    gram = gram + 1e-8 * torch.diag_embed(torch.diagonal(gram, dim1=1, dim2=2))
+    a = torch.linalg.solve(gram, torch.ones_like(gram[:, :, :1]))
+    a = a / a.sum(1, keepdim=True)
+    return (a * (z + mixing * f)).sum(1).view_as(history[0][0]).to(history[0][0].dtype)
 
 
 def load_model(cfg, weights, dtype):
@@ -397,8 +411,10 @@ def sampling_positions(diffusion_steps, steps):
 
 
 @torch.no_grad()
-def sample(cfg, model, x, y, z_noise, sampler, steps, iters, eta=0.0, cfg_scale=1.0, cfg_channels=3, reuse=False):
-    """x (B,C,H,W) noise -> sample. z_noise (steps,B,C,H,W); iters: iterations of each step, first the largest t."""
+def sample(cfg, model, x, y, z_noise, sampler, steps, iters, eta=0.0, cfg_scale=1.0, cfg_channels=3, reuse=False,
+           **solver):
+    """x (B,C,H,W) noise -> sample. z_noise (steps,B,C,H,W); iters: iterations of each step, first the largest t. solver:
+    window and mixing of Anderson acceleration."""
     C, B, positions = cfg.channels, len(x), sampling_positions(cfg.diffusion_steps, steps)
     s = Schedule(Schedule.training(cfg).ab[torch.tensor(positions)])
     solution = None
@@ -406,10 +422,10 @@ def sample(cfg, model, x, y, z_noise, sampler, steps, iters, eta=0.0, cfg_scale=
         z0 = solution if reuse else None
         full = lambda value, count: torch.full((count,), value, dtype=torch.int64)
         if cfg_scale == 1:
-            out, solution = model(x, full(positions[i], B), y, 0, iters[k], z0)
+            out, solution = model(x, full(positions[i], B), y, 0, iters[k], z0, **solver)
         else:
             labels = torch.cat([y, torch.full_like(y, cfg.classes)])
-            out, solution = model(torch.cat([x, x]), full(positions[i], 2 * B), labels, 0, iters[k], z0)
+            out, solution = model(torch.cat([x, x]), full(positions[i], 2 * B), labels, 0, iters[k], z0, **solver)
             out, uncond = out.chunk(2)
             g = min(cfg_channels, C)
             guided = uncond[:, :g] + cfg_scale * (out[:, :g] - uncond[:, :g])
@@ -673,7 +689,7 @@ def run_train(cfg, weights, inputs, meta, dtype):
     return result
 
 
-def make_sample(rng, cfg, B, sampler, steps, iters, eta=0.0, cfg_scale=1.0, cfg_channels=3, reuse=0):
+def make_sample(rng, cfg, B, sampler, steps, iters, eta=0.0, cfg_scale=1.0, cfg_channels=3, reuse=0, **solver):
     shape = (B, cfg.channels, cfg.image_size, cfg.image_size)
     inputs = {
         "x_T": rng.standard_normal(shape).astype(np.float32),
@@ -681,7 +697,7 @@ def make_sample(rng, cfg, B, sampler, steps, iters, eta=0.0, cfg_scale=1.0, cfg_
         "z": rng.standard_normal((steps,) + shape).astype(np.float32),
     }
     meta = {"sampler": sampler, "steps": steps, "eta": eta, "cfg_scale": cfg_scale, "cfg_channels": cfg_channels}
-    return inputs, {**meta, "reuse": reuse, "iters": iters}
+    return inputs, {**meta, "reuse": reuse, "iters": iters, **solver}
 
 
 def run_sample(cfg, weights, inputs, meta, dtype):
@@ -762,6 +778,9 @@ def case_table():
         iters="1,2,2,1,3")
     add("sample_v_ddim_eta_head32", tiny(**p(0, 0), prediction="v", width=32, heads=1), B=2, sampler="ddim", steps=7,
         iters="1", eta=1.0)
+    add("sample_ddim_anderson", tiny(**p(1, 1)), B=2, sampler="ddim", steps=3, iters="6,5,1", window=3, mixing=1.0)
+    add("sample_flow_anderson_reuse_guided", tiny(**p(0, 1), prediction="flow"), B=2, sampler="flow", steps=4,
+        iters="3,2,5,4", cfg_scale=2.0, reuse=1, window=1, mixing=0.7)
     add("sample_dit_ddpm_sigma_guided", tiny(**dit(2), **sigma), B=1, sampler="ddpm", steps=3, iters="1", cfg_scale=1.5)
     return table
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 
-ARCHS = {"sm_90a": 228, "sm_80": 164}  # KiB of shared memory of a multiprocessor; both: 64 warps, 32 blocks, 64 Ki registers
+ARCHS = {"sm_90a": 228, "sm_80": 164}  # KiB of shared memory of a multiprocessor; 64 warps, 32 blocks, 65536 registers
 PEAK, MEMORY, SMS = 989e12, 4.8e12, 132  # H200: dense bf16 FLOP/s and bytes/s of its data sheet; multiprocessors
 SIZES = {"S": (384, 6), "B": (768, 12), "XL": (1152, 16)}
 BATCH, TOKENS = 64, 256
@@ -29,7 +29,8 @@ def launch(name, args):
         return 2 * rows, row * rows * (4 if backward else 3) + (8 * rows if backward and args[2] == "true" else 0)
     if name in ("modulate_backward_kernel", "gate_backward_kernel"):
         return 256, 256 * 8
-    return {"residual_kernel": (1024, 256), "loss_kernel": (512, 256), "norm_kernel": (256, 256),
+    return {"residual_kernel": (1024, 256), "loss_kernel": (512, 256),
+            "anderson_products_kernel": (512, 256), "norm_kernel": (256, 256),
             "condition_backward_kernel": (128, 0)}.get(name, (256, 0))
 
 
@@ -121,7 +122,8 @@ def matmuls(found):
                 rows.append((f"{size} {what} {form}", f"{m}x{n}x{k}", t, splits, f"{waves:.2f}",
                              f"{100 * waves / -(-waves // 1):.0f} %", f"{flop / memory:.0f}", f"{flop / l2:.0f}",
                              f"{1e6 * max(flop / PEAK, memory / MEMORY):.0f}"))
-    return table(("product", "MxNxK", "tile", "splits", "waves", "full", "FLOP/B memory", "FLOP/B L2", "floor, us"), rows)
+    return table(("product", "MxNxK", "tile", "splits", "waves", "full", "FLOP/B memory", "FLOP/B L2", "floor, us"),
+                 rows)
 
 
 def attentions():
@@ -145,19 +147,20 @@ def main():
     nvcc = sys.argv[1] if len(sys.argv) > 1 else "nvcc"
     version = re.search(r"release.*", subprocess.run([nvcc, "--version"], stdout=subprocess.PIPE, text=True).stdout)
     found = {arch: kernels(nvcc, arch) for arch in ARCHS}
-    lines = ["# What the compiler says of fpdm.cu", "", f"`make compiler`; nvcc {version.group()}. No GPU took part: all "
-             "of this is read off the compiler's output or counted, nothing is timed.", "",
-             "## Work for a byte, bf16", "", f"{BATCH} pictures of {TOKENS} tokens. An H200 does {PEAK / 1e12:.0f} dense "
-             f"bf16 TFLOP/s (with `wgmma`; `mma.sync` reaches about 2/3) and moves {MEMORY / 1e12:.1f} TB/s: below "
-             f"{PEAK / MEMORY:.0f} FLOP/B memory is the limit. FLOP/B memory: every operand once; FLOP/B L2: what the "
+    lines = ["# What the compiler says of fpdm.cu", "", f"`make compiler`; nvcc {version.group()}. No GPU took part: "
+             "all of this is read off the compiler's output or counted, nothing is timed.", "",
+             "## Work for a byte, bf16", "", f"{BATCH} pictures of {TOKENS} tokens. An H200 does {PEAK / 1e12:.0f} "
+             f"dense bf16 TFLOP/s (with `wgmma`; `mma.sync` reaches about 2/3) and moves {MEMORY / 1e12:.1f} TB/s: "
+             f"below {PEAK / MEMORY:.0f} FLOP/B memory is the limit. FLOP/B memory: every operand once; FLOP/B L2: what the "
              "tiles read and write. Floor: the longer of both times at these rates. Waves: blocks over those that "
              f"{SMS} multiprocessors hold at once; full: of what they could do in the waves begun.", ""]
     lines += matmuls(found["sm_90a"]) + attentions()
-    lines += ["Useful FLOP: the rest is padding of the head size (72 to 80) and, in the backward pass, scores that both "
-              "kernels make.", ""]
+    lines += ["Useful FLOP: the rest is padding of the head size (72 to 80) and, in the backward pass, scores that "
+              "both kernels make.", ""]
     for arch in ARCHS:
         lines += [f"## Kernels on {arch}", "", "matmul: tile, first and second operand with k as the slow dimension, "
-                  "epilogue; attention: type, padded head size, whether rows are keys.", ""] + resources(found[arch], arch)
+                  "epilogue; attention: type, padded head size, whether rows are keys.", ""]
+        lines += resources(found[arch], arch)
     print("\n".join(lines).rstrip())
 
 
