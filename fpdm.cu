@@ -1642,7 +1642,9 @@ static struct {
 } gpu;
 
 static void check(cudaError_t error, const char *what) {
-    if (error != cudaSuccess) die("CUDA: %s: %s", what, cudaGetErrorString(error));
+    if (error != cudaSuccess)
+        die("CUDA: %s: %s%s", what, cudaGetErrorString(error),
+            error == cudaErrorNoKernelImageForDevice ? "; build the program on this machine" : "");
 }
 #define CHECK(call) check(call, #call)
 
@@ -1657,6 +1659,7 @@ static void check(cudaError_t error, const char *what) {
 
 static void gpu_open(void) {
     if (gpu.ready) return;
+    setenv("CUDA_MODULE_LOADING", "EAGER", 0); // old drivers cannot load a kernel while a graph is recorded
     int count = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || count == 0)
@@ -1720,6 +1723,9 @@ typedef struct Act Act;
         }                    \
     } while (0)
 
+// An unrolled loop: what is indexed by i can stay in registers.
+#define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
+
 // V neighbours as one access of up to 16 bytes, converted to float and back
 template <typename T, int V>
 struct alignas(sizeof(T) * V) Vec {
@@ -1732,15 +1738,19 @@ __device__ inline void from_float(bf16 *to, float x) { *to = __float2bfloat16_rn
 template <int V, typename T>
 __device__ inline void load(float (&x)[V], const T *p) {
     Vec<T, V> vec = *reinterpret_cast<const Vec<T, V> *>(p);
-#pragma unroll
-    for (int i = 0; i < V; i++) x[i] = to_float(vec.v[i]);
+    EACH(i, V) x[i] = to_float(vec.v[i]);
 }
 template <int V, typename T>
 __device__ inline void store(T *p, const float (&x)[V]) {
     Vec<T, V> vec;
-#pragma unroll
-    for (int i = 0; i < V; i++) from_float(&vec.v[i], x[i]);
+    EACH(i, V) from_float(&vec.v[i], x[i]);
     *reinterpret_cast<Vec<T, V> *>(p) = vec;
+}
+template <int V, typename T>
+__device__ inline void add(float (&x)[V], const T *p) {
+    float y[V];
+    load(y, p);
+    EACH(i, V) x[i] += y[i];
 }
 // Two floats as the two bf16 of a register, x in the low half
 __device__ inline uint32_t pack_bf16(float x, float y) {
@@ -1804,55 +1814,32 @@ __device__ inline void epilogue(const Matmul &g, int row, int col, float (&v)[V]
     size_t at = (size_t)row * g.N + col;
     Out *out = (Out *)g.out + (size_t)row * g.ldc + col;
     float x[V], slope;
-    if (EPI == EPI_WEIGHT) {
-        if (!g.overwrite) {
-            load(x, out);
-#pragma unroll
-            for (int i = 0; i < V; i++) v[i] += x[i];
-        }
-        store(out, v);
-        return;
-    }
+    if (EPI == EPI_WEIGHT && !g.overwrite) add(v, out);
     if (EPI == EPI_DGELU) {
         load(x, (const A *)g.pre + at);
-#pragma unroll
-        for (int i = 0; i < V; i++) {
+        EACH(i, V) {
             x[i] = gelu(x[i], &slope);
             v[i] *= slope;
         }
         store((A *)g.copy + at, x);
-        store(out, v);
-        if (!g.sum) return;
-        load(x, g.sum + at);
-#pragma unroll
-        for (int i = 0; i < V; i++) x[i] += v[i];
-        store(g.sum + at, x);
-        return;
     }
-    if (g.bias) {
-        load(x, g.bias + col);
-#pragma unroll
-        for (int i = 0; i < V; i++) v[i] += x[i];
-    }
-    if (EPI != EPI_GATED && g.add) {
-        load(x, g.add + (size_t)(row % g.add_rows) * g.N + col);
-#pragma unroll
-        for (int i = 0; i < V; i++) v[i] += x[i];
-    }
+    if (EPI < EPI_DGELU && g.bias) add(v, g.bias + col);
+    if (EPI < EPI_GATED && g.add) add(v, g.add + (size_t)(row % g.add_rows) * g.N + col);
     if ((EPI == EPI_GELU || EPI == EPI_GATED) && g.pre) store((A *)g.pre + at, v);
     if (EPI == EPI_GELU) {
-#pragma unroll
-        for (int i = 0; i < V; i++) v[i] = gelu(v[i], &slope);
+        EACH(i, V) v[i] = gelu(v[i], &slope);
     }
     if (EPI == EPI_GATED) {
-        float gate[V];
-        load(x, g.residual + at);
-        load(gate, g.gate + (size_t)(row / g.tokens) * g.gate_stride + col);
-#pragma unroll
-        for (int i = 0; i < V; i++) v[i] = x[i] + gate[i] * v[i];
+        load(x, g.gate + (size_t)(row / g.tokens) * g.gate_stride + col);
+        EACH(i, V) v[i] *= x[i];
+        add(v, g.residual + at);
         if (g.copy) store((A *)g.copy + at, v);
     }
     store(out, v);
+    if (EPI == EPI_DGELU && g.sum) {
+        add(v, g.sum + at);
+        store(g.sum + at, v);
+    }
 }
 
 // Each split of a weight gradient has its own place in the workspace: all products first, then all column sums.
@@ -1926,42 +1913,34 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g) {
 #pragma unroll
         for (int k = 0; k < BK; k += 16) {
             uint32_t fa[MI][4], fb[NI / 2][4];
-#pragma unroll
-            for (int i = 0; i < MI; i++) {
+            EACH(i, MI) {
                 int m = wm + 16 * i;
                 if (TA)
                     ldmatrix_x4_trans(fa[i], ta + swizzled<TILE>(k + lane % 8 + lane / 16 * 8, m / 8 + lane / 8 % 2));
                 else
                     ldmatrix_x4(fa[i], ta + swizzled<BK>(m + lane % 16, k / 8 + lane / 16));
             }
-#pragma unroll
-            for (int j = 0; j < NI / 2; j++) {
+            EACH(j, NI / 2) {
                 int n = wn + 16 * j;
                 if (TB)
                     ldmatrix_x4_trans(fb[j], tb + swizzled<TILE>(k + lane % 16, n / 8 + lane / 16));
                 else
                     ldmatrix_x4(fb[j], tb + swizzled<BK>(n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
             }
-#pragma unroll
-            for (int i = 0; i < MI; i++) {
-#pragma unroll
-                for (int j = 0; j < NI; j++) mma_bf16(acc[i][j], fa[i], fb[j / 2] + j % 2 * 2);
+            EACH(i, MI) {
+                EACH(j, NI) mma_bf16(acc[i][j], fa[i], fb[j / 2] + j % 2 * 2);
             }
             if (sum_rows) { // the bias gradient is dy^T times a matrix of ones
                 const uint32_t ones[2] = {0x3F803F80u, 0x3F803F80u};
-#pragma unroll
-                for (int i = 0; i < MI; i++) mma_bf16(row_sums[EPI == EPI_WEIGHT ? i : 0], fa[i], ones);
+                EACH(i, MI) mma_bf16(row_sums[EPI == EPI_WEIGHT ? i : 0], fa[i], ones);
             }
         }
     }
-#pragma unroll
-    for (int i = 0; i < MI; i++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
+    EACH(i, MI) {
+        EACH(half, 2) {
             int row = m0 + wm + 16 * i + 8 * half + lane / 4;
             if (row >= g.M) continue;
-#pragma unroll
-            for (int j = 0; j < NI; j++) {
+            EACH(j, NI) {
                 int col = n0 + wn + 8 * j + lane % 4 * 2;
                 float v[2] = {acc[i][j][2 * half], acc[i][j][2 * half + 1]};
                 if (col < g.N) epilogue<EPI, bf16>(g, row, col, v);
@@ -1995,8 +1974,7 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g) {
     auto k_of = [](bool slow, int e) { return slow ? e / F32_TILE : e % F32_BK; };
     auto m_of = [](bool slow, int e) { return slow ? e % F32_TILE : e / F32_BK; };
     auto fetch = [&](int k0) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
+        EACH(i, 8) {
             int e = i * 128 + threadIdx.x, k = k0 + k_of(TA, e), m = m0 + m_of(TA, e);
             next_a[i] = k < k_end && m < g.M ? a[TA ? (size_t)k * g.lda + m : (size_t)m * g.lda + k] : 0;
             k = k0 + k_of(TB, e);
@@ -2006,35 +1984,29 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g) {
     };
     fetch(k_begin);
     for (int k0 = k_begin; k0 < k_end; k0 += F32_BK) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
+        EACH(i, 8) {
             int e = i * 128 + threadIdx.x;
             ta[k_of(TA, e) * F32_ROW + m_of(TA, e)] = next_a[i];
             tb[k_of(TB, e) * F32_ROW + m_of(TB, e)] = next_b[i];
         }
         __syncthreads();
         fetch(k0 + F32_BK);
-#pragma unroll
-        for (int k = 0; k < F32_BK; k++) {
+        EACH(k, F32_BK) {
             float x[2][4], y[4];
             load(x[0], ta + k * F32_ROW + ty);
             load(x[1], ta + k * F32_ROW + ty + 4);
             load(y, tb + k * F32_ROW + tx);
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
+            EACH(i, 8) {
                 if (EPI == EPI_WEIGHT) row_sums[i] += x[i / 4][i % 4];
-#pragma unroll
-                for (int j = 0; j < 4; j++) acc[i][j] += x[i / 4][i % 4] * y[j];
+                EACH(j, 4) acc[i][j] += x[i / 4][i % 4] * y[j];
             }
         }
         __syncthreads();
     }
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
+    EACH(i, 8) {
         int row = m0 + ty + i;
         if (row >= g.M) break;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
+        EACH(j, 4) {
             float v[1] = {acc[i][j]};
             if (n0 + tx + j < g.N) epilogue<EPI, float>(g, row, n0 + tx + j, v);
         }
@@ -2062,6 +2034,12 @@ static struct {
     size_t count; // floats
 } workspace;
 
+// What is worth having for a model of width D: 16 D^2, and for small D a tile for each of two blocks a multiprocessor
+static size_t workspace_floats(int D) {
+    size_t floats = 16 * (size_t)D * D, tiles = 2 * (size_t)gpu.sms * 128 * 130; // 130: column sums too
+    return floats > tiles ? floats : tiles;
+}
+
 static void workspace_reserve(size_t count) {
     if (count <= workspace.count) return;
     gpu_free(workspace.memory, workspace.count * sizeof(float));
@@ -2088,9 +2066,7 @@ static void matmul(int half, Matmul g) {
     g.k_chunk = (int)ceil_div(ceil_div(g.K, splits), step) * step;
     grid.y = splits;
     if (splits > 1) {
-        g.out = workspace.memory;
-        g.ldc = g.N;
-        g.overwrite = 1;
+        g.out = workspace.memory, g.ldc = g.N, g.overwrite = 1;
         if (g.db) g.db = workspace.memory + splits * (size_t)g.M * g.N;
     }
     if (!half)
@@ -2107,16 +2083,9 @@ static void matmul(int half, Matmul g) {
 // y (M,N) of EPI from x (M,K) and w (N,K), row stride ldw
 static Matmul linear(void *y, const void *x, const void *w, int ldw, const float *b, int M, int K, int N) {
     Matmul g = {};
-    g.a = x;
-    g.b = w;
-    g.lda = K;
-    g.ldb = ldw;
-    g.M = M;
-    g.N = N;
-    g.K = K;
-    g.out = y;
-    g.ldc = N;
-    g.bias = b;
+    g.a = x, g.b = w, g.lda = K, g.ldb = ldw;
+    g.M = M, g.N = N, g.K = K;
+    g.out = y, g.ldc = N, g.bias = b;
     return g;
 }
 
@@ -2128,9 +2097,7 @@ static Matmul linear_input(void *dx, const void *dy, const void *w, int ldw, int
 // dw (N,K; row stride ldw) += dy (M,N)^T·x (M,K), db (N) += column sums of dy
 static void linear_weight(int half, float *dw, int ldw, float *db, const void *dy, const void *x, int M, int K, int N) {
     Matmul g = linear(dw, dy, x, K, NULL, N, M, K);
-    g.lda = N;
-    g.ldc = ldw;
-    g.db = db;
+    g.lda = N, g.ldc = ldw, g.db = db;
     matmul<true, true, EPI_WEIGHT>(half, g);
 }
 
@@ -2150,8 +2117,7 @@ __device__ inline void row_statistics(float *mean, float *rstd, const float *x, 
     *mean = warp_sum(sum) / D;
     for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
         load(v, x + d);
-#pragma unroll
-        for (int i = 0; i < 4; i++) var += (v[i] - *mean) * (v[i] - *mean);
+        EACH(i, 4) var += (v[i] - *mean) * (v[i] - *mean);
     }
     *rstd = rsqrtf(warp_sum(var) / D + 1e-6f);
 }
@@ -2159,9 +2125,9 @@ __device__ inline void row_statistics(float *mean, float *rstd, const float *x, 
 // out (B,T,D) = LN(x)·(1+scale)+shift; LN without weights. mod points at picture 0's shift (D) and, after it, scale
 // (D); `stride` is the distance to the next picture's. With a branch, x is first replaced by mid = x + gate·branch. A
 // warp a row.
-template <typename A, typename Branch>
+template <typename A>
 __global__ void layernorm_modulate_kernel(A *out, const float *x, const float *mod, int stride, int rows, int T, int D,
-                                          float *mid, const Branch *branch, const float *gate) {
+                                          float *mid, const A *branch, const float *gate) {
     int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32;
     if (row >= rows) return;
     size_t at = (size_t)row * D, picture = (size_t)(row / T) * stride;
@@ -2172,8 +2138,7 @@ __global__ void layernorm_modulate_kernel(A *out, const float *x, const float *m
             load(v, x + at + d);
             load(s, gate + picture + d);
             load(b, branch + at + d);
-#pragma unroll
-            for (int i = 0; i < 4; i++) v[i] += s[i] * b[i];
+            EACH(i, 4) v[i] += s[i] * b[i];
             store(mid + at + d, v);
         }
         x = mid;
@@ -2183,16 +2148,15 @@ __global__ void layernorm_modulate_kernel(A *out, const float *x, const float *m
         load(v, x + at + d);
         load(s, scale + d);
         load(b, shift + d);
-#pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = (v[i] - mean) * rstd * (1 + s[i]) + b[i];
+        EACH(i, 4) v[i] = (v[i] - mean) * rstd * (1 + s[i]) + b[i];
         store(out + at + d, v);
     }
 }
 
 // dx += the gradient through LN, with dout (B,T,D) that of its modulated output; stats (B·T,2) = mean, 1/sigma for the
 // sums over tokens below; copy = dx for a matmul, unless NULL
-template <typename A, typename Copy>
-__global__ void layernorm_backward_kernel(float *dx, Copy *copy, float2 *stats, const A *dout, const float *x,
+template <typename A>
+__global__ void layernorm_backward_kernel(float *dx, A *copy, float2 *stats, const A *dout, const float *x,
                                           const float *mod, int stride, int rows, int T, int D) {
     int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32;
     if (row >= rows) return;
@@ -2204,8 +2168,7 @@ __global__ void layernorm_backward_kernel(float *dx, Copy *copy, float2 *stats, 
         load(v, x + at + d);
         load(g, dout + at + d);
         load(s, scale + d);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
+        EACH(i, 4) {
             g_sum += g[i] * (1 + s[i]);
             gx_sum += g[i] * (1 + s[i]) * (v[i] - mean);
         }
@@ -2218,8 +2181,7 @@ __global__ void layernorm_backward_kernel(float *dx, Copy *copy, float2 *stats, 
         load(g, dout + at + d);
         load(s, scale + d);
         load(out, dx + at + d);
-#pragma unroll
-        for (int i = 0; i < 4; i++) out[i] += rstd * (g[i] * (1 + s[i]) - g_sum - (v[i] - mean) * gx_sum);
+        EACH(i, 4) out[i] += rstd * (g[i] * (1 + s[i]) - g_sum - (v[i] - mean) * gx_sum);
         store(dx + at + d, out);
         if (copy) store(copy + at + d, out);
     }
@@ -2317,8 +2279,7 @@ template <int HD, int NT>
 __device__ inline void tile_scores(float (&s)[NT][4], const bf16 *rows, const bf16 *cols) {
     enum { LD = HD + 8 };
     int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int j = 0; j < NT; j++) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0;
+    EACH(j, NT) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0;
 #pragma unroll
     for (int k = 0; k < HD; k += 16) {
         uint32_t a[4], b[4];
@@ -2336,18 +2297,15 @@ template <int HD, int NT>
 __device__ inline void tile_scores(float (&s)[NT][4], const float *rows, const float *cols) {
     enum { LD = HD + 4 };
     int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int j = 0; j < NT; j++) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0;
+    EACH(j, NT) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0;
     for (int k = 0; k < HD; k += 4) {
         float r[2][4], c[2][4];
         load(r[0], rows + lane / 4 * LD + k);
         load(r[1], rows + (lane / 4 + 8) * LD + k);
-#pragma unroll
-        for (int j = 0; j < NT; j++) {
+        EACH(j, NT) {
             load(c[0], cols + (8 * j + lane % 4 * 2) * LD + k);
             load(c[1], cols + (8 * j + lane % 4 * 2 + 1) * LD + k);
-#pragma unroll
-            for (int i = 0; i < 16; i++) s[j][i / 4] += r[i / 8][i % 4] * c[i / 4 % 2][i % 4];
+            EACH(i, 16) s[j][i / 4] += r[i / 8][i % 4] * c[i / 4 % 2][i % 4];
         }
     }
 }
@@ -2376,12 +2334,10 @@ template <int HD, int NT>
 __device__ inline void tile_apply(float (&out)[HD / 8][4], float (&p)[NT][4], const float *cols) {
     enum { LD = HD + 4 };
     int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int k = 0; k < 8 * NT; k++) { // the four lanes of a row hold two columns each
+    EACH(k, 8 * NT) { // the four lanes of a row hold two columns each
         float p0 = __shfl_sync(0xffffffffu, p[k / 8][k % 2], k % 8 / 2, 4);
         float p1 = __shfl_sync(0xffffffffu, p[k / 8][k % 2 + 2], k % 8 / 2, 4);
-#pragma unroll
-        for (int j = 0; j < HD / 8; j++) {
+        EACH(j, HD / 8) {
             float c[2];
             load(c, cols + k * LD + 8 * j + lane % 4 * 2);
             out[j][0] += p0 * c[0];
@@ -2392,17 +2348,16 @@ __device__ inline void tile_apply(float (&out)[HD / 8][4], float (&p)[NT][4], co
     }
 }
 
-// Rows of a result to memory: p (T,hd) at `first`, row stride ld
+// Rows of a result to memory: p (T,hd) at `first`, row stride ld; times by[0], the second eight times by[1]
 template <int HD, typename A>
-__device__ inline void store_head(A *p, int ld, int first, int T, int hd, const float (&x)[HD / 8][4]) {
+__device__ inline void store_head(A *p, int ld, int first, int T, int hd, const float (&x)[HD / 8][4],
+                                  const float (&by)[2]) {
     int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
+    EACH(half, 2) {
         int row = first + lane / 4 + 8 * half;
         if (row >= T) continue;
-#pragma unroll
-        for (int j = 0; j < HD / 8; j++) {
-            float v[2] = {x[j][2 * half], x[j][2 * half + 1]};
+        EACH(j, HD / 8) {
+            float v[2] = {by[half] * x[j][2 * half], by[half] * x[j][2 * half + 1]};
             if (8 * j < hd) store(p + (size_t)row * ld + 8 * j + lane % 4 * 2, v);
         }
     }
@@ -2430,11 +2385,9 @@ __global__ void __launch_bounds__(128, HD <= 64 ? 4 : 3)
         cp_async_wait<1>(); // v may arrive while the scores are made
         __syncthreads();
         tile_scores<HD>(s, tq + 16 * warp * LD, tk);
-#pragma unroll
-        for (int i = 0; i < 2; i++) { // rows lane/4 and lane/4 + 8
+        EACH(i, 2) { // rows lane/4 and lane/4 + 8
             float top = largest[i];
-#pragma unroll
-            for (int j = 0; j < 2 * NT; j++) {
+            EACH(j, 2 * NT) {
                 float *x = &s[j / 2][2 * i + j % 2];
                 if (c0 + j / 2 * 8 + lane % 4 * 2 + j % 2 >= T) *x = -INFINITY;
                 top = fmaxf(top, *x);
@@ -2444,13 +2397,11 @@ __global__ void __launch_bounds__(128, HD <= 64 ? 4 : 3)
             float correct = exp2f((largest[i] - top) * scale);
             largest[i] = top;
             sum[i] *= correct;
-#pragma unroll
-            for (int j = 0; j < HD / 8; j++) {
+            EACH(j, HD / 8) {
                 o[j][2 * i] *= correct;
                 o[j][2 * i + 1] *= correct;
             }
-#pragma unroll
-            for (int j = 0; j < 2 * NT; j++) {
+            EACH(j, 2 * NT) {
                 float *x = &s[j / 2][2 * i + j % 2];
                 *x = exp2f((*x - top) * scale);
                 sum[i] += *x;
@@ -2461,20 +2412,15 @@ __global__ void __launch_bounds__(128, HD <= 64 ? 4 : 3)
         tile_apply<HD>(o, s, tv);
         __syncthreads(); // before the next columns take the place of these
     }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
+    EACH(i, 2) {
         sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
         sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
         int row = first + lane / 4 + 8 * i;
         if (lse && lane % 4 == 0 && row < T)
             lse[((size_t)blockIdx.z * gridDim.y + blockIdx.y) * T + row] = largest[i] * scale + log2f(sum[i]);
-#pragma unroll
-        for (int j = 0; j < HD / 8; j++) {
-            o[j][2 * i] /= sum[i];
-            o[j][2 * i + 1] /= sum[i];
-        }
+        sum[i] = 1 / sum[i];
     }
-    store_head<HD>(out + (size_t)blockIdx.z * T * D + blockIdx.y * hd, D, first, T, hd, o);
+    store_head<HD>(out + (size_t)blockIdx.z * T * D + blockIdx.y * hd, D, first, T, hd, o, sum);
 }
 
 // delta (B,H,T) = sum over a head's channels of dout·out: what softmax's backward subtracts from each row. A warp a row
@@ -2495,105 +2441,58 @@ __global__ void attention_delta_kernel(float *delta, const A *dout, const A *out
     }
 }
 
-// With P recomputed from q, k and lse: dP = dout·v^T, dS = P·(dP - delta)/sqrt(hd), dq = dS·k. Rows are queries.
-// Another kernel makes dk and dv, with keys as rows: this costs the scores twice, and saves adding up dq across blocks
-// in some order.
-template <typename A, int HD>
-__global__ void __launch_bounds__(128, HD < 128 ? 3 : 2)
-    attention_dq_kernel(A *dqkv, const A *dout, const float *lse, const float *delta, const A *qkv, int T, int D,
-                        int hd, float scale) {
+// The backward pass, with P recomputed from q, k and lse: dP = dout·v^T, dS = P·(dP - delta)/sqrt(hd), dq = dS·k; and
+// with KEYS dk = dS^T·q, dv = P^T·dout. Rows are queries, or keys: P^T and dS^T then come out of the products directly.
+// Two kernels cost the scores twice, and save adding up dq across blocks in some order.
+template <typename A, int HD, bool KEYS>
+__global__ void __launch_bounds__(128, HD < 64 || (!KEYS && HD < 128) ? 3 : 2)
+    attention_backward_kernel(A *dqkv, const A *dout, const float *lse, const float *delta, const A *qkv, int T, int D,
+                              int hd, float scale) {
     enum { LD = HD + Tiles<A>::PIECE, ROWS = Tiles<A>::ROWS, COLS = Tiles<A>::COLS, NT = Tiles<A>::NT };
-    SHARED_DYNAMIC(A, tq);
-    A *tg = tq + ROWS * LD, *tk = tg + ROWS * LD, *tv = tk + COLS * LD;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * ROWS + 16 * warp;
+    SHARED_DYNAMIC(A, r_q); // rows and columns of what makes S, q or k; of what makes dP, dout or v
+    A *r_g = r_q + ROWS * LD, *c_k = r_g + ROWS * LD, *c_v = c_k + COLS * LD;
+    float *col_lse = (float *)(c_v + COLS * LD), *col_delta = col_lse + COLS;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row0 = blockIdx.x * ROWS, first = row0 + 16 * warp;
     size_t at = (size_t)blockIdx.z * T * 3 * D + blockIdx.y * hd, head = (size_t)blockIdx.z * gridDim.y + blockIdx.y;
-    float dq[HD / 8][4] = {}, row_lse[2] = {0, 0}, row_delta[2] = {0, 0};
-    for (int i = 0; i < 2; i++) {
+    const A *q = qkv + at, *k = q + D, *v = k + D, *g = dout + (size_t)blockIdx.z * T * D + blockIdx.y * hd;
+    float dq[HD / 8][4] = {}, dv[KEYS ? HD / 8 : 1][4] = {}, row_lse[2] = {0, 0}, row_delta[2] = {0, 0};
+    lse += head * T;
+    delta += head * T;
+    EACH(i, 2) {
         int row = first + lane / 4 + 8 * i;
-        if (row < T) row_lse[i] = lse[head * T + row];
-        if (row < T) row_delta[i] = delta[head * T + row];
+        if (row < T) row_lse[i] = lse[row], row_delta[i] = delta[row];
     }
-    load_head<A, HD>(tq, qkv + at, 3 * D, blockIdx.x * ROWS, T, hd);
-    load_head<A, HD>(tg, dout + (size_t)blockIdx.z * T * D + blockIdx.y * hd, D, blockIdx.x * ROWS, T, hd);
+    load_head<A, HD>(r_q, KEYS ? k : q, 3 * D, row0, T, hd);
+    load_head<A, HD>(r_g, KEYS ? v : g, KEYS ? 3 * D : D, row0, T, hd);
     for (int c0 = 0; c0 < T; c0 += COLS) {
-        float s[NT][4], dp[NT][4];
-        load_head<A, HD>(tk, qkv + at + D, 3 * D, c0, T, hd);
-        load_head<A, HD>(tv, qkv + at + 2 * D, 3 * D, c0, T, hd);
+        float p[NT][4], ds[NT][4], l[2] = {};
+        load_head<A, HD>(c_k, KEYS ? q : k, 3 * D, c0, T, hd);
+        load_head<A, HD>(c_v, KEYS ? g : v, KEYS ? D : 3 * D, c0, T, hd);
         cp_async_commit();
-        cp_async_wait<0>();
-        __syncthreads();
-        tile_scores<HD>(s, tq + 16 * warp * LD, tk);
-        tile_scores<HD>(dp, tg + 16 * warp * LD, tv);
-#pragma unroll
-        for (int j = 0; j < NT; j++) { // a column beyond T meets a row of zeros in k
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                s[j][i] = exp2f(s[j][i] * scale - row_lse[i / 2]) * (dp[j][i] - row_delta[i / 2]);
-        }
-        tile_apply<HD>(dq, s, tk);
-        __syncthreads();
-    }
-#pragma unroll
-    for (int j = 0; j < HD / 8; j++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) dq[j][i] *= scale * 0.6931471806f;
-    }
-    store_head<HD>(dqkv + at, 3 * D, first, T, hd, dq);
-}
-
-// dv = P^T·dout and dk = dS^T·q. Rows are keys, columns queries: P^T and dS^T come out of the products directly.
-template <typename A, int HD>
-__global__ void __launch_bounds__(128, HD < 64 ? 3 : 2)
-    attention_dkv_kernel(A *dqkv, const A *dout, const float *lse, const float *delta, const A *qkv, int T, int D,
-                         int hd, float scale) {
-    enum { LD = HD + Tiles<A>::PIECE, ROWS = Tiles<A>::ROWS, COLS = Tiles<A>::COLS, NT = Tiles<A>::NT };
-    SHARED_DYNAMIC(A, tk);
-    A *tv = tk + ROWS * LD, *tq = tv + ROWS * LD, *tg = tq + COLS * LD;
-    float *col_lse = (float *)(tg + COLS * LD), *col_delta = col_lse + COLS;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * ROWS + 16 * warp;
-    size_t at = (size_t)blockIdx.z * T * 3 * D + blockIdx.y * hd, head = (size_t)blockIdx.z * gridDim.y + blockIdx.y;
-    float dk[HD / 8][4] = {}, dv[HD / 8][4] = {};
-    load_head<A, HD>(tk, qkv + at + D, 3 * D, blockIdx.x * ROWS, T, hd);
-    load_head<A, HD>(tv, qkv + at + 2 * D, 3 * D, blockIdx.x * ROWS, T, hd);
-    for (int c0 = 0; c0 < T; c0 += COLS) {
-        float p[NT][4], ds[NT][4];
-        load_head<A, HD>(tq, qkv + at, 3 * D, c0, T, hd);
-        load_head<A, HD>(tg, dout + (size_t)blockIdx.z * T * D + blockIdx.y * hd, D, c0, T, hd);
-        cp_async_commit();
-        if (threadIdx.x < COLS) { // a query beyond T has no weight anywhere
+        if (KEYS && threadIdx.x < COLS) { // a query beyond T has no weight anywhere
             int col = c0 + threadIdx.x;
-            col_lse[threadIdx.x] = col < T ? lse[head * T + col] : INFINITY;
-            col_delta[threadIdx.x] = col < T ? delta[head * T + col] : 0;
+            col_lse[threadIdx.x] = col < T ? lse[col] : INFINITY;
+            col_delta[threadIdx.x] = col < T ? delta[col] : 0;
         }
         cp_async_wait<0>();
         __syncthreads();
-        tile_scores<HD>(p, tk + 16 * warp * LD, tq);
-#pragma unroll
-        for (int j = 0; j < NT; j++) {
-            float l[2];
-            load(l, col_lse + 8 * j + lane % 4 * 2);
-#pragma unroll
-            for (int i = 0; i < 4; i++) p[j][i] = exp2f(p[j][i] * scale - l[i % 2]);
+        tile_scores<HD>(p, r_q + 16 * warp * LD, c_k);
+        EACH(j, NT) { // a key beyond T meets a row of zeros in k: all its weight must be is finite
+            if (KEYS) load(l, col_lse + 8 * j + lane % 4 * 2);
+            EACH(i, 4) p[j][i] = exp2f(fminf(p[j][i] * scale - (KEYS ? l[i % 2] : row_lse[i / 2]), 0));
         }
-        tile_scores<HD>(ds, tv + 16 * warp * LD, tg);
-#pragma unroll
-        for (int j = 0; j < NT; j++) {
-            float l[2];
-            load(l, col_delta + 8 * j + lane % 4 * 2);
-#pragma unroll
-            for (int i = 0; i < 4; i++) ds[j][i] = p[j][i] * (ds[j][i] - l[i % 2]);
+        tile_scores<HD>(ds, r_g + 16 * warp * LD, c_v);
+        EACH(j, NT) {
+            if (KEYS) load(l, col_delta + 8 * j + lane % 4 * 2);
+            EACH(i, 4) ds[j][i] = p[j][i] * (ds[j][i] - (KEYS ? l[i % 2] : row_delta[i / 2]));
         }
-        tile_apply<HD>(dv, p, tg);
-        tile_apply<HD>(dk, ds, tq);
+        if constexpr (KEYS) tile_apply<HD>(dv, p, c_v);
+        tile_apply<HD>(dq, ds, c_k);
         __syncthreads();
     }
-#pragma unroll
-    for (int j = 0; j < HD / 8; j++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) dk[j][i] *= scale * 0.6931471806f;
-    }
-    store_head<HD>(dqkv + at + D, 3 * D, first, T, hd, dk);
-    store_head<HD>(dqkv + at + 2 * D, 3 * D, first, T, hd, dv);
+    const float by[2] = {scale * 0.6931471806f, scale * 0.6931471806f}, one[2] = {1, 1};
+    store_head<HD>(dqkv + at + (KEYS ? D : 0), 3 * D, first, T, hd, dq, by);
+    if constexpr (KEYS) store_head<HD>(dqkv + at + 2 * D, 3 * D, first, T, hd, dv, one);
 }
 
 // Runs a statement with HD standing for the smallest size that the kernels are made for and that holds head size hd.
@@ -2637,11 +2536,11 @@ static void attention_backward(int half, Act *dqkv, float *delta, const Act *dou
               dim3 grid((unsigned)ceil_div(T, S::ROWS), H, B);
               RUN((attention_delta_kernel<A>), (unsigned)ceil_div((size_t)B * T, ROWS_PER_BLOCK), ROW_THREADS, 0, delta,
                   (const A *)dout, (const A *)out, B * T, T, D, H);
-              RUN((attention_dq_kernel<A, HD>), grid, S::THREADS, row * 2 * (S::ROWS + S::COLS), (A *)dqkv,
-                  (const A *)dout, lse, delta, (const A *)qkv, T, D, hd, scale);
-              RUN((attention_dkv_kernel<A, HD>), grid, S::THREADS,
-                  row * 2 * (S::ROWS + S::COLS) + 2 * S::COLS * sizeof(float), (A *)dqkv, (const A *)dout, lse, delta,
-                  (const A *)qkv, T, D, hd, scale);
+              size_t shared = row * 2 * (S::ROWS + S::COLS);
+              RUN((attention_backward_kernel<A, HD, false>), grid, S::THREADS, shared, (A *)dqkv, (const A *)dout, lse,
+                  delta, (const A *)qkv, T, D, hd, scale);
+              RUN((attention_backward_kernel<A, HD, true>), grid, S::THREADS, shared + 2 * S::COLS * sizeof(float),
+                  (A *)dqkv, (const A *)dout, lse, delta, (const A *)qkv, T, D, hd, scale);
           }));
 }
 
@@ -2678,15 +2577,10 @@ __device__ inline float silu_slope(float x) {
     return sigmoid * (1 + x * (1 - sigmoid));
 }
 
-__global__ void silu_kernel(float *out, const float *x, int count) {
+// out = silu(x), or with dout its gradient, dout·silu'(x)
+__global__ void silu_kernel(float *out, const float *x, const float *dout, int count) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < count) out[i] = silu(x[i]);
-}
-
-// dx = dout·silu'(x)
-__global__ void silu_backward_kernel(float *dx, const float *dout, const float *x, int count) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < count) dx[i] = dout[i] * silu_slope(x[i]);
+    if (i < count) out[i] = dout ? dout[i] * silu_slope(x[i]) : silu(x[i]);
 }
 
 // freq (B,256) = rows t of the table of embeddings of all timesteps
@@ -2755,30 +2649,22 @@ typedef struct {                    // of one picture: its place in the schedule
 typedef struct {
     float **x; // inputs of the layers, x[l] (B,T,D), and the last output: the residual stream
     Slot *slot;
-    float *pos;         // (T,D)
-    float *time_table;  // (1000,256) embeddings of all timesteps
-    int *t, *y;         // (B)
-    float *picture;     // (B,C,S,S) x0 in training, x in sampling
-    float *noise;       // (B,C,S,S)
-    float *x_t;         // (B,C,S,S) input of the model
-    float *out;         // (B,Cout,S,S) its output
-    float *patches;     // (B,T,C·p·p)
-    float *time_freq;   // (B,256)
-    float *time_hidden; // (B,D) before silu
-    float *time_silu;   // (B,D)
-    float *cond;        // (B,D) c = t_emb + y_emb
-    float *cond_pp;     // (B,D) condition of pre, post and final layers: c or y_emb
-    float *cond_silu, *cond_pp_silu;
-    float *mod;       // (blocks,B,6D), computed once per timestep
-    float *final_mod; // (B,2D)
-    Act *inj;         // (B,T,D) injection
-    float *inj_part;  // (B,T,2D) the half of the projection that does not change while z iterates
-    Act *z;           // (B,T,D) bf16 only: z for the matmul
-    Act *normed;      // (B,T,D) scratch: LN output
-    Act *wide;        // (B,T,4D) scratch: gelu output
-    float *patch_out; // (B,T,p·p·Cout)
-    float
-        *mid; // (B,T,D) scratch: z_{k-1} while iterating; a block's middle in the backward pass; the final LN's output
+    float *pos, *time_table;         // (T,D); (1000,256) embeddings of all timesteps
+    int *t, *y;                      // (B)
+    float *picture, *noise;          // (B,C,S,S) x0 in training, x in sampling
+    float *x_t, *out;                // (B,C,S,S), (B,Cout,S,S) input and output of the model
+    float *patches, *patch_out;      // (B,T,C·p·p), (B,T,p·p·Cout)
+    float *time_freq;                // (B,256)
+    float *time_hidden, *time_silu;  // (B,D) before and after silu
+    float *cond, *cond_pp;           // (B,D) c = t_emb + y_emb; c or y_emb: for pre, post and final layers
+    float *cond_silu, *cond_pp_silu; // (B,D)
+    float *mod, *final_mod;          // (blocks,B,6D), (B,2D), computed once per timestep
+    Act *inj;                        // (B,T,D) injection
+    float *inj_part;                 // (B,T,2D) the half of the projection that does not change while z iterates
+    Act *z;                          // (B,T,D) bf16 only: z for the matmul
+    Act *normed;                     // (B,T,D) scratch: LN output
+    Act *wide;                       // (B,T,4D) scratch: gelu output
+    float *mid;        // (B,T,D) scratch: z_{k-1}; a block's middle in the backward pass; the final LN's output
     float *reused;     // (B,T,D) the solution of the timestep before (sampling)
     float *history;    // (B,window+1,2,T,D) Anderson acceleration: of each iteration in the window f, then g
     double *gram;      // (B,HISTORY,HISTORY) the products of its f
@@ -2834,7 +2720,11 @@ static char *take(Arena *a, size_t bytes) {
 #endif
     return at;
 }
-static float *take_floats(Arena *a, size_t count) { return (float *)take(a, count * sizeof(float)); }
+// Gives each of these pointers its own `bytes`.
+template <typename... P>
+static void take_all(Arena *a, size_t bytes, P **...p) {
+    ((*p = (P *)take(a, bytes)), ...);
+}
 
 // Points the activations into `memory` (NULL: counts only). Returns the number of bytes.
 static size_t activations_point(Model *m, char *memory) {
@@ -2842,71 +2732,64 @@ static size_t activations_point(Model *m, char *memory) {
     Activations *a = &m->a;
     Arena arena = {memory, 0}, *r = &arena;
     size_t B = m->batch, T = config_tokens(c), D = c->width, N = B * T * D, pixels = B * c->image_size * c->image_size;
-    size_t A = m->half ? sizeof(bf16) : sizeof(float), in_size = pixels * c->channels;
-    size_t out_size = pixels * config_out_channels(c);
+    size_t F = sizeof(float), A = m->half ? sizeof(bf16) : F;
     int blocks = config_blocks(c), layers = blocks - c->fixed_point + (c->fixed_point ? m->max_m : 0);
-    for (int l = 0; l <= layers + c->fixed_point; l++) a->x[l] = m->training || !l ? take_floats(r, N) : a->x[0];
+    for (int l = 0; l <= layers + c->fixed_point; l++) a->x[l] = m->training || !l ? (float *)take(r, N * F) : a->x[0];
     for (int l = 0; l < layers; l++) {
         Slot *s = &a->slot[l];
         if (l > 0 && (m->recompute || !m->training)) {
             *s = a->slot[0];
             continue;
         }
+        take_all(r, 3 * N * A, &s->qkv);
+        take_all(r, N * A, &s->att);
         // m varies from step to step, so a slot behind the pre blocks serves an iteration or a post block.
         int iteration = c->fixed_point && (l >= c->pre_depth || m->recompute || !m->training);
-        s->in = iteration ? take_floats(r, N) : NULL;
-        s->qkv = (Act *)take(r, 3 * N * A);
-        s->att = (Act *)take(r, N * A);
+        if (iteration) take_all(r, N * F, &s->in);
         if (!m->training) continue;
-        s->u = iteration ? (Act *)take(r, 2 * N * A) : NULL;
-        s->lse = take_floats(r, B * c->heads * T);
-        s->proj = (Act *)take(r, N * A);
-        s->fc1 = (Act *)take(r, 4 * N * A);
-        s->fc2 = (Act *)take(r, N * A);
+        if (iteration) take_all(r, 2 * N * A, &s->u);
+        take_all(r, B * c->heads * T * F, &s->lse);
+        take_all(r, N * A, &s->proj, &s->fc2);
+        take_all(r, 4 * N * A, &s->fc1);
     }
-    a->pos = take_floats(r, T * D);
-    a->time_table = take_floats(r, DIFFUSION_STEPS * 256);
-    a->t = (int *)take(r, B * sizeof(int));
-    a->y = (int *)take(r, B * sizeof(int));
-    a->picture = take_floats(r, in_size);
-    a->noise = take_floats(r, in_size);
-    a->x_t = take_floats(r, in_size);
-    a->out = take_floats(r, out_size);
-    a->patches = take_floats(r, in_size);
-    a->patch_out = take_floats(r, out_size);
-    a->time_freq = take_floats(r, B * 256);
-    float **conditions[] = {&a->time_hidden, &a->time_silu, &a->cond, &a->cond_pp, &a->cond_silu, &a->cond_pp_silu};
-    for (int i = 0; i < 6; i++) *conditions[i] = take_floats(r, B * D);
-    a->mod = take_floats(r, blocks * B * 6 * D);
-    a->final_mod = take_floats(r, B * 2 * D);
-    a->inj = c->fixed_point ? (Act *)take(r, N * A) : NULL;
-    a->inj_part = c->fixed_point ? take_floats(r, 2 * N) : NULL;
-    a->z = c->fixed_point && m->half ? (Act *)take(r, N * A) : NULL;
-    a->normed = (Act *)take(r, N * A);
-    a->wide = (Act *)take(r, 4 * N * A);
-    a->mid = take_floats(r, N);
-    a->reused = c->fixed_point ? take_floats(r, N) : NULL;
-    size_t solver = c->fixed_point && m->window; // needs memory
-    a->history = take_floats(r, solver * 2 * (m->window + 1) * N);
-    a->gram = (double *)take(r, solver * B * HISTORY * HISTORY * sizeof(double));
-    a->sums = (double *)take(r, (2 * B + NORM_BLOCKS) * sizeof(double));
-    a->steps = (SampleStep *)take(r, DIFFUSION_STEPS * sizeof(SampleStep));
-    a->step = (int *)take(r, sizeof(int));
+    take_all(r, T * D * F, &a->pos);
+    take_all(r, DIFFUSION_STEPS * 256 * F, &a->time_table);
+    take_all(r, B * sizeof(int), &a->t, &a->y);
+    take_all(r, pixels * c->channels * F, &a->picture, &a->noise, &a->x_t, &a->patches);
+    take_all(r, pixels * config_out_channels(c) * F, &a->out, &a->patch_out);
+    take_all(r, B * 256 * F, &a->time_freq);
+    take_all(r, B * D * F, &a->time_hidden, &a->time_silu, &a->cond, &a->cond_pp, &a->cond_silu, &a->cond_pp_silu);
+    take_all(r, blocks * B * 6 * D * F, &a->mod);
+    take_all(r, B * 2 * D * F, &a->final_mod);
+    take_all(r, N * A, &a->normed);
+    take_all(r, 4 * N * A, &a->wide);
+    take_all(r, N * F, &a->mid);
+    if (c->fixed_point) {
+        take_all(r, N * A, &a->inj);
+        take_all(r, 2 * N * F, &a->inj_part);
+        take_all(r, N * F, &a->reused);
+        if (m->half) take_all(r, N * A, &a->z);
+        if (m->window) {
+            take_all(r, 2 * (m->window + 1) * N * F, &a->history);
+            take_all(r, B * HISTORY * HISTORY * sizeof(double), &a->gram);
+        }
+    }
+    take_all(r, (2 * B + NORM_BLOCKS) * sizeof(double), &a->sums);
+    take_all(r, DIFFUSION_STEPS * sizeof(SampleStep), &a->steps);
+    take_all(r, sizeof(int), &a->step);
     if (!m->training) return arena.bytes;
-    a->dx = take_floats(r, N);
-    a->dx_act = m->half ? (Act *)take(r, N * A) : NULL;
-    a->dnormed = (Act *)take(r, N * A);
-    a->dbranch = (Act *)take(r, N * A);
-    a->dwide = (Act *)take(r, 4 * N * A);
-    a->du_sum = c->fixed_point ? take_floats(r, 2 * N) : NULL;
-    a->dmod = take_floats(r, blocks * B * 6 * D);
-    a->dfinal_mod = take_floats(r, B * 2 * D);
-    float **gradients[] = {&a->dcond, &a->dcond_pp, &a->dtime};
-    for (int i = 0; i < 3; i++) *gradients[i] = take_floats(r, B * D);
-    a->stats = (float2 *)take(r, B * T * sizeof(float2));
-    a->delta = take_floats(r, B * c->heads * T);
-    a->dout = take_floats(r, out_size);
-    a->places = (LossPlace *)take(r, B * sizeof(LossPlace));
+    take_all(r, N * F, &a->dx);
+    take_all(r, N * A, &a->dnormed, &a->dbranch);
+    if (m->half) take_all(r, N * A, &a->dx_act);
+    take_all(r, 4 * N * A, &a->dwide);
+    if (c->fixed_point) take_all(r, 2 * N * F, &a->du_sum);
+    take_all(r, blocks * B * 6 * D * F, &a->dmod);
+    take_all(r, B * 2 * D * F, &a->dfinal_mod);
+    take_all(r, B * D * F, &a->dcond, &a->dcond_pp, &a->dtime);
+    take_all(r, B * T * sizeof(float2), &a->stats);
+    take_all(r, B * c->heads * T * F, &a->delta);
+    take_all(r, pixels * config_out_channels(c) * F, &a->dout);
+    take_all(r, B * sizeof(LossPlace), &a->places);
     return arena.bytes;
 }
 
@@ -2916,12 +2799,9 @@ static int compute_dtype(int dtype) {
     return dtype == COMPUTE_FP32 ? COMPUTE_FP32 : COMPUTE_BF16;
 }
 
-// Bytes of device memory for parameters of all kinds, and for the workspace of split sums
+// Bytes of device memory for parameters of all kinds
 static size_t params_bytes(const Model *m) {
     return (size_t)m->n_params * ((m->training ? 5 : 1) * sizeof(real) + (m->half ? sizeof(bf16) : 0));
-}
-static size_t workspace_floats(const Model *m) {
-    return m->training ? 16 * (size_t)m->config.width * (size_t)m->config.width : 0;
 }
 
 // pos (T,D) and the embeddings of all timesteps, made once, in double (SPEC 1)
@@ -2952,8 +2832,8 @@ static void model_tables(Model *m) {
 }
 
 // A model with room for `batch` pictures and, for training, `max_m` gradient iterations, for sampling Anderson
-// acceleration over `window` (0: none). Its weights are zero. Refuses sizes that the kernels do not serve, or beyond the
-// GPU's memory, naming the options that lower it.
+// acceleration over `window` (0: none). Its weights are zero. Refuses sizes that the kernels do not serve, or beyond
+// the GPU's memory, naming the options that lower it.
 static Model *model_create(const Config *config, int batch, int max_m, int recompute, int training, int window,
                            int dtype) {
     gpu_open();
@@ -2980,7 +2860,8 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     m->n_params = w.size;
     m->tensors = (ParamTensor *)xcalloc((size_t)w.count, sizeof *m->tensors, "the model");
     m->activation_bytes = activations_point(m, NULL);
-    size_t need = m->activation_bytes + params_bytes(m) + workspace_floats(m) * sizeof(float), have, all;
+    size_t workspace_size = training ? workspace_floats(config->width) : 0, have, all;
+    size_t need = m->activation_bytes + params_bytes(m) + workspace_size * sizeof(float);
     CHECK(cudaMemGetInfo(&have, &all));
     if (need > have)
         die("this model with %d pictures at a time needs %.0f MB and the GPU has %.0f MB free: lower --batch%s%s",
@@ -2995,7 +2876,7 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     if (training) params_point(&m->g, config, m->memory[MODEL_GRADS], NULL);
     m->activations = (char *)gpu_malloc(m->activation_bytes, "activations");
     activations_point(m, m->activations);
-    workspace_reserve(workspace_floats(m));
+    workspace_reserve(workspace_size);
     model_tables(m);
     return m;
 }
@@ -3062,24 +2943,24 @@ static void show_probe(Model *m, const char *name, int k, const void *data, int 
     xfree(host);
 }
 
-// normed = LN(x)·(1+scale)+shift, mod pointing at shift. With a branch and gate, of mid = x + gate·branch, which is
-// stored.
-static void layernorm_forward(Model *m, Act *normed, const float *x, const float *mod, float *mid, const Act *branch,
-                              const float *gate) {
+// normed = LN(x)·(1+scale)+shift, mod pointing at shift, of which a picture has `vectors` (6; 2 in the final layer).
+// With a branch and gate, of mid = x + gate·branch, which is stored.
+static void layernorm_forward(Model *m, int half, Act *normed, const float *x, const float *mod, int vectors,
+                              float *mid = NULL, const Act *branch = NULL, const float *gate = NULL) {
     int T = config_tokens(&m->config), D = m->config.width, rows = m->B * T;
-    TYPED(m->half, RUN((layernorm_modulate_kernel<A, A>), (unsigned)ceil_div(rows, ROWS_PER_BLOCK), ROW_THREADS, 0,
-                       (A *)normed, x, mod, 6 * D, rows, T, D, mid, (const A *)branch, gate));
+    TYPED(half, RUN((layernorm_modulate_kernel<A>), (unsigned)ceil_div(rows, ROWS_PER_BLOCK), ROW_THREADS, 0,
+                    (A *)normed, x, mod, vectors * D, rows, T, D, mid, (const A *)branch, gate));
 }
 
 // dx += the gradient through that layer, dmod += that of shift and scale; copy: see the kernel
-static void layernorm_backward(Model *m, float *dx, Act *copy, float *dmod, const Act *dout, const float *x,
-                               const float *mod) {
+static void layernorm_backward(Model *m, int half, float *dx, Act *copy, float *dmod, const Act *dout, const float *x,
+                               const float *mod, int vectors) {
     int T = config_tokens(&m->config), D = m->config.width, rows = m->B * T;
     dim3 columns((unsigned)ceil_div(D, 64), m->B);
-    TYPED(m->half, RUN((layernorm_backward_kernel<A, A>), (unsigned)ceil_div(rows, ROWS_PER_BLOCK), ROW_THREADS, 0, dx,
-                       (A *)copy, m->a.stats, (const A *)dout, x, mod, 6 * D, rows, T, D);
+    TYPED(half, RUN((layernorm_backward_kernel<A>), (unsigned)ceil_div(rows, ROWS_PER_BLOCK), ROW_THREADS, 0, dx,
+                    (A *)copy, m->a.stats, (const A *)dout, x, mod, vectors * D, rows, T, D);
           RUN((modulate_backward_kernel<A>), columns, ROW_THREADS, ROW_THREADS * sizeof(float2), dmod, m->a.stats,
-              (const A *)dout, x, 6 * D, T, D));
+              (const A *)dout, x, vectors * D, T, D));
 }
 
 static void gate_backward(Model *m, Act *dbranch, float *dgate, const float *dout, const float *gate,
@@ -3101,12 +2982,8 @@ static void gated_linear_forward(Model *m, float *out, Act *copy, Act *branch, c
                                  const Act *in, const real *w, const real *b, int K) {
     int T = config_tokens(&m->config), D = m->config.width;
     Matmul g = linear(out, in, act_weight(m, w), K, b, m->B * T, K, D);
-    g.residual = x;
-    g.gate = gate;
-    g.gate_stride = 6 * D;
-    g.tokens = T;
-    g.pre = branch;
-    g.copy = copy;
+    g.residual = x, g.gate = gate, g.gate_stride = 6 * D, g.tokens = T;
+    g.pre = branch, g.copy = copy;
     matmul<false, false, EPI_GATED>(m->half, g);
 }
 
@@ -3115,9 +2992,7 @@ static void gelu_linear_forward(Model *m, Act *out, Act *pre, const Act *x, cons
                                 const float *add, int K, int N) {
     int M = m->B * config_tokens(&m->config);
     Matmul g = linear(out, x, act_weight(m, w), ldw, b, M, K, N);
-    g.add = add;
-    g.add_rows = M;
-    g.pre = pre;
+    g.add = add, g.add_rows = M, g.pre = pre;
     matmul<false, false, EPI_GELU>(m->half, g);
 }
 
@@ -3125,9 +3000,7 @@ static void gelu_linear_forward(Model *m, Act *out, Act *pre, const Act *x, cons
 static void gelu_linear_backward(Model *m, Act *dpre, Act *act, float *sum, const Act *dy, const real *w,
                                  const Act *pre, int K, int N) {
     Matmul g = linear_input(dpre, dy, act_weight(m, w), K, m->B * config_tokens(&m->config), K, N);
-    g.pre = (void *)pre;
-    g.copy = act;
-    g.sum = sum;
+    g.pre = (void *)pre, g.copy = act, g.sum = sum;
     matmul<false, true, EPI_DGELU>(m->half, g);
 }
 
@@ -3147,11 +3020,11 @@ static void block_forward(Model *m, float *out, Act *copy, const float *x, const
                           Slot *s, int keep) {
     Activations *a = &m->a;
     int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T;
-    layernorm_forward(m, a->normed, x, mod, NULL, NULL, NULL);
+    layernorm_forward(m, m->half, a->normed, x, mod, 6);
     linear_forward(m, s->qkv, a->normed, p->qkv_w, p->qkv_b, M, D, 3 * D);
     attention_forward(m->half, s->att, keep ? s->lse : NULL, s->qkv, B, T, D, m->config.heads);
     gated_linear_forward(m, out, NULL, keep ? s->proj : NULL, x, mod + 2 * D, s->att, p->proj_w, p->proj_b, D);
-    layernorm_forward(m, a->normed, out, mod + 3 * D, NULL, NULL, NULL);
+    layernorm_forward(m, m->half, a->normed, out, mod + 3 * D, 6);
     gelu_linear_forward(m, a->wide, keep ? s->fc1 : NULL, a->normed, p->fc1_w, D, p->fc1_b, NULL, D, 4 * D);
     gated_linear_forward(m, out, copy, keep ? s->fc2 : NULL, out, mod + 5 * D, a->wide, p->fc2_w, p->fc2_b, 4 * D);
 }
@@ -3166,16 +3039,16 @@ static void block_backward(Model *m, float *dx, Act *copy, float *dmod, const Bl
     gate_backward(m, a->dbranch, dmod + 5 * D, dx, mod + 5 * D, s->fc2);
     gelu_linear_backward(m, a->dwide, a->wide, NULL, a->dbranch, p->fc2_w, s->fc1, 4 * D, D);
     linear_weight(m->half, g->fc2_w, 4 * D, g->fc2_b, a->dbranch, a->wide, M, 4 * D, D);
-    layernorm_forward(m, a->normed, x, mod + 3 * D, a->mid, s->proj, mod + 2 * D);
+    layernorm_forward(m, m->half, a->normed, x, mod + 3 * D, 6, a->mid, s->proj, mod + 2 * D);
     linear_backward(m, a->dnormed, g->fc1_w, g->fc1_b, a->dwide, a->normed, p->fc1_w, M, D, 4 * D);
-    layernorm_backward(m, dx, NULL, dmod + 3 * D, a->dnormed, a->mid, mod + 3 * D);
+    layernorm_backward(m, m->half, dx, NULL, dmod + 3 * D, a->dnormed, a->mid, mod + 3 * D, 6);
     // Attention branch
     gate_backward(m, a->dbranch, dmod + 2 * D, dx, mod + 2 * D, s->proj);
     linear_backward(m, a->dnormed, g->proj_w, g->proj_b, a->dbranch, s->att, p->proj_w, M, D, D);
     attention_backward(m->half, a->dwide, a->delta, a->dnormed, s->att, s->lse, s->qkv, B, T, D, m->config.heads);
-    layernorm_forward(m, a->normed, x, mod, NULL, NULL, NULL);
+    layernorm_forward(m, m->half, a->normed, x, mod, 6);
     linear_backward(m, a->dnormed, g->qkv_w, g->qkv_b, a->dwide, a->normed, p->qkv_w, M, D, 3 * D);
-    layernorm_backward(m, dx, copy, dmod, a->dnormed, x, mod);
+    layernorm_backward(m, m->half, dx, copy, dmod, a->dnormed, x, mod, 6);
 }
 
 // One fixed-point iteration: out = Block(W2·gelu(W1z·z + inj_part) + b2, c), inj_part = W1inj·inj + b1. z comes as
@@ -3286,7 +3159,8 @@ __global__ void anderson_products_kernel(double *gram, float *history, const flo
     if (threadIdx.x == 0) products[i * HISTORY + newest] = products[newest * HISTORY + i] = dot;
 }
 
-// z (B,count) = sum a_i·(g_i - undo·f_i), and in bf16 the same to copy; every block solves for a again
+// z (B,count) = sum a_i·(g_i - undo·f_i), and in bf16 the same to copy. Every block solves for a again, so there are no
+// more of them than fill the GPU.
 template <typename A>
 __global__ void anderson_mix_kernel(float *z, A *copy, const double *gram, const float *history, int m, int newest,
                                     int slots, float undo, size_t count) {
@@ -3294,29 +3168,31 @@ __global__ void anderson_mix_kernel(float *z, A *copy, const double *gram, const
     size_t b = blockIdx.y, e = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
     if (threadIdx.x == 0) anderson_weights(a, gram + b * HISTORY * HISTORY, m, newest);
     __syncthreads();
-    if (e >= count) return;
-    float mixed[4] = {0, 0, 0, 0};
-    for (int i = 0; i < m; i++) {
-        float f[4], g[4];
-        load(f, history + 2 * (b * slots + i) * count + e);
-        load(g, history + (2 * (b * slots + i) + 1) * count + e);
-        for (int j = 0; j < 4; j++) mixed[j] += (float)a[i] * (g[j] - undo * f[j]);
+    for (; e < count; e += 4 * (size_t)gridDim.x * blockDim.x) {
+        float mixed[4] = {0, 0, 0, 0};
+        for (int i = 0; i < m; i++) {
+            float f[4], g[4];
+            load(f, history + 2 * (b * slots + i) * count + e);
+            load(g, history + (2 * (b * slots + i) + 1) * count + e);
+            EACH(j, 4) mixed[j] += (float)a[i] * (g[j] - undo * f[j]);
+        }
+        store(z + b * count + e, mixed);
+        if (copy) store(copy + b * count + e, mixed);
     }
-    store(z + b * count + e, mixed);
-    if (copy) store(copy + b * count + e, mixed);
 }
 
-// Anderson acceleration (Walker and Ni 2011, type II; in equilibrium models arXiv:1909.01377) after iteration k = 1, 2...
-// of a timestep, for each picture alone. z (B,T,D) holds g(z_{k-1}) on entry, a.mid z_{k-1}. With f_i = g(z_i) - z_i of
-// the last min(k, window+1) iterations, which a.history and a.gram keep:
+// Anderson acceleration (Walker and Ni 2011, type II; in equilibrium models arXiv:1909.01377) after iteration k = 1, 2, ...
+// of a timestep, for each picture alone. z (B,T,D) holds g(z_{k-1}) on entry, a.mid z_{k-1}. With f_i = g(z_i) - z_i
+// of the last min(k, window+1) iterations, which a.history and a.gram keep:
 //   z_k = sum a_i·(z_i + mixing·f_i),   a = argmin ||sum a_i f_i||, sum a_i = 1;   in bf16 also in a.z
 static void anderson_forward(Model *m, float *z, int k, int window, double mixing) {
     size_t count = (size_t)config_tokens(&m->config) * m->config.width;
     int slots = window + 1, used = imin(k, slots), newest = (k - 1) % slots;
     RUN(anderson_products_kernel, dim3(used, m->B), 512, 32 * sizeof(double), m->a.gram, m->a.history, z, m->a.mid,
         newest, slots, count);
-    TYPED(m->half, RUN((anderson_mix_kernel<A>), dim3((unsigned)ceil_div(count, 4 * 256), m->B), 256, 0, z, (A *)m->a.z,
-                       m->a.gram, m->a.history, used, newest, slots, (float)(1 - mixing), count));
+    unsigned blocks = imin((int)ceil_div(count, 4 * 256), (int)ceil_div(8 * gpu.sms, m->B));
+    TYPED(m->half, RUN((anderson_mix_kernel<A>), dim3(blocks, m->B), 256, 0, z, (A *)m->a.z, m->a.gram, m->a.history,
+                       used, newest, slots, (float)(1 - mixing), count));
 }
 
 // How sampling watches and steers the fixed point; training passes NULL.
@@ -3338,7 +3214,7 @@ static void condition_forward(Model *m) {
     RUN(time_kernel, B, 256, 0, a->time_freq, a->time_table, a->t);
     matmul<false, false, EPI_FLOAT>(0,
                                     linear(a->time_hidden, a->time_freq, m->p.time0_w, 256, m->p.time0_b, B, 256, D));
-    RUN(silu_kernel, wide, 256, 0, a->time_silu, a->time_hidden, B * D);
+    RUN(silu_kernel, wide, 256, 0, a->time_silu, a->time_hidden, (const float *)NULL, B * D);
     matmul<false, false, EPI_FLOAT>(0, linear(a->cond, a->time_silu, m->p.time2_w, D, m->p.time2_b, B, D, D));
     RUN(condition_kernel, wide, 256, 0, a->cond, a->cond_pp, a->cond_silu, a->cond_pp_silu, m->p.label_table, a->y,
         label_only, B, D);
@@ -3369,8 +3245,7 @@ static void condition_backward(Model *m) {
         a->cond_pp, a->y, label_only, B, D);
     linear_weight(0, m->g.time2_w, D, m->g.time2_b, a->dcond, a->time_silu, B, D, D);
     matmul<false, true, EPI_FLOAT>(0, linear_input(a->dcond_pp, a->dcond, m->p.time2_w, D, B, D, D));
-    RUN(silu_backward_kernel, (unsigned)ceil_div((size_t)B * D, 256), 256, 0, a->dtime, a->dcond_pp, a->time_hidden,
-        B * D);
+    RUN(silu_kernel, (unsigned)ceil_div((size_t)B * D, 256), 256, 0, a->dtime, a->time_hidden, a->dcond_pp, B * D);
     linear_weight(0, m->g.time0_w, 256, m->g.time0_b, a->dtime, a->time_freq, B, 256, D);
 }
 
@@ -3431,8 +3306,7 @@ static void model_forward(Model *m, int B, int n, int iterations, Solve *solve) 
     }
     float *last = a->x[l + c->fixed_point];
     show_probe(m, "act.post", 0, last, 0, N);
-    RUN((layernorm_modulate_kernel<float, float>), (unsigned)ceil_div(M, ROWS_PER_BLOCK), ROW_THREADS, 0, a->mid, last,
-        a->final_mod, 2 * D, M, T, D, (float *)NULL, (const float *)NULL, (const float *)NULL);
+    layernorm_forward(m, 0, (Act *)a->mid, last, a->final_mod, 2);
     matmul<false, false, EPI_FLOAT>(0, linear(a->patch_out, a->mid, m->p.final_w, D, m->p.final_b, M, D, p * p * Cout));
     RUN(patches_kernel, (unsigned)ceil_div((size_t)B * Cout * S * S, 256), 256, 0, a->patch_out, a->out, 1, 1, B, Cout,
         S, p);
@@ -3452,16 +3326,11 @@ static void model_backward(Model *m) {
     gpu_zero(a->dmod, blocks * mods * sizeof(float));
     const float *last = a->x[l + c->fixed_point];
     // Final layer, in fp32; a.mid still holds its normed input, and a.dwide has room for that's gradient.
-    float *dnormed = (float *)a->dwide;
-    dim3 columns((unsigned)ceil_div(D, 64), B);
     RUN(patches_kernel, (unsigned)ceil_div((size_t)B * Cout * S * S, 256), 256, 0, a->patch_out, a->dout, 0, 1, B, Cout,
         S, p);
     linear_weight(0, m->g.final_w, D, m->g.final_b, a->patch_out, a->mid, M, D, p * p * Cout);
-    matmul<false, true, EPI_FLOAT>(0, linear_input(dnormed, a->patch_out, m->p.final_w, D, M, D, p * p * Cout));
-    RUN((layernorm_backward_kernel<float, float>), (unsigned)ceil_div(M, ROWS_PER_BLOCK), ROW_THREADS, 0, a->dx,
-        (float *)NULL, a->stats, dnormed, last, a->final_mod, 2 * D, M, T, D);
-    RUN((modulate_backward_kernel<float>), columns, ROW_THREADS, ROW_THREADS * sizeof(float2), a->dfinal_mod, a->stats,
-        dnormed, last, 2 * D, T, D);
+    matmul<false, true, EPI_FLOAT>(0, linear_input(a->dwide, a->patch_out, m->p.final_w, D, M, D, p * p * Cout));
+    layernorm_backward(m, 0, a->dx, NULL, a->dfinal_mod, a->dwide, last, a->final_mod, 2);
     if (c->fixed_point) {
         for (int block = blocks - 1; block > pre; block--) {
             const BlockParams *w = &m->p.block[block];
@@ -3708,7 +3577,10 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
         if (!z && steps[step].noisy)
             for (int b = 0; b < B; b++)
                 rng_normal(noise + b * count, count, 0, seed, (uint32_t)((first + b) * DIFFUSION_STEPS + i), STREAM_Z);
-        if (steps[step].noisy) gpu_upload(a->noise, z ? z + step * B * count : noise, B * count * sizeof *noise);
+        if (steps[step].noisy) {
+            gpu_upload(a->noise, z ? z + step * B * count : noise, B * count * sizeof *noise);
+            gpu_wait(); // the host draws the next step's into the same place
+        }
 
         struct Graph *graph = graphs;
         while (graph < graphs + n_graphs && (graph->iters != iters || graph->reuse_ready != solve->reuse_ready))
@@ -3772,46 +3644,31 @@ static double model_gradient_norm(const Model *m) {
     return sqrt(sum);
 }
 
-typedef struct {
-    float *weights, *m, *v, *ema;
-    bf16 *half;
-    const float *grads;
-    float b1, b2, new1, new2, size, correct, epsilon, keep, scale, toward;
-} Update;
-
-__global__ void update_kernel(Update u, size_t count) {
+// g = scale·grad; m += new1·(g - m); v += new2·(g^2 - v); w = keep·w - size·m/(sqrt(v)·correct + epsilon);
+// ema += toward·(w - ema). A thread a parameter.
+__global__ void update_kernel(float *weights, float *adam_m, float *adam_v, float *ema, bf16 *half, const float *grads,
+                              size_t count, float b1, float b2, float new1, float new2, float size, float correct,
+                              float epsilon, float keep, float scale, float toward) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
-    float g = u.grads[i] * u.scale, m = u.b1 * u.m[i] + u.new1 * g, v = u.b2 * u.v[i] + u.new2 * g * g;
-    float w = u.weights[i] * u.keep - u.size * m / (sqrtf(v) * u.correct + u.epsilon);
-    u.m[i] = m;
-    u.v[i] = v;
-    u.weights[i] = w;
-    u.ema[i] += u.toward * (w - u.ema[i]);
-    if (u.half) u.half[i] = __float2bfloat16_rn(w);
+    float g = grads[i] * scale, m = b1 * adam_m[i] + new1 * g, v = b2 * adam_v[i] + new2 * g * g;
+    float w = weights[i] * keep - size * m / (sqrtf(v) * correct + epsilon);
+    adam_m[i] = m;
+    adam_v[i] = v;
+    weights[i] = w;
+    ema[i] += toward * (w - ema[i]);
+    if (half) half[i] = __float2bfloat16_rn(w);
 }
 
 // Update number `step` (from 1); gradients are multiplied by grad_scale first.
 static void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
                          double grad_scale, double ema_decay) {
     real *const *memory = model->memory;
-    Update u = {memory[MODEL_WEIGHTS],
-                memory[MODEL_ADAM_M],
-                memory[MODEL_ADAM_V],
-                memory[MODEL_EMA],
-                model->half_weights,
-                memory[MODEL_GRADS],
-                (float)beta1,
-                (float)beta2,
-                (float)(1 - beta1),
-                (float)(1 - beta2),
-                (float)(lr / (1 - pow(beta1, (double)step))),
-                (float)(1 / sqrt(1 - pow(beta2, (double)step))),
-                (float)eps,
-                (float)(1 - lr * decay),
-                (float)grad_scale,
-                (float)(1 - ema_decay)};
-    RUN(update_kernel, (unsigned)ceil_div(model->n_params, 256), 256, 0, u, (size_t)model->n_params);
+    double size = lr / (1 - pow(beta1, (double)step)), correct = 1 / sqrt(1 - pow(beta2, (double)step));
+    RUN(update_kernel, (unsigned)ceil_div(model->n_params, 256), 256, 0, memory[MODEL_WEIGHTS], memory[MODEL_ADAM_M],
+        memory[MODEL_ADAM_V], memory[MODEL_EMA], model->half_weights, memory[MODEL_GRADS], (size_t)model->n_params,
+        (float)beta1, (float)beta2, (float)(1 - beta1), (float)(1 - beta2), (float)size, (float)correct, (float)eps,
+        (float)(1 - lr * decay), (float)grad_scale, (float)(1 - ema_decay));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -3820,15 +3677,23 @@ static void model_update(Model *model, int64_t step, double lr, double beta1, do
 // Peak device memory, in MB: all is allocated up front and held
 static double peak_memory(void) { return (double)gpu.allocated / 1e6; }
 
+// Bits that look random: multiplying zeros would take less power, and so less time.
+__device__ inline uint32_t hashed(uint32_t x) {
+    x = (x ^ x >> 16) * 0x85EBCA6Bu;
+    x = (x ^ x >> 13) * 0xC2B2AE35u;
+    return x ^ x >> 16;
+}
+
 // Independent chains of multiply-adds in registers: what the arithmetic units can do without memory
 enum { PEAK_CHAINS = 8, PEAK_WARPS = 8 };
 template <typename A>
 __global__ void peak_kernel(float *out, int reps) {
     float x[PEAK_CHAINS][4] = {};
-    uint32_t a[4] = {threadIdx.x, 1, 2, 3}, b[2] = {4, 5};
+    uint32_t a[4], b[2]; // two bf16 each, +-1..2
+    EACH(i, 4) a[i] = 0x3F803F80u | (hashed(6 * threadIdx.x + i) & 0x807F807Fu);
+    EACH(i, 2) b[i] = 0x3F803F80u | (hashed(6 * threadIdx.x + 4 + i) & 0x807F807Fu);
     for (int r = 0; r < reps; r++) {
-#pragma unroll
-        for (int i = 0; i < PEAK_CHAINS; i++) {
+        EACH(i, PEAK_CHAINS) {
             if (sizeof(A) == 2)
                 mma_bf16(x[i], a, b);
             else
@@ -3840,19 +3705,31 @@ __global__ void peak_kernel(float *out, int reps) {
     out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
 }
 
+// Device memory with `count` numbers -1..1; a thread an element
+template <typename A>
+__global__ void random_kernel(A *out, size_t count) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) from_float(out + i, (float)(int32_t)hashed((uint32_t)i) / 2147483648.0f);
+}
+static void *random_act(int half, size_t count) {
+    void *p = gpu_malloc(count * (half ? sizeof(bf16) : sizeof(float)), "matmul");
+    TYPED(half, RUN((random_kernel<A>), (unsigned)ceil_div(count, 256), 256, 0, (A *)p, count));
+    return p;
+}
+
 // Peak rate of fused multiply-adds, then every matmul of the model in its three forms
 static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
     enum { REPEAT = 10 };
     int half = dtype == COMPUTE_BF16, D = c->width, M = B * config_tokens(c), blocks = 4 * gpu.sms, reps = 100000;
     int shapes[][2] = {{3 * D, D}, {D, D}, {4 * D, D}, {D, 4 * D}, {2 * D, D}, {D, 2 * D}};
-    size_t size = half ? sizeof(bf16) : sizeof(float), x_bytes = (size_t)M * 4 * D * size;
-    size_t w_bytes = 4 * (size_t)D * D * sizeof(float);
-    void *x = gpu_malloc(x_bytes, "matmul"), *y = gpu_malloc(x_bytes, "matmul"), *w = gpu_malloc(w_bytes, "matmul");
+    size_t size = half ? sizeof(bf16) : sizeof(float), x_count = (size_t)M * 4 * D, w_count = 4 * (size_t)D * D;
+    void *x = random_act(half, x_count), *y = random_act(half, x_count), *w = random_act(half, w_count);
+    void *result = gpu_malloc(x_count * size, "matmul");
+    float *dw = (float *)gpu_malloc(w_count * sizeof(float), "matmul");
     float *out = (float *)gpu_malloc((size_t)blocks * PEAK_WARPS * 32 * sizeof(float), "matmul");
     double times[100], begin = 0;
-    gpu_zero(x, x_bytes);
-    gpu_zero(w, w_bytes);
-    workspace_reserve(16 * (size_t)D * D);
+    gpu_zero(dw, w_count * sizeof(float));
+    workspace_reserve(workspace_floats(D));
     for (int run = 0; run < 2; run++) { // the first is a warm-up
         gpu_wait();
         begin = now_ms();
@@ -3869,9 +3746,9 @@ static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
                 gpu_wait();
                 begin = now_ms();
                 for (int repeat = 0; repeat < REPEAT; repeat++) {
-                    if (form == 0) matmul<false, false, EPI_STORE>(half, linear(y, x, w, K, NULL, M, K, N));
-                    if (form == 1) matmul<false, true, EPI_STORE>(half, linear_input(x, y, w, K, M, K, N));
-                    if (form == 2) linear_weight(half, (float *)w, K, NULL, y, x, M, K, N);
+                    if (form == 0) matmul<false, false, EPI_STORE>(half, linear(result, x, w, K, NULL, M, K, N));
+                    if (form == 1) matmul<false, true, EPI_STORE>(half, linear_input(result, y, w, K, M, K, N));
+                    if (form == 2) linear_weight(half, dw, K, NULL, y, x, M, K, N);
                 }
                 gpu_wait();
                 if (r >= 0) times[r] = (now_ms() - begin) / REPEAT;
@@ -3880,9 +3757,9 @@ static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
                 printf("gemm_gflops_%s_%dx%dx%d %.1f GFLOP/s\n", forms[form], M, N, K,
                        2e-6 * M * N * K / median(times, imin(rounds, 100)));
         }
-    gpu_free(x, x_bytes);
-    gpu_free(y, x_bytes);
-    gpu_free(w, w_bytes);
+    for (void *p : {x, y, result}) gpu_free(p, x_count * size);
+    gpu_free(w, w_count * size);
+    gpu_free(dw, w_count * sizeof(float));
     gpu_free(out, (size_t)blocks * PEAK_WARPS * 32 * sizeof(float));
 }
 

@@ -306,6 +306,7 @@ enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
+    cudaErrorNoKernelImageForDevice = 209,
     cudaErrorStreamCaptureUnsupported = 900
 };
 enum cudaMemcpyKind {

@@ -134,7 +134,6 @@ static void race_products(int M, const int (*shapes)[2], int count) {
     if (2 * dy_size > bytes) bytes = 2 * dy_size;
     void *x = random_bf16(x_size, 1), *w = random_bf16(w_size, 2), *dy = random_bf16(dy_size, 3);
     void *out[2] = {gpu_malloc(bytes, "results"), gpu_malloc(bytes, "results")};
-    workspace_reserve(4 * w_size); // 16 D², as the model has
     for (int i = 0; i < count; i++)
         for (int form = 0; form < 3; form++) race_product(form, out, x, w, dy, M, shapes[i][0], shapes[i][1]);
     gpu_free(x, 2 * x_size);
@@ -174,6 +173,7 @@ int main(int argc, char **argv) {
     check_cublas(cublasSetStream(cublas, gpu.stream));
     printf("cublas %d\n", CUBLAS_VERSION);
 #endif
+    workspace_reserve(workspace_floats(D)); // as the model has
     const int square[1][2] = {{D, D}};
     const int model[6][2] = {{3 * D, D}, {D, D}, {4 * D, D}, {D, 4 * D}, {2 * D, D}, {D, 2 * D}};
     if (!heads) {
