@@ -3181,7 +3181,7 @@ __global__ void anderson_mix_kernel(float *z, A *copy, const double *gram, const
     }
 }
 
-// Anderson acceleration (Walker and Ni 2011, type II; in equilibrium models arXiv:1909.01377) after iteration k = 1, 2, ...
+// Anderson acceleration (Walker and Ni 2011, type II; in equilibrium models arXiv:1909.01377) after iteration k = 1, 2...
 // of a timestep, for each picture alone. z (B,T,D) holds g(z_{k-1}) on entry, a.mid z_{k-1}. With f_i = g(z_i) - z_i
 // of the last min(k, window+1) iterations, which a.history and a.gram keep:
 //   z_k = sum a_i·(z_i + mixing·f_i),   a = argmin ||sum a_i f_i||, sum a_i = 1;   in bf16 also in a.z

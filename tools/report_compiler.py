@@ -151,9 +151,9 @@ def main():
              "all of this is read off the compiler's output or counted, nothing is timed.", "",
              "## Work for a byte, bf16", "", f"{BATCH} pictures of {TOKENS} tokens. An H200 does {PEAK / 1e12:.0f} "
              f"dense bf16 TFLOP/s (with `wgmma`; `mma.sync` reaches about 2/3) and moves {MEMORY / 1e12:.1f} TB/s: "
-             f"below {PEAK / MEMORY:.0f} FLOP/B memory is the limit. FLOP/B memory: every operand once; FLOP/B L2: what the "
-             "tiles read and write. Floor: the longer of both times at these rates. Waves: blocks over those that "
-             f"{SMS} multiprocessors hold at once; full: of what they could do in the waves begun.", ""]
+             f"below {PEAK / MEMORY:.0f} FLOP/B memory is the limit. FLOP/B memory: every operand once; FLOP/B L2: "
+             "what the tiles read and write. Floor: the longer of both times at these rates. Waves: blocks over those "
+             f"that {SMS} multiprocessors hold at once; full: of what they could do in the waves begun.", ""]
     lines += matmuls(found["sm_90a"]) + attentions()
     lines += ["Useful FLOP: the rest is padding of the head size (72 to 80) and, in the backward pass, scores that "
               "both kernels make.", ""]
