@@ -8,7 +8,7 @@ PYTHON ?= python3
 try = $(shell f=$$(mktemp) && echo 'int main(void) { return 0; }' | $(CC) -Werror $(1) -x c - -o $$f 2>/dev/null && echo 1; rm -f $$f)
 pick = $(if $(call try,$(1)),$(1),$(2))
 
-WERROR ?= -Werror
+WERROR ?=
 WARN := -Wall -Wextra -Wshadow $(WERROR) -Wno-pass-failed
 ARCH := $(call pick,-march=native,$(call pick,-mcpu=native,))
 OPENMP := $(call pick,-fopenmp,-Wno-unknown-pragmas)

@@ -1420,15 +1420,19 @@ static void params_init(float *memory, const ParamTensor *list, int count, uint6
     for (int k = 0; k < count; k++) {
         const ParamTensor *t = &list[k];
         float *w = memory + t->offset;
-        double range = sqrt(6.0 / (double)(t->shape[0] + t->count / t->shape[0])); // fan-out and fan-in
-        uint32_t word[4];
         memset(w, 0, (size_t)t->count * sizeof *w);
-        if (t->init == INIT_NORMAL) rng_normal(w, (size_t)t->count, 0, seed, (uint32_t)k, STREAM_INIT);
-        for (int64_t e = 0; e < t->count; e++) {
-            w[e] = (float)(0.02 * w[e]);
-            if (t->init != INIT_XAVIER) continue;
-            if (e % 4 == 0) philox(word, seed, (uint32_t)(e / 4), (uint32_t)k, STREAM_INIT);
-            w[e] = (float)((2 * rng_uniform(word[e % 4]) - 1) * range);
+        if (t->init == INIT_NORMAL) {
+            rng_normal(w, (size_t)t->count, 0, seed, (uint32_t)k, STREAM_INIT);
+            for (int64_t e = 0; e < t->count; e++) w[e] = (float)(0.02 * w[e]);
+        }
+        if (t->init != INIT_XAVIER) continue;
+        double range = sqrt(6.0 / (double)(t->shape[0] + t->count / t->shape[0])); // fan-out and fan-in
+#pragma omp parallel for schedule(static)
+        for (int64_t first = 0; first < t->count; first += 4) {
+            uint32_t word[4];
+            philox(word, seed, (uint32_t)(first / 4), (uint32_t)k, STREAM_INIT);
+            for (int64_t e = first; e < t->count && e < first + 4; e++)
+                w[e] = (float)((2 * rng_uniform(word[e % 4]) - 1) * range);
         }
     }
 }
