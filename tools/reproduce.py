@@ -589,14 +589,17 @@ class Report:
         self.lines += ["## Reuse and allocation", "",
                        "The paper: starting from the previous timestep's solution helps, most with few iterations; of "
                        "the allocations const is a good choice, inc or dec can be better.", ""]
-        rows, settings = {}, [s for _, s in e.technique_plan()]
-        for s in settings:
-            m = e.mean("fpdm", s)
-            row = rows.setdefault((s["budget"], s["steps"], s["alloc"]), {})
-            row[s["reuse"]] = m["fd"]
-        self.lines += table(["passes", "timesteps", "allocation", "distance with reuse", "without", "with reuse it is"],
-                            [[*key, value(row[1]), value(row[0]), differs(row[1], row[0])]
-                             for key, row in rows.items()])
+        rows, seeds = [], range(1, self.scale["seeds"] + 1)
+        for run, s in e.technique_plan():
+            if not s["reuse"]:
+                continue
+            without = {**s, "reuse": 0}
+            changes = [e.measure(run, seed, **s)["fd"] - e.measure(run, seed, **without)["fd"] for seed in seeds]
+            change = statistics.fmean(changes), statistics.stdev(changes) if len(changes) > 1 else 0.0
+            rows.append([s["budget"], s["steps"], s["alloc"], value(e.mean(run, s)["fd"]),
+                         value(e.mean(run, without)["fd"]), value(change), differs(change, (0, 0))])
+        self.lines += table(["passes", "timesteps", "allocation", "distance with reuse", "without",
+                             "change, seed by seed", "with reuse it is"], rows)
 
         def draw(first, second):
             for axis, solver in ((first, "plain"), (second, "anderson")):
