@@ -525,7 +525,7 @@ def test_evaluate_manifold():
     import torch
 
     tool = evaluate()
-    real, drawn = rng.standard_normal((40, 5)), 0.6 * rng.standard_normal((30, 5)) + 0.4
+    real, drawn = rng.standard_normal((40, 5)), 1.5 * rng.standard_normal((60, 5)) + 0.5  # some lie inside, some do not
     between = np.linalg.norm(drawn[:, None] - real[None], axis=2)
     radii = np.sort(np.linalg.norm(real[:, None] - real[None], axis=2), axis=1)[:, 3]  # the 0th is the point itself
     manifold = tool.Manifold(torch.from_numpy(real))
