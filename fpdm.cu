@@ -3724,7 +3724,7 @@ static void *random_act(int half, size_t count) {
 // Peak rate of fused multiply-adds, then every matmul of the model in its three forms
 static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
     enum { REPEAT = 10 };
-    int half = dtype == COMPUTE_BF16, D = c->width, M = B * config_tokens(c), blocks = 4 * gpu.sms, reps = 100000;
+    int half = dtype == COMPUTE_BF16, D = c->width, M = B * config_tokens(c), blocks = 4 * gpu.sms, reps = 100;
     int shapes[][2] = {{3 * D, D}, {D, D}, {4 * D, D}, {D, 4 * D}, {2 * D, D}, {D, 2 * D}};
     size_t size = half ? sizeof(bf16) : sizeof(float), x_count = (size_t)M * 4 * D, w_count = 4 * (size_t)D * D;
     void *x = random_act(half, x_count), *y = random_act(half, x_count), *w = random_act(half, w_count);
@@ -3734,12 +3734,12 @@ static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
     double times[100], begin = 0;
     gpu_zero(dw, w_count * sizeof(float));
     workspace_reserve(workspace_floats(D));
-    for (int run = 0; run < 2; run++) { // the first is a warm-up
-        gpu_wait();
+    for (int run = 0; run < 3; run++) { // a warm-up, then to see how many fill 20 ms
+        if (run == 2) reps *= 1 + (int)(20 / (now_ms() - begin));
         begin = now_ms();
         TYPED(half, RUN((peak_kernel<A>), blocks, 32 * PEAK_WARPS, 0, out, reps));
+        gpu_wait();
     }
-    gpu_wait();
     double flops = half ? 2.0 * 16 * 16 * 8 : 2.0 * 4 * 32;
     printf("peak_gflops %.1f GFLOP/s\n", 1e-6 * flops * PEAK_CHAINS * reps * PEAK_WARPS * blocks / (now_ms() - begin));
     for (int i = 0; i < 6; i++)
