@@ -305,8 +305,8 @@ refuses "option: heads" "width 32 is not a multiple of heads 3" "$train" --width
 refuses "option: variance and flow" "learn_sigma" "$train" --learn_sigma 1 --out no
 refuses "option: zero SNR and eps" "zero_terminal_snr" "$train" --prediction eps --zero_terminal_snr 1 --out no
 refuses "option: sampler while training" "option --sampler" "$train" --sampler ddim --out no
-refuses "option: batch beyond memory" "memory|MB" "$train" --batch 1048576 --image_size 256 --width 1024 --out mem
-refuses "option: pictures beyond memory" "memory|MB" "$sample" $weights --n 1000000 --batch 1000000 --out no.png
+refuses "option: batch beyond memory" "memory|MB|lower --batch" "$train" --batch 1048576 --image_size 256 --width 1024 --out mem
+refuses "option: pictures beyond memory" "memory|MB|lower --batch" "$sample" $weights --n 1000000 --batch 1000000 --out no.png
 refuses "option: sampler" "option --sampler" "$sample" $weights --sampler ddpm --out no.png
 refuses "option: budget too small" "option --budget: 11 passes are too few" \
     "$sample" $weights --steps 4 --budget 11 --out no.png
