@@ -128,7 +128,7 @@ static void commit_temp(FILE *file, const char *path) {
         fail_temp(path);
 }
 
-// The place of a word in a list like "eps|v|flow", which may be followed by a colon and more text; -1 if it is not there.
+// The place of a word in a list like "eps|v|flow", which may be followed by a colon and more text; else -1.
 static int choice_index(const char *choices, const char *word) {
     size_t length = strlen(word);
     for (int index = 0;; index++) {
@@ -1382,8 +1382,8 @@ static void param_block(ParamWalk *w, const char *format, int index, BlockParams
     param_linear(w, block, ".adaLN_modulation.1", INIT_ZERO, 6 * D, D, &p->ada_w, &p->ada_b);
 }
 
-// Points *p into `memory` and fills `list`; either may be NULL. Returns the walk, with the number of tensors that `list`
-// needs room for and the number of elements.
+// Points *p into `memory` and fills `list`; either may be NULL. Returns the walk: how many tensors
+// `list` needs room for, and the number of elements.
 static ParamWalk params_point(Params *p, const Config *c, real *memory, ParamTensor *list) {
     ParamWalk w = {c, memory, list, 0, 0};
     int64_t D = c->width, pixels = (int64_t)c->patch * c->patch;
@@ -2407,7 +2407,7 @@ static void anderson_weights(double a[HISTORY], const double *gram, int m, int n
     for (int i = 0; i < m; i++) a[i] = positive ? a[i] / sum : i == newest;
 }
 
-// Anderson acceleration (Walker and Ni 2011, type II; in equilibrium models arXiv:1909.01377) after iteration k = 1, 2...
+// Anderson acceleration (Walker and Ni 2011, type II; in equilibrium models arXiv:1909.01377) after iteration k = 1...
 // of a timestep, for each of B pictures alone. z (B,count) holds g(z_{k-1}) on entry, before (B,count) z_{k-1}. With
 // f_i = g(z_i) - z_i of the last min(k, window+1) iterations, which `history` and `gram` (see Activations) keep:
 //   z_k = sum a_i·(z_i + mixing·f_i),   a = argmin ||sum a_i f_i||, sum a_i = 1

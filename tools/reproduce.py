@@ -429,7 +429,7 @@ class Report:
     def ticks(axis, numbers):
         axis.set_xticks(numbers)
         axis.set_xticklabels(map(str, numbers))
-        axis.minorticks_off()
+        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
 
     def quality(self, run, budget, k=None):
         settings = self.e.fpdm_settings(budget, k) if run == "fpdm" else self.e.dit_settings(run, budget)
