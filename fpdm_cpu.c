@@ -763,8 +763,8 @@ static const Option option_table[] = {
     {"n", BENCH, OPT_INT, AT(bench_n), "5", 0, 1000, "iterations without gradient"},
     {"m", BENCH, OPT_INT, AT(bench_m), "6", 1, 1000, "iterations with gradient"},
     {"rounds", BENCH, OPT_INT, AT(rounds), "5", 1, 10000, "timed runs; the median counts"},
-    {"step", STATE, OPT_INT, AT(step), "0", 0, 2e9, ""},
     {"gemm", BENCH, OPT_FLAG, AT(bench_gemm), "1", 0, 1, "0: leave out the matmul shapes"},
+    {"step", STATE, OPT_INT, AT(step), "0", 0, 2e9, ""},
 };
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 
