@@ -115,10 +115,10 @@ typedef struct {
     size_t count; // per picture
     float *x0, *noise;
     double mse[16], vb[16];
-} Batch;
+} Drawn;
 
-static Batch *batch_make(const Config *c, int B) {
-    Batch *b = (Batch *)xcalloc(1, sizeof *b, "a batch");
+static Drawn *batch_make(const Config *c, int B) {
+    Drawn *b = (Drawn *)xcalloc(1, sizeof *b, "a batch");
     schedule_make(&b->s, c, DIFFUSION_STEPS);
     b->count = (size_t)c->channels * c->image_size * c->image_size;
     b->x0 = (float *)xcalloc((size_t)B * b->count, sizeof(float), "a batch");
@@ -132,13 +132,13 @@ static Batch *batch_make(const Config *c, int B) {
     return b;
 }
 
-static void batch_free(Batch *b) {
+static void batch_free(Drawn *b) {
     xfree(b->x0);
     xfree(b->noise);
     xfree(b);
 }
 
-static void case_loss(Model *m, Batch *b, const Case *k, int first, int B, double scale) {
+static void case_loss(Model *m, Drawn *b, const Case *k, int first, int B, double scale) {
     model_loss(m, &b->s, b->x0 + (size_t)first * b->count, b->noise + (size_t)first * b->count, k->t + first,
                k->y + first, B, k->n, k->m, scale, b->mse + first, b->vb + first);
 }
@@ -155,7 +155,7 @@ static void hold(const char *name, const real *data, int64_t count) {
     if (!strcmp(name, held_name)) memcpy(held_z, data, (size_t)count * sizeof *data);
 }
 
-static double held_loss(Model *m, Batch *b, const Case *k, const real *base_out) {
+static double held_loss(Model *m, Drawn *b, const Case *k, const real *base_out) {
     const Config *c = &m->config;
     Activations *a = &m->a;
     Solve solve = {.reuse = 1, .reuse_ready = 1};
@@ -178,7 +178,7 @@ static void test_gradient(const Case *k) {
     const double h = 1e-5, limit = 1e-6;
     Config c = case_config(k);
     Model *m = make_model(&c, k->B, k->m, 0, 1);
-    Batch *b = batch_make(&c, k->B);
+    Drawn *b = batch_make(&c, k->B);
     size_t out_count = (size_t)k->B * b->count * (c.learn_sigma ? 2 : 1);
     real *base_out = (real *)xcalloc(out_count, sizeof *base_out, "a test"), *w = m->memory[MODEL_WEIGHTS];
     held_z = (real *)xcalloc((size_t)k->B * (size_t)(config_tokens(&c) * c.width), sizeof *held_z, "a test");
@@ -243,7 +243,7 @@ static double relative_error(const real *a, const real *b, int64_t count) {
 
 static void test_memory_plans(const Case *k) {
     Config c = case_config(k);
-    Batch *b = batch_make(&c, k->B);
+    Drawn *b = batch_make(&c, k->B);
     Model *m[4] = {make_model(&c, k->B, k->m, 0, 1), make_model(&c, k->B, k->m, 1, 1),
                    make_model(&c, k->B + 1, k->m + 2, 0, 1), make_model(&c, 1, k->m, 1, 1)};
     for (int i = 0; i < 4; i++) {
@@ -267,7 +267,7 @@ static void test_memory_plans(const Case *k) {
 
 static void test_threads(const Case *k) {
     Config c = case_config(k);
-    Batch *b = batch_make(&c, k->B);
+    Drawn *b = batch_make(&c, k->B);
     Model *first = NULL;
     for (int threads = 1; threads <= 4; threads++) {
         set_threads(threads);
