@@ -578,6 +578,31 @@ __global__ void patches_kernel(float *tokens, float *pictures, int to_picture, i
         *at = pictures[i];
 }
 
+// pos (T,D): with w_i = 10000^(-i/(D/4)), the token at (row, column) gets [sin(column·w), cos(column·w), sin(row·w),
+// cos(row·w)]
+static void position_embedding(real *pos, int side, int D) {
+    int quarter = D / 4;
+    for (int t = 0; t < side * side; t++)
+        for (int i = 0; i < quarter; i++) {
+            double w = pow(10000, -(double)i / quarter), column = t % side * w, row = t / side * w;
+            real *at = pos + (size_t)t * D + i;
+            at[0] = (real)sin(column);
+            at[quarter] = (real)cos(column);
+            at[2 * quarter] = (real)sin(row);
+            at[3 * quarter] = (real)cos(row);
+        }
+}
+
+// table (1000,256): row t is cos(t·f), then sin(t·f), with f_i = 10000^(-i/128)
+static void time_embeddings(float *table) {
+    for (int t = 0; t < DIFFUSION_STEPS; t++)
+        for (int i = 0; i < 128; i++) {
+            double angle = t * exp(-log(10000) * i / 128);
+            table[t * 256 + i] = (float)cos(angle);
+            table[t * 256 + 128 + i] = (float)sin(angle);
+        }
+}
+
 // freq (B,256) = rows t of the table of embeddings of all timesteps
 __global__ void time_kernel(float *freq, const float *table, const int *t) {
     freq[blockIdx.x * 256 + threadIdx.x] = table[t[blockIdx.x] * 256 + threadIdx.x];
@@ -679,8 +704,8 @@ typedef struct {
     float *picture, *noise;   // (B,C,S,S) x0 in training, x in sampling
     struct LossPlace *places; // (B)
     struct SampleStep *steps; // (1000) in sampling order
-    int *step;
-    double *sums; // (B,2) or partial sums of the gradient norm
+    int *step;                // the place in them
+    double *sums;             // (B,2) or partial sums of the gradient norm
 } Activations;
 
 enum Kind { MODEL_WEIGHTS, MODEL_GRADS, MODEL_ADAM_M, MODEL_ADAM_V, MODEL_EMA };
@@ -1622,8 +1647,8 @@ static void anderson_forward(Model *m, float *z, int k, int window, double mixin
 // Part 3. Learning
 // =====================================================================================================================
 
-// AdamW (arXiv:1711.05101) with decoupled decay, the moving average (EMA) of the weights, and the bf16 copy
-// that the matmuls take, in one pass
+// AdamW (arXiv:1711.05101) with decoupled decay, the moving average (EMA) of the weights, and the bf16 copy that the
+// matmuls take, in one pass
 
 static void model_zero_gradients(Model *m) { gpu_zero(m->memory[MODEL_GRADS], (size_t)m->n_params * sizeof(real)); }
 
@@ -2583,26 +2608,13 @@ static size_t params_bytes(const Model *m) {
     return (size_t)m->n_params * ((m->training ? 5 : 1) * sizeof(real) + (m->half ? sizeof(bf16) : 0));
 }
 
-// pos (T,D) and the embeddings of all timesteps, made once, in double
+// What is made once, in double: positions and timesteps
 static void model_tables(Model *m) {
-    int side = m->config.image_size / m->config.patch, D = m->config.width, quarter = D / 4;
+    int side = m->config.image_size / m->config.patch, D = m->config.width;
     float *pos = (float *)xcalloc((size_t)side * side * D, sizeof *pos, "tables");
     float *time = (float *)xcalloc(DIFFUSION_STEPS * 256, sizeof *time, "tables");
-    for (int t = 0; t < side * side; t++)
-        for (int i = 0; i < quarter; i++) {
-            double w = pow(10000, -(double)i / quarter), column = t % side * w, row = t / side * w;
-            float *at = pos + (size_t)t * D + i;
-            at[0] = (float)sin(column);
-            at[quarter] = (float)cos(column);
-            at[2 * quarter] = (float)sin(row);
-            at[3 * quarter] = (float)cos(row);
-        }
-    for (int t = 0; t < DIFFUSION_STEPS; t++)
-        for (int i = 0; i < 128; i++) {
-            double angle = t * exp(-log(10000) * i / 128);
-            time[t * 256 + i] = (float)cos(angle);
-            time[t * 256 + 128 + i] = (float)sin(angle);
-        }
+    position_embedding(pos, side, D);
+    time_embeddings(time);
     gpu_upload(m->a.pos, pos, (size_t)side * side * D * sizeof(float));
     gpu_upload(m->a.time_table, time, DIFFUSION_STEPS * 256 * sizeof(float));
     gpu_wait();
