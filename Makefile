@@ -20,8 +20,11 @@ TEST := -Wno-unused-function
 
 all: train_cpu sample_cpu bench_cpu test_cpu
 
-train_cpu sample_cpu bench_cpu train_cpu_asan sample_cpu_asan bench_cpu_asan: fpdm_cpu.c
-	$(CPU) -DPROGRAM=$(if $(filter train%,$@),TRAIN,$(if $(filter sample%,$@),SAMPLE,BENCH)) $< -o $@ -lm
+train_cpu sample_cpu train_cpu_asan sample_cpu_asan: fpdm_cpu.c
+	$(CPU) -DPROGRAM=$(if $(filter train%,$@),TRAIN,SAMPLE) $< -o $@ -lm
+
+bench_cpu bench_cpu_asan: test/bench.c fpdm_cpu.c
+	$(CPU) $(TEST) $< -o $@ -lm
 
 test_cpu test_cpu_asan: test/test.c fpdm_cpu.c
 	$(CPU) $(TEST) $< -o $@ -lm

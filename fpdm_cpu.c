@@ -5,9 +5,15 @@
 //   make sample_cpu && ./sample_cpu     draws pictures from trained weights
 //   make bench_cpu && ./bench_cpu       measures speed and memory;      make test: tests;      --help: every option
 //
-// Order: utilities, random numbers, files, options, data, parameters (these are the same bytes in fpdm.cu); then matmul
-// and layers, each forward above its backward; the model with its fixed point; loss, sampler, optimiser; last the
-// programs.
+// Search for    What you learn there
+// "Interface"   the few functions of Part 5 that the model asks for
+// "Part 1"      the model: its equations, its parameters, each layer above its gradient, the fixed point, the whole
+// "Part 2"      diffusion: noise schedule, training loss, samplers, how a budget of iterations is spent
+// "Part 3"      learning: AdamW, the moving average of the weights, the training loop
+// "Part 4"      speed and memory: the matrix product that everything runs on, exp, where activations lie
+// "Part 5"      plumbing: random numbers, files, options, pictures, data, the programs; nothing new about the model
+//
+// "Shared block" marks what fpdm_cpu.c and fpdm.cu have in common, byte for byte.
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -27,7 +33,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -42,15 +47,1786 @@
 typedef REAL real;
 
 // =====================================================================================================================
-// Shared with fpdm.cu: from here to the next such line, both files hold the same bytes.
+// Shared block 1 of 4. Interface: what stands in Part 5, as far as the parts before it use it
+// =====================================================================================================================
+
+// Every mistake of the user ends in die: one line on standard error, exit status 1.
+__attribute__((noreturn, format(printf, 1, 2))) static void die(const char *fmt, ...);
+static void *xcalloc(size_t count, size_t size, const char *what); // zeroed and aligned, or the program ends
+static void xfree(void *p);
+static double now_ms(void);
+
+// Random numbers have no state: a draw is a function of (seed, index, step, stream).
+enum Streams {
+    STREAM_INIT,    // initial weights
+    STREAM_DATA,    // which samples make a batch; the pictures of `shapes`
+    STREAM_T,       // timesteps
+    STREAM_NOISE,   // noise added in training
+    STREAM_DROP,    // labels dropped for guidance
+    STREAM_NM,      // numbers of iterations without and with gradient
+    STREAM_XT,      // noise that sampling starts from
+    STREAM_Z,       // noise added during sampling
+    STREAM_AUGMENT, // flips
+};
+static void philox(uint32_t out[4], uint64_t seed, uint32_t index, uint32_t step, uint32_t stream);
+static double rng_uniform(uint32_t word);             // 0..1
+static uint32_t rng_below(uint32_t word, uint32_t n); // 0..n-1
+static void rng_normal(float *out, size_t count, size_t first, uint64_t seed, uint32_t step, uint32_t stream);
+
+typedef struct Dataset Dataset; // pictures and labels: x (count,C,S,S), y (count) of a part of a step's batch
+static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch, int first, int count, int hflip,
+                          double label_drop);
+
+// =====================================================================================================================
+// Part 1. The model
+//
+//   tokens = patches of x_t · patch + pos                        pos is fixed: sines and cosines of row and column
+//   cond   = time2·silu(time0·[cos(t·f), sin(t·f)]) + label_table[y],  f_i = 10000^(-i/128), i = 0..127
+//   cond_pp = label_table[y] alone, or with timestep_in_pre_post all of cond
+//   h      = pre blocks (tokens, cond_pp)
+//   inj    = inject·h                                            the input injection: z may forget x_t, inj does not
+//   z_0    = h, or in sampling the solution of the timestep before
+//   z_k    = block( fp2·gelu(fp1·[z_{k-1}; inj]), cond )         the same weights for every k, until z settles
+//   out    = unpatch( final·modulate(post blocks (z_K, cond_pp)) )
+//
+//   block(x, c):   shift1, scale1, gate1, shift2, scale2, gate2 = ada·silu(c);   modulate(x) = LN(x)·(1+scale)+shift
+//       x <- x + gate1·proj(attention(qkv(modulate1(x))))
+//       x <- x + gate2·fc2(gelu(fc1(modulate2(x))))
+//
+// Every layer but LN has a bias, left out above; gelu is the tanh form, a softmax's scale 1/sqrt(head size), the MLP's
+// width 4D. With fixed_point 0 the model is plain DiT (arXiv:2212.09748): `depth` blocks in a row that all see cond.
+// =====================================================================================================================
+
+enum Prediction { PREDICT_EPS, PREDICT_V, PREDICT_FLOW };
+enum VWeight { V_WEIGHT_1, V_WEIGHT_P2 };
+enum { DIFFUSION_STEPS = 1000 };
+enum Arithmetic { COMPUTE_AUTO, COMPUTE_FP32, COMPUTE_BF16 }; // of --dtype
+
+typedef struct {     // what a weight file's metadata says: the model and the diffusion that it was trained for
+    int image_size;  // H = W of the input, pixels (or latent pixels)
+    int channels;    // C
+    int patch;       // p: tokens T = (image_size / p)^2
+    int width;       // D
+    int heads;       // H: head size hd = D / H
+    int mlp_ratio;   // always 4
+    int classes;     // label `classes` is the "no label" token; 0 for unlabelled data
+    int learn_sigma; // 2C output channels: prediction, then variance
+    int fixed_point; // 0: plain DiT
+    int depth;       // DiT: blocks; fixed point: sets the default iterations, depth - pre - post
+    int pre_depth, post_depth;
+    int timestep_in_pre_post;
+    int prediction; // enum Prediction
+    int zero_terminal_snr;
+    int v_weight;        // enum VWeight
+    int diffusion_steps; // always 1000
+} Config;
+
+static size_t config_pixels(const Config *c) { return (size_t)c->channels * c->image_size * c->image_size; }
+static int config_tokens(const Config *c) { return (c->image_size / c->patch) * (c->image_size / c->patch); }
+static int config_out_channels(const Config *c) { return c->learn_sigma ? 2 * c->channels : c->channels; }
+static int config_blocks(const Config *c) { return c->fixed_point ? c->pre_depth + 1 + c->post_depth : c->depth; }
+static int config_iterations(const Config *c) { // default iterations per timestep
+    int k = c->depth - c->pre_depth - c->post_depth;
+    return k < 1 ? 1 : k;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Parameters: one allocation each for weights, gradients, the two Adam moments and the EMA, all laid out alike. One
+// walk makes both the list of tensors, with their names in the published PyTorch state dict, and the pointers into an
+// allocation.
+
+typedef struct {
+    real *qkv_w, *qkv_b;   // (3D,D), (3D)
+    real *proj_w, *proj_b; // (D,D), (D)
+    real *fc1_w, *fc1_b;   // (4D,D), (4D)
+    real *fc2_w, *fc2_b;   // (D,4D), (D)
+    real *ada_w, *ada_b;   // (6D,D), (6D): shift1, scale1, gate1, shift2, scale2, gate2
+} BlockParams;
+
+enum { MAX_BLOCKS = 66 }; // pre, the fixed-point block and post; or DiT's
+typedef struct {
+    real *patch_w, *patch_b;         // (D,C·p·p), (D)
+    real *time0_w, *time0_b;         // (D,256), (D)
+    real *time2_w, *time2_b;         // (D,D), (D)
+    real *label_table;               // (classes+1,D)
+    BlockParams block[MAX_BLOCKS];   // pre blocks, [fixed-point block], post blocks
+    real *inject_w, *inject_b;       // (D,D), (D)     block_pre_projection
+    real *fp1_w, *fp1_b;             // (2D,2D), (2D)  block_fixed_point_projection_fc1: columns of z, then of inj
+    real *fp2_w, *fp2_b;             // (D,2D), (D)    block_fixed_point_projection_fc2
+    real *final_w, *final_b;         // (p·p·Cout,D), (p·p·Cout)
+    real *final_ada_w, *final_ada_b; // (2D,D), (2D): shift, scale
+} Params;
+
+enum { INIT_ZERO, INIT_XAVIER, INIT_NORMAL };
+typedef struct {
+    char name[80];
+    int init, ndim;
+    int64_t shape[4];
+    int64_t offset, count; // in elements of the allocation
+} ParamTensor;
+
+typedef struct {
+    real *memory;      // NULL: the sizes alone
+    ParamTensor *list; // may be NULL
+    int count;
+    int64_t size;
+} ParamWalk;
+
+// The next tensor, GROUP + NAME; pass 1 for the dimensions beyond ndim.
+static real *param(ParamWalk *w, const char *group, const char *name, int init, int ndim, int64_t n0, int64_t n1,
+                   int64_t n2, int64_t n3) {
+    ParamTensor t = {"", init, ndim, {n0, n1, n2, n3}, w->size, n0 * n1 * n2 * n3};
+    snprintf(t.name, sizeof t.name, "%s%s", group, name);
+    if (w->list) w->list[w->count] = t;
+    w->count++;
+    w->size += t.count;
+    return w->memory ? w->memory + t.offset : NULL;
+}
+
+// weight (N,K) and bias (N) of the layer GROUP + NAME
+static void param_linear(ParamWalk *w, const char *group, const char *name, int init, int64_t N, int64_t K,
+                         real **weight, real **bias) {
+    char layer[64];
+    snprintf(layer, sizeof layer, "%s%s", group, name);
+    *weight = param(w, layer, ".weight", init, 2, N, K, 1, 1);
+    *bias = param(w, layer, ".bias", INIT_ZERO, 1, N, 1, 1, 1);
+}
+
+// `format` is the block's name, with a place for its index.
+static void param_block(ParamWalk *w, const char *format, int index, BlockParams *p, int64_t D) {
+    char block[40];
+    snprintf(block, sizeof block, format, index);
+    param_linear(w, block, ".attn.qkv", INIT_XAVIER, 3 * D, D, &p->qkv_w, &p->qkv_b);
+    param_linear(w, block, ".attn.proj", INIT_XAVIER, D, D, &p->proj_w, &p->proj_b);
+    param_linear(w, block, ".mlp.fc1", INIT_XAVIER, 4 * D, D, &p->fc1_w, &p->fc1_b);
+    param_linear(w, block, ".mlp.fc2", INIT_XAVIER, D, 4 * D, &p->fc2_w, &p->fc2_b);
+    param_linear(w, block, ".adaLN_modulation.1", INIT_ZERO, 6 * D, D, &p->ada_w, &p->ada_b);
+}
+
+// Points *p into `memory` and fills `list`; either may be NULL. The walk that comes back says how many tensors `list`
+// needs room for, and how many elements `memory`.
+static ParamWalk params_point(Params *p, const Config *c, real *memory, ParamTensor *list) {
+    ParamWalk walk = {memory, list, 0, 0}, *w = &walk;
+    int64_t D = c->width, outputs = (int64_t)c->patch * c->patch * config_out_channels(c);
+    p->patch_w = param(w, "x_embedder.proj", ".weight", INIT_XAVIER, 4, D, c->channels, c->patch, c->patch);
+    p->patch_b = param(w, "x_embedder.proj", ".bias", INIT_ZERO, 1, D, 1, 1, 1);
+    param_linear(w, "t_embedder", ".mlp.0", INIT_NORMAL, D, 256, &p->time0_w, &p->time0_b);
+    param_linear(w, "t_embedder", ".mlp.2", INIT_NORMAL, D, D, &p->time2_w, &p->time2_b);
+    p->label_table = param(w, "y_embedder", ".embedding_table.weight", INIT_NORMAL, 2, c->classes + 1, D, 1, 1);
+    for (int i = 0; !c->fixed_point && i < c->depth; i++) param_block(w, "blocks.%d", i, &p->block[i], D);
+    if (c->fixed_point) {
+        const char *fp = "block_fixed_point";
+        int pre = c->pre_depth;
+        for (int i = 0; i < pre; i++) param_block(w, "blocks_pre.%d", i, &p->block[i], D);
+        param_linear(w, "block_pre", "_projection", INIT_XAVIER, D, D, &p->inject_w, &p->inject_b);
+        param_linear(w, fp, "_projection_fc1", INIT_XAVIER, 2 * D, 2 * D, &p->fp1_w, &p->fp1_b);
+        param_linear(w, fp, "_projection_fc2", INIT_XAVIER, D, 2 * D, &p->fp2_w, &p->fp2_b);
+        param_block(w, fp, 0, &p->block[pre], D);
+        for (int i = 0; i < c->post_depth; i++) param_block(w, "blocks_post.%d", i, &p->block[pre + 1 + i], D);
+    }
+    param_linear(w, "final_layer", ".linear", INIT_ZERO, outputs, D, &p->final_w, &p->final_b);
+    param_linear(w, "final_layer", ".adaLN_modulation.1", INIT_ZERO, 2 * D, D, &p->final_ada_w, &p->final_ada_b);
+    return walk;
+}
+
+// Initial weights: Xavier uniform, normal 0.02, or zero; tensor number k of the list draws with step k.
+static void params_init(float *memory, const ParamTensor *list, int count, uint64_t seed) {
+    for (int k = 0; k < count; k++) {
+        const ParamTensor *t = &list[k];
+        float *w = memory + t->offset;
+        memset(w, 0, (size_t)t->count * sizeof *w);
+        if (t->init == INIT_NORMAL) {
+            rng_normal(w, (size_t)t->count, 0, seed, (uint32_t)k, STREAM_INIT);
+            for (int64_t e = 0; e < t->count; e++) w[e] = (float)(0.02 * w[e]);
+        }
+        if (t->init != INIT_XAVIER) continue;
+        double range = sqrt(6.0 / (double)(t->shape[0] + t->count / t->shape[0])); // fan-out and fan-in
+#pragma omp parallel for schedule(static)
+        for (int64_t first = 0; first < t->count; first += 4) {
+            uint32_t word[4];
+            philox(word, seed, (uint32_t)(first / 4), (uint32_t)k, STREAM_INIT);
+            for (int64_t e = first; e < t->count && e < first + 4; e++)
+                w[e] = (float)((2 * rng_uniform(word[e % 4]) - 1) * range);
+        }
+    }
+}
+
+// How sampling watches and steers the fixed point; training passes NULL.
+typedef struct {
+    int reuse, reuse_ready;    // start from the solution of the timestep before, once there is one
+    int want_residual, window; // window: of Anderson acceleration, 0 for plain iteration
+    double tol, mixing;        // stop when the residual is below tol
+    double residuals[1000];    // of the iterations that ran, when wanted
+    int ran;
+} Solve;
+enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: earlier results, and with the newest
+
+// =====================================================================================================================
+// End of shared block 1
 // =====================================================================================================================
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Utilities: errors, memory, time, files that appear whole or not at all
+// Layers: each forward above its backward. B pictures, T tokens, D width, H heads, hd head size. Matrices are
+// row-major. Outputs come first. A backward adds (+=) to weight and modulation gradients, and says whether it adds to
+// its input's.
 
-// Every mistake of the user ends here: one line on standard error, exit status 1. Control characters are masked because
-// names that come out of files are printed, and because a message must stay one line.
-__attribute__((noreturn, format(printf, 1, 2))) static void die(const char *fmt, ...) {
+// From Part 4: C (M,N; row stride ldc) = A.B + bias, or += with `add`; element (i,k) of A is A[i*ars + k*acs], (k,j) of
+// B is B[k*brs + j*bcs]; bias (N) or NULL. Uses all threads, but inside a parallel region only the one that calls.
+static void gemm(real *C, size_t ldc, const real *A, size_t ars, size_t acs, const real *B, size_t brs, size_t bcs,
+                 const real *bias, int add, int M, int N, int K);
+static inline real exp_real(real x); // exp in arithmetic that becomes vector instructions
+
+#ifdef _OPENMP
+static int max_threads(void) { return omp_get_max_threads(); }
+static int thread_index(void) { return omp_get_thread_num(); }
+#else
+static int max_threads(void) { return 1; }
+static int thread_index(void) { return 0; }
+#endif
+
+// out (M,N) = in (M,K)·w^T + b; w (N,K), b (N)
+static void linear_forward(real *out, const real *in, const real *w, const real *b, int M, int K, int N) {
+    gemm(out, N, in, K, 1, w, 1, K, b, 0, M, N, K);
+}
+
+// db (N) += sum over the rows of dout (M,N). Columns are shared out, so each sum has one order for any number of
+// threads.
+static void bias_backward(real *db, const real *dout, int M, int N) {
+#pragma omp parallel for schedule(static)
+    for (int first = 0; first < N; first += 64) {
+        int last = first + 64 < N ? first + 64 : N;
+        for (int i = 0; i < M; i++)
+#pragma omp simd
+            for (int j = first; j < last; j++) db[j] += dout[(size_t)i * N + j];
+    }
+}
+
+// dw (N,K) += dout^T·in,  db += column sums of dout,  din (M,K) = dout·w (skipped when NULL)
+static void linear_backward(real *din, real *dw, real *db, const real *dout, const real *in, const real *w, int M,
+                            int K, int N) {
+    gemm(dw, K, dout, 1, N, in, K, 1, NULL, 1, N, K, M);
+    if (db) bias_backward(db, dout, M, N);
+    if (din) gemm(din, K, dout, N, 1, w, K, 1, NULL, 0, M, K, N);
+}
+
+// mean and 1/sigma of a row x (D), eps 1e-6
+static inline void row_statistics(real *mean, real *rstd, const real *x, int D) {
+    real sum = 0, var = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int d = 0; d < D; d++) sum += x[d];
+    sum /= D;
+#pragma omp simd reduction(+ : var)
+    for (int d = 0; d < D; d++) var += (x[d] - sum) * (x[d] - sum);
+    *mean = sum;
+    *rstd = 1 / (real)sqrt((double)(var / D) + 1e-6);
+}
+
+// out (B,T,D) = LN(x)·(1+scale)+shift; LN without weights. mod points at picture 0's shift (D) and, after it,
+// scale (D); `stride` is the distance to the next picture's.
+static void layernorm_modulate_forward(real *out, const real *x, const real *mod, int stride, int B, int T, int D) {
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < B * T; i++) {
+        const real *xi = x + (size_t)i * D, *shift = mod + (size_t)(i / T) * stride, *scale = shift + D;
+        real *oi = out + (size_t)i * D, mean, rstd;
+        row_statistics(&mean, &rstd, xi, D);
+#pragma omp simd
+        for (int d = 0; d < D; d++) oi[d] = (xi[d] - mean) * rstd * (1 + scale[d]) + shift[d];
+    }
+}
+
+// dx += the gradient through LN; dmod (as mod) += sums over the picture's tokens: dshift = sum dout, dscale = sum
+// dout·LN(x). stats (B·T,2) is scratch for mean and 1/sigma, which are cheaper to compute again than to keep.
+static void layernorm_modulate_backward(real *dx, real *dmod, real *stats, const real *dout, const real *x,
+                                        const real *mod, int stride, int B, int T, int D) {
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < B * T; i++) {
+        const real *xi = x + (size_t)i * D, *gi = dout + (size_t)i * D, *scale = mod + (size_t)(i / T) * stride + D;
+        real *di = dx + (size_t)i * D, mean, rstd, g_mean = 0, gx_mean = 0;
+        row_statistics(&mean, &rstd, xi, D);
+#pragma omp simd reduction(+ : g_mean, gx_mean)
+        for (int d = 0; d < D; d++) {
+            real g = gi[d] * (1 + scale[d]);
+            g_mean += g;
+            gx_mean += g * (xi[d] - mean);
+        }
+        g_mean /= D;
+        gx_mean *= rstd * rstd / D;
+#pragma omp simd
+        for (int d = 0; d < D; d++) di[d] += rstd * (gi[d] * (1 + scale[d]) - g_mean - (xi[d] - mean) * gx_mean);
+        stats[2 * i] = mean;
+        stats[2 * i + 1] = rstd;
+    }
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int b = 0; b < B; b++)
+        for (int first = 0; first < D; first += 64) {
+            int last = first + 64 < D ? first + 64 : D;
+            real *dshift = dmod + (size_t)b * stride, *dscale = dshift + D;
+            for (int i = b * T; i < (b + 1) * T; i++) {
+                real mean = stats[2 * i], rstd = stats[2 * i + 1];
+#pragma omp simd
+                for (int d = first; d < last; d++) {
+                    real g = dout[(size_t)i * D + d];
+                    dshift[d] += g;
+                    dscale[d] += g * (x[(size_t)i * D + d] - mean) * rstd;
+                }
+            }
+        }
+}
+
+// Multi-head attention without mask. qkv (B,T,3D): per token q|k|v, head, channel; out (B,T,D). One task is a block of
+// query rows of one head, so the T×T matrix never exists; lse (B,H,T) keeps log sum exp of each row for the backward
+// pass.
+enum { QUERY_ROWS = 128 };
+static void attention_forward(real *out, real *lse, const real *qkv, real *scores, int B, int T, int D, int H) {
+    int hd = D / H, row_blocks = (T + QUERY_ROWS - 1) / QUERY_ROWS;
+    real scale = 1 / (real)sqrt((double)hd);
+#pragma omp parallel for schedule(static)
+    for (int task = 0; task < B * H * row_blocks; task++) {
+        int b = task / (H * row_blocks), h = task / row_blocks % H, first = task % row_blocks * QUERY_ROWS;
+        int rows = T - first < QUERY_ROWS ? T - first : QUERY_ROWS;
+        const real *q = qkv + (size_t)b * T * 3 * D + h * hd, *k = q + D, *v = q + 2 * D;
+        real *s = scores + (size_t)thread_index() * 2 * QUERY_ROWS * T,
+             *row_lse = lse + ((size_t)b * H + h) * T + first;
+        gemm(s, T, q + (size_t)first * 3 * D, 3 * D, 1, k, 1, 3 * D, NULL, 0, rows, T, hd);
+        for (int i = 0; i < rows; i++) {
+            real *si = s + (size_t)i * T, max = si[0], sum = 0;
+#pragma omp simd reduction(max : max)
+            for (int j = 0; j < T; j++) max = si[j] > max ? si[j] : max;
+#pragma omp simd reduction(+ : sum)
+            for (int j = 0; j < T; j++) {
+                si[j] = exp_real((si[j] - max) * scale);
+                sum += si[j];
+            }
+            real inverse = 1 / sum;
+#pragma omp simd
+            for (int j = 0; j < T; j++) si[j] *= inverse;
+            row_lse[i] = max * scale + (real)log((double)sum);
+        }
+        gemm(out + ((size_t)b * T + first) * D + h * hd, D, s, T, 1, v, 3 * D, 1, NULL, 0, rows, hd, T);
+    }
+}
+
+// dqkv (B,T,3D) is overwritten. Row block by row block, with P recomputed from q, k and lse:
+// dv += P^T·dout;  dP = dout·v^T;  dS = P·(dP - sum(dout·out))·scale;  dq = dS·k;  dk += dS^T·q
+static void attention_backward(real *dqkv, const real *dout, const real *out, const real *lse, const real *qkv,
+                               real *scores, int B, int T, int D, int H) {
+    int hd = D / H;
+    real scale = 1 / (real)sqrt((double)hd);
+#pragma omp parallel for schedule(static)
+    for (int task = 0; task < B * H; task++) {
+        int b = task / H, h = task % H;
+        size_t at = (size_t)b * T * 3 * D + h * hd;
+        const real *q = qkv + at, *k = q + D, *v = q + 2 * D;
+        real *dq = dqkv + at, *dk = dq + D, *dv = dq + 2 * D;
+        real *p = scores + (size_t)thread_index() * 2 * QUERY_ROWS * T, *dp = p + QUERY_ROWS * T;
+        for (int first = 0; first < T; first += QUERY_ROWS) {
+            int rows = T - first < QUERY_ROWS ? T - first : QUERY_ROWS, more = first > 0;
+            const real *go = dout + ((size_t)b * T + first) * D + h * hd,
+                       *o = out + ((size_t)b * T + first) * D + h * hd;
+            gemm(p, T, q + (size_t)first * 3 * D, 3 * D, 1, k, 1, 3 * D, NULL, 0, rows, T, hd);
+            gemm(dp, T, go, D, 1, v, 1, 3 * D, NULL, 0, rows, T, hd);
+            for (int i = 0; i < rows; i++) {
+                real *pi = p + (size_t)i * T, *di = dp + (size_t)i * T,
+                     row_lse = lse[((size_t)b * H + h) * T + first + i], dot = 0;
+#pragma omp simd reduction(+ : dot)
+                for (int d = 0; d < hd; d++) dot += go[(size_t)i * D + d] * o[(size_t)i * D + d];
+#pragma omp simd
+                for (int j = 0; j < T; j++) {
+                    pi[j] = exp_real(pi[j] * scale - row_lse);
+                    di[j] = pi[j] * (di[j] - dot) * scale;
+                }
+            }
+            gemm(dv, 3 * D, p, 1, T, go, D, 1, NULL, more, T, hd, rows);
+            gemm(dq + (size_t)first * 3 * D, 3 * D, dp, T, 1, k, 3 * D, 1, NULL, 0, rows, hd, T);
+            gemm(dk, 3 * D, dp, 1, T, q + (size_t)first * 3 * D, 3 * D, 1, NULL, more, T, hd, rows);
+        }
+    }
+}
+
+// Element by element; pieces of fixed size, because the last elements of a loop may be rounded otherwise than those
+// that fill a vector, and where a loop ends must not depend on the number of threads.
+enum { PIECE = 1 << 12 };
+#define FOR_EACH_PIECE \
+    _Pragma("omp parallel for schedule(static)") for (size_t piece = 0; piece < count; piece += PIECE)
+#define FOR_EACH_ELEMENT \
+    _Pragma("omp simd") for (size_t i = piece; i < (piece + PIECE < count ? piece + PIECE : count); i++)
+
+// gelu in its tanh form: with u = 2·sqrt(2/pi)·(x + 0.044715·x^3), gelu(x) = x/2·(1 + tanh(u/2)) = x·sigmoid(u)
+#define GELU_SLOPE ((real)1.5957691216057308)
+#define GELU_CUBIC ((real)0.044715)
+static void gelu_forward(real *out, const real *in, size_t count) {
+    FOR_EACH_PIECE FOR_EACH_ELEMENT {
+        out[i] = in[i] / (1 + exp_real(-GELU_SLOPE * in[i] * (1 + GELU_CUBIC * in[i] * in[i])));
+    }
+}
+
+// out = gelu(x) once more, and x is replaced by gelu'(x): the exponential is shared, and x is not needed again.
+static void gelu_derivative(real *out, real *x, size_t count) {
+    FOR_EACH_PIECE FOR_EACH_ELEMENT {
+        real xi = x[i], xx = xi * xi, e = exp_real(-GELU_SLOPE * xi * (1 + GELU_CUBIC * xx)), s = 1 / (1 + e);
+        out[i] = xi * s;
+        x[i] = s * (1 + xi * (e * s) * GELU_SLOPE * (1 + 3 * GELU_CUBIC * xx));
+    }
+}
+
+static void multiply(real *x, const real *y, size_t count) { FOR_EACH_PIECE FOR_EACH_ELEMENT x[i] *= y[i]; }
+
+static void add(real *x, const real *y, size_t count) { FOR_EACH_PIECE FOR_EACH_ELEMENT x[i] += y[i]; }
+
+// silu(x) = x·sigmoid(x), only ever applied to (B,D)
+static void silu_forward(real *out, const real *x, size_t count) {
+    for (size_t i = 0; i < count; i++) out[i] = x[i] / (1 + (real)exp((double)-x[i]));
+}
+
+// dx += dout·silu'(x)
+static void silu_backward(real *dx, const real *dout, const real *x, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        real sigmoid = 1 / (1 + (real)exp((double)-x[i]));
+        dx[i] += dout[i] * sigmoid * (1 + x[i] * (1 - sigmoid));
+    }
+}
+
+// out (B,T,D) = x + gate·branch, gate (D) of picture b at gate + b·stride. out may be x.
+static void gated_residual_forward(real *out, const real *x, const real *gate, int stride, const real *branch, int B,
+                                   int T, int D) {
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < B * T; i++) {
+        const real *g = gate + (size_t)(i / T) * stride;
+#pragma omp simd
+        for (int d = 0; d < D; d++) out[(size_t)i * D + d] = x[(size_t)i * D + d] + g[d] * branch[(size_t)i * D + d];
+    }
+}
+
+// dbranch = dout·gate, dgate += sum over tokens of dout·branch; the gradient of x is dout itself. dbranch may be
+// branch.
+static void gated_residual_backward(real *dbranch, real *dgate, const real *dout, const real *gate, int stride,
+                                    const real *branch, int B, int T, int D) {
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int b = 0; b < B; b++)
+        for (int first = 0; first < D; first += 64) {
+            int last = first + 64 < D ? first + 64 : D;
+            real *dg = dgate + (size_t)b * stride;
+            const real *g = gate + (size_t)b * stride;
+            for (size_t i = (size_t)b * T; i < (size_t)(b + 1) * T; i++)
+#pragma omp simd
+                for (int d = first; d < last; d++) {
+                    dg[d] += dout[i * D + d] * branch[i * D + d];
+                    dbranch[i * D + d] = dout[i * D + d] * g[d];
+                }
+        }
+}
+
+// patches (B,T,C·p·p) from x (B,C,S,S), each flattened as (channel, row, column)
+static void unfold(real *patches, const real *x, int B, int C, int S, int p) {
+    int side = S / p;
+#pragma omp parallel for schedule(static)
+    for (int b = 0; b < B; b++)
+        for (int c = 0; c < C; c++)
+            for (int i = 0; i < S; i++)
+                for (int j = 0; j < S; j++)
+                    patches[((((size_t)b * side + i / p) * side + j / p) * C + c) * p * p + i % p * p + j % p] =
+                        x[(((size_t)b * C + c) * S + i) * S + j];
+}
+
+// Between tokens (B,T,p·p·C), a patch as (row, column, channel), and pictures (B,C,S,S): to_picture gives the
+// direction.
+static void unpatch(real *pictures, real *tokens, int to_picture, int B, int C, int S, int p) {
+    int side = S / p;
+#pragma omp parallel for schedule(static)
+    for (int b = 0; b < B; b++)
+        for (int c = 0; c < C; c++)
+            for (int i = 0; i < S; i++)
+                for (int j = 0; j < S; j++) {
+                    real *token =
+                        tokens + ((((size_t)b * side + i / p) * side + j / p) * p * p + i % p * p + j % p) * C + c;
+                    real *pixel = pictures + (((size_t)b * C + c) * S + i) * S + j;
+                    if (to_picture)
+                        *pixel = *token;
+                    else
+                        *token = *pixel;
+                }
+}
+
+// pos (T,D): with w_i = 10000^(-i/(D/4)), the token at (row, column) gets [sin(column·w), cos(column·w), sin(row·w),
+// cos(row·w)]
+static void position_embedding(real *pos, int side, int D) {
+    int quarter = D / 4;
+    for (int t = 0; t < side * side; t++)
+        for (int i = 0; i < quarter; i++) {
+            double w = pow(10000, -(double)i / quarter), column = t % side * w, row = t / side * w;
+            real *at = pos + (size_t)t * D + i;
+            at[0] = (real)sin(column);
+            at[quarter] = (real)cos(column);
+            at[2 * quarter] = (real)sin(row);
+            at[3 * quarter] = (real)cos(row);
+        }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Activations: one allocation. The layers of the path that gets a gradient stand in a row, layer[l].x being the input
+// of number l and the output of the one before:
+//
+//   pre blocks | the injection: x is h | m iterations: x is z_n, z_{n+1}, ... | post blocks | x alone: the last output
+//   DiT: all blocks                                                                         | x alone: the last output
+//
+// The n iterations without gradient happen in place, in the x of the first iteration with gradient. With `recompute`
+// all layers share the rest of a Layer, which the backward pass fills again from x. A model that only samples has one x
+// and one rest: everything happens in place.
+
+typedef struct {
+    real *x;    // (B,T,D) input
+    real *u;    // (B,T,2D) iterations only: the projection before its gelu
+    real *in;   // (B,T,D)  iterations only: the block's input; elsewhere it is x
+    real *qkv;  // (B,T,3D)
+    real *lse;  // (B,H,T)
+    real *att;  // (B,T,D)
+    real *proj; // (B,T,D)
+    real *fc1;  // (B,T,4D) before its gelu
+    real *fc2;  // (B,T,D)
+} Layer;
+
+typedef struct {
+    Layer *layer;
+    real *pos;         // (T,D)
+    real *x_t;         // (B,C,S,S) input of the model
+    real *out;         // (B,Cout,S,S) its output
+    real *patches;     // (B,T,C·p·p)
+    real *time_freq;   // (B,256)
+    real *time_hidden; // (B,D) before silu
+    real *time_silu;   // (B,D)
+    real *cond;        // (B,D) c = t_emb + y_emb
+    real *cond_pp;     // (B,D) condition of pre, post and final layers: c or y_emb
+    real *cond_silu, *cond_pp_silu;
+    real *mod;       // (blocks,B,6D), computed once per timestep
+    real *final_mod; // (B,2D)
+    real *inj;       // (B,T,D) injection
+    real *inj_part;  // (B,T,2D) the half of the projection that does not change while z iterates
+    real *normed;    // (B,T,D) scratch: LN output
+    real *gelu;      // (B,T,4D) scratch: gelu output
+    real *patch_out; // (B,T,p·p·Cout)
+    real *scores;    // (threads,2,QUERY_ROWS,T) attention scratch
+    real *z_before;  // (B,T,D) z_{k-1} where it is needed (sampling)
+    real *reused;    // (B,T,D) the solution of the timestep before (sampling)
+    real *history;   // (B,window+1,2,T,D) Anderson acceleration: of each iteration in the window f, then g
+    double *gram;    // (B,HISTORY,HISTORY) the products of its f
+    // backward
+    real *dx, *dnormed; // (B,T,D)
+    real *dwide;        // (B,T,4D) scratch: the gradient of fc1, qkv or u, whichever is at hand
+    real *mid;          // (B,T,D) scratch: between a block's two branches
+    real *du_sum;       // (B,T,2D) gradient of inj_part, summed over the iterations
+    real *dmod, *dfinal_mod, *dcond, *dcond_pp, *dcond_silu, *dcond_pp_silu, *dtime, *stats;
+    real *dout; // (B,Cout,S,S)
+} Activations;
+
+enum Kind { MODEL_WEIGHTS, MODEL_GRADS, MODEL_ADAM_M, MODEL_ADAM_V, MODEL_EMA };
+typedef struct {
+    Config config;
+    int batch, max_m, recompute, training, window; // what the activations have room for
+    int n_tensors;
+    ParamTensor *tensors;
+    int64_t n_params;
+    real *memory[5]; // by enum Kind; only weights unless training
+    Params p, g;
+    Activations a;
+    real *activations; // what `a` points into
+    size_t activation_bytes;
+    int *labels;                                                      // of the current batch, for the backward pass
+    int B, m;                                                         // of the current forward pass
+    void (*probe)(const char *name, const real *data, int64_t count); // tests look at activations through this
+} Model;
+
+static void show_probe(Model *m, const char *name, int k, const real *data, int64_t count) {
+    char text[32];
+    if (!m->probe) return;
+    snprintf(text, sizeof text, k ? "%s.%d" : "%s", name, k);
+    m->probe(text, data, count);
+}
+
+// shift1, scale1, gate1, shift2, scale2, gate2 (6D) of block `index` and picture 0, in a->mod or a->dmod; the next
+// picture's follow.
+static real *block_mod(const Model *m, real *mod, int index) {
+    return mod + (size_t)index * m->batch * 6 * m->config.width;
+}
+
+// out = Block(x, c): adaLN-Zero transformer block; l keeps what the backward pass needs. out may be x.
+//   mid = x + gate1·proj(attention(LN(x)·(1+scale1)+shift1))
+//   out = mid + gate2·fc2(gelu(fc1(LN(mid)·(1+scale2)+shift2)))
+static void block_forward(Model *m, real *out, const real *x, Layer *l, int index) {
+    Activations *a = &m->a;
+    const BlockParams *p = &m->p.block[index];
+    const real *mod = block_mod(m, a->mod, index);
+    int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T, stride = 6 * D;
+    layernorm_modulate_forward(a->normed, x, mod, stride, B, T, D);
+    linear_forward(l->qkv, a->normed, p->qkv_w, p->qkv_b, M, D, 3 * D);
+    attention_forward(l->att, l->lse, l->qkv, a->scores, B, T, D, m->config.heads);
+    linear_forward(l->proj, l->att, p->proj_w, p->proj_b, M, D, D);
+    gated_residual_forward(out, x, mod + 2 * D, stride, l->proj, B, T, D);
+    layernorm_modulate_forward(a->normed, out, mod + 3 * D, stride, B, T, D);
+    linear_forward(l->fc1, a->normed, p->fc1_w, p->fc1_b, M, D, 4 * D);
+    gelu_forward(a->gelu, l->fc1, (size_t)M * 4 * D);
+    linear_forward(l->fc2, a->gelu, p->fc2_w, p->fc2_b, M, 4 * D, D);
+    gated_residual_forward(out, out, mod + 5 * D, stride, l->fc2, B, T, D);
+}
+
+// dx (B,T,D): the gradient of the output on entry, of the input on return. x is the input.
+static void block_backward(Model *m, real *dx, const real *x, Layer *l, int index) {
+    Activations *a = &m->a;
+    const BlockParams *p = &m->p.block[index], *g = &m->g.block[index];
+    const real *mod = block_mod(m, a->mod, index);
+    real *dmod = block_mod(m, a->dmod, index), *dfc1 = a->dwide, *dqkv = a->dwide;
+    int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T, stride = 6 * D;
+    // MLP branch. fc2 becomes its own gradient, and fc1 gelu'(fc1).
+    gated_residual_backward(l->fc2, dmod + 5 * D, dx, mod + 5 * D, stride, l->fc2, B, T, D);
+    gelu_derivative(a->gelu, l->fc1, (size_t)M * 4 * D);
+    linear_backward(dfc1, g->fc2_w, g->fc2_b, l->fc2, a->gelu, p->fc2_w, M, 4 * D, D);
+    multiply(dfc1, l->fc1, (size_t)M * 4 * D);
+    gated_residual_forward(a->mid, x, mod + 2 * D, stride, l->proj, B, T, D);
+    layernorm_modulate_forward(a->normed, a->mid, mod + 3 * D, stride, B, T, D);
+    linear_backward(a->dnormed, g->fc1_w, g->fc1_b, dfc1, a->normed, p->fc1_w, M, D, 4 * D);
+    layernorm_modulate_backward(dx, dmod + 3 * D, a->stats, a->dnormed, a->mid, mod + 3 * D, stride, B, T, D);
+    // Attention branch. proj becomes its own gradient.
+    gated_residual_backward(l->proj, dmod + 2 * D, dx, mod + 2 * D, stride, l->proj, B, T, D);
+    linear_backward(a->dnormed, g->proj_w, g->proj_b, l->proj, l->att, p->proj_w, M, D, D);
+    attention_backward(dqkv, a->dnormed, l->att, l->lse, l->qkv, a->scores, B, T, D, m->config.heads);
+    layernorm_modulate_forward(a->normed, x, mod, stride, B, T, D);
+    linear_backward(a->dnormed, g->qkv_w, g->qkv_b, dqkv, a->normed, p->qkv_w, M, D, 3 * D);
+    layernorm_modulate_backward(dx, dmod, a->stats, a->dnormed, x, mod, stride, B, T, D);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The fixed point, and its gradient: Stochastic Jacobian-Free Backpropagation (S-JFB, arXiv:2401.08741).
+//
+// A training step draws n and m. n iterations bring z near its fixed point; they store nothing, and z_n is a constant
+// for the gradient. Then m iterations store a Layer each, and backpropagation goes through exactly those, from z_{n+m}
+// back to z_n, where it stops. (The exact gradient of a fixed point would need the inverse of a Jacobian; going through
+// a few iterations is a good descent direction and as cheap as a network of m layers.)
+//
+// What z_k adds to [z_{k-1}; inj]·fp1 splits into z_{k-1}·fp1's left half and inj·fp1's right half + bias = inj_part,
+// which no iteration changes: it is computed once. Its gradient is the sum over the m iterations of du, the gradient of
+// u = fp1's output. All that follows from it (fp1's right half and bias, inject, h and with it the pre blocks) is
+// linear in du, so one matmul with du_sum after the last iteration does the work of m.
+
+// out = Block(fp2·gelu(z·fp1_z + inj_part), c), where z is l->x; l keeps what the backward pass needs. out may be z.
+static void iteration_forward(Model *m, real *out, Layer *l) {
+    Activations *a = &m->a;
+    int D = m->config.width, M = m->B * config_tokens(&m->config);
+    memcpy(l->u, a->inj_part, (size_t)M * 2 * D * sizeof(real));
+    gemm(l->u, 2 * D, l->x, D, 1, m->p.fp1_w, 1, 2 * D, NULL, 1, M, 2 * D, D);
+    gelu_forward(a->gelu, l->u, (size_t)M * 2 * D);
+    linear_forward(l->in, a->gelu, m->p.fp2_w, m->p.fp2_b, M, 2 * D, D);
+    block_forward(m, out, l->in, l, m->config.pre_depth);
+}
+
+// dz (B,T,D): the gradient of the output on entry; on return, unless `first`, of z. Nothing flows into the first z.
+static void iteration_backward(Model *m, real *dz, Layer *l, int first) {
+    Activations *a = &m->a;
+    int D = m->config.width, M = m->B * config_tokens(&m->config);
+    size_t count = (size_t)M * 2 * D;
+    real *du = a->dwide;
+    block_backward(m, dz, l->in, l, m->config.pre_depth);
+    gelu_derivative(a->gelu, l->u, count);
+    linear_backward(du, m->g.fp2_w, m->g.fp2_b, dz, a->gelu, m->p.fp2_w, M, 2 * D, D);
+    multiply(du, l->u, count);
+    add(a->du_sum, du, count);
+    gemm(m->g.fp1_w, 2 * D, du, 1, 2 * D, l->x, D, 1, NULL, 1, 2 * D, D, M);
+    if (!first) gemm(dz, D, du, 2 * D, 1, m->p.fp1_w, 2 * D, 1, NULL, 0, M, D, 2 * D);
+}
+
+// inj = inject·h and its share of fp1, where h is l->x
+static void injection_forward(Model *m, const Layer *l) {
+    Activations *a = &m->a;
+    int D = m->config.width, M = m->B * config_tokens(&m->config);
+    linear_forward(a->inj, l->x, m->p.inject_w, m->p.inject_b, M, D, D);
+    gemm(a->inj_part, 2 * D, a->inj, D, 1, m->p.fp1_w + D, 1, 2 * D, m->p.fp1_b, 0, M, 2 * D, D);
+}
+
+// dh (B,T,D) = all of its gradient: h is the first z too, but as a constant
+static void injection_backward(Model *m, real *dh, const Layer *l) {
+    Activations *a = &m->a;
+    int D = m->config.width, M = m->B * config_tokens(&m->config);
+    real *dinj = a->dnormed;
+    gemm(m->g.fp1_w + D, 2 * D, a->du_sum, 1, 2 * D, a->inj, D, 1, NULL, 1, 2 * D, D, M);
+    bias_backward(m->g.fp1_b, a->du_sum, M, 2 * D);
+    gemm(dinj, D, a->du_sum, 2 * D, 1, m->p.fp1_w + D, 2 * D, 1, NULL, 0, M, D, 2 * D);
+    linear_backward(dh, m->g.inject_w, m->g.inject_b, dinj, l->x, m->p.inject_w, M, D, D);
+}
+
+// From Part 2: how sampling measures and speeds up the iteration
+static double residual_of(const real *z, const real *before, int B, size_t count);
+static void anderson_forward(real *z, const real *before, real *history, double *gram, int k, int window, double mixing,
+                             int B, size_t count);
+
+// From z in l->x, n iterations in place, then `iterations` that keep a Layer each. Returns the layer behind the last.
+static Layer *fixed_point_forward(Model *m, Layer *l, int n, int iterations, Solve *solve) {
+    Activations *a = &m->a;
+    size_t count = (size_t)config_tokens(&m->config) * m->config.width, bytes = m->B * count * sizeof(real);
+    for (int k = 1; k <= n + iterations; k++) {
+        Layer *next = k <= n ? l : l + 1;
+        real *z = next->x;
+        if (solve && (solve->want_residual || solve->window)) memcpy(a->z_before, l->x, bytes);
+        iteration_forward(m, z, l);
+        l = next;
+        show_probe(m, "act.z", k, z, (int64_t)(m->B * count));
+        if (!solve) continue;
+        solve->ran = k;
+        if (solve->want_residual) solve->residuals[k - 1] = residual_of(z, a->z_before, m->B, count);
+        int last = k == n + iterations || (solve->want_residual && solve->residuals[k - 1] < solve->tol);
+        if (solve->window)
+            anderson_forward(z, a->z_before, a->history, a->gram, k, solve->window, last ? 1 : solve->mixing, m->B,
+                             count);
+        if (last) break;
+    }
+    return l;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Conditioning: c and c_pp from t (B) and y (B), and with them the modulation of every block, constant while z iterates
+
+static void condition_forward(Model *m, const int *t, const int *y) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    int B = m->B, D = c->width, blocks = config_blocks(c), pp = c->timestep_in_pre_post || !c->fixed_point;
+    for (int b = 0; b < B; b++) {
+        for (int i = 0; i < 128; i++) {
+            double angle = t[b] * exp(-log(10000) * i / 128);
+            a->time_freq[b * 256 + i] = (real)cos(angle);
+            a->time_freq[b * 256 + 128 + i] = (real)sin(angle);
+        }
+        m->labels[b] = y[b];
+    }
+    linear_forward(a->time_hidden, a->time_freq, m->p.time0_w, m->p.time0_b, B, 256, D);
+    silu_forward(a->time_silu, a->time_hidden, (size_t)B * D);
+    linear_forward(a->cond, a->time_silu, m->p.time2_w, m->p.time2_b, B, D, D);
+    for (int b = 0; b < B; b++)
+        for (int d = 0; d < D; d++) {
+            real label = m->p.label_table[(size_t)y[b] * D + d], *cond = &a->cond[b * D + d];
+            *cond += label;
+            a->cond_pp[b * D + d] = pp ? *cond : label;
+        }
+    silu_forward(a->cond_silu, a->cond, (size_t)B * D);
+    silu_forward(a->cond_pp_silu, a->cond_pp, (size_t)B * D);
+    for (int i = 0; i < blocks; i++) {
+        const real *cond = c->fixed_point && i == c->pre_depth ? a->cond_silu : a->cond_pp_silu;
+        linear_forward(block_mod(m, a->mod, i), cond, m->p.block[i].ada_w, m->p.block[i].ada_b, B, D, 6 * D);
+    }
+    linear_forward(a->final_mod, a->cond_pp_silu, m->p.final_ada_w, m->p.final_ada_b, B, D, 2 * D);
+}
+
+static void condition_backward(Model *m) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    int B = m->B, D = c->width, blocks = config_blocks(c), pp = c->timestep_in_pre_post || !c->fixed_point;
+    size_t bytes = (size_t)B * D * sizeof(real);
+    memset(a->dcond, 0, bytes);
+    memset(a->dcond_pp, 0, bytes);
+    memset(a->dcond_silu, 0, bytes);
+    memset(a->dcond_pp_silu, 0, bytes);
+    for (int i = -1; i < blocks; i++) { // -1: the final layer
+        int fixed = c->fixed_point && i == c->pre_depth, N = i < 0 ? 2 * D : 6 * D;
+        const real *dmod = i < 0 ? a->dfinal_mod : block_mod(m, a->dmod, i);
+        const real *w = i < 0 ? m->p.final_ada_w : m->p.block[i].ada_w;
+        real *dw = i < 0 ? m->g.final_ada_w : m->g.block[i].ada_w, *db = i < 0 ? m->g.final_ada_b : m->g.block[i].ada_b;
+        linear_backward(a->dtime, dw, db, dmod, fixed ? a->cond_silu : a->cond_pp_silu, w, B, D, N);
+        add(fixed ? a->dcond_silu : a->dcond_pp_silu, a->dtime, (size_t)B * D);
+    }
+    silu_backward(a->dcond, a->dcond_silu, a->cond, (size_t)B * D);
+    silu_backward(a->dcond_pp, a->dcond_pp_silu, a->cond_pp, (size_t)B * D);
+    if (pp) add(a->dcond, a->dcond_pp, (size_t)B * D);
+    for (int b = 0; b < B; b++)
+        for (int d = 0; d < D; d++)
+            m->g.label_table[(size_t)m->labels[b] * D + d] += a->dcond[b * D + d] + (pp ? 0 : a->dcond_pp[b * D + d]);
+    linear_backward(a->dcond_silu, m->g.time2_w, m->g.time2_b, a->dcond, a->time_silu, m->p.time2_w, B, D, D);
+    memset(a->dtime, 0, bytes);
+    silu_backward(a->dtime, a->dcond_silu, a->time_hidden, (size_t)B * D);
+    linear_backward(NULL, m->g.time0_w, m->g.time0_b, a->dtime, a->time_freq, m->p.time0_w, B, 256, D);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The whole model
+
+// a.out (B,Cout,S,S) from a.x_t (B,C,S,S), timesteps t (B) and labels y (B): n iterations that keep nothing, then m
+// that keep what backpropagation needs (none in a model that only samples). In DiT n and m mean nothing.
+static void model_forward(Model *m, const int *t, const int *y, int B, int n, int iterations, Solve *solve) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    int T = config_tokens(c), D = c->width, M = B * T, p = c->patch, Cout = config_out_channels(c), i = 0;
+    int64_t N = (int64_t)M * D;
+    Layer *l = a->layer;
+    assert(B <= m->batch && iterations <= (m->training ? m->max_m : 0));
+    m->B = B;
+    m->m = c->fixed_point ? iterations : 0;
+    condition_forward(m, t, y);
+    unfold(a->patches, a->x_t, B, c->channels, c->image_size, p);
+    linear_forward(l->x, a->patches, m->p.patch_w, m->p.patch_b, M, c->channels * p * p, D);
+#pragma omp parallel for schedule(static)
+    for (int b = 0; b < B; b++)
+        for (int e = 0; e < T * D; e++) a->layer->x[(size_t)b * T * D + e] += a->pos[e];
+    show_probe(m, "act.tokens", 0, l->x, N);
+    for (; i < (c->fixed_point ? c->pre_depth : c->depth); i++, l++) block_forward(m, l[1].x, l->x, l, i);
+    if (c->fixed_point) {
+        show_probe(m, "act.pre", 0, l->x, N);
+        injection_forward(m, l);
+        show_probe(m, "act.inj", 0, a->inj, N);
+        const real *start = solve && solve->reuse && solve->reuse_ready ? a->reused : l->x;
+        l++;
+        if (l->x != start) memcpy(l->x, start, (size_t)N * sizeof(real));
+        l = fixed_point_forward(m, l, n, iterations, solve);
+        if (solve && solve->reuse) {
+            memcpy(a->reused, l->x, (size_t)N * sizeof(real));
+            solve->reuse_ready = 1;
+        }
+        for (i++; i < config_blocks(c); i++, l++) block_forward(m, l[1].x, l->x, l, i);
+    }
+    show_probe(m, "act.post", 0, l->x, N);
+    layernorm_modulate_forward(a->normed, l->x, a->final_mod, 2 * D, B, T, D);
+    linear_forward(a->patch_out, a->normed, m->p.final_w, m->p.final_b, M, D, p * p * Cout);
+    unpatch(a->out, a->patch_out, 1, B, Cout, c->image_size, p);
+    show_probe(m, "output", 0, a->out, (int64_t)B * Cout * c->image_size * c->image_size);
+}
+
+// Gradient of block i from that of its output in a.dx
+static void block_backward_at(Model *m, Layer *l, int i) {
+    if (m->recompute) block_forward(m, m->a.dnormed, l->x, l, i);
+    block_backward(m, m->a.dx, l->x, l, i);
+}
+
+// Adds to the gradients those of the loss whose gradient with respect to the output is a.dout.
+static void model_backward(Model *m) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    int B = m->B, T = config_tokens(c), D = c->width, M = B * T, p = c->patch, Cout = config_out_channels(c);
+    int i = config_blocks(c) - 1;
+    size_t bytes = (size_t)M * D * sizeof(real);
+    Layer *l = a->layer + i + 1 + m->m; // the last output: each block and iteration has a layer, and the injection
+    memset(a->dx, 0, bytes);
+    memset(a->dfinal_mod, 0, (size_t)B * 2 * D * sizeof(real));
+    memset(a->dmod, 0, (size_t)config_blocks(c) * m->batch * 6 * D * sizeof(real));
+    unpatch(a->dout, a->patch_out, 0, B, Cout, c->image_size, p);
+    layernorm_modulate_forward(a->normed, l->x, a->final_mod, 2 * D, B, T, D);
+    linear_backward(a->dnormed, m->g.final_w, m->g.final_b, a->patch_out, a->normed, m->p.final_w, M, D, p * p * Cout);
+    layernorm_modulate_backward(a->dx, a->dfinal_mod, a->stats, a->dnormed, l->x, a->final_mod, 2 * D, B, T, D);
+    if (c->fixed_point) {
+        for (; i > c->pre_depth; i--) block_backward_at(m, --l, i);
+        memset(a->du_sum, 0, 2 * bytes);
+        for (int k = m->m; k > 0; k--) {
+            l--;
+            if (m->recompute) iteration_forward(m, a->dnormed, l);
+            iteration_backward(m, a->dx, l, k == 1);
+        }
+        injection_backward(m, a->dx, --l);
+        i--;
+    }
+    for (; i >= 0; i--) block_backward_at(m, --l, i);
+    linear_backward(NULL, m->g.patch_w, m->g.patch_b, a->dx, a->patches, m->p.patch_w, M, c->channels * p * p, D);
+    condition_backward(m);
+}
+
+// =====================================================================================================================
+// Shared block 2 of 4. Part 2. Diffusion: noise schedule, training loss, samplers
+// =====================================================================================================================
+
+enum Sampler { SAMPLER_AUTO, SAMPLER_DDPM, SAMPLER_DDIM, SAMPLER_FLOW };
+enum Allocation { ALLOC_CONST, ALLOC_INC, ALLOC_DEC };
+enum Solver { SOLVER_PLAIN, SOLVER_ANDERSON };
+
+// What the user asks for: the values of the options, which option_table in Part 5 describes
+typedef struct {
+    Config model;
+    // training
+    const char *data, *export_to, *model_name, *out, *resume;
+    int no_grad_iters[2], grad_iters[2];
+    int batch, micro_batch, steps, warmup, ema_warmup, hflip, recompute, dtype, weights_dtype;
+    int save_every, sample_every, log_every, step;
+    double lr, weight_decay, grad_clip, ema, label_drop;
+    uint64_t seed;
+    // sampling
+    const char *weights, *labels, *iters, *latents, *trace;
+    int n, sampler, sample_steps, budget, alloc, reuse, solver, window, cfg_channels, show;
+    double eta, tol, mixing, cfg;
+    // benchmark
+    int bench_n, bench_m, rounds, bench_gemm;
+} Options;
+
+// Beta is linear from 1e-4 to 0.02 over 1000 timesteps. Sampling takes `steps` of them, with betas recomputed from
+// alpha_bar. Tables in double; index i runs over the chosen timesteps.
+typedef struct {
+    int n;
+    int t[DIFFUSION_STEPS];                                             // the model's timestep at position i
+    double alpha_bar[DIFFUSION_STEPS], alpha_bar_prev[DIFFUSION_STEPS]; // product of 1 - beta; prev is 1 at i = 0
+    double log_beta[DIFFUSION_STEPS], log_var[DIFFUSION_STEPS]; // the variances between which the model interpolates
+    double c1[DIFFUSION_STEPS], c2[DIFFUSION_STEPS];            // posterior mean = c1·x0 + c2·x_t
+} Schedule;
+
+static void schedule_make(Schedule *s, const Config *c, int steps) {
+    double alpha_bar[DIFFUSION_STEPS], product = 1;
+    for (int t = 0; t < DIFFUSION_STEPS; t++)
+        alpha_bar[t] = product *= 1 - (1e-4 + (0.02 - 1e-4) * t / (DIFFUSION_STEPS - 1));
+    if (c->zero_terminal_snr) {
+        double first = sqrt(alpha_bar[0]), last = sqrt(alpha_bar[DIFFUSION_STEPS - 1]);
+        for (int t = 0; t < DIFFUSION_STEPS; t++) {
+            double root = (sqrt(alpha_bar[t]) - last) * first / (first - last);
+            alpha_bar[t] = root * root;
+        }
+    }
+    s->n = steps;
+    for (int i = 0; i < steps; i++) {
+        s->t[i] = steps == DIFFUSION_STEPS ? i : (int)nearbyint((double)i * (DIFFUSION_STEPS - 1) / (steps - 1));
+        double ab = alpha_bar[s->t[i]], prev = i ? s->alpha_bar[i - 1] : 1, beta = 1 - ab / prev;
+        s->alpha_bar[i] = ab;
+        s->alpha_bar_prev[i] = prev;
+        s->log_beta[i] = log(beta);
+        s->log_var[i] = log(beta * (1 - prev) / (1 - ab));
+        s->c1[i] = beta * sqrt(prev) / (1 - ab);
+        s->c2[i] = (1 - prev) * sqrt(1 - beta) / (1 - ab);
+    }
+    s->log_var[0] = s->log_var[1]; // at i = 0 it would be log 0
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What sampling spends: iterations can be moved between timesteps, and traded for more of them
+
+typedef struct {
+    int sampler, cfg_channels, reuse;
+    double eta, cfg, tol;
+    const int *iters; // per timestep, in sampling order
+    FILE *trace;      // CSV of residuals, or NULL
+    int64_t passes;   // Transformer-block passes per picture that were spent, counted up
+    int window;       // of Anderson acceleration; 0: plain iteration
+    double mixing;    // its beta
+} SampleSettings;
+
+// Which sampler suits the model; dies on one that does not.
+static int resolve_sampler(int sampler, const Config *c) {
+    int flow = c->prediction == PREDICT_FLOW;
+    if (c->prediction == PREDICT_EPS && c->zero_terminal_snr)
+        die("option --zero_terminal_snr: a model of eps cannot be sampled with it; train with --prediction v");
+    if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
+    if ((sampler == SAMPLER_FLOW) != flow)
+        die("option --sampler: this model predicts %s; use --sampler auto",
+            flow ? "flow and needs the flow sampler" : "noise or v: ddpm or ddim");
+    return sampler;
+}
+
+// Iterations of each timestep in sampling order (large t first), iters[0..S-1]; returns their sum. A real-valued share
+// of 1 + (total - S)·ratio/S is rounded through its running sum: each is then at least 1 and the sum is `total`.
+static int allocate_iterations(int *iters, int S, int total, int alloc) {
+    double running = 0;
+    int spent = 0;
+    for (int s = 0; s < S; s++) {
+        double position = S > 1 ? (double)s / (S - 1) : 0.5; // 0 at the largest t
+        double ratio = alloc == ALLOC_INC ? 1.5 - position : alloc == ALLOC_DEC ? 0.5 + position : 1; // in all: S
+        running += 1 + (total - S) * ratio / S;
+        iters[s] = (int)floor(running + 1e-6) - spent;
+        spent += iters[s];
+    }
+    return spent;
+}
+
+// Iterations of each timestep from --iters, --budget and --alloc
+static void plan_iterations(int iters[DIFFUSION_STEPS], const Options *o, const Config *c) {
+    int S = o->sample_steps, per_step = c->pre_depth + c->post_depth, total = config_iterations(c) * S, listed = 0;
+    for (int i = 0; i < S; i++) iters[i] = 0;
+    if (o->budget && *o->iters) die("option --budget: give either iters or budget");
+    if (!c->fixed_point) {
+        if (o->budget && S * c->depth > o->budget)
+            die("option --budget: %d passes allow %d steps of this DiT with %d blocks: lower --steps", o->budget,
+                o->budget / c->depth, c->depth);
+        return;
+    }
+    char *copy = strdup(o->iters), *rest = copy;
+    for (char *word; *o->iters && (word = strsep(&rest, ",")); listed++) {
+        char *end;
+        long value = strtol(word, &end, 10);
+        if (!*word || *end || value < 1 || value > 1000)
+            die("option --iters: '%s' is not a whole number from 1 to 1000", word);
+        if (listed < S) iters[listed] = (int)value;
+    }
+    free(copy);
+    if (listed > 1 && listed != S) die("option --iters: %d numbers for %d timesteps; give one, or one each", listed, S);
+    if (listed > 1 && o->alloc) die("option --alloc: a list of iters is an allocation already");
+    if (listed > 1) return;
+    if (listed == 1) total = iters[0] * S;
+    if (o->budget) total = o->budget - per_step * S;
+    if (total < S)
+        die("option --budget: %d passes are too few for %d timesteps of at least %d: lower --steps or raise it",
+            o->budget, S, per_step + 1);
+    allocate_iterations(iters, S, total, o->alloc);
+    for (int i = 0; i < S; i++)
+        if (iters[i] > 1000) die("option --budget: more than 1000 iterations in a timestep; lower it or raise --steps");
+}
+
+// All that sampling is told; `iters` is where its plan of iterations goes.
+static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options *o) {
+    int window = o->solver == SOLVER_ANDERSON ? o->window : 0;
+    plan_iterations(iters, o, &o->model);
+    SampleSettings set = {resolve_sampler(o->sampler, &o->model),
+                          o->cfg_channels,
+                          o->reuse,
+                          o->eta,
+                          o->cfg,
+                          o->tol,
+                          iters,
+                          NULL,
+                          0,
+                          window,
+                          o->mixing};
+    return set;
+}
+
+// =====================================================================================================================
+// End of shared block 2
+// =====================================================================================================================
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The training loss
+
+// x_t = sqrt(alpha_bar)·x0 + sqrt(1-alpha_bar)·noise, or for flow (1-tau)·x0 + tau·noise with tau = t/1000. All
+// (B,C,S,S).
+static void diffuse(real *x_t, const float *x0, const float *noise, const int *t, const Schedule *s, int prediction,
+                    int B, size_t count) {
+#pragma omp parallel for schedule(static)
+    for (int b = 0; b < B; b++) {
+        double tau = t[b] / (double)DIFFUSION_STEPS, ab = s->alpha_bar[t[b]];
+        double keep = prediction == PREDICT_FLOW ? 1 - tau : sqrt(ab),
+               add_noise = prediction == PREDICT_FLOW ? tau : sqrt(1 - ab);
+        for (size_t i = b * count; i < (b + 1) * count; i++) x_t[i] = (real)(keep * x0[i] + add_noise * noise[i]);
+    }
+}
+
+// cdf of the standard normal by its tanh form, and its derivative
+static double normal_cdf(double u) { return 0.5 * (1 + tanh(0.7978845608028654 * (u + 0.044715 * u * u * u))); }
+static double normal_cdf_slope(double u) {
+    double th = tanh(0.7978845608028654 * (u + 0.044715 * u * u * u));
+    return 0.5 * (1 - th * th) * 0.7978845608028654 * (1 + 0.134145 * u * u);
+}
+
+// One element's variational term in nats: KL(q || p) of two Gaussians for t > 0, minus log p(x0) of the discretised
+// Gaussian at t = 0. *slope = its derivative with respect to log_var, the log variance of p.
+static double variational_term(double *slope, int t, double x0, double mean, double log_var, double true_mean,
+                               double true_log_var) {
+    if (t > 0) {
+        double ratio = exp(true_log_var - log_var), square = (true_mean - mean) * (true_mean - mean) * exp(-log_var);
+        *slope = 0.5 * (1 - ratio - square);
+        return 0.5 * (-1 + log_var - true_log_var + ratio + square);
+    }
+    double inverse = exp(-0.5 * log_var), upper = inverse * (x0 - mean + 1 / 255.0),
+           lower = inverse * (x0 - mean - 1 / 255.0);
+    double mass, change; // probability of the bin; its derivative, from d u / d log_var = -u/2
+    if (x0 < -0.999) {
+        mass = normal_cdf(upper);
+        change = -0.5 * upper * normal_cdf_slope(upper);
+    } else if (x0 > 0.999) {
+        mass = 1 - normal_cdf(lower);
+        change = 0.5 * lower * normal_cdf_slope(lower);
+    } else {
+        mass = normal_cdf(upper) - normal_cdf(lower);
+        change = -0.5 * (upper * normal_cdf_slope(upper) - lower * normal_cdf_slope(lower));
+    }
+    *slope = mass < 1e-12 ? 0 : -change / mass;
+    return -log(mass < 1e-12 ? 1e-12 : mass);
+}
+
+// x0 and eps that a prediction stands for (eps and v)
+static void predicted(double *x0, double *eps, int prediction, double out, double x_t, double ab) {
+    *x0 = prediction == PREDICT_EPS ? (x_t - sqrt(1 - ab) * out) / sqrt(ab) : sqrt(ab) * x_t - sqrt(1 - ab) * out;
+    *eps = prediction == PREDICT_EPS ? out : sqrt(ab) * out + sqrt(1 - ab) * x_t;
+}
+
+// Per picture: mse[b] the (weighted) squared error, vb[b] the variational term in bits. dout (B,Cout,S,S), unless NULL,
+// becomes the gradient of `scale` times the sum of both over the pictures. In double: this is 1e-4 of a step's work.
+static void loss_forward_backward(double *mse, double *vb, real *dout, const real *out, const float *x0,
+                                  const float *noise, const real *x_t, const int *t, const Schedule *s, const Config *c,
+                                  double scale, int B) {
+    size_t count = (size_t)c->channels * c->image_size * c->image_size;
+#pragma omp parallel for schedule(static)
+    for (int b = 0; b < B; b++) {
+        int time = t[b];
+        double ab = s->alpha_bar[time], a = sqrt(ab), n = sqrt(1 - ab), weight = 1, square = 0, bits = 0;
+        if (c->prediction == PREDICT_V && c->v_weight == V_WEIGHT_P2)
+            weight = ab / n * (1 - ab); // (x0-x0_hat)^2 = (1-ab)(v-out)^2
+        for (size_t i = 0; i < count; i++) {
+            size_t at = b * count + i, out_at = b * count * (c->learn_sigma ? 2 : 1) + i;
+            double target = c->prediction == PREDICT_EPS ? noise[at]
+                            : c->prediction == PREDICT_V ? a * noise[at] - n * x0[at]
+                                                         : (double)x0[at] - noise[at];
+            double error = out[out_at] - target;
+            square += weight * error * error;
+            if (dout) dout[out_at] = (real)(scale * 2 * weight * error / count);
+            if (!c->learn_sigma) continue;
+            double x0_hat, eps_hat, slope, share = (out[out_at + count] + 1) / 2;
+            predicted(&x0_hat, &eps_hat, c->prediction, out[out_at], x_t[at], ab);
+            double log_var = share * s->log_beta[time] + (1 - share) * s->log_var[time];
+            double mean = s->c1[time] * x0_hat + s->c2[time] * x_t[at],
+                   true_mean = s->c1[time] * x0[at] + s->c2[time] * x_t[at];
+            bits += variational_term(&slope, time, x0[at], mean, log_var, true_mean, s->log_var[time]) / log(2);
+            if (dout)
+                dout[out_at + count] =
+                    (real)(scale * slope * 0.5 * (s->log_beta[time] - s->log_var[time]) / log(2) / count);
+        }
+        mse[b] = square / count;
+        vb[b] = bits / count;
+    }
+}
+
+// Forward, loss and backward of B pictures; the gradient of `scale`·(sum of their losses) is added to the model's
+// gradients. x0, noise (B,C,S,S); t, y (B); n and m iterations without and with gradient. Fills mse and vb (B).
+static void model_loss(Model *model, const Schedule *s, const float *x0, const float *noise, const int *t, const int *y,
+                       int B, int n, int m, double scale, double *mse, double *vb) {
+    const Config *c = &model->config;
+    Activations *a = &model->a;
+    diffuse(a->x_t, x0, noise, t, s, c->prediction, B, (size_t)c->channels * c->image_size * c->image_size);
+    model_forward(model, t, y, B, n, m, NULL);
+    loss_forward_backward(mse, vb, a->dout, a->out, x0, noise, a->x_t, t, s, c, scale, B);
+    model_backward(model);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sampling
+
+// Draws B pictures: x (B,C,S,S) holds x_T on entry and the pictures on return. z (steps,B,C,S,S), the noise of each
+// step, is given by tests; when NULL it is drawn: picture b is number first+b of the seed. The model needs room for 2B
+// with guidance.
+static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int B,
+                         const float *z, uint64_t seed, int first) {
+    const Config *c = &model->config;
+    Activations *a = &model->a;
+    int guided = set->cfg != 1, rows = guided ? 2 * B : B, S = s->n;
+    size_t count = (size_t)c->channels * c->image_size * c->image_size, out_count = count * (c->learn_sigma ? 2 : 1);
+    size_t guided_count = count / c->channels * (set->cfg_channels < c->channels ? set->cfg_channels : c->channels);
+    int *t = (int *)xcalloc((size_t)rows, sizeof *t, "sampling"),
+        *labels = (int *)xcalloc((size_t)rows, sizeof *labels, "sampling");
+    float *noise = (float *)xcalloc(B * count, sizeof *noise, "sampling");
+    Solve solve = {.reuse = set->reuse && c->fixed_point,
+                   .want_residual = set->trace || set->tol > 0,
+                   .window = set->window,
+                   .tol = set->tol,
+                   .mixing = set->mixing};
+    assert(set->window <= model->window);
+    for (int b = 0; b < rows; b++) labels[b] = b < B ? y[b] : c->classes;
+    for (int step = 0; step < S; step++) {
+        int i = S - 1 - step;
+        for (int b = 0; b < rows; b++) {
+            t[b] = s->t[i];
+            for (size_t e = 0; e < count; e++) a->x_t[b * count + e] = x[b % B * count + e];
+        }
+        model_forward(model, t, labels, rows, set->iters[step], 0, &solve);
+        set->passes += c->fixed_point ? c->pre_depth + solve.ran + c->post_depth : c->depth;
+        for (int k = 0; set->trace && k < solve.ran && c->fixed_point; k++)
+            fprintf(set->trace, "%d,%d,%d,%.6g\n", step, s->t[i], k + 1, solve.residuals[k]);
+        if (!z && i > 0 && (set->sampler == SAMPLER_DDPM || (set->sampler == SAMPLER_DDIM && set->eta > 0)))
+            for (int b = 0; b < B; b++)
+                rng_normal(noise + b * count, count, 0, seed, (uint32_t)((first + b) * DIFFUSION_STEPS + i), STREAM_Z);
+        double ab = s->alpha_bar[i], prev = s->alpha_bar_prev[i];
+#pragma omp parallel for schedule(static)
+        for (int b = 0; b < B; b++)
+            for (size_t e = 0; e < count; e++) {
+                size_t at = b * count + e;
+                const real *cond = a->out + b * out_count + e,
+                           *uncond = guided && e < guided_count ? a->out + (B + b) * out_count + e : cond;
+                double out = *uncond + set->cfg * ((double)*cond - *uncond), x0_hat, eps_hat, xi = x[at];
+                double zi = i == 0 ? 0 : z ? z[step * B * count + at] : noise[at];
+                if (set->sampler == SAMPLER_FLOW) {
+                    x[at] = (float)(xi + out / S);
+                    continue;
+                }
+                predicted(&x0_hat, &eps_hat, c->prediction, out, xi, ab);
+                if (set->sampler == SAMPLER_DDPM) {
+                    double share = c->learn_sigma ? (cond[count] + 1) / 2 : i > 0;
+                    double log_var = share * s->log_beta[i] + (1 - share) * s->log_var[i];
+                    x[at] = (float)(s->c1[i] * x0_hat + s->c2[i] * xi + exp(0.5 * log_var) * zi);
+                } else {
+                    double sigma = set->eta * sqrt((1 - prev) / (1 - ab)) * sqrt(1 - ab / prev),
+                           rest = 1 - prev - sigma * sigma;
+                    x[at] = (float)(sqrt(prev) * x0_hat + sqrt(rest > 0 ? rest : 0) * eps_hat + sigma * zi);
+                }
+            }
+    }
+    xfree(t);
+    xfree(labels);
+    xfree(noise);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Solvers: how far the iteration is, and how it gets there in fewer steps
+
+// Mean over the pictures of ||z - before|| / ||z||
+static double residual_of(const real *z, const real *before, int B, size_t count) {
+    double sum = 0;
+    for (int b = 0; b < B; b++) {
+        double change = 0, norm = 0;
+        for (size_t i = b * count; i < (b + 1) * count; i++) {
+            change += (double)(z[i] - before[i]) * (z[i] - before[i]);
+            norm += (double)z[i] * z[i];
+        }
+        sum += sqrt(change / (norm > 0 ? norm : 1));
+    }
+    return sum / B;
+}
+
+// a (m) minimises ||sum a_i f_i||^2 + R sum (a_i ||f_i||)^2 where sum a_i = 1, given the products f_i·f_j: all rows of
+// (gram + R diag)·a are the same number. R keeps the weights of nearly parallel residuals small. Where no unique a
+// exists because a residual is zero, the newest counts alone.
+static void anderson_weights(double a[HISTORY], const double *gram, int m, int newest) {
+    const double R = 1e-8;
+    double A[HISTORY][HISTORY], sum = 0;
+    int positive = 1;
+    for (int i = 0; i < m; i++) {
+        a[i] = 1;
+        for (int j = 0; j < m; j++) A[i][j] = gram[i * HISTORY + j] * (i == j ? 1 + R : 1);
+    }
+    for (int i = 0; i < m; i++) { // Gaussian elimination, which needs no pivoting as the matrix is positive definite
+        positive &= A[i][i] > 0;
+        for (int r = i + 1; r < m; r++) {
+            double factor = A[r][i] / A[i][i];
+            for (int j = i; j < m; j++) A[r][j] -= factor * A[i][j];
+            a[r] -= factor * a[i];
+        }
+    }
+    for (int i = m - 1; i >= 0; i--) {
+        for (int j = i + 1; j < m; j++) a[i] -= A[i][j] * a[j];
+        a[i] /= A[i][i];
+        sum += a[i];
+    }
+    for (int i = 0; i < m; i++) a[i] = positive ? a[i] / sum : i == newest;
+}
+
+// Anderson acceleration (Walker and Ni 2011, type II; in equilibrium models arXiv:1909.01377) after iteration k = 1...
+// of a timestep, for each of B pictures alone. z (B,count) holds g(z_{k-1}) on entry, before (B,count) z_{k-1}. With
+// f_i = g(z_i) - z_i of the last min(k, window+1) iterations, which `history` and `gram` (see Activations) keep:
+//   z_k = sum a_i·(z_i + mixing·f_i),   a = argmin ||sum a_i f_i||, sum a_i = 1
+static void anderson_forward(real *z, const real *before, real *history, double *gram, int k, int window, double mixing,
+                             int B, size_t count) {
+    int slots = window + 1, m = k < slots ? k : slots, newest = (k - 1) % slots;
+    real undo = (real)(1 - mixing); // z_i + mixing·f_i = g_i - undo·f_i
+#pragma omp parallel for schedule(static)
+    for (int b = 0; b < B; b++) {
+        real *first = history + 2 * slots * b * count, *f = first + 2 * newest * count, *out = z + b * count;
+        double *products = gram + b * HISTORY * HISTORY, a[HISTORY];
+        for (size_t e = 0; e < count; e++) f[e] = out[e] - before[b * count + e];
+        memcpy(f + count, out, count * sizeof(real));
+        for (int i = 0; i < m; i++) {
+            const real *fi = first + 2 * i * count;
+            double dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (size_t e = 0; e < count; e++) dot += (double)f[e] * fi[e];
+            products[i * HISTORY + newest] = products[newest * HISTORY + i] = dot;
+        }
+        anderson_weights(a, products, m, newest);
+        memset(out, 0, count * sizeof(real));
+        for (int i = 0; i < m; i++) {
+            const real *fi = first + 2 * i * count, *gi = fi + count, weight = (real)a[i];
+            for (size_t e = 0; e < count; e++) out[e] += weight * (gi[e] - undo * fi[e]);
+        }
+    }
+}
+
+// =====================================================================================================================
+// Part 3. Learning
+// =====================================================================================================================
+
+// AdamW (arXiv:1711.05101) with decoupled decay, and the moving average (EMA) of the weights, in one pass
+
+static void model_zero_gradients(Model *m) { memset(m->memory[MODEL_GRADS], 0, (size_t)m->n_params * sizeof(real)); }
+
+// Sum of squares in double: partial sums of fixed pieces, added in order, so that no number of threads changes it.
+static double model_gradient_norm(const Model *m) {
+    const real *grads = m->memory[MODEL_GRADS];
+    int64_t count = m->n_params;
+    int64_t pieces = (count + PIECE - 1) / PIECE;
+    double *partial = (double *)xcalloc((size_t)pieces, sizeof *partial, "the gradient norm"), sum = 0;
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < pieces; p++) {
+        int64_t last = (p + 1) * PIECE < count ? (p + 1) * PIECE : count;
+        for (int64_t i = p * PIECE; i < last; i++) partial[p] += (double)grads[i] * grads[i];
+    }
+    for (int64_t p = 0; p < pieces; p++) sum += partial[p];
+    xfree(partial);
+    return sqrt(sum);
+}
+
+static real sqrt_real(real x) { return sizeof x == 4 ? (real)sqrtf((float)x) : (real)sqrt((double)x); }
+
+// Update number `step` (from 1); gradients are multiplied by grad_scale first.
+static void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
+                         double grad_scale, double ema_decay) {
+    real b1 = (real)beta1, b2 = (real)beta2, new1 = (real)(1 - beta1), new2 = (real)(1 - beta2), epsilon = (real)eps;
+    real size = (real)(lr / (1 - pow(beta1, (double)step))), correct = (real)(1 / sqrt(1 - pow(beta2, (double)step)));
+    real keep = (real)(1 - lr * decay), scale = (real)grad_scale, toward = (real)(1 - ema_decay);
+    real *weights = model->memory[MODEL_WEIGHTS], *ema = model->memory[MODEL_EMA];
+    size_t count = (size_t)model->n_params;
+    real *first = model->memory[MODEL_ADAM_M], *second = model->memory[MODEL_ADAM_V],
+         *grads = model->memory[MODEL_GRADS];
+    FOR_EACH_PIECE FOR_EACH_ELEMENT {
+        real g = grads[i] * scale, m = b1 * first[i] + new1 * g, v = b2 * second[i] + new2 * g * g;
+        real w = weights[i] * keep - size * m / (sqrt_real(v) * correct + epsilon);
+        first[i] = m;
+        second[i] = v;
+        weights[i] = w;
+        ema[i] += toward * (w - ema[i]);
+    }
+}
+
+// =====================================================================================================================
+// Shared block 3 of 4. The training loop
+// =====================================================================================================================
+
+// What a step draws, B pictures at a time, and the losses that come of it
+typedef struct {
+    float *x0, *noise; // (B,C,S,S)
+    int *t, *y;        // (B) timesteps, labels
+    double *mse, *vb;  // (B) the two parts of the loss
+} Batch;
+
+static Batch batch_create(int B, size_t pixels) {
+    const char *what = "a batch";
+    Batch b = {(float *)xcalloc(B * pixels, sizeof(float), what),
+               (float *)xcalloc(B * pixels, sizeof(float), what),
+               (int *)xcalloc(B, sizeof(int), what),
+               (int *)xcalloc(B, sizeof(int), what),
+               (double *)xcalloc(B, sizeof(double), what),
+               (double *)xcalloc(B, sizeof(double), what)};
+    return b;
+}
+
+// Pictures first..first+B-1 of a step: data, noise, and a timestep for each
+static void batch_draw(Batch *b, Dataset *data, const Options *o, int step, int first, int B) {
+    size_t count = config_pixels(&o->model);
+    dataset_batch(data, b->x0, b->y, step, o->batch, first, B, o->hflip, o->label_drop);
+    rng_normal(b->noise, B * count, first * count, o->seed, (uint32_t)step, STREAM_NOISE);
+    for (int i = 0; i < B; i++) {
+        uint32_t word[4];
+        philox(word, o->seed, (uint32_t)(first + i), (uint32_t)step, STREAM_T);
+        b->t[i] = (int)rng_below(word[0], DIFFUSION_STEPS);
+    }
+}
+
+typedef struct { // what a step did: a row of the log
+    int n, m;    // iterations without and with gradient
+    double mse, vb, norm, lr;
+} Step;
+
+// Step number `step` (from 0): draws n and m, sums the gradient over the batch, `micro` pictures at a time, and updates
+// the weights.
+static Step train_step(Model *model, const Schedule *s, Dataset *data, Batch *b, const Options *o, int step,
+                       int micro) {
+    Step did = {0, 0, 0, 0, 0, 0};
+    uint32_t word[4];
+    philox(word, o->seed, 0, (uint32_t)step, STREAM_NM);
+    did.n = o->no_grad_iters[0] + (int)rng_below(word[0], o->no_grad_iters[1] - o->no_grad_iters[0] + 1);
+    did.m = o->grad_iters[0] + (int)rng_below(word[1], o->grad_iters[1] - o->grad_iters[0] + 1);
+    model_zero_gradients(model);
+    for (int first = 0; first < o->batch; first += micro) {
+        int B = o->batch - first < micro ? o->batch - first : micro;
+        batch_draw(b, data, o, step, first, B);
+        model_loss(model, s, b->x0, b->noise, b->t, b->y, B, did.n, did.m, 1.0 / o->batch, b->mse, b->vb);
+        for (int i = 0; i < B; i++) did.mse += b->mse[i] / o->batch, did.vb += b->vb[i] / o->batch;
+    }
+    did.norm = model_gradient_norm(model);
+    did.lr = o->lr * (step + 1 < o->warmup ? (double)(step + 1) / o->warmup : 1);
+    double ema = o->ema_warmup ? fmin(o->ema, (1.0 + step) / (10.0 + step)) : o->ema;
+    double clip = o->grad_clip > 0 && did.norm > o->grad_clip ? o->grad_clip / (did.norm + 1e-6) : 1;
+    model_update(model, step + 1, did.lr, 0.9, 0.999, 1e-8, o->weight_decay, clip, ema);
+    return did;
+}
+
+typedef struct {
+    Options *o;
+    Dataset *data;
+    Model *model;
+    int micro; // pictures at a time
+    // of its folder and its reports
+    FILE *log;
+    int begun, shown, saved; // steps that were done at the start, at the last progress line, at the last save (or -1)
+    double begun_ms, shown_ms, shown_flops, shown_loss;
+} Run;
+static volatile sig_atomic_t interrupted; // the user wants to stop
+// From Part 5:
+static void run_report(Run *run, const Step *did, double ms); // a row of the log, now and then a line on the terminal
+static void run_save(Run *run);                               // weights and state
+static void run_pictures(Run *run);                           // a grid of samples
+
+// Goes on from step o->step until o->steps are done or the user stops.
+static void train(Run *run) {
+    Options *o = run->o;
+    Batch batch = batch_create(run->micro, config_pixels(&o->model));
+    Schedule schedule;
+    schedule_make(&schedule, &o->model, DIFFUSION_STEPS);
+    while (o->step < o->steps && !interrupted) {
+        double begin = now_ms();
+        Step did = train_step(run->model, &schedule, run->data, &batch, o, o->step, run->micro);
+        o->step++;
+        run_report(run, &did, now_ms() - begin);
+        int last = o->step == o->steps;
+        if (o->step % o->save_every == 0 || last) run_save(run);
+        if ((o->sample_every && o->step % o->sample_every == 0 && !interrupted) || last) run_pictures(run);
+    }
+}
+
+// =====================================================================================================================
+// End of shared block 3
+// =====================================================================================================================
+
+// =====================================================================================================================
+// Part 4. Speed and memory
+// =====================================================================================================================
+
+// Matrix multiplication: C = A.B (+ bias) or C += A.B, for matrices of any strides, so that one function does the
+// products of forward (x.W^T), backward (dy.W and dy^T.x) and attention. The scheme is that of Goto and of BLIS (Van
+// Zee and van de Geijn 2015): a tile of C, MR rows by two vectors, is summed in registers over KC steps of k; the KC x
+// NC block of B that it runs along is first packed into panels two vectors wide, in the order of reading, and stays in
+// the second-level cache. A is read where it stands when its rows are contiguous, else MC of its rows are packed too.
+// In % of the peak of a Zen 5 core with AVX-512: plain loops for x.W^T 2, with `omp simd` 19; these tiles with A and B
+// packed 83; A read in place 88; the next rows of A prefetched 91. Prefetching them in one burst before a tile stalls
+// it: one line at each k instead. dy^T.x, where A is packed, reaches 80 to 88. No gain: tiles of 12 x 2 and 14 x 2
+// vectors, the loop over panels outside that over rows, huge pages.
+
+// Vectors as wide as the machine's registers; plain C operators act on all lanes, so no instruction is named below. A
+// tile has 2 MR sums in registers, with room for two vectors of B and one of A: there are 32 registers, or 16.
+#if defined __AVX512F__
+enum { VEC_BYTES = 64, MR = 8 };
+#elif defined __AVX__
+enum { VEC_BYTES = 32, MR = 6 };
+#elif defined __aarch64__
+enum { VEC_BYTES = 16, MR = 8 };
+#else
+enum { VEC_BYTES = 16, MR = 6 };
+#endif
+enum {
+    VL = VEC_BYTES / sizeof(real),
+    NR = 2 * VL,
+    KC = 384, // a tile's rows of A, MR x KC, stay in the first-level cache
+    NC = 512, // the block of B, KC x NC, in the second
+    MC = 8 * MR,
+    AW = 2 * MR // with AVX-512 a cache line
+};
+#define VECTOR(bytes) __attribute__((vector_size(bytes), aligned(sizeof(real)), may_alias)) // may stand anywhere
+typedef real vec VECTOR(VEC_BYTES);
+typedef real vec4 VECTOR(4 * sizeof(real));
+#if defined __clang__ || __GNUC__ >= 12
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define LANE(x, y, i) ((i) < 4 ? (x)[(i)&3] : (y)[(i)&3])
+#define SHUFFLE(x, y, i, j, k, l) ((vec4){LANE(x, y, i), LANE(x, y, j), LANE(x, y, k), LANE(x, y, l)})
+#endif
+#define UNROLL _Pragma("GCC unroll 16")
+#define INLINE static inline __attribute__((always_inline))
+
+static int imin(int a, int b) { return a < b ? a : b; }
+
+// Packs n columns of kc values, w columns to a panel: p[(i/w*kc + k)*w + i%w] = src[i*is + k*ks]. Columns that the last
+// panel lacks keep what stood there; what comes of it is not stored.
+INLINE void gemm_pack(real *p, const int w, int n, int kc, const real *src, size_t is, size_t ks) {
+    int i = 0;
+    if (is == 1) { // a panel's row is contiguous; the next k may be on another page, where no hardware prefetches
+        for (int k = 0; k < kc; k++) {
+            for (i = 0; i + w <= n; i += w) {
+                if (k + 16 < kc) __builtin_prefetch(src + i + (k + 16) * ks);
+                memcpy(p + i * kc + k * w, src + i + k * ks, w * sizeof(real));
+            }
+            for (; i + 4 <= n; i += 4) memcpy(p + i / w * w * kc + k * w + i % w, src + i + k * ks, 4 * sizeof(real));
+        }
+    } else if (ks == 1) { // transposed, in blocks of 4 x 4
+        for (; i + 4 <= n; i += 4) {
+            const real *s = src + i * is, *end = s + kc / 4 * 4;
+            real *d = p + i / w * w * kc + i % w;
+            for (; s < end; s += 4, d += 4 * w) {
+                vec4 s0 = *(const vec4 *)s, s1 = *(const vec4 *)(s + is);
+                vec4 s2 = *(const vec4 *)(s + 2 * is), s3 = *(const vec4 *)(s + 3 * is);
+                vec4 a = SHUFFLE(s0, s1, 0, 4, 1, 5), b = SHUFFLE(s2, s3, 0, 4, 1, 5);
+                vec4 c = SHUFFLE(s0, s1, 2, 6, 3, 7), e = SHUFFLE(s2, s3, 2, 6, 3, 7);
+                *(vec4 *)d = SHUFFLE(a, b, 0, 1, 4, 5), *(vec4 *)(d + w) = SHUFFLE(a, b, 2, 3, 6, 7);
+                *(vec4 *)(d + 2 * w) = SHUFFLE(c, e, 0, 1, 4, 5), *(vec4 *)(d + 3 * w) = SHUFFLE(c, e, 2, 3, 6, 7);
+            }
+            for (int k = 0; k < kc % 4; k++)
+                for (int r = 0; r < 4; r++) d[k * w + r] = s[r * is + k];
+        }
+    }
+    for (; i < n; i++)
+        for (int k = 0; k < kc; k++) p[(i / w * kc + k) * w + i % w] = src[i * is + k * ks];
+}
+
+// One tile: c (MR,NR; row stride ldc) = a.b (+ bias) (+ c), with a (MR,kc; strides ars, acs) and b a panel; not `wide`
+// computes its left half alone. Meanwhile the row `next` of A comes into the cache.
+INLINE void gemm_kernel(const int wide, real *c, size_t ldc, const real *a, size_t ars, size_t acs, const real *b,
+                        const real *bias, int add, int kc, const real *next) {
+    vec s[MR] = {0}, t[MR] = {0};
+    for (int i = 0; i < MR; i++) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + NR - 1, 1);
+    for (int k = 0; k < kc; k++, a += acs, b += NR) {
+        vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VL);
+        __builtin_prefetch(next + k);
+        UNROLL
+        for (int i = 0; i < MR; i++) {
+            s[i] += a[i * ars] * b0;
+            if (wide) t[i] += a[i * ars] * b1;
+        }
+    }
+    UNROLL
+    for (int i = 0; i < MR; i++) {
+        vec *c0 = (vec *)(c + i * ldc), *c1 = (vec *)(c + i * ldc + VL);
+        if (bias) s[i] += *(const vec *)bias, t[i] += *(const vec *)(bias + VL);
+        if (add) s[i] += *c0, t[i] += *c1;
+        *c0 = s[i], *c1 = t[i];
+    }
+}
+
+// The same for m x n of the tile: those at the lower and right edge of C take a detour
+static void gemm_tile(real *c, size_t ldc, const real *a, size_t ars, size_t acs, const real *b, const real *bias,
+                      int add, int kc, const real *next, int m, int n) {
+    real t[MR * NR];
+    if (m == MR && n == NR) {
+        gemm_kernel(1, c, ldc, a, ars, acs, b, bias, add, kc, next);
+        return;
+    }
+    if (n > VL)
+        gemm_kernel(1, t, NR, a, ars, acs, b, NULL, 0, kc, next);
+    else
+        gemm_kernel(0, t, NR, a, ars, acs, b, NULL, 0, kc, next);
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++) c[i * ldc + j] = t[i * NR + j] + (bias ? bias[j] : 0) + (add ? c[i * ldc + j] : 0);
+}
+
+typedef struct {
+    real *C;
+    const real *A, *B, *bias;
+    size_t ldc, ars, acs, brs, bcs;
+    int add, M, N, K;
+    real *panels;    // two blocks of packed B, shared by the threads: while one is in use the next is packed
+    atomic_int next; // how many rows of tiles are taken, over all blocks
+} Gemm;
+
+static _Thread_local real gemm_a[MC * KC] __attribute__((aligned(64))),
+    gemm_b[2 * KC * NC] __attribute__((aligned(64)));
+
+// What one of `threads` threads does. Each takes rows of tiles from those left, at first MC / MR, at the end one, so
+// that fast threads do more and all finish together. Who computes a tile changes nothing in it: no sum is split among
+// threads.
+static void gemm_thread(Gemm *g, int thread, int threads) {
+    int nk = (g->K + KC - 1) / KC, nn = (g->N + NC - 1) / NC, rows = (g->M + MR - 1) / MR, done = 0;
+    real *panel = g->panels; // this block's; the other one may still be read by a slower thread
+    int width = ((g->N + nn - 1) / nn + NR - 1) / NR * NR;
+    for (int kb = 0; kb < nk; kb++) {
+        int k0 = (int)((long)g->K * kb / nk), kc = (int)((long)g->K * (kb + 1) / nk) - k0;
+        for (int n0 = 0; n0 < g->N; n0 += width, done += rows, panel = g->panels + (panel == g->panels) * KC * NC) {
+            int n = imin(width, g->N - n0), panels = (n + NR - 1) / NR;
+            int p0 = panels * thread / threads * NR, p1 = imin(n, panels * (thread + 1) / threads * NR);
+            gemm_pack(panel + p0 * kc, NR, p1 - p0, kc, g->B + (n0 + p0) * g->bcs + k0 * g->brs, g->bcs, g->brs);
+            if (threads > 1) {
+#pragma omp barrier
+            }
+            for (;;) {
+                int row = atomic_load(&g->next), left, len;
+                do {
+                    left = done + rows - row;
+                    len = imin(threads > 1 ? (left + 2 * threads - 1) / (2 * threads) : left, MC / MR);
+                } while (len > 0 && !atomic_compare_exchange_weak(&g->next, &row, row + len));
+                if (len <= 0) break;
+                int m0 = (row - done) * MR, m = imin(g->M - m0, len * MR), direct = g->acs == 1 ? m / MR * MR : 0;
+                const real *A = g->A + m0 * g->ars + k0 * g->acs;
+                gemm_pack(gemm_a, AW, m - direct, kc, A + direct * g->ars, g->ars, g->acs);
+                for (int i = 0; i < m; i += MR)
+                    for (int j = 0; j < n; j += NR) {
+                        const real *a =
+                            i < direct ? A + i * g->ars : gemm_a + (i - direct) / AW * AW * kc + (i - direct) % AW;
+                        const real *next = i + MR < direct && j / NR < MR ? a + (MR + j / NR) * g->ars : a;
+                        gemm_tile(g->C + (m0 + i) * g->ldc + n0 + j, g->ldc, a, i < direct ? g->ars : 1,
+                                  i < direct ? 1 : AW, panel + j * kc, g->bias && !kb ? g->bias + n0 + j : NULL,
+                                  g->add || kb, kc, next, imin(MR, m - i), imin(NR, n - j));
+                    }
+            }
+        }
+    }
+}
+
+// C (M,N; row stride ldc) = A.B + bias, or += with `add`; element (i,k) of A is A[i*ars + k*acs], (k,j) of B is
+// B[k*brs + j*bcs]; bias (N) or NULL. Uses all threads, but inside a parallel region only the one that calls.
+static void gemm(real *C, size_t ldc, const real *A, size_t ars, size_t acs, const real *B, size_t brs, size_t bcs,
+                 const real *bias, int add, int M, int N, int K) {
+    Gemm g = {C, A, B, bias, ldc, ars, acs, brs, bcs, add, M, N, K, gemm_b, 0};
+#ifdef _OPENMP
+    if ((double)M * N * K > 5e5 && !omp_in_parallel()) { // less work than starting the threads costs
+#pragma omp parallel
+        gemm_thread(&g, omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+#endif
+    gemm_thread(&g, 0, 1);
+}
+
+// exp(x) in arithmetic that an `omp simd` loop turns into vector instructions: x = n ln 2 + r, exp(x) = 2^n *
+// polynomial(r) (Cephes coefficients; 1.2 ulp at most over all floats). Below -87.3 it gives 0, above 88 exp(88) =
+// 1.7e38, and NaN stays NaN: a comparison with NaN is false, so neither limit replaces it. Double precision, for the
+// gradient checks, calls libm.
+static inline real exp_real(real x) {
+    if (sizeof(real) == 8) return (real)exp((double)x);
+    float y = x > 88 ? 88 : x < -87.3f ? -87.3f : (float)x;
+    float t =
+        y * 1.44269504f + 12582912.0f; // 1.5 * 2^23: the sum has no room for a fraction, n stands in its last bits
+    float n = t - 12582912.0f, r = y - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1;
+    union {
+        float f;
+        uint32_t i;
+    } scale = {t};
+    scale.i = (scale.i << 23) + 0x3f800000u; // 2^n, by its exponent bits
+    return x < -87.3f ? 0 : p * scale.f;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The model's memory
+
+typedef struct {
+    real *memory;
+    size_t count;
+} Arena;
+static real *take(Arena *a, size_t count) {
+    real *at = a->memory ? a->memory + a->count : NULL;
+    a->count += (count + 15) & ~(size_t)15;
+    return at;
+}
+
+// Points the activations into `memory` (NULL: counts only). Returns the number of reals.
+static size_t activations_point(Model *m, real *memory) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    Arena arena = {memory, 0}, *r = &arena;
+    size_t B = m->batch, T = config_tokens(c), D = c->width, N = B * T * D, pixels = B * c->image_size * c->image_size;
+    int blocks = config_blocks(c), last = blocks + (c->fixed_point ? m->max_m : 0);
+    Layer shared = {0};
+    int one = m->recompute || !m->training, made = 0; // one rest for all layers
+    for (int l = 0; l <= last; l++) {
+        Layer *at = &a->layer[l];
+        real *x = at->x = m->training || !l ? take(r, N) : a->layer[0].x;
+        if (l == last || (c->fixed_point && l == c->pre_depth)) continue; // the last output, the injection: x alone
+        if (one && made++) {
+            *at = shared;
+            at->x = x;
+            continue;
+        }
+        // m varies from step to step, so a layer behind the injection serves an iteration or a post block.
+        int iteration = c->fixed_point && (l > c->pre_depth || one);
+        at->u = iteration ? take(r, 2 * N) : NULL;
+        at->in = iteration ? take(r, N) : NULL;
+        at->qkv = take(r, 3 * N);
+        at->lse = take(r, B * c->heads * T);
+        at->att = take(r, N);
+        at->proj = take(r, N);
+        at->fc1 = take(r, 4 * N);
+        at->fc2 = take(r, N);
+        shared = *at;
+    }
+    a->pos = take(r, T * D);
+    a->x_t = take(r, pixels * c->channels);
+    a->out = take(r, pixels * config_out_channels(c));
+    a->patches = take(r, pixels * c->channels);
+    a->patch_out = take(r, pixels * config_out_channels(c));
+    a->time_freq = take(r, B * 256);
+    real **conditions[] = {&a->time_hidden, &a->time_silu, &a->cond, &a->cond_pp, &a->cond_silu, &a->cond_pp_silu};
+    for (int i = 0; i < 6; i++) *conditions[i] = take(r, B * D);
+    a->mod = take(r, blocks * B * 6 * D);
+    a->final_mod = take(r, B * 2 * D);
+    a->inj = c->fixed_point ? take(r, N) : NULL;
+    a->inj_part = c->fixed_point ? take(r, 2 * N) : NULL;
+    a->normed = take(r, N);
+    a->gelu = take(r, 4 * N);
+    a->scores = take(r, (size_t)max_threads() * 2 * QUERY_ROWS * T);
+    a->z_before = a->mid = take(r, N);
+    a->reused = c->fixed_point ? take(r, N) : NULL;
+    size_t solver = c->fixed_point && m->window; // needs memory
+    a->history = take(r, solver * 2 * (m->window + 1) * N);
+    a->gram = (double *)take(r, solver * B * HISTORY * HISTORY * sizeof(double) / sizeof(real));
+    if (!m->training) return arena.count;
+    a->dx = take(r, N);
+    a->dnormed = take(r, N);
+    a->dwide = take(r, 4 * N);
+    a->du_sum = c->fixed_point ? take(r, 2 * N) : NULL;
+    a->dmod = take(r, blocks * B * 6 * D);
+    a->dfinal_mod = take(r, B * 2 * D);
+    real **gradients[] = {&a->dcond, &a->dcond_pp, &a->dcond_silu, &a->dcond_pp_silu, &a->dtime};
+    for (int i = 0; i < 5; i++) *gradients[i] = take(r, B * D);
+    a->stats = take(r, B * T * 2);
+    a->dout = take(r, pixels * config_out_channels(c));
+    return arena.count;
+}
+
+// The arithmetic that --dtype asks for; dies when this program does not have it.
+static int compute_dtype(int dtype) {
+    if (dtype == COMPUTE_BF16) die("option --dtype: the CPU program computes in fp32");
+    return COMPUTE_FP32;
+}
+
+// A model with room for `batch` pictures and, for training, `max_m` gradient iterations, for sampling Anderson
+// acceleration over `window` (0: none). Its weights are zero. Refuses sizes beyond the machine's memory, naming the
+// options that lower it.
+static Model *model_create(const Config *config, int batch, int max_m, int recompute, int training, int window,
+                           int dtype) {
+    (void)dtype;
+    Model *m = (Model *)xcalloc(1, sizeof *m, "the model");
+    m->config = *config;
+    m->batch = batch;
+    m->max_m = training ? max_m : 1;
+    m->recompute = recompute;
+    m->training = training;
+    m->window = window;
+    int layers = config_blocks(config) + m->max_m;
+    m->a.layer = (Layer *)xcalloc((size_t)layers + 1, sizeof *m->a.layer, "the model");
+    m->labels = (int *)xcalloc((size_t)batch, sizeof *m->labels, "the model");
+    ParamWalk w = params_point(&m->p, config, NULL, NULL);
+    m->n_tensors = w.count;
+    m->n_params = w.size;
+    m->tensors = (ParamTensor *)xcalloc((size_t)w.count, sizeof *m->tensors, "the model");
+    size_t reals = activations_point(m, NULL);
+    m->activation_bytes = reals * sizeof(real);
+    double need = (double)m->activation_bytes + (double)w.size * sizeof(real) * (training ? 5 : 1);
+    double have = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGE_SIZE);
+    if (need > have)
+        die("this model with %d pictures at a time needs %.0f MB and the machine has %.0f MB: lower --batch%s", batch,
+            need / 1e6, have / 1e6, training ? ", set --micro_batch, or set --recompute 1" : "");
+    for (int kind = 0; kind < (training ? 5 : 1); kind++)
+        m->memory[kind] = xcalloc((size_t)w.size, sizeof(real), "weights, gradients and optimiser");
+    params_point(&m->p, config, m->memory[MODEL_WEIGHTS], m->tensors);
+    if (training) params_point(&m->g, config, m->memory[MODEL_GRADS], NULL);
+    m->activations = xcalloc(reals, sizeof(real), "activations");
+    activations_point(m, m->activations);
+    position_embedding(m->a.pos, config->image_size / config->patch, config->width);
+    return m;
+}
+
+static void model_free(Model *m) {
+    for (int kind = 0; kind < 5; kind++) xfree(m->memory[kind]);
+    xfree(m->activations);
+    xfree(m->a.layer);
+    xfree(m->labels);
+    xfree(m->tensors);
+    xfree(m);
+}
+
+// Copies all of one kind from or to the host's float memory, laid out as the list of tensors says.
+static void model_upload(Model *m, int kind, const float *host) {
+    for (int64_t i = 0; i < m->n_params; i++) m->memory[kind][i] = (real)host[i];
+}
+
+static void model_download(const Model *m, int kind, float *host) {
+    for (int64_t i = 0; i < m->n_params; i++) host[i] = (float)m->memory[kind][i];
+}
+
+// The weights that the forward pass uses: MODEL_WEIGHTS or, for pictures during training, MODEL_EMA
+static void model_use(Model *m, int kind) { params_point(&m->p, &m->config, m->memory[kind], NULL); }
+
+// =====================================================================================================================
+// Shared block 4 of 4. Part 5. Plumbing
+// =====================================================================================================================
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Errors, memory, time, files that appear whole or not at all
+
+// Control characters are masked because names that come out of files are printed, and a message must stay one line.
+static void die(const char *fmt, ...) {
     char line[2048];
     va_list args;
     va_start(args, fmt);
@@ -76,7 +1852,6 @@ static void *xcalloc(size_t count, size_t size, const char *what) {
     return p;
 }
 
-// Releases what xcalloc gave.
 static void xfree(void *p) {
     if (p) free(((void **)p)[-1]);
 }
@@ -128,33 +1903,9 @@ static void commit_temp(FILE *file, const char *path) {
         fail_temp(path);
 }
 
-// The place of a word in a list like "eps|v|flow", which may be followed by a colon and more text; else -1.
-static int choice_index(const char *choices, const char *word) {
-    size_t length = strlen(word);
-    for (int index = 0;; index++) {
-        if (strcspn(choices, "|:") == length && !strncmp(choices, word, length)) return index;
-        choices += strcspn(choices, "|:");
-        if (*choices++ != '|') return -1;
-    }
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
-// Random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")
-//
-// There is no generator state: a draw is a function of (seed, index, step, stream). Any number of threads, either
-// program and a resumed run therefore see the same numbers.
-
-enum Streams {
-    STREAM_INIT,    // initial weights
-    STREAM_DATA,    // which samples make a batch; the pictures of `shapes`
-    STREAM_T,       // timesteps
-    STREAM_NOISE,   // noise added in training
-    STREAM_DROP,    // labels dropped for guidance
-    STREAM_NM,      // numbers of iterations without and with gradient
-    STREAM_XT,      // noise that sampling starts from
-    STREAM_Z,       // noise added during sampling
-    STREAM_AUGMENT, // flips
-};
+// Random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). There is no
+// generator state, so any number of threads, either program and a resumed run see the same numbers.
 
 // Ten rounds over the counter; the key advances by the golden ratio and sqrt(3)-1 between rounds.
 static void philox4x32(uint32_t counter[4], uint32_t key0, uint32_t key1) {
@@ -208,10 +1959,9 @@ static void rng_normal(float *out, size_t count, size_t first, uint64_t seed, ui
 // Offsets count from the end of the header; the tensors must cover the rest of the file without holes or overlap.
 // https://github.com/huggingface/safetensors#format. A file may come from anywhere: nothing in it is trusted.
 
-enum Dtype { F64, F32, F16, BF16, I64, I32, I16, I8, U64, U32, U16, U8, BOOL, F8_E4M3, F8_E5M2, C64, N_DTYPES };
-static const char *const dtype_names[N_DTYPES] = {"F64", "F32", "F16", "BF16", "I64",  "I32",     "I16",     "I8",
-                                                  "U64", "U32", "U16", "U8",   "BOOL", "F8_E4M3", "F8_E5M2", "C64"};
-static const size_t dtype_sizes[N_DTYPES] = {8, 4, 2, 2, 8, 4, 2, 1, 8, 4, 2, 1, 1, 1, 1, 8};
+enum Dtype { F32, F16, BF16, I64, U8, N_DTYPES }; // those that this program reads or writes
+static const char *const dtype_names[N_DTYPES] = {"F32", "F16", "BF16", "I64", "U8"};
+static const size_t dtype_sizes[N_DTYPES] = {4, 2, 2, 8, 1};
 
 enum { MAX_DIMS = 8, MAX_HEADER = 100000000 };
 #define ST_DAMAGED "damaged: make or copy it again"
@@ -263,6 +2013,16 @@ static float f16_to_float(uint16_t h) {
     return h >> 15 ? -x : x;
 }
 
+// The place of a word in a list like "eps|v|flow", which may be followed by a colon and more text; else -1.
+static int choice_index(const char *choices, const char *word) {
+    size_t length = strlen(word);
+    for (int index = 0;; index++) {
+        if (strcspn(choices, "|:") == length && !strncmp(choices, word, length)) return index;
+        choices += strcspn(choices, "|:");
+        if (*choices++ != '|') return -1;
+    }
+}
+
 // The part of JSON that the format uses: objects, lists, strings and whole numbers, read by position without recursion.
 // The text is writable and ends with a 0: strings are decoded where they stand.
 typedef struct {
@@ -270,7 +2030,6 @@ typedef struct {
     char *start, *p, *end;
 } Json;
 
-// Ends the program: what is wrong, in which tensor, and where.
 __attribute__((noreturn)) static void json_fail(const Json *j, const char *why) {
     char name[250] = "";
     if (j->tensor) snprintf(name, sizeof name, "tensor %.200s: ", j->tensor);
@@ -299,92 +2058,45 @@ static int json_more(Json *j, int n, char close) {
     return 0;
 }
 
-// The end of the text: nothing but white space may be left.
-static void json_end(Json *j, const char *why) {
-    j->p += strspn(j->p, " \n\t\r");
-    if (j->p != j->end) json_fail(j, why);
-}
-
-// The four digits of \uXXXX.
-static uint32_t json_hex4(Json *j) {
-    char digits[5] = {0};
-    if (strspn(j->p, "0123456789abcdefABCDEF") < 4) json_fail(j, "\\u needs four hexadecimal digits");
-    memcpy(digits, j->p, 4);
-    j->p += 4;
-    return (uint32_t)strtoul(digits, NULL, 16);
-}
-
-// What an escape stands for; p is behind its backslash.
-static uint32_t json_escape(Json *j) {
-    static const char from[] = "\"\\/bfnrtu", to[] = "\"\\/\b\f\n\r\t";
-    const char *which = *j->p ? strchr(from, *j->p) : NULL;
-    if (!which) json_fail(j, "unknown escape in a string");
-    j->p++;
-    if (*which != 'u') return (uint32_t)to[which - from];
-    uint32_t code = json_hex4(j);
-    if (code >> 10 == 0xD800 >> 10 && j->p[0] == '\\' && j->p[1] == 'u') {
-        j->p += 2;
-        uint32_t low = json_hex4(j);
-        if (low >> 10 != 0xDC00 >> 10) json_fail(j, "broken surrogate pair in a string");
-        return 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
-    }
-    if (code == 0 || code >> 11 == 0xD800 >> 11) json_fail(j, "\\u0000 or half a surrogate pair in a string");
-    return code;
-}
-
-// The next character of a string, which may be an escape or up to four bytes of UTF-8. Refused: a character cut short,
-// overlong, a surrogate, beyond U+10FFFF.
-static uint32_t json_character(Json *j) {
-    static const uint32_t least[] = {' ', 0x80, 0x800, 0x10000}; // that needs so many bytes after the first
-    uint32_t code = (uint8_t)*j->p++;
-    if (code == '\\') return json_escape(j);
-    int more = (code >= 0xC0) + (code >= 0xE0) + (code >= 0xF0), valid = code < 0x80 || (code >= 0xC0 && code < 0xF8);
-    if (more) code &= 0x3fu >> more;
-    for (int i = 0; i < more && valid; i++) {
-        valid = (*j->p & 0xC0) == 0x80;
-        code = code << 6 | (*j->p++ & 0x3f);
-    }
-    if (!valid || code < least[more] || code > 0x10FFFF || code >> 11 == 0xD800 >> 11)
-        json_fail(j, "a string is not valid UTF-8 text");
-    return code;
-}
-
-// Reads a string. Decoding never makes it longer, and its end takes the place of the closing quote or stands before it.
+// Reads a string. Of the escapes it knows \" \\ \/ and \uXXXX, but for pairs of them; bytes beyond ASCII pass as they
+// are. Decoding never makes it longer, and its end takes the place of the closing quote or stands before it.
 static char *json_string(Json *j) {
-    static const unsigned char lead[] = {0, 0xC0, 0xE0, 0xF0};
     json_expect(j, '"');
-    char *text = j->p, *out = text;
+    char *text = j->p, *out = text, digits[5] = {0};
     while (*j->p != '"') {
-        if (j->p + (*j->p == '\\') >= j->end) json_fail(j, "a string does not end");
-        uint32_t code = json_character(j);
-        int more = (code > 0x7f) + (code > 0x7ff) + (code > 0xffff);
-        *out++ = (char)(lead[more] | code >> 6 * more);
-        while (more--) *out++ = (char)(0x80 | (code >> 6 * more & 0x3f));
+        unsigned code = (unsigned char)*j->p++;
+        if (code < ' ') json_fail(j, j->p > j->end ? "a string does not end" : "a control character in a string");
+        if (code == '\\' && *j->p == 'u') {
+            if (strspn(++j->p, "0123456789abcdefABCDEF") < 4) json_fail(j, "\\u needs four hexadecimal digits");
+            memcpy(digits, j->p, 4);
+            j->p += 4;
+            code = (unsigned)strtoul(digits, NULL, 16);
+            if (code == 0 || code >> 11 == 0xD800 >> 11) json_fail(j, "\\u0000 or a surrogate in a string");
+            if (code > 0x7ff) *out++ = (char)(0xE0 | code >> 12);
+            if (code > 0x7f) *out++ = (char)(code > 0x7ff ? 0x80 | (code >> 6 & 0x3f) : 0xC0 | code >> 6);
+            if (code > 0x7f) code = 0x80 | (code & 0x3f);
+        } else if (code == '\\') {
+            code = (unsigned char)*j->p++;
+            if (code != '"' && code != '\\' && code != '/') json_fail(j, "unknown escape in a string");
+        }
+        *out++ = (char)code;
     }
     j->p++;
     *out = 0;
     return text;
 }
 
-// A whole number from 0 to 2^63 - 1.
-static int64_t json_integer(Json *j) {
-    if (json_accept(j, '-')) json_fail(j, "a number is negative");
-    if (!isdigit((unsigned char)*j->p)) json_fail(j, "expected a number");
-    if (*j->p == '0' && isdigit((unsigned char)j->p[1])) json_fail(j, "a number starts with 0");
-    errno = 0;
-    int64_t value = strtoll(j->p, &j->p, 10);
-    if (errno) json_fail(j, "a number is too large");
-    if (*j->p == '.' || *j->p == 'e' || *j->p == 'E') json_fail(j, "a number is not whole");
-    return value;
-}
-
-// Reads a list of at most `room` whole numbers; returns how many there are.
+// Reads a list of at most `room` whole numbers from 0 to 2^63 - 1; returns how many there are.
 static int json_integers(Json *j, int64_t *values, int room) {
     int n = 0;
     json_expect(j, '[');
     for (; json_more(j, n, ']'); n++) {
         if (n == room) json_fail(j, "a list is too long");
-        values[n] = json_integer(j);
+        j->p += strspn(j->p, " \n\t\r");
+        if (!isdigit((unsigned char)*j->p)) json_fail(j, "expected a whole number from 0");
+        errno = 0;
+        values[n] = strtoll(j->p, &j->p, 10);
+        if (errno) json_fail(j, "a number is too large");
     }
     return n;
 }
@@ -403,7 +2115,8 @@ static void json_tensor(Json *j, Tensor *t, const unsigned char *data, size_t ro
             const char *dtype = json_string(j);
             for (t->dtype = 0; t->dtype < N_DTYPES && strcmp(dtype, dtype_names[t->dtype]);) t->dtype++;
             if (t->dtype == N_DTYPES)
-                die("%s: tensor %.200s: unknown dtype %.40s; convert it", j->path, t->name, dtype);
+                die("%s: tensor %.200s: unknown dtype %.40s; convert it to F32, F16, BF16, I64 or U8", j->path, t->name,
+                    dtype);
         } else if (field == 1) {
             t->ndim = json_integers(j, t->shape, MAX_DIMS);
         } else if (json_integers(j, offsets, 2) != 2) {
@@ -514,7 +2227,7 @@ static void st_open(SafeTensors *f, const char *path) {
             f->meta[f->n_meta].value = json_string(&j);
         }
     }
-    json_end(&j, "text follows the header");
+    if (!json_accept(&j, 0) || j.p <= j.end) json_fail(&j, "text follows the header");
     check_cover(f, data);
     sort_by_name(f, f->tensors, f->n_tensors, sizeof *f->tensors);
     sort_by_name(f, f->meta, f->n_meta, sizeof *f->meta);
@@ -620,58 +2333,14 @@ static const char **parse_class_names(const char *json, int *count) {
         names = (const char **)grow(names, (size_t)*count, sizeof *names);
         names[*count] = strdup(json_string(&j));
     }
-    json_end(&j, "text follows the list");
+    if (!json_accept(&j, 0)) json_fail(&j, "text follows the list");
     free(text);
     return names;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Configuration and options: one table describes every option once. The command line, --help, the metadata of weight
-// files and the settings of a training state are all read and written through it.
-
-enum Prediction { PREDICT_EPS, PREDICT_V, PREDICT_FLOW };
-enum VWeight { V_WEIGHT_1, V_WEIGHT_P2 };
-enum Sampler { SAMPLER_AUTO, SAMPLER_DDPM, SAMPLER_DDIM, SAMPLER_FLOW };
-enum Allocation { ALLOC_CONST, ALLOC_INC, ALLOC_DEC };
-enum Solver { SOLVER_PLAIN, SOLVER_ANDERSON };
-enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: earlier results, and with the newest
-enum Arithmetic { COMPUTE_AUTO, COMPUTE_FP32, COMPUTE_BF16 };
-
-typedef struct {     // what a weight file's metadata says: the model and the diffusion that it was trained for
-    int image_size;  // H = W of the input, pixels (or latent pixels)
-    int channels;    // C
-    int patch;       // p: tokens T = (image_size / p)^2
-    int width;       // D
-    int heads;       // H: head size hd = D / H
-    int mlp_ratio;   // always 4
-    int classes;     // label `classes` is the "no label" token; 0 for unlabelled data
-    int learn_sigma; // 2C output channels: prediction, then variance
-    int fixed_point; // 0: plain DiT
-    int depth;       // DiT: blocks; fixed point: sets the default iterations, depth - pre - post
-    int pre_depth, post_depth;
-    int timestep_in_pre_post;
-    int prediction; // enum Prediction
-    int zero_terminal_snr;
-    int v_weight;        // enum VWeight
-    int diffusion_steps; // always 1000
-} Config;
-
-typedef struct {
-    Config model;
-    // training
-    const char *data, *export_to, *model_name, *out, *resume;
-    int no_grad_iters[2], grad_iters[2];
-    int batch, micro_batch, steps, warmup, ema_warmup, hflip, recompute, dtype, weights_dtype;
-    int save_every, sample_every, log_every, step;
-    double lr, weight_decay, grad_clip, ema, label_drop;
-    uint64_t seed;
-    // sampling
-    const char *weights, *labels, *iters, *latents, *trace;
-    int n, sampler, sample_steps, budget, alloc, reuse, solver, window, cfg_channels, show;
-    double eta, tol, mixing, cfg;
-    // benchmark
-    int bench_n, bench_m, rounds, bench_gemm;
-} Options;
+// Options: one table describes every option once. The command line, --help, the metadata of weight files and the
+// settings of a training state are all read and written through it.
 
 enum { OPT_INT, OPT_SEED, OPT_REAL, OPT_TEXT, OPT_FLAG, OPT_RANGE, OPT_CHOICE };
 // Where an option is used. WEIGHTS: metadata of weight files; STATE: only in a training state; ONCE: never there.
@@ -917,15 +2586,6 @@ static void config_check(const Config *c, const char *where) {
     if (tokens > 65536) die("%s: %g tokens per picture; at most 65536: use a larger patch", where, tokens);
 }
 
-static size_t config_pixels(const Config *c) { return (size_t)c->channels * c->image_size * c->image_size; }
-static int config_tokens(const Config *c) { return (c->image_size / c->patch) * (c->image_size / c->patch); }
-static int config_out_channels(const Config *c) { return c->learn_sigma ? 2 * c->channels : c->channels; }
-static int config_blocks(const Config *c) { return c->fixed_point ? c->pre_depth + 1 + c->post_depth : c->depth; }
-static int config_iterations(const Config *c) { // default iterations per timestep
-    int k = c->depth - c->pre_depth - c->post_depth;
-    return k < 1 ? 1 : k;
-}
-
 // Metadata: every option with one of the bits in `use`, as text; returns how many. The values are to be freed.
 static int options_to_meta(Meta *meta, const Options *o, int use) {
     int count = 0;
@@ -950,59 +2610,6 @@ static void options_from_meta(Options *o, const SafeTensors *f, int use) {
     }
     where[strlen(where) - 1] = 0; // the space
     config_check(&o->model, where);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Noise schedule (SPEC 2 and 3): beta linear from 1e-4 to 0.02 over 1000 timesteps, or `steps` of those timesteps with
-// betas recomputed from alpha_bar. Tables in double; index i runs over the chosen timesteps.
-
-enum { DIFFUSION_STEPS = 1000 };
-typedef struct {
-    int n;
-    int t[DIFFUSION_STEPS];                                             // the model's timestep at position i
-    double alpha_bar[DIFFUSION_STEPS], alpha_bar_prev[DIFFUSION_STEPS]; // product of 1 - beta; prev is 1 at i = 0
-    double log_beta[DIFFUSION_STEPS], log_var[DIFFUSION_STEPS]; // the variances between which the model interpolates
-    double c1[DIFFUSION_STEPS], c2[DIFFUSION_STEPS];            // posterior mean = c1·x0 + c2·x_t
-} Schedule;
-
-static void schedule_make(Schedule *s, const Config *c, int steps) {
-    double alpha_bar[DIFFUSION_STEPS], product = 1;
-    for (int t = 0; t < DIFFUSION_STEPS; t++)
-        alpha_bar[t] = product *= 1 - (1e-4 + (0.02 - 1e-4) * t / (DIFFUSION_STEPS - 1));
-    if (c->zero_terminal_snr) {
-        double first = sqrt(alpha_bar[0]), last = sqrt(alpha_bar[DIFFUSION_STEPS - 1]);
-        for (int t = 0; t < DIFFUSION_STEPS; t++) {
-            double root = (sqrt(alpha_bar[t]) - last) * first / (first - last);
-            alpha_bar[t] = root * root;
-        }
-    }
-    s->n = steps;
-    for (int i = 0; i < steps; i++) {
-        s->t[i] = steps == DIFFUSION_STEPS ? i : (int)nearbyint((double)i * (DIFFUSION_STEPS - 1) / (steps - 1));
-        double ab = alpha_bar[s->t[i]], prev = i ? s->alpha_bar[i - 1] : 1, beta = 1 - ab / prev;
-        s->alpha_bar[i] = ab;
-        s->alpha_bar_prev[i] = prev;
-        s->log_beta[i] = log(beta);
-        s->log_var[i] = log(beta * (1 - prev) / (1 - ab));
-        s->c1[i] = beta * sqrt(prev) / (1 - ab);
-        s->c2[i] = (1 - prev) * sqrt(1 - beta) / (1 - ab);
-    }
-    s->log_var[0] = s->log_var[1]; // at i = 0 it would be log 0
-}
-
-// Iterations of each timestep in sampling order (large t first), iters[0..S-1]; returns their sum. A real-valued share
-// of 1 + (total - S)·ratio/S is rounded through its running sum: each is then at least 1 and the sum is `total`.
-static int allocate_iterations(int *iters, int S, int total, int alloc) {
-    double running = 0;
-    int spent = 0;
-    for (int s = 0; s < S; s++) {
-        double position = S > 1 ? (double)s / (S - 1) : 0.5; // 0 at the largest t
-        double ratio = alloc == ALLOC_INC ? 1.5 - position : alloc == ALLOC_DEC ? 0.5 + position : 1; // in all: S
-        running += 1 + (total - S) * ratio / S;
-        iters[s] = (int)floor(running + 1e-6) - spent;
-        spent += iters[s];
-    }
-    return spent;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1180,7 +2787,7 @@ static void shapes_draw(float *x, int *label, int size, uint64_t seed, uint32_t 
 // Data: a memory-mapped dataset file, or the endless pictures of `shapes`. Which sample stands at which place of which
 // batch follows from (seed, step) alone.
 
-typedef struct {
+struct Dataset {
     SafeTensors file;    // unused for shapes
     const Tensor *x, *y; // y NULL: unlabelled
     int64_t count;       // samples; 0: endless
@@ -1190,7 +2797,7 @@ typedef struct {
     int32_t *order;                        // permutation of the current epoch
     int64_t order_epoch;
     uint64_t seed;
-} Dataset;
+};
 
 static int64_t dataset_label(const Dataset *d, int64_t index) {
     int64_t label;
@@ -1308,129 +2915,6 @@ static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch,
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Parameters: one allocation each for weights, gradients, the two Adam moments and the EMA, all laid out alike. The
-// list of tensors (names as in the published PyTorch state dict) and the struct of pointers into an allocation are made
-// together.
-
-typedef struct {
-    real *qkv_w, *qkv_b;   // (3D,D), (3D)
-    real *proj_w, *proj_b; // (D,D), (D)
-    real *fc1_w, *fc1_b;   // (4D,D), (4D)
-    real *fc2_w, *fc2_b;   // (D,4D), (D)
-    real *ada_w, *ada_b;   // (6D,D), (6D): shift1, scale1, gate1, shift2, scale2, gate2
-} BlockParams;
-
-enum { MAX_BLOCKS = 66 }; // pre, the fixed-point block and post; or DiT's
-typedef struct {
-    real *patch_w, *patch_b;         // (D,C·p·p), (D)
-    real *time0_w, *time0_b;         // (D,256), (D)
-    real *time2_w, *time2_b;         // (D,D), (D)
-    real *label_table;               // (classes+1,D)
-    BlockParams block[MAX_BLOCKS];   // pre blocks, [fixed-point block], post blocks
-    real *inject_w, *inject_b;       // (D,D), (D)     block_pre_projection
-    real *fp1_w, *fp1_b;             // (2D,2D), (2D)  block_fixed_point_projection_fc1: columns of z, then of inj
-    real *fp2_w, *fp2_b;             // (D,2D), (D)    block_fixed_point_projection_fc2
-    real *final_w, *final_b;         // (p·p·Cout,D), (p·p·Cout)
-    real *final_ada_w, *final_ada_b; // (2D,D), (2D): shift, scale
-} Params;
-
-enum { INIT_ZERO, INIT_XAVIER, INIT_NORMAL };
-typedef struct {
-    char name[80];
-    int init, ndim;
-    int64_t shape[4];
-    int64_t offset, count; // in elements of the allocation
-} ParamTensor;
-
-typedef struct {
-    const Config *config;
-    real *memory; // NULL: the sizes alone
-    ParamTensor *list;
-    int count;
-    int64_t size;
-} ParamWalk;
-
-// The next tensor; pass 1 for the dimensions beyond ndim.
-static real *param(ParamWalk *w, const char *name, int init, int ndim, int64_t n0, int64_t n1, int64_t n2, int64_t n3) {
-    ParamTensor t = {"", init, ndim, {n0, n1, n2, n3}, w->size, n0 * n1 * n2 * n3};
-    snprintf(t.name, sizeof t.name, "%s", name);
-    if (w->list) w->list[w->count] = t;
-    w->count++;
-    w->size += t.count;
-    return w->memory ? w->memory + t.offset : NULL;
-}
-
-// weight (N,K) and bias (N) of the layer GROUP + NAME
-static void param_linear(ParamWalk *w, const char *group, const char *name, int init, int64_t N, int64_t K,
-                         real **weight, real **bias) {
-    char text[80];
-    snprintf(text, sizeof text, "%s%s.weight", group, name);
-    *weight = param(w, text, init, 2, N, K, 1, 1);
-    snprintf(text, sizeof text, "%s%s.bias", group, name);
-    *bias = param(w, text, INIT_ZERO, 1, N, 1, 1, 1);
-}
-
-// A block. `format` is its name, with a place for the index.
-static void param_block(ParamWalk *w, const char *format, int index, BlockParams *p) {
-    int64_t D = w->config->width;
-    char block[40];
-    snprintf(block, sizeof block, format, index);
-    param_linear(w, block, ".attn.qkv", INIT_XAVIER, 3 * D, D, &p->qkv_w, &p->qkv_b);
-    param_linear(w, block, ".attn.proj", INIT_XAVIER, D, D, &p->proj_w, &p->proj_b);
-    param_linear(w, block, ".mlp.fc1", INIT_XAVIER, 4 * D, D, &p->fc1_w, &p->fc1_b);
-    param_linear(w, block, ".mlp.fc2", INIT_XAVIER, D, 4 * D, &p->fc2_w, &p->fc2_b);
-    param_linear(w, block, ".adaLN_modulation.1", INIT_ZERO, 6 * D, D, &p->ada_w, &p->ada_b);
-}
-
-// Points *p into `memory` and fills `list`; either may be NULL. Returns the walk: how many tensors
-// `list` needs room for, and the number of elements.
-static ParamWalk params_point(Params *p, const Config *c, real *memory, ParamTensor *list) {
-    ParamWalk w = {c, memory, list, 0, 0};
-    int64_t D = c->width, pixels = (int64_t)c->patch * c->patch;
-    p->patch_w = param(&w, "x_embedder.proj.weight", INIT_XAVIER, 4, D, c->channels, c->patch, c->patch);
-    p->patch_b = param(&w, "x_embedder.proj.bias", INIT_ZERO, 1, D, 1, 1, 1);
-    param_linear(&w, "t_embedder", ".mlp.0", INIT_NORMAL, D, 256, &p->time0_w, &p->time0_b);
-    param_linear(&w, "t_embedder", ".mlp.2", INIT_NORMAL, D, D, &p->time2_w, &p->time2_b);
-    p->label_table = param(&w, "y_embedder.embedding_table.weight", INIT_NORMAL, 2, c->classes + 1, D, 1, 1);
-    for (int i = 0; !c->fixed_point && i < c->depth; i++) param_block(&w, "blocks.%d", i, &p->block[i]);
-    if (c->fixed_point) {
-        const char *fp = "block_fixed_point";
-        for (int i = 0; i < c->pre_depth; i++) param_block(&w, "blocks_pre.%d", i, &p->block[i]);
-        param_linear(&w, "block_pre_projection", "", INIT_XAVIER, D, D, &p->inject_w, &p->inject_b);
-        param_linear(&w, fp, "_projection_fc1", INIT_XAVIER, 2 * D, 2 * D, &p->fp1_w, &p->fp1_b);
-        param_linear(&w, fp, "_projection_fc2", INIT_XAVIER, D, 2 * D, &p->fp2_w, &p->fp2_b);
-        param_block(&w, fp, 0, &p->block[c->pre_depth]);
-        for (int i = 0; i < c->post_depth; i++) param_block(&w, "blocks_post.%d", i, &p->block[c->pre_depth + 1 + i]);
-    }
-    int64_t outputs = pixels * config_out_channels(c);
-    param_linear(&w, "final_layer", ".linear", INIT_ZERO, outputs, D, &p->final_w, &p->final_b);
-    param_linear(&w, "final_layer", ".adaLN_modulation.1", INIT_ZERO, 2 * D, D, &p->final_ada_w, &p->final_ada_b);
-    return w;
-}
-
-// Initial weights (SPEC 1): tensor number k of the list draws with step k.
-static void params_init(float *memory, const ParamTensor *list, int count, uint64_t seed) {
-    for (int k = 0; k < count; k++) {
-        const ParamTensor *t = &list[k];
-        float *w = memory + t->offset;
-        memset(w, 0, (size_t)t->count * sizeof *w);
-        if (t->init == INIT_NORMAL) {
-            rng_normal(w, (size_t)t->count, 0, seed, (uint32_t)k, STREAM_INIT);
-            for (int64_t e = 0; e < t->count; e++) w[e] = (float)(0.02 * w[e]);
-        }
-        if (t->init != INIT_XAVIER) continue;
-        double range = sqrt(6.0 / (double)(t->shape[0] + t->count / t->shape[0])); // fan-out and fan-in
-#pragma omp parallel for schedule(static)
-        for (int64_t first = 0; first < t->count; first += 4) {
-            uint32_t word[4];
-            philox(word, seed, (uint32_t)(first / 4), (uint32_t)k, STREAM_INIT);
-            for (int64_t e = first; e < t->count && e < first + 4; e++)
-                w[e] = (float)((2 * rng_uniform(word[e % 4]) - 1) * range);
-        }
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 // Weights in files
 
 // Describes the tensors of `list` under PREFIX for st_save, with their values in `memory` (F32) or `half` (BF16).
@@ -1455,8 +2939,7 @@ static void shape_text(char *text, size_t size, const int64_t *shape, int ndim) 
     }
 }
 
-// Reads the tensors PREFIX + name into memory; dies with the names of file and tensor when one is missing or does not
-// fit.
+// Reads the tensors PREFIX + name into memory; dies with the names of file and tensor when one is missing or unfit.
 static void tensors_read(const SafeTensors *f, const ParamTensor *list, int count, const char *prefix, float *memory) {
     for (const ParamTensor *p = list; p < list + count; p++) {
         char name[100], want[200], got[200];
@@ -1474,9 +2957,6 @@ static void tensors_read(const SafeTensors *f, const ParamTensor *list, int coun
                 die("%s: tensor %s holds %g at element %lld", f->path, name, value[e], (long long)e);
     }
 }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// What sampling is asked for
 
 // Labels of n pictures from "3,heart,7", in turn; without a list, each class in turn.
 static void parse_labels(int *y, int n, const char *list, int classes, const char *const *names) {
@@ -1498,62 +2978,7 @@ static void parse_labels(int *y, int n, const char *list, int classes, const cha
     xfree(chosen);
 }
 
-// Iterations of each timestep from --iters, --budget and --alloc
-static void plan_iterations(int iters[DIFFUSION_STEPS], const Options *o, const Config *c) {
-    int S = o->sample_steps, per_step = c->pre_depth + c->post_depth, total = config_iterations(c) * S, listed = 0;
-    for (int i = 0; i < S; i++) iters[i] = 0;
-    if (o->budget && *o->iters) die("option --budget: give either iters or budget");
-    if (!c->fixed_point) {
-        if (o->budget && S * c->depth > o->budget)
-            die("option --budget: %d passes allow %d steps of this DiT with %d blocks: lower --steps", o->budget,
-                o->budget / c->depth, c->depth);
-        return;
-    }
-    char *copy = strdup(o->iters), *rest = copy;
-    for (char *word; *o->iters && (word = strsep(&rest, ",")); listed++) {
-        char *end;
-        long value = strtol(word, &end, 10);
-        if (!*word || *end || value < 1 || value > 1000)
-            die("option --iters: '%s' is not a whole number from 1 to 1000", word);
-        if (listed < S) iters[listed] = (int)value;
-    }
-    free(copy);
-    if (listed > 1 && listed != S) die("option --iters: %d numbers for %d timesteps; give one, or one each", listed, S);
-    if (listed > 1 && o->alloc) die("option --alloc: a list of iters is an allocation already");
-    if (listed > 1) return;
-    if (listed == 1) total = iters[0] * S;
-    if (o->budget) total = o->budget - per_step * S;
-    if (total < S)
-        die("option --budget: %d passes are too few for %d timesteps of at least %d: lower --steps or raise it",
-            o->budget, S, per_step + 1);
-    allocate_iterations(iters, S, total, o->alloc);
-    for (int i = 0; i < S; i++)
-        if (iters[i] > 1000) die("option --budget: more than 1000 iterations in a timestep; lower it or raise --steps");
-}
-
-typedef struct {
-    int sampler, cfg_channels, reuse;
-    double eta, cfg, tol;
-    const int *iters; // per timestep, in sampling order
-    FILE *trace;      // CSV of residuals, or NULL
-    int64_t passes;   // Transformer-block passes per picture that were spent, counted up
-    int window;       // of Anderson acceleration; 0: plain iteration
-    double mixing;    // its beta
-} SampleSettings;
-
-// Which sampler suits the model; dies on one that does not.
-static int resolve_sampler(int sampler, const Config *c) {
-    int flow = c->prediction == PREDICT_FLOW;
-    if (c->prediction == PREDICT_EPS && c->zero_terminal_snr)
-        die("option --zero_terminal_snr: a model of eps cannot be sampled with it; train with --prediction v");
-    if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
-    if ((sampler == SAMPLER_FLOW) != flow)
-        die("option --sampler: this model predicts %s; use --sampler auto",
-            flow ? "flow and needs the flow sampler" : "noise or v: ddpm or ddim");
-    return sampler;
-}
-
-// What a training step needs: multiply-adds count two; constants of the iterations once (SPEC 1), no recomputation.
+// What a training step needs: multiply-adds count two; what stays constant while z iterates once, no recomputation.
 // n: iterations without gradient; m: with gradient, which costs three times the forward pass.
 static double model_flops(const Config *c, int B, int n, int m) {
     double D = c->width, T = config_tokens(c), M = B * T, pixels = (double)c->patch * c->patch;
@@ -1566,1330 +2991,8 @@ static double model_flops(const Config *c, int B, int n, int m) {
     return 3 * (ends + modulation + layers) - pixel_gradient - z_gradient + n * (block + projection);
 }
 
-static int by_value(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double *values, int count) {
-    qsort(values, (size_t)count, sizeof *values, by_value);
-    return values[count / 2];
-}
-
-// =====================================================================================================================
-// End of the shared block
-// =====================================================================================================================
-
 // ---------------------------------------------------------------------------------------------------------------------
-// Threads
-
-#ifdef _OPENMP
-static int max_threads(void) { return omp_get_max_threads(); }
-static int thread_index(void) { return omp_get_thread_num(); }
-#else
-static int max_threads(void) { return 1; }
-static int thread_index(void) { return 0; }
-#endif
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Matrix multiplication: C = A.B (+ bias) or C += A.B, for matrices of any strides, so that one function does the
-// products of forward (x.W^T), backward (dy.W and dy^T.x) and attention. The scheme is that of Goto and of BLIS (Van
-// Zee and van de Geijn 2015): a tile of C, MR rows by two vectors, is summed in registers over KC steps of k; the KC x
-// NC block of B that it runs along is first packed into panels two vectors wide, in the order of reading, and stays in
-// the second-level cache. A is read where it stands when its rows are contiguous, else MC of its rows are packed too.
-// In % of the peak of a Zen 5 core with AVX-512: plain loops for x.W^T 2, with `omp simd` 19; these tiles with A and B
-// packed 83; A read in place 88; the next rows of A prefetched 91. Prefetching them in one burst before a tile stalls
-// it: one line at each k instead. dy^T.x, where A is packed, reaches 80 to 88. No gain: tiles of 12 x 2 and 14 x 2
-// vectors, the loop over panels outside that over rows, huge pages.
-
-// Vectors as wide as the machine's registers; plain C operators act on all lanes, so no instruction is named below. A
-// tile has 2 MR sums in registers, with room for two vectors of B and one of A: there are 32 registers, or 16.
-#if defined __AVX512F__
-enum { VEC_BYTES = 64, MR = 8 };
-#elif defined __AVX__
-enum { VEC_BYTES = 32, MR = 6 };
-#elif defined __aarch64__
-enum { VEC_BYTES = 16, MR = 8 };
-#else
-enum { VEC_BYTES = 16, MR = 6 };
-#endif
-enum {
-    VL = VEC_BYTES / sizeof(real),
-    NR = 2 * VL,
-    KC = 384, // a tile's rows of A, MR x KC, stay in the first-level cache
-    NC = 512, // the block of B, KC x NC, in the second
-    MC = 8 * MR,
-    AW = 2 * MR // with AVX-512 a cache line
-};
-#define VECTOR(bytes) __attribute__((vector_size(bytes), aligned(sizeof(real)), may_alias)) // may stand anywhere
-typedef real vec VECTOR(VEC_BYTES);
-typedef real vec4 VECTOR(4 * sizeof(real));
-#if defined __clang__ || __GNUC__ >= 12
-#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-#define LANE(x, y, i) ((i) < 4 ? (x)[(i)&3] : (y)[(i)&3])
-#define SHUFFLE(x, y, i, j, k, l) ((vec4){LANE(x, y, i), LANE(x, y, j), LANE(x, y, k), LANE(x, y, l)})
-#endif
-#define UNROLL _Pragma("GCC unroll 16")
-#define INLINE static inline __attribute__((always_inline))
-
-static int imin(int a, int b) { return a < b ? a : b; }
-
-// Packs n columns of kc values, w columns to a panel: p[(i/w*kc + k)*w + i%w] = src[i*is + k*ks]. Columns that the last
-// panel lacks keep what stood there; what comes of it is not stored.
-INLINE void gemm_pack(real *p, const int w, int n, int kc, const real *src, size_t is, size_t ks) {
-    int i = 0;
-    if (is == 1) { // a panel's row is contiguous; the next k may be on another page, where no hardware prefetches
-        for (int k = 0; k < kc; k++) {
-            for (i = 0; i + w <= n; i += w) {
-                if (k + 16 < kc) __builtin_prefetch(src + i + (k + 16) * ks);
-                memcpy(p + i * kc + k * w, src + i + k * ks, w * sizeof(real));
-            }
-            for (; i + 4 <= n; i += 4) memcpy(p + i / w * w * kc + k * w + i % w, src + i + k * ks, 4 * sizeof(real));
-        }
-    } else if (ks == 1) { // transposed, in blocks of 4 x 4
-        for (; i + 4 <= n; i += 4) {
-            const real *s = src + i * is, *end = s + kc / 4 * 4;
-            real *d = p + i / w * w * kc + i % w;
-            for (; s < end; s += 4, d += 4 * w) {
-                vec4 s0 = *(const vec4 *)s, s1 = *(const vec4 *)(s + is);
-                vec4 s2 = *(const vec4 *)(s + 2 * is), s3 = *(const vec4 *)(s + 3 * is);
-                vec4 a = SHUFFLE(s0, s1, 0, 4, 1, 5), b = SHUFFLE(s2, s3, 0, 4, 1, 5);
-                vec4 c = SHUFFLE(s0, s1, 2, 6, 3, 7), e = SHUFFLE(s2, s3, 2, 6, 3, 7);
-                *(vec4 *)d = SHUFFLE(a, b, 0, 1, 4, 5), *(vec4 *)(d + w) = SHUFFLE(a, b, 2, 3, 6, 7);
-                *(vec4 *)(d + 2 * w) = SHUFFLE(c, e, 0, 1, 4, 5), *(vec4 *)(d + 3 * w) = SHUFFLE(c, e, 2, 3, 6, 7);
-            }
-            for (int k = 0; k < kc % 4; k++)
-                for (int r = 0; r < 4; r++) d[k * w + r] = s[r * is + k];
-        }
-    }
-    for (; i < n; i++)
-        for (int k = 0; k < kc; k++) p[(i / w * kc + k) * w + i % w] = src[i * is + k * ks];
-}
-
-// One tile: c (MR,NR; row stride ldc) = a.b (+ bias) (+ c), with a (MR,kc; strides ars, acs) and b a panel; not `wide`
-// computes its left half alone. Meanwhile the row `next` of A comes into the cache.
-INLINE void gemm_kernel(const int wide, real *c, size_t ldc, const real *a, size_t ars, size_t acs, const real *b,
-                        const real *bias, int add, int kc, const real *next) {
-    vec s[MR] = {0}, t[MR] = {0};
-    for (int i = 0; i < MR; i++) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + NR - 1, 1);
-    for (int k = 0; k < kc; k++, a += acs, b += NR) {
-        vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VL);
-        __builtin_prefetch(next + k);
-        UNROLL
-        for (int i = 0; i < MR; i++) {
-            s[i] += a[i * ars] * b0;
-            if (wide) t[i] += a[i * ars] * b1;
-        }
-    }
-    UNROLL
-    for (int i = 0; i < MR; i++) {
-        vec *c0 = (vec *)(c + i * ldc), *c1 = (vec *)(c + i * ldc + VL);
-        if (bias) s[i] += *(const vec *)bias, t[i] += *(const vec *)(bias + VL);
-        if (add) s[i] += *c0, t[i] += *c1;
-        *c0 = s[i], *c1 = t[i];
-    }
-}
-
-// The same for m x n of the tile: those at the lower and right edge of C take a detour
-static void gemm_tile(real *c, size_t ldc, const real *a, size_t ars, size_t acs, const real *b, const real *bias,
-                      int add, int kc, const real *next, int m, int n) {
-    real t[MR * NR];
-    if (m == MR && n == NR) {
-        gemm_kernel(1, c, ldc, a, ars, acs, b, bias, add, kc, next);
-        return;
-    }
-    if (n > VL)
-        gemm_kernel(1, t, NR, a, ars, acs, b, NULL, 0, kc, next);
-    else
-        gemm_kernel(0, t, NR, a, ars, acs, b, NULL, 0, kc, next);
-    for (int i = 0; i < m; i++)
-        for (int j = 0; j < n; j++) c[i * ldc + j] = t[i * NR + j] + (bias ? bias[j] : 0) + (add ? c[i * ldc + j] : 0);
-}
-
-typedef struct {
-    real *C;
-    const real *A, *B, *bias;
-    size_t ldc, ars, acs, brs, bcs;
-    int add, M, N, K;
-    real *panels;    // two blocks of packed B, shared by the threads: while one is in use the next is packed
-    atomic_int next; // how many rows of tiles are taken, over all blocks
-} Gemm;
-
-static _Thread_local real gemm_a[MC * KC] __attribute__((aligned(64))),
-    gemm_b[2 * KC * NC] __attribute__((aligned(64)));
-
-// What one of `threads` threads does. Each takes rows of tiles from those left, at first MC / MR, at the end one, so
-// that fast threads do more and all finish together. Who computes a tile changes nothing in it: no sum is split among
-// threads.
-static void gemm_thread(Gemm *g, int thread, int threads) {
-    int nk = (g->K + KC - 1) / KC, nn = (g->N + NC - 1) / NC, rows = (g->M + MR - 1) / MR, done = 0;
-    real *panel = g->panels; // this block's; the other one may still be read by a slower thread
-    int width = ((g->N + nn - 1) / nn + NR - 1) / NR * NR;
-    for (int kb = 0; kb < nk; kb++) {
-        int k0 = (int)((long)g->K * kb / nk), kc = (int)((long)g->K * (kb + 1) / nk) - k0;
-        for (int n0 = 0; n0 < g->N; n0 += width, done += rows, panel = g->panels + (panel == g->panels) * KC * NC) {
-            int n = imin(width, g->N - n0), panels = (n + NR - 1) / NR;
-            int p0 = panels * thread / threads * NR, p1 = imin(n, panels * (thread + 1) / threads * NR);
-            gemm_pack(panel + p0 * kc, NR, p1 - p0, kc, g->B + (n0 + p0) * g->bcs + k0 * g->brs, g->bcs, g->brs);
-            if (threads > 1) {
-#pragma omp barrier
-            }
-            for (;;) {
-                int row = atomic_load(&g->next), left, len;
-                do {
-                    left = done + rows - row;
-                    len = imin(threads > 1 ? (left + 2 * threads - 1) / (2 * threads) : left, MC / MR);
-                } while (len > 0 && !atomic_compare_exchange_weak(&g->next, &row, row + len));
-                if (len <= 0) break;
-                int m0 = (row - done) * MR, m = imin(g->M - m0, len * MR), direct = g->acs == 1 ? m / MR * MR : 0;
-                const real *A = g->A + m0 * g->ars + k0 * g->acs;
-                gemm_pack(gemm_a, AW, m - direct, kc, A + direct * g->ars, g->ars, g->acs);
-                for (int i = 0; i < m; i += MR)
-                    for (int j = 0; j < n; j += NR) {
-                        const real *a =
-                            i < direct ? A + i * g->ars : gemm_a + (i - direct) / AW * AW * kc + (i - direct) % AW;
-                        const real *next = i + MR < direct && j / NR < MR ? a + (MR + j / NR) * g->ars : a;
-                        gemm_tile(g->C + (m0 + i) * g->ldc + n0 + j, g->ldc, a, i < direct ? g->ars : 1,
-                                  i < direct ? 1 : AW, panel + j * kc, g->bias && !kb ? g->bias + n0 + j : NULL,
-                                  g->add || kb, kc, next, imin(MR, m - i), imin(NR, n - j));
-                    }
-            }
-        }
-    }
-}
-
-// C (M,N; row stride ldc) = A.B + bias, or += with `add`; element (i,k) of A is A[i*ars + k*acs], (k,j) of B is
-// B[k*brs + j*bcs]; bias (N) or NULL. Uses all threads, but inside a parallel region only the one that calls.
-static void gemm(real *C, size_t ldc, const real *A, size_t ars, size_t acs, const real *B, size_t brs, size_t bcs,
-                 const real *bias, int add, int M, int N, int K) {
-    Gemm g = {C, A, B, bias, ldc, ars, acs, brs, bcs, add, M, N, K, gemm_b, 0};
-#ifdef _OPENMP
-    if ((double)M * N * K > 5e5 && !omp_in_parallel()) { // less work than starting the threads costs
-#pragma omp parallel
-        gemm_thread(&g, omp_get_thread_num(), omp_get_num_threads());
-        return;
-    }
-#endif
-    gemm_thread(&g, 0, 1);
-}
-
-// exp(x) in arithmetic that an `omp simd` loop turns into vector instructions: x = n ln 2 + r, exp(x) = 2^n *
-// polynomial(r) (Cephes coefficients; 1.2 ulp at most over all floats). Below -87.3 it gives 0, above 88 exp(88) =
-// 1.7e38, and NaN stays NaN: a comparison with NaN is false, so neither limit replaces it. Double precision, for the
-// gradient checks, calls libm.
-static inline real exp_real(real x) {
-    if (sizeof(real) == 8) return (real)exp((double)x);
-    float y = x > 88 ? 88 : x < -87.3f ? -87.3f : (float)x;
-    float t =
-        y * 1.44269504f + 12582912.0f; // 1.5 * 2^23: the sum has no room for a fraction, n stands in its last bits
-    float n = t - 12582912.0f, r = y - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1;
-    union {
-        float f;
-        uint32_t i;
-    } scale = {t};
-    scale.i = (scale.i << 23) + 0x3f800000u; // 2^n, by its exponent bits
-    return x < -87.3f ? 0 : p * scale.f;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Layers: each forward above its backward. B pictures, T tokens, D width, H heads, hd head size. Matrices are
-// row-major. Outputs come first. A backward adds (+=) to weight and modulation gradients, and says whether it adds to
-// its input's.
-
-static real sqrt_real(real x) { return sizeof x == 4 ? (real)sqrtf((float)x) : (real)sqrt((double)x); }
-
-// out (M,N) = in (M,K)·w^T + b; w (N,K), b (N)
-static void linear_forward(real *out, const real *in, const real *w, const real *b, int M, int K, int N) {
-    gemm(out, N, in, K, 1, w, 1, K, b, 0, M, N, K);
-}
-
-// db (N) += sum over the rows of dout (M,N). Columns are shared out, so each sum has one order for any number of
-// threads.
-static void bias_backward(real *db, const real *dout, int M, int N) {
-#pragma omp parallel for schedule(static)
-    for (int first = 0; first < N; first += 64) {
-        int last = first + 64 < N ? first + 64 : N;
-        for (int i = 0; i < M; i++)
-#pragma omp simd
-            for (int j = first; j < last; j++) db[j] += dout[(size_t)i * N + j];
-    }
-}
-
-// dw (N,K) += dout^T·in,  db += column sums of dout,  din (M,K) = dout·w (skipped when NULL)
-static void linear_backward(real *din, real *dw, real *db, const real *dout, const real *in, const real *w, int M,
-                            int K, int N) {
-    gemm(dw, K, dout, 1, N, in, K, 1, NULL, 1, N, K, M);
-    if (db) bias_backward(db, dout, M, N);
-    if (din) gemm(din, K, dout, N, 1, w, K, 1, NULL, 0, M, K, N);
-}
-
-// out (B,T,D) = LN(x)·(1+scale)+shift; LN without weights, eps 1e-6. mod points at picture 0's shift (D) and, after it,
-// scale (D); `stride` is the distance to the next picture's.
-static void layernorm_modulate_forward(real *out, const real *x, const real *mod, int stride, int B, int T, int D) {
-#pragma omp parallel for schedule(static)
-    for (int i = 0; i < B * T; i++) {
-        const real *xi = x + (size_t)i * D, *shift = mod + (size_t)(i / T) * stride, *scale = shift + D;
-        real *oi = out + (size_t)i * D, mean = 0, var = 0;
-#pragma omp simd reduction(+ : mean)
-        for (int d = 0; d < D; d++) mean += xi[d];
-        mean /= D;
-#pragma omp simd reduction(+ : var)
-        for (int d = 0; d < D; d++) var += (xi[d] - mean) * (xi[d] - mean);
-        real rstd = 1 / (real)sqrt((double)(var / D) + 1e-6);
-#pragma omp simd
-        for (int d = 0; d < D; d++) oi[d] = (xi[d] - mean) * rstd * (1 + scale[d]) + shift[d];
-    }
-}
-
-// dx += the gradient through LN; dmod (as mod) += sums over the picture's tokens: dshift = sum dout, dscale = sum
-// dout·LN(x). stats (B·T,2) is scratch for mean and 1/sigma, which are cheaper to compute again than to keep.
-static void layernorm_modulate_backward(real *dx, real *dmod, real *stats, const real *dout, const real *x,
-                                        const real *mod, int stride, int B, int T, int D) {
-#pragma omp parallel for schedule(static)
-    for (int i = 0; i < B * T; i++) {
-        const real *xi = x + (size_t)i * D, *gi = dout + (size_t)i * D, *scale = mod + (size_t)(i / T) * stride + D;
-        real *di = dx + (size_t)i * D, mean = 0, var = 0, g_mean = 0, gx_mean = 0;
-#pragma omp simd reduction(+ : mean)
-        for (int d = 0; d < D; d++) mean += xi[d];
-        mean /= D;
-#pragma omp simd reduction(+ : var)
-        for (int d = 0; d < D; d++) var += (xi[d] - mean) * (xi[d] - mean);
-        real rstd = 1 / (real)sqrt((double)(var / D) + 1e-6);
-#pragma omp simd reduction(+ : g_mean, gx_mean)
-        for (int d = 0; d < D; d++) {
-            real g = gi[d] * (1 + scale[d]);
-            g_mean += g;
-            gx_mean += g * (xi[d] - mean);
-        }
-        g_mean /= D;
-        gx_mean *= rstd * rstd / D;
-#pragma omp simd
-        for (int d = 0; d < D; d++) di[d] += rstd * (gi[d] * (1 + scale[d]) - g_mean - (xi[d] - mean) * gx_mean);
-        stats[2 * i] = mean;
-        stats[2 * i + 1] = rstd;
-    }
-#pragma omp parallel for collapse(2) schedule(static)
-    for (int b = 0; b < B; b++)
-        for (int first = 0; first < D; first += 64) {
-            int last = first + 64 < D ? first + 64 : D;
-            real *dshift = dmod + (size_t)b * stride, *dscale = dshift + D;
-            for (int i = b * T; i < (b + 1) * T; i++) {
-                real mean = stats[2 * i], rstd = stats[2 * i + 1];
-#pragma omp simd
-                for (int d = first; d < last; d++) {
-                    real g = dout[(size_t)i * D + d];
-                    dshift[d] += g;
-                    dscale[d] += g * (x[(size_t)i * D + d] - mean) * rstd;
-                }
-            }
-        }
-}
-
-// Multi-head attention without mask. qkv (B,T,3D): per token q|k|v, head, channel; out (B,T,D). One task is a block of
-// query rows of one head, so the T×T matrix never exists; lse (B,H,T) keeps log sum exp of each row for the backward
-// pass.
-enum { QUERY_ROWS = 128 };
-static void attention_forward(real *out, real *lse, const real *qkv, real *scores, int B, int T, int D, int H) {
-    int hd = D / H, row_blocks = (T + QUERY_ROWS - 1) / QUERY_ROWS;
-    real scale = 1 / (real)sqrt((double)hd);
-#pragma omp parallel for schedule(static)
-    for (int task = 0; task < B * H * row_blocks; task++) {
-        int b = task / (H * row_blocks), h = task / row_blocks % H, first = task % row_blocks * QUERY_ROWS;
-        int rows = T - first < QUERY_ROWS ? T - first : QUERY_ROWS;
-        const real *q = qkv + (size_t)b * T * 3 * D + h * hd, *k = q + D, *v = q + 2 * D;
-        real *s = scores + (size_t)thread_index() * 2 * QUERY_ROWS * T,
-             *row_lse = lse + ((size_t)b * H + h) * T + first;
-        gemm(s, T, q + (size_t)first * 3 * D, 3 * D, 1, k, 1, 3 * D, NULL, 0, rows, T, hd);
-        for (int i = 0; i < rows; i++) {
-            real *si = s + (size_t)i * T, max = si[0], sum = 0;
-#pragma omp simd reduction(max : max)
-            for (int j = 0; j < T; j++) max = si[j] > max ? si[j] : max;
-#pragma omp simd reduction(+ : sum)
-            for (int j = 0; j < T; j++) {
-                si[j] = exp_real((si[j] - max) * scale);
-                sum += si[j];
-            }
-            real inverse = 1 / sum;
-#pragma omp simd
-            for (int j = 0; j < T; j++) si[j] *= inverse;
-            row_lse[i] = max * scale + (real)log((double)sum);
-        }
-        gemm(out + ((size_t)b * T + first) * D + h * hd, D, s, T, 1, v, 3 * D, 1, NULL, 0, rows, hd, T);
-    }
-}
-
-// dqkv (B,T,3D) is overwritten. Row block by row block, with P recomputed from q, k and lse:
-// dv += P^T·dout;  dP = dout·v^T;  dS = P·(dP - sum(dout·out))·scale;  dq = dS·k;  dk += dS^T·q
-static void attention_backward(real *dqkv, const real *dout, const real *out, const real *lse, const real *qkv,
-                               real *scores, int B, int T, int D, int H) {
-    int hd = D / H;
-    real scale = 1 / (real)sqrt((double)hd);
-#pragma omp parallel for schedule(static)
-    for (int task = 0; task < B * H; task++) {
-        int b = task / H, h = task % H;
-        size_t at = (size_t)b * T * 3 * D + h * hd;
-        const real *q = qkv + at, *k = q + D, *v = q + 2 * D;
-        real *dq = dqkv + at, *dk = dq + D, *dv = dq + 2 * D;
-        real *p = scores + (size_t)thread_index() * 2 * QUERY_ROWS * T, *dp = p + QUERY_ROWS * T;
-        for (int first = 0; first < T; first += QUERY_ROWS) {
-            int rows = T - first < QUERY_ROWS ? T - first : QUERY_ROWS, more = first > 0;
-            const real *go = dout + ((size_t)b * T + first) * D + h * hd,
-                       *o = out + ((size_t)b * T + first) * D + h * hd;
-            gemm(p, T, q + (size_t)first * 3 * D, 3 * D, 1, k, 1, 3 * D, NULL, 0, rows, T, hd);
-            gemm(dp, T, go, D, 1, v, 1, 3 * D, NULL, 0, rows, T, hd);
-            for (int i = 0; i < rows; i++) {
-                real *pi = p + (size_t)i * T, *di = dp + (size_t)i * T,
-                     row_lse = lse[((size_t)b * H + h) * T + first + i], dot = 0;
-#pragma omp simd reduction(+ : dot)
-                for (int d = 0; d < hd; d++) dot += go[(size_t)i * D + d] * o[(size_t)i * D + d];
-#pragma omp simd
-                for (int j = 0; j < T; j++) {
-                    pi[j] = exp_real(pi[j] * scale - row_lse);
-                    di[j] = pi[j] * (di[j] - dot) * scale;
-                }
-            }
-            gemm(dv, 3 * D, p, 1, T, go, D, 1, NULL, more, T, hd, rows);
-            gemm(dq + (size_t)first * 3 * D, 3 * D, dp, T, 1, k, 3 * D, 1, NULL, 0, rows, hd, T);
-            gemm(dk, 3 * D, dp, 1, T, q + (size_t)first * 3 * D, 3 * D, 1, NULL, more, T, hd, rows);
-        }
-    }
-}
-
-// Element by element; pieces of fixed size, because the last elements of a loop may be rounded otherwise than those
-// that fill a vector, and where a loop ends must not depend on the number of threads.
-enum { PIECE = 1 << 12 };
-#define FOR_EACH_PIECE \
-    _Pragma("omp parallel for schedule(static)") for (size_t piece = 0; piece < count; piece += PIECE)
-#define FOR_EACH_ELEMENT \
-    _Pragma("omp simd") for (size_t i = piece; i < (piece + PIECE < count ? piece + PIECE : count); i++)
-
-// gelu in its tanh form: with u = 2·sqrt(2/pi)·(x + 0.044715·x^3), gelu(x) = x/2·(1 + tanh(u/2)) = x·sigmoid(u)
-#define GELU_SLOPE ((real)1.5957691216057308)
-#define GELU_CUBIC ((real)0.044715)
-static void gelu_forward(real *out, const real *in, size_t count) {
-    FOR_EACH_PIECE FOR_EACH_ELEMENT {
-        out[i] = in[i] / (1 + exp_real(-GELU_SLOPE * in[i] * (1 + GELU_CUBIC * in[i] * in[i])));
-    }
-}
-
-// out = gelu(x) once more, and x is replaced by gelu'(x): the exponential is shared, and x is not needed again.
-static void gelu_derivative(real *out, real *x, size_t count) {
-    FOR_EACH_PIECE FOR_EACH_ELEMENT {
-        real xi = x[i], xx = xi * xi, e = exp_real(-GELU_SLOPE * xi * (1 + GELU_CUBIC * xx)), s = 1 / (1 + e);
-        out[i] = xi * s;
-        x[i] = s * (1 + xi * (e * s) * GELU_SLOPE * (1 + 3 * GELU_CUBIC * xx));
-    }
-}
-
-static void multiply(real *x, const real *y, size_t count) { FOR_EACH_PIECE FOR_EACH_ELEMENT x[i] *= y[i]; }
-
-static void add(real *x, const real *y, size_t count) { FOR_EACH_PIECE FOR_EACH_ELEMENT x[i] += y[i]; }
-
-// silu(x) = x·sigmoid(x), only ever applied to (B,D)
-static void silu_forward(real *out, const real *x, size_t count) {
-    for (size_t i = 0; i < count; i++) out[i] = x[i] / (1 + (real)exp((double)-x[i]));
-}
-
-// dx += dout·silu'(x)
-static void silu_backward(real *dx, const real *dout, const real *x, size_t count) {
-    for (size_t i = 0; i < count; i++) {
-        real sigmoid = 1 / (1 + (real)exp((double)-x[i]));
-        dx[i] += dout[i] * sigmoid * (1 + x[i] * (1 - sigmoid));
-    }
-}
-
-// out (B,T,D) = x + gate·branch, gate (D) of picture b at gate + b·stride. out may be x.
-static void gated_residual_forward(real *out, const real *x, const real *gate, int stride, const real *branch, int B,
-                                   int T, int D) {
-#pragma omp parallel for schedule(static)
-    for (int i = 0; i < B * T; i++) {
-        const real *g = gate + (size_t)(i / T) * stride;
-#pragma omp simd
-        for (int d = 0; d < D; d++) out[(size_t)i * D + d] = x[(size_t)i * D + d] + g[d] * branch[(size_t)i * D + d];
-    }
-}
-
-// dbranch = dout·gate, dgate += sum over tokens of dout·branch; the gradient of x is dout itself. dbranch may be
-// branch.
-static void gated_residual_backward(real *dbranch, real *dgate, const real *dout, const real *gate, int stride,
-                                    const real *branch, int B, int T, int D) {
-#pragma omp parallel for collapse(2) schedule(static)
-    for (int b = 0; b < B; b++)
-        for (int first = 0; first < D; first += 64) {
-            int last = first + 64 < D ? first + 64 : D;
-            real *dg = dgate + (size_t)b * stride;
-            const real *g = gate + (size_t)b * stride;
-            for (size_t i = (size_t)b * T; i < (size_t)(b + 1) * T; i++)
-#pragma omp simd
-                for (int d = first; d < last; d++) {
-                    dg[d] += dout[i * D + d] * branch[i * D + d];
-                    dbranch[i * D + d] = dout[i * D + d] * g[d];
-                }
-        }
-}
-
-// patches (B,T,C·p·p) from x (B,C,S,S), each flattened as (channel, row, column)
-static void unfold(real *patches, const real *x, int B, int C, int S, int p) {
-    int side = S / p;
-#pragma omp parallel for schedule(static)
-    for (int b = 0; b < B; b++)
-        for (int c = 0; c < C; c++)
-            for (int i = 0; i < S; i++)
-                for (int j = 0; j < S; j++)
-                    patches[((((size_t)b * side + i / p) * side + j / p) * C + c) * p * p + i % p * p + j % p] =
-                        x[(((size_t)b * C + c) * S + i) * S + j];
-}
-
-// Between tokens (B,T,p·p·C), a patch as (row, column, channel), and pictures (B,C,S,S): to_picture gives the
-// direction.
-static void unpatch(real *pictures, real *tokens, int to_picture, int B, int C, int S, int p) {
-    int side = S / p;
-#pragma omp parallel for schedule(static)
-    for (int b = 0; b < B; b++)
-        for (int c = 0; c < C; c++)
-            for (int i = 0; i < S; i++)
-                for (int j = 0; j < S; j++) {
-                    real *token =
-                        tokens + ((((size_t)b * side + i / p) * side + j / p) * p * p + i % p * p + j % p) * C + c;
-                    real *pixel = pictures + (((size_t)b * C + c) * S + i) * S + j;
-                    if (to_picture)
-                        *pixel = *token;
-                    else
-                        *token = *pixel;
-                }
-}
-
-// pos (T,D): with w_i = 10000^(-i/(D/4)), the token at (row, column) gets [sin(column·w), cos(column·w), sin(row·w),
-// cos(row·w)]
-static void position_embedding(real *pos, int side, int D) {
-    int quarter = D / 4;
-    for (int t = 0; t < side * side; t++)
-        for (int i = 0; i < quarter; i++) {
-            double w = pow(10000, -(double)i / quarter), column = t % side * w, row = t / side * w;
-            real *at = pos + (size_t)t * D + i;
-            at[0] = (real)sin(column);
-            at[quarter] = (real)cos(column);
-            at[2 * quarter] = (real)sin(row);
-            at[3 * quarter] = (real)cos(row);
-        }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Activations: one allocation. Every layer of the path that gets a gradient (pre blocks, the m iterations, post blocks;
-// in DiT all blocks) has its input x[l] and a slot with what its backward pass needs. With `recompute` all share one
-// slot, which the backward pass fills again from x[l]. A model that only samples has one slot and one x: everything
-// happens in place.
-
-typedef struct {
-    real *u;    // (B,T,2D) fixed-point iterations only: the projection before its gelu
-    real *in;   // (B,T,D)  fixed-point iterations only: the block's input; elsewhere it is x[l]
-    real *qkv;  // (B,T,3D)
-    real *lse;  // (B,H,T)
-    real *att;  // (B,T,D)
-    real *proj; // (B,T,D)
-    real *fc1;  // (B,T,4D) before its gelu
-    real *fc2;  // (B,T,D)
-} Slot;
-
-typedef struct {
-    real **x; // inputs of the layers, x[l] (B,T,D), and the last output
-    Slot *slot;
-    real *pos;         // (T,D)
-    real *x_t;         // (B,C,S,S) input of the model
-    real *out;         // (B,Cout,S,S) its output
-    real *patches;     // (B,T,C·p·p)
-    real *time_freq;   // (B,256)
-    real *time_hidden; // (B,D) before silu
-    real *time_silu;   // (B,D)
-    real *cond;        // (B,D) c = t_emb + y_emb
-    real *cond_pp;     // (B,D) condition of pre, post and final layers: c or y_emb
-    real *cond_silu, *cond_pp_silu;
-    real *mod;       // (blocks,B,6D), computed once per timestep
-    real *final_mod; // (B,2D)
-    real *inj;       // (B,T,D) injection
-    real *inj_part;  // (B,T,2D) the half of the projection that does not change while z iterates
-    real *normed;    // (B,T,D) scratch: LN output
-    real *wide;      // (B,T,4D) scratch: gelu output
-    real *patch_out; // (B,T,p·p·Cout)
-    real *scores;    // (threads,2,QUERY_ROWS,T) attention scratch
-    real *z_before;  // (B,T,D) z_{k-1} where it is needed; in training the gradient's scratch
-    real *reused;    // (B,T,D) the solution of the timestep before (sampling)
-    real *history;   // (B,window+1,2,T,D) Anderson acceleration: of each iteration in the window f, then g
-    double *gram;    // (B,HISTORY,HISTORY) the products of its f
-    // backward
-    real *dx, *dnormed, *dwide, *dbranch; // (B,T,D), (B,T,D), (B,T,4D), (B,T,D)
-    real *du_sum;                         // (B,T,2D) gradient of inj_part, summed over the iterations
-    real *dmod, *dfinal_mod, *dcond, *dcond_pp, *dcond_silu, *dcond_pp_silu, *dtime, *stats;
-    real *dout; // (B,Cout,S,S)
-} Activations;
-
-enum Kind { MODEL_WEIGHTS, MODEL_GRADS, MODEL_ADAM_M, MODEL_ADAM_V, MODEL_EMA };
-typedef struct {
-    Config config;
-    int batch, max_m, recompute, training, window; // what the activations have room for
-    int n_tensors;
-    ParamTensor *tensors;
-    int64_t n_params;
-    real *memory[5]; // by enum Kind; only weights unless training
-    Params p, g;
-    Activations a;
-    real *activations; // what `a` points into
-    size_t activation_bytes;
-    int n_labels, *labels;                                            // of the current batch, for the backward pass
-    int B, m;                                                         // of the current forward pass
-    void (*probe)(const char *name, const real *data, int64_t count); // tests look at activations through this
-} Model;
-
-typedef struct {
-    real *memory;
-    size_t count;
-} Arena;
-static real *take(Arena *a, size_t count) {
-    real *at = a->memory ? a->memory + a->count : NULL;
-    a->count += (count + 15) & ~(size_t)15;
-    return at;
-}
-
-// Points the activations into `memory` (NULL: counts only). Returns the number of reals.
-static size_t activations_point(Model *m, real *memory) {
-    const Config *c = &m->config;
-    Activations *a = &m->a;
-    Arena arena = {memory, 0};
-    size_t B = m->batch, T = config_tokens(c), D = c->width, N = B * T * D, pixels = B * c->image_size * c->image_size;
-    int blocks = config_blocks(c), layers = blocks - c->fixed_point + (c->fixed_point ? m->max_m : 0);
-    for (int l = 0; l <= layers + c->fixed_point; l++) a->x[l] = m->training || !l ? take(&arena, N) : a->x[0];
-    for (int l = 0; l < layers; l++) {
-        Slot *s = &a->slot[l];
-        if (l > 0 && (m->recompute || !m->training)) {
-            *s = a->slot[0];
-            continue;
-        }
-        // m varies from step to step, so a slot behind the pre blocks serves an iteration or a post block.
-        int iteration = c->fixed_point && (l >= c->pre_depth || m->recompute || !m->training);
-        s->u = iteration ? take(&arena, 2 * N) : NULL;
-        s->in = iteration ? take(&arena, N) : NULL;
-        s->qkv = take(&arena, 3 * N);
-        s->lse = take(&arena, B * c->heads * T);
-        s->att = take(&arena, N);
-        s->proj = take(&arena, N);
-        s->fc1 = take(&arena, 4 * N);
-        s->fc2 = take(&arena, N);
-    }
-    a->pos = take(&arena, T * D);
-    a->x_t = take(&arena, pixels * c->channels);
-    a->out = take(&arena, pixels * config_out_channels(c));
-    a->patches = take(&arena, pixels * c->channels);
-    a->patch_out = take(&arena, pixels * config_out_channels(c));
-    a->time_freq = take(&arena, B * 256);
-    real **conditions[] = {&a->time_hidden, &a->time_silu, &a->cond, &a->cond_pp, &a->cond_silu, &a->cond_pp_silu};
-    for (int i = 0; i < 6; i++) *conditions[i] = take(&arena, B * D);
-    a->mod = take(&arena, blocks * B * 6 * D);
-    a->final_mod = take(&arena, B * 2 * D);
-    a->inj = c->fixed_point ? take(&arena, N) : NULL;
-    a->inj_part = c->fixed_point ? take(&arena, 2 * N) : NULL;
-    a->normed = take(&arena, N);
-    a->wide = take(&arena, 4 * N);
-    a->scores = take(&arena, (size_t)max_threads() * 2 * QUERY_ROWS * T);
-    a->z_before = take(&arena, N);
-    a->reused = c->fixed_point ? take(&arena, N) : NULL;
-    size_t solver = c->fixed_point && m->window; // needs memory
-    a->history = take(&arena, solver * 2 * (m->window + 1) * N);
-    a->gram = (double *)take(&arena, solver * B * HISTORY * HISTORY * sizeof(double) / sizeof(real));
-    if (!m->training) return arena.count;
-    a->dx = take(&arena, N);
-    a->dnormed = take(&arena, N);
-    a->dwide = take(&arena, 4 * N);
-    a->dbranch = a->z_before;
-    a->du_sum = c->fixed_point ? take(&arena, 2 * N) : NULL;
-    a->dmod = take(&arena, blocks * B * 6 * D);
-    a->dfinal_mod = take(&arena, B * 2 * D);
-    real **gradients[] = {&a->dcond, &a->dcond_pp, &a->dcond_silu, &a->dcond_pp_silu, &a->dtime};
-    for (int i = 0; i < 5; i++) *gradients[i] = take(&arena, B * D);
-    a->stats = take(&arena, B * T * 2);
-    a->dout = take(&arena, pixels * config_out_channels(c));
-    return arena.count;
-}
-
-// The arithmetic that --dtype asks for; dies when this program does not have it.
-static int compute_dtype(int dtype) {
-    if (dtype == COMPUTE_BF16) die("option --dtype: the CPU program computes in fp32");
-    return COMPUTE_FP32;
-}
-
-// A model with room for `batch` pictures and, for training, `max_m` gradient iterations, for sampling Anderson
-// acceleration over `window` (0: none). Its weights are zero. Refuses sizes beyond the machine's memory, naming the
-// options that lower it.
-static Model *model_create(const Config *config, int batch, int max_m, int recompute, int training, int window,
-                           int dtype) {
-    (void)dtype;
-    Model *m = (Model *)xcalloc(1, sizeof *m, "the model");
-    m->config = *config;
-    m->batch = batch;
-    m->max_m = training ? max_m : 1;
-    m->recompute = recompute;
-    m->training = training;
-    m->window = window;
-    int layers = config_blocks(config) + m->max_m;
-    m->a.x = (real **)xcalloc((size_t)layers + 1, sizeof *m->a.x, "the model");
-    m->a.slot = (Slot *)xcalloc((size_t)layers, sizeof *m->a.slot, "the model");
-    m->labels = (int *)xcalloc((size_t)batch, sizeof *m->labels, "the model");
-    ParamWalk w = params_point(&m->p, config, NULL, NULL);
-    m->n_tensors = w.count;
-    m->n_params = w.size;
-    m->tensors = (ParamTensor *)xcalloc((size_t)w.count, sizeof *m->tensors, "the model");
-    size_t reals = activations_point(m, NULL);
-    m->activation_bytes = reals * sizeof(real);
-    double need = (double)m->activation_bytes + (double)w.size * sizeof(real) * (training ? 5 : 1);
-    double have = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGE_SIZE);
-    if (need > have)
-        die("this model with %d pictures at a time needs %.0f MB and the machine has %.0f MB: lower --batch%s", batch,
-            need / 1e6, have / 1e6, training ? ", set --micro_batch, or set --recompute 1" : "");
-    for (int kind = 0; kind < (training ? 5 : 1); kind++)
-        m->memory[kind] = xcalloc((size_t)w.size, sizeof(real), "weights, gradients and optimiser");
-    params_point(&m->p, config, m->memory[MODEL_WEIGHTS], m->tensors);
-    if (training) params_point(&m->g, config, m->memory[MODEL_GRADS], NULL);
-    m->activations = xcalloc(reals, sizeof(real), "activations");
-    activations_point(m, m->activations);
-    position_embedding(m->a.pos, config->image_size / config->patch, config->width);
-    return m;
-}
-
-static void model_free(Model *m) {
-    for (int kind = 0; kind < 5; kind++) xfree(m->memory[kind]);
-    xfree(m->activations);
-    xfree(m->a.x);
-    xfree(m->a.slot);
-    xfree(m->labels);
-    xfree(m->tensors);
-    xfree(m);
-}
-
-// Copies all of one kind from or to the host's float memory, laid out as the list of tensors says.
-static void model_upload(Model *m, int kind, const float *host) {
-    for (int64_t i = 0; i < m->n_params; i++) m->memory[kind][i] = (real)host[i];
-}
-
-static void model_download(const Model *m, int kind, float *host) {
-    for (int64_t i = 0; i < m->n_params; i++) host[i] = (float)m->memory[kind][i];
-}
-
-// The weights that the forward pass uses: MODEL_WEIGHTS or, for pictures during training, MODEL_EMA
-static void model_use(Model *m, int kind) { params_point(&m->p, &m->config, m->memory[kind], NULL); }
-
-static void model_zero_gradients(Model *m) { memset(m->memory[MODEL_GRADS], 0, (size_t)m->n_params * sizeof(real)); }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// The model
-
-static void show_probe(Model *m, const char *name, int k, const real *data, int64_t count) {
-    char text[32];
-    if (!m->probe) return;
-    snprintf(text, sizeof text, k ? "%s.%d" : "%s", name, k);
-    m->probe(text, data, count);
-}
-
-// out = Block(x, c) (SPEC 1): adaLN-Zero transformer block; s keeps what the backward pass needs. out may be x.
-//   mid = x + gate1·proj(attention(LN(x)·(1+scale1)+shift1))
-//   out = mid + gate2·fc2(gelu(fc1(LN(mid)·(1+scale2)+shift2)))
-static void block_forward(Model *m, real *out, const real *x, const BlockParams *p, const real *mod, Slot *s) {
-    Activations *a = &m->a;
-    int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T, stride = 6 * D;
-    layernorm_modulate_forward(a->normed, x, mod, stride, B, T, D);
-    linear_forward(s->qkv, a->normed, p->qkv_w, p->qkv_b, M, D, 3 * D);
-    attention_forward(s->att, s->lse, s->qkv, a->scores, B, T, D, m->config.heads);
-    linear_forward(s->proj, s->att, p->proj_w, p->proj_b, M, D, D);
-    gated_residual_forward(out, x, mod + 2 * D, stride, s->proj, B, T, D);
-    layernorm_modulate_forward(a->normed, out, mod + 3 * D, stride, B, T, D);
-    linear_forward(s->fc1, a->normed, p->fc1_w, p->fc1_b, M, D, 4 * D);
-    gelu_forward(a->wide, s->fc1, (size_t)M * 4 * D);
-    linear_forward(s->fc2, a->wide, p->fc2_w, p->fc2_b, M, 4 * D, D);
-    gated_residual_forward(out, out, mod + 5 * D, stride, s->fc2, B, T, D);
-}
-
-// dx (B,T,D): the gradient of the output on entry, of the input on return. dmod (B,6D) is added to. x is the input.
-static void block_backward(Model *m, real *dx, real *dmod, const BlockParams *g, const real *x, const BlockParams *p,
-                           const real *mod, Slot *s) {
-    Activations *a = &m->a;
-    int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T, stride = 6 * D;
-    size_t wide = (size_t)M * 4 * D;
-    // MLP branch. a->wide = gelu(fc1), and fc1 becomes gelu'(fc1).
-    gated_residual_backward(s->fc2, dmod + 5 * D, dx, mod + 5 * D, stride, s->fc2, B, T, D);
-    gelu_derivative(a->wide, s->fc1, wide);
-    linear_backward(a->dwide, g->fc2_w, g->fc2_b, s->fc2, a->wide, p->fc2_w, M, 4 * D, D);
-    multiply(a->dwide, s->fc1, wide);
-    real *mid = a->dbranch;
-    gated_residual_forward(mid, x, mod + 2 * D, stride, s->proj, B, T, D);
-    layernorm_modulate_forward(a->normed, mid, mod + 3 * D, stride, B, T, D);
-    linear_backward(a->dnormed, g->fc1_w, g->fc1_b, a->dwide, a->normed, p->fc1_w, M, D, 4 * D);
-    layernorm_modulate_backward(dx, dmod + 3 * D, a->stats, a->dnormed, mid, mod + 3 * D, stride, B, T, D);
-    // Attention branch
-    gated_residual_backward(s->proj, dmod + 2 * D, dx, mod + 2 * D, stride, s->proj, B, T, D);
-    linear_backward(a->dnormed, g->proj_w, g->proj_b, s->proj, s->att, p->proj_w, M, D, D);
-    real *dqkv = a->dwide;
-    attention_backward(dqkv, a->dnormed, s->att, s->lse, s->qkv, a->scores, B, T, D, m->config.heads);
-    layernorm_modulate_forward(a->normed, x, mod, stride, B, T, D);
-    linear_backward(a->dnormed, g->qkv_w, g->qkv_b, dqkv, a->normed, p->qkv_w, M, D, 3 * D);
-    layernorm_modulate_backward(dx, dmod, a->stats, a->dnormed, x, mod, stride, B, T, D);
-}
-
-// One fixed-point iteration: out = Block(W2·gelu(W1z·z + inj_part) + b2, c), inj_part = W1inj·inj + b1. out may be z.
-static void iteration_forward(Model *m, real *out, const real *z, Slot *s) {
-    Activations *a = &m->a;
-    int D = m->config.width, M = m->B * config_tokens(&m->config), f = m->config.pre_depth;
-    memcpy(s->u, a->inj_part, (size_t)M * 2 * D * sizeof(real));
-    gemm(s->u, 2 * D, z, D, 1, m->p.fp1_w, 1, 2 * D, NULL, 1, M, 2 * D, D);
-    gelu_forward(a->wide, s->u, (size_t)M * 2 * D);
-    linear_forward(s->in, a->wide, m->p.fp2_w, m->p.fp2_b, M, 2 * D, D);
-    block_forward(m, out, s->in, &m->p.block[f], a->mod + (size_t)f * m->batch * 6 * D, s);
-}
-
-// dz (B,T,D): the gradient of the output on entry; on return, unless `first`, of z (nothing flows into the first z).
-// What reaches inj_part is summed in du_sum over the iterations: its matmuls follow once, after the last.
-static void iteration_backward(Model *m, real *dz, const real *z, Slot *s, int first) {
-    Activations *a = &m->a;
-    int D = m->config.width, M = m->B * config_tokens(&m->config), f = m->config.pre_depth;
-    size_t mods = (size_t)f * m->batch * 6 * D, wide = (size_t)M * 2 * D;
-    block_backward(m, dz, a->dmod + mods, &m->g.block[f], s->in, &m->p.block[f], a->mod + mods, s);
-    gelu_derivative(a->wide, s->u, wide);
-    linear_backward(a->dwide, m->g.fp2_w, m->g.fp2_b, dz, a->wide, m->p.fp2_w, M, 2 * D, D);
-    multiply(a->dwide, s->u, wide);
-    add(a->du_sum, a->dwide, wide);
-    gemm(m->g.fp1_w, 2 * D, a->dwide, 1, 2 * D, z, D, 1, NULL, 1, 2 * D, D, M);
-    if (!first) gemm(dz, D, a->dwide, 2 * D, 1, m->p.fp1_w, 2 * D, 1, NULL, 0, M, D, 2 * D);
-}
-
-// Mean over the pictures of ||z - before|| / ||z||
-static double residual_of(const real *z, const real *before, int B, size_t count) {
-    double sum = 0;
-    for (int b = 0; b < B; b++) {
-        double change = 0, norm = 0;
-        for (size_t i = b * count; i < (b + 1) * count; i++) {
-            change += (double)(z[i] - before[i]) * (z[i] - before[i]);
-            norm += (double)z[i] * z[i];
-        }
-        sum += sqrt(change / (norm > 0 ? norm : 1));
-    }
-    return sum / B;
-}
-
-// a (m) minimises ||sum a_i f_i||^2 + R sum (a_i ||f_i||)^2 where sum a_i = 1, given the products f_i·f_j: all rows of
-// (gram + R diag)·a are the same number. R keeps the weights of nearly parallel residuals small. Where no unique a
-// exists because a residual is zero, the newest counts alone.
-static void anderson_weights(double a[HISTORY], const double *gram, int m, int newest) {
-    const double R = 1e-8;
-    double A[HISTORY][HISTORY], sum = 0;
-    int positive = 1;
-    for (int i = 0; i < m; i++) {
-        a[i] = 1;
-        for (int j = 0; j < m; j++) A[i][j] = gram[i * HISTORY + j] * (i == j ? 1 + R : 1);
-    }
-    for (int i = 0; i < m; i++) { // Gaussian elimination, which needs no pivoting as the matrix is positive definite
-        positive &= A[i][i] > 0;
-        for (int r = i + 1; r < m; r++) {
-            double factor = A[r][i] / A[i][i];
-            for (int j = i; j < m; j++) A[r][j] -= factor * A[i][j];
-            a[r] -= factor * a[i];
-        }
-    }
-    for (int i = m - 1; i >= 0; i--) {
-        for (int j = i + 1; j < m; j++) a[i] -= A[i][j] * a[j];
-        a[i] /= A[i][i];
-        sum += a[i];
-    }
-    for (int i = 0; i < m; i++) a[i] = positive ? a[i] / sum : i == newest;
-}
-
-// Anderson acceleration (Walker and Ni 2011, type II; in equilibrium models arXiv:1909.01377) after iteration k = 1...
-// of a timestep, for each of B pictures alone. z (B,count) holds g(z_{k-1}) on entry, before (B,count) z_{k-1}. With
-// f_i = g(z_i) - z_i of the last min(k, window+1) iterations, which `history` and `gram` (see Activations) keep:
-//   z_k = sum a_i·(z_i + mixing·f_i),   a = argmin ||sum a_i f_i||, sum a_i = 1
-static void anderson_forward(real *z, const real *before, real *history, double *gram, int k, int window, double mixing,
-                             int B, size_t count) {
-    int slots = window + 1, m = k < slots ? k : slots, newest = (k - 1) % slots;
-    real undo = (real)(1 - mixing); // z_i + mixing·f_i = g_i - undo·f_i
-#pragma omp parallel for schedule(static)
-    for (int b = 0; b < B; b++) {
-        real *first = history + 2 * slots * b * count, *f = first + 2 * newest * count, *out = z + b * count;
-        double *products = gram + b * HISTORY * HISTORY, a[HISTORY];
-        for (size_t e = 0; e < count; e++) f[e] = out[e] - before[b * count + e];
-        memcpy(f + count, out, count * sizeof(real));
-        for (int i = 0; i < m; i++) {
-            const real *fi = first + 2 * i * count;
-            double dot = 0;
-#pragma omp simd reduction(+ : dot)
-            for (size_t e = 0; e < count; e++) dot += (double)f[e] * fi[e];
-            products[i * HISTORY + newest] = products[newest * HISTORY + i] = dot;
-        }
-        anderson_weights(a, products, m, newest);
-        memset(out, 0, count * sizeof(real));
-        for (int i = 0; i < m; i++) {
-            const real *fi = first + 2 * i * count, *gi = fi + count, weight = (real)a[i];
-            for (size_t e = 0; e < count; e++) out[e] += weight * (gi[e] - undo * fi[e]);
-        }
-    }
-}
-
-// How sampling watches and steers the fixed point; training passes NULL.
-typedef struct {
-    int reuse, reuse_ready;    // start from the solution of the timestep before, once there is one
-    int want_residual, window; // window: of Anderson acceleration, 0 for plain iteration
-    double tol, mixing;        // stop when the residual is below tol
-    double residuals[1000];    // of the iterations that ran, when wanted
-    int ran;
-} Solve;
-
-// Conditions c and c_pp from t and y, and with them the modulation of every block: constant while z iterates.
-static void condition_forward(Model *m, const int *t, const int *y) {
-    const Config *c = &m->config;
-    Activations *a = &m->a;
-    int B = m->B, D = c->width, blocks = config_blocks(c), pp = c->timestep_in_pre_post || !c->fixed_point;
-    for (int b = 0; b < B; b++) {
-        for (int i = 0; i < 128; i++) {
-            double angle = t[b] * exp(-log(10000) * i / 128);
-            a->time_freq[b * 256 + i] = (real)cos(angle);
-            a->time_freq[b * 256 + 128 + i] = (real)sin(angle);
-        }
-        m->labels[b] = y[b];
-    }
-    linear_forward(a->time_hidden, a->time_freq, m->p.time0_w, m->p.time0_b, B, 256, D);
-    silu_forward(a->time_silu, a->time_hidden, (size_t)B * D);
-    linear_forward(a->cond, a->time_silu, m->p.time2_w, m->p.time2_b, B, D, D);
-    for (int b = 0; b < B; b++)
-        for (int d = 0; d < D; d++) {
-            real label = m->p.label_table[(size_t)y[b] * D + d], *cond = &a->cond[b * D + d];
-            *cond += label;
-            a->cond_pp[b * D + d] = pp ? *cond : label;
-        }
-    silu_forward(a->cond_silu, a->cond, (size_t)B * D);
-    silu_forward(a->cond_pp_silu, a->cond_pp, (size_t)B * D);
-    for (int i = 0; i < blocks; i++) {
-        const real *cond = c->fixed_point && i == c->pre_depth ? a->cond_silu : a->cond_pp_silu;
-        linear_forward(a->mod + (size_t)i * m->batch * 6 * D, cond, m->p.block[i].ada_w, m->p.block[i].ada_b, B, D,
-                       6 * D);
-    }
-    linear_forward(a->final_mod, a->cond_pp_silu, m->p.final_ada_w, m->p.final_ada_b, B, D, 2 * D);
-}
-
-static void condition_backward(Model *m) {
-    const Config *c = &m->config;
-    Activations *a = &m->a;
-    int B = m->B, D = c->width, blocks = config_blocks(c), pp = c->timestep_in_pre_post || !c->fixed_point;
-    size_t bytes = (size_t)B * D * sizeof(real);
-    memset(a->dcond, 0, bytes);
-    memset(a->dcond_pp, 0, bytes);
-    memset(a->dcond_silu, 0, bytes);
-    memset(a->dcond_pp_silu, 0, bytes);
-    for (int i = -1; i < blocks; i++) { // -1: the final layer
-        int fixed = c->fixed_point && i == c->pre_depth, N = i < 0 ? 2 * D : 6 * D;
-        const real *dmod = i < 0 ? a->dfinal_mod : a->dmod + (size_t)i * m->batch * 6 * D;
-        const real *w = i < 0 ? m->p.final_ada_w : m->p.block[i].ada_w;
-        real *dw = i < 0 ? m->g.final_ada_w : m->g.block[i].ada_w, *db = i < 0 ? m->g.final_ada_b : m->g.block[i].ada_b;
-        linear_backward(a->dtime, dw, db, dmod, fixed ? a->cond_silu : a->cond_pp_silu, w, B, D, N);
-        add(fixed ? a->dcond_silu : a->dcond_pp_silu, a->dtime, (size_t)B * D);
-    }
-    silu_backward(a->dcond, a->dcond_silu, a->cond, (size_t)B * D);
-    silu_backward(a->dcond_pp, a->dcond_pp_silu, a->cond_pp, (size_t)B * D);
-    if (pp) add(a->dcond, a->dcond_pp, (size_t)B * D);
-    for (int b = 0; b < B; b++)
-        for (int d = 0; d < D; d++)
-            m->g.label_table[(size_t)m->labels[b] * D + d] += a->dcond[b * D + d] + (pp ? 0 : a->dcond_pp[b * D + d]);
-    linear_backward(a->dcond_silu, m->g.time2_w, m->g.time2_b, a->dcond, a->time_silu, m->p.time2_w, B, D, D);
-    memset(a->dtime, 0, bytes);
-    silu_backward(a->dtime, a->dcond_silu, a->time_hidden, (size_t)B * D);
-    linear_backward(NULL, m->g.time0_w, m->g.time0_b, a->dtime, a->time_freq, m->p.time0_w, B, 256, D);
-}
-
-// a.out (B,Cout,S,S) from a.x_t (B,C,S,S), timesteps t (B) and labels y (B): n iterations that keep nothing, then m
-// that keep what backpropagation needs (none in a model that only samples). In DiT n and m mean nothing.
-static void model_forward(Model *m, const int *t, const int *y, int B, int n, int iterations, Solve *solve) {
-    const Config *c = &m->config;
-    Activations *a = &m->a;
-    int T = config_tokens(c), D = c->width, M = B * T, pre = c->fixed_point ? c->pre_depth : c->depth, l = 0;
-    int64_t N = (int64_t)M * D;
-    size_t bytes = (size_t)N * sizeof(real);
-    assert(B <= m->batch && iterations <= (m->training ? m->max_m : 0));
-    m->B = B;
-    m->m = c->fixed_point ? iterations : 0;
-    condition_forward(m, t, y);
-    unfold(a->patches, a->x_t, B, c->channels, c->image_size, c->patch);
-    linear_forward(a->x[0], a->patches, m->p.patch_w, m->p.patch_b, M, c->channels * c->patch * c->patch, D);
-#pragma omp parallel for schedule(static)
-    for (int b = 0; b < B; b++)
-        for (int i = 0; i < T * D; i++) a->x[0][(size_t)b * T * D + i] += a->pos[i];
-    show_probe(m, "act.tokens", 0, a->x[0], N);
-    for (; l < pre; l++)
-        block_forward(m, a->x[l + 1], a->x[l], &m->p.block[l], a->mod + (size_t)l * m->batch * 6 * D, &a->slot[l]);
-    if (c->fixed_point) {
-        real *h = a->x[l];
-        show_probe(m, "act.pre", 0, h, N);
-        linear_forward(a->inj, h, m->p.inject_w, m->p.inject_b, M, D, D);
-        show_probe(m, "act.inj", 0, a->inj, N);
-        gemm(a->inj_part, 2 * D, a->inj, D, 1, m->p.fp1_w + D, 1, 2 * D, m->p.fp1_b, 0, M, 2 * D, D);
-        // x[l+1] is z_n, the input of the first iteration with gradient; the n before it happen there, in place.
-        real *z = a->x[l + 1];
-        const real *start = solve && solve->reuse && solve->reuse_ready ? a->reused : h;
-        if (z != start) memcpy(z, start, bytes);
-        for (int k = 1; k <= n + iterations; k++) {
-            real *next = k <= n ? z : a->x[l + 1 + k - n];
-            if (solve && (solve->want_residual || solve->window)) memcpy(a->z_before, z, bytes);
-            iteration_forward(m, next, z, &a->slot[k <= n ? l : l + k - n - 1]);
-            z = next;
-            show_probe(m, "act.z", k, z, N);
-            if (!solve) continue;
-            solve->ran = k;
-            if (solve->want_residual) solve->residuals[k - 1] = residual_of(z, a->z_before, B, (size_t)T * D);
-            int last = k == n + iterations || (solve->want_residual && solve->residuals[k - 1] < solve->tol);
-            if (solve->window)
-                anderson_forward(z, a->z_before, a->history, a->gram, k, solve->window, last ? 1 : solve->mixing, B,
-                                 (size_t)T * D);
-            if (last) break;
-        }
-        if (solve && solve->reuse) {
-            memcpy(a->reused, z, bytes);
-            solve->reuse_ready = 1;
-        }
-        l += iterations;
-        for (int block = pre + 1; block < config_blocks(c); block++, l++)
-            block_forward(m, a->x[l + 2], a->x[l + 1], &m->p.block[block], a->mod + (size_t)block * m->batch * 6 * D,
-                          &a->slot[l]);
-    }
-    real *last = a->x[l + c->fixed_point];
-    show_probe(m, "act.post", 0, last, N);
-    int p = c->patch, Cout = config_out_channels(c);
-    layernorm_modulate_forward(a->normed, last, a->final_mod, 2 * D, B, T, D);
-    linear_forward(a->patch_out, a->normed, m->p.final_w, m->p.final_b, M, D, p * p * Cout);
-    unpatch(a->out, a->patch_out, 1, B, Cout, c->image_size, p);
-    show_probe(m, "output", 0, a->out, (int64_t)B * Cout * c->image_size * c->image_size);
-}
-
-// Adds to the gradients those of the loss whose gradient with respect to the output is a.dout.
-static void model_backward(Model *m) {
-    const Config *c = &m->config;
-    Activations *a = &m->a;
-    int B = m->B, T = config_tokens(c), D = c->width, M = B * T, pre = c->fixed_point ? c->pre_depth : c->depth,
-        blocks = config_blocks(c);
-    size_t bytes = (size_t)M * D * sizeof(real);
-    int p = c->patch, Cout = config_out_channels(c), l = blocks - c->fixed_point + m->m;
-    memset(a->dx, 0, bytes);
-    memset(a->dfinal_mod, 0, (size_t)B * 2 * D * sizeof(real));
-    memset(a->dmod, 0, (size_t)blocks * m->batch * 6 * D * sizeof(real));
-    const real *last = a->x[l + c->fixed_point];
-    unpatch(a->dout, a->patch_out, 0, B, Cout, c->image_size, p);
-    layernorm_modulate_forward(a->normed, last, a->final_mod, 2 * D, B, T, D);
-    linear_backward(a->dnormed, m->g.final_w, m->g.final_b, a->patch_out, a->normed, m->p.final_w, M, D, p * p * Cout);
-    layernorm_modulate_backward(a->dx, a->dfinal_mod, a->stats, a->dnormed, last, a->final_mod, 2 * D, B, T, D);
-    if (c->fixed_point) {
-        for (int block = blocks - 1; block > pre; block--) {
-            size_t mods = (size_t)block * m->batch * 6 * D;
-            l--;
-            if (m->recompute) block_forward(m, a->dnormed, a->x[l + 1], &m->p.block[block], a->mod + mods, &a->slot[l]);
-            block_backward(m, a->dx, a->dmod + mods, &m->g.block[block], a->x[l + 1], &m->p.block[block], a->mod + mods,
-                           &a->slot[l]);
-        }
-        memset(a->du_sum, 0, 2 * bytes);
-        for (int k = m->m - 1; k >= 0; k--) {
-            l--;
-            if (m->recompute) iteration_forward(m, a->dnormed, a->x[l + 1], &a->slot[l]);
-            iteration_backward(m, a->dx, a->x[l + 1], &a->slot[l], k == 0);
-        }
-        // Input injection: inj_part = W1inj·inj + b1, inj = Wp·h + bp; the pre blocks get their gradient through it
-        // alone.
-        gemm(m->g.fp1_w + D, 2 * D, a->du_sum, 1, 2 * D, a->inj, D, 1, NULL, 1, 2 * D, D, M);
-        bias_backward(m->g.fp1_b, a->du_sum, M, 2 * D);
-        gemm(a->dnormed, D, a->du_sum, 2 * D, 1, m->p.fp1_w + D, 2 * D, 1, NULL, 0, M, D, 2 * D);
-        linear_backward(a->dx, m->g.inject_w, m->g.inject_b, a->dnormed, a->x[l], m->p.inject_w, M, D, D);
-    }
-    while (--l >= 0) {
-        size_t mods = (size_t)l * m->batch * 6 * D;
-        if (m->recompute) block_forward(m, a->dnormed, a->x[l], &m->p.block[l], a->mod + mods, &a->slot[l]);
-        block_backward(m, a->dx, a->dmod + mods, &m->g.block[l], a->x[l], &m->p.block[l], a->mod + mods, &a->slot[l]);
-    }
-    linear_backward(NULL, m->g.patch_w, m->g.patch_b, a->dx, a->patches, m->p.patch_w, M, c->channels * p * p, D);
-    condition_backward(m);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Diffusion: the training loss (SPEC 2)
-
-// x_t = sqrt(alpha_bar)·x0 + sqrt(1-alpha_bar)·noise, or for flow (1-tau)·x0 + tau·noise with tau = t/1000. All
-// (B,C,S,S).
-static void diffuse(real *x_t, const float *x0, const float *noise, const int *t, const Schedule *s, int prediction,
-                    int B, size_t count) {
-#pragma omp parallel for schedule(static)
-    for (int b = 0; b < B; b++) {
-        double tau = t[b] / (double)DIFFUSION_STEPS, ab = s->alpha_bar[t[b]];
-        double keep = prediction == PREDICT_FLOW ? 1 - tau : sqrt(ab),
-               add_noise = prediction == PREDICT_FLOW ? tau : sqrt(1 - ab);
-        for (size_t i = b * count; i < (b + 1) * count; i++) x_t[i] = (real)(keep * x0[i] + add_noise * noise[i]);
-    }
-}
-
-// cdf of the standard normal by its tanh form, and its derivative
-static double normal_cdf(double u) { return 0.5 * (1 + tanh(0.7978845608028654 * (u + 0.044715 * u * u * u))); }
-static double normal_cdf_slope(double u) {
-    double th = tanh(0.7978845608028654 * (u + 0.044715 * u * u * u));
-    return 0.5 * (1 - th * th) * 0.7978845608028654 * (1 + 0.134145 * u * u);
-}
-
-// One element's variational term in nats: KL(q || p) of two Gaussians for t > 0, minus log p(x0) of the discretised
-// Gaussian at t = 0. *slope = its derivative with respect to log_var, the log variance of p.
-static double variational_term(double *slope, int t, double x0, double mean, double log_var, double true_mean,
-                               double true_log_var) {
-    if (t > 0) {
-        double ratio = exp(true_log_var - log_var), square = (true_mean - mean) * (true_mean - mean) * exp(-log_var);
-        *slope = 0.5 * (1 - ratio - square);
-        return 0.5 * (-1 + log_var - true_log_var + ratio + square);
-    }
-    double inverse = exp(-0.5 * log_var), upper = inverse * (x0 - mean + 1 / 255.0),
-           lower = inverse * (x0 - mean - 1 / 255.0);
-    double mass, change; // probability of the bin; its derivative, from d u / d log_var = -u/2
-    if (x0 < -0.999) {
-        mass = normal_cdf(upper);
-        change = -0.5 * upper * normal_cdf_slope(upper);
-    } else if (x0 > 0.999) {
-        mass = 1 - normal_cdf(lower);
-        change = 0.5 * lower * normal_cdf_slope(lower);
-    } else {
-        mass = normal_cdf(upper) - normal_cdf(lower);
-        change = -0.5 * (upper * normal_cdf_slope(upper) - lower * normal_cdf_slope(lower));
-    }
-    *slope = mass < 1e-12 ? 0 : -change / mass;
-    return -log(mass < 1e-12 ? 1e-12 : mass);
-}
-
-// x0 and eps that a prediction stands for (eps and v)
-static void predicted(double *x0, double *eps, int prediction, double out, double x_t, double ab) {
-    *x0 = prediction == PREDICT_EPS ? (x_t - sqrt(1 - ab) * out) / sqrt(ab) : sqrt(ab) * x_t - sqrt(1 - ab) * out;
-    *eps = prediction == PREDICT_EPS ? out : sqrt(ab) * out + sqrt(1 - ab) * x_t;
-}
-
-// Per picture: mse[b] the (weighted) squared error, vb[b] the variational term in bits. dout (B,Cout,S,S), unless NULL,
-// becomes the gradient of `scale` times the sum of both over the pictures. In double: this is 1e-4 of a step's work.
-static void loss_forward_backward(double *mse, double *vb, real *dout, const real *out, const float *x0,
-                                  const float *noise, const real *x_t, const int *t, const Schedule *s, const Config *c,
-                                  double scale, int B) {
-    size_t count = (size_t)c->channels * c->image_size * c->image_size;
-#pragma omp parallel for schedule(static)
-    for (int b = 0; b < B; b++) {
-        int time = t[b];
-        double ab = s->alpha_bar[time], a = sqrt(ab), n = sqrt(1 - ab), weight = 1, square = 0, bits = 0;
-        if (c->prediction == PREDICT_V && c->v_weight == V_WEIGHT_P2)
-            weight = ab / n * (1 - ab); // (x0-x0_hat)^2 = (1-ab)(v-out)^2
-        for (size_t i = 0; i < count; i++) {
-            size_t at = b * count + i, out_at = b * count * (c->learn_sigma ? 2 : 1) + i;
-            double target = c->prediction == PREDICT_EPS ? noise[at]
-                            : c->prediction == PREDICT_V ? a * noise[at] - n * x0[at]
-                                                         : (double)x0[at] - noise[at];
-            double error = out[out_at] - target;
-            square += weight * error * error;
-            if (dout) dout[out_at] = (real)(scale * 2 * weight * error / count);
-            if (!c->learn_sigma) continue;
-            double x0_hat, eps_hat, slope, share = (out[out_at + count] + 1) / 2;
-            predicted(&x0_hat, &eps_hat, c->prediction, out[out_at], x_t[at], ab);
-            double log_var = share * s->log_beta[time] + (1 - share) * s->log_var[time];
-            double mean = s->c1[time] * x0_hat + s->c2[time] * x_t[at],
-                   true_mean = s->c1[time] * x0[at] + s->c2[time] * x_t[at];
-            bits += variational_term(&slope, time, x0[at], mean, log_var, true_mean, s->log_var[time]) / log(2);
-            if (dout)
-                dout[out_at + count] =
-                    (real)(scale * slope * 0.5 * (s->log_beta[time] - s->log_var[time]) / log(2) / count);
-        }
-        mse[b] = square / count;
-        vb[b] = bits / count;
-    }
-}
-
-// Forward, loss and backward of B pictures; the gradient of `scale`·(sum of their losses) is added to the model's
-// gradients. x0, noise (B,C,S,S); t, y (B); n and m iterations without and with gradient. Fills mse and vb (B).
-static void model_loss(Model *model, const Schedule *s, const float *x0, const float *noise, const int *t, const int *y,
-                       int B, int n, int m, double scale, double *mse, double *vb) {
-    const Config *c = &model->config;
-    Activations *a = &model->a;
-    diffuse(a->x_t, x0, noise, t, s, c->prediction, B, (size_t)c->channels * c->image_size * c->image_size);
-    model_forward(model, t, y, B, n, m, NULL);
-    loss_forward_backward(mse, vb, a->dout, a->out, x0, noise, a->x_t, t, s, c, scale, B);
-    model_backward(model);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Sampling (SPEC 3)
-
-// Draws B pictures: x (B,C,S,S) holds x_T on entry and the pictures on return. z (steps,B,C,S,S), the noise of each
-// step, is given by tests; when NULL it is drawn: picture b is number first+b of the seed. The model needs room for 2B
-// with guidance.
-static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int B,
-                         const float *z, uint64_t seed, int first) {
-    const Config *c = &model->config;
-    Activations *a = &model->a;
-    int guided = set->cfg != 1, rows = guided ? 2 * B : B, S = s->n;
-    size_t count = (size_t)c->channels * c->image_size * c->image_size, out_count = count * (c->learn_sigma ? 2 : 1);
-    size_t guided_count = count / c->channels * (set->cfg_channels < c->channels ? set->cfg_channels : c->channels);
-    int *t = (int *)xcalloc((size_t)rows, sizeof *t, "sampling"),
-        *labels = (int *)xcalloc((size_t)rows, sizeof *labels, "sampling");
-    float *noise = (float *)xcalloc(B * count, sizeof *noise, "sampling");
-    Solve solve = {.reuse = set->reuse && c->fixed_point,
-                   .want_residual = set->trace || set->tol > 0,
-                   .window = set->window,
-                   .tol = set->tol,
-                   .mixing = set->mixing};
-    assert(set->window <= model->window);
-    for (int b = 0; b < rows; b++) labels[b] = b < B ? y[b] : c->classes;
-    for (int step = 0; step < S; step++) {
-        int i = S - 1 - step;
-        for (int b = 0; b < rows; b++) {
-            t[b] = s->t[i];
-            for (size_t e = 0; e < count; e++) a->x_t[b * count + e] = x[b % B * count + e];
-        }
-        model_forward(model, t, labels, rows, set->iters[step], 0, &solve);
-        set->passes += c->fixed_point ? c->pre_depth + solve.ran + c->post_depth : c->depth;
-        for (int k = 0; set->trace && k < solve.ran && c->fixed_point; k++)
-            fprintf(set->trace, "%d,%d,%d,%.6g\n", step, s->t[i], k + 1, solve.residuals[k]);
-        if (!z && i > 0 && (set->sampler == SAMPLER_DDPM || (set->sampler == SAMPLER_DDIM && set->eta > 0)))
-            for (int b = 0; b < B; b++)
-                rng_normal(noise + b * count, count, 0, seed, (uint32_t)((first + b) * DIFFUSION_STEPS + i), STREAM_Z);
-        double ab = s->alpha_bar[i], prev = s->alpha_bar_prev[i];
-#pragma omp parallel for schedule(static)
-        for (int b = 0; b < B; b++)
-            for (size_t e = 0; e < count; e++) {
-                size_t at = b * count + e;
-                const real *cond = a->out + b * out_count + e,
-                           *uncond = guided && e < guided_count ? a->out + (B + b) * out_count + e : cond;
-                double out = *uncond + set->cfg * ((double)*cond - *uncond), x0_hat, eps_hat, xi = x[at];
-                double zi = i == 0 ? 0 : z ? z[step * B * count + at] : noise[at];
-                if (set->sampler == SAMPLER_FLOW) {
-                    x[at] = (float)(xi + out / S);
-                    continue;
-                }
-                predicted(&x0_hat, &eps_hat, c->prediction, out, xi, ab);
-                if (set->sampler == SAMPLER_DDPM) {
-                    double share = c->learn_sigma ? (cond[count] + 1) / 2 : i > 0;
-                    double log_var = share * s->log_beta[i] + (1 - share) * s->log_var[i];
-                    x[at] = (float)(s->c1[i] * x0_hat + s->c2[i] * xi + exp(0.5 * log_var) * zi);
-                } else {
-                    double sigma = set->eta * sqrt((1 - prev) / (1 - ab)) * sqrt(1 - ab / prev),
-                           rest = 1 - prev - sigma * sigma;
-                    x[at] = (float)(sqrt(prev) * x0_hat + sqrt(rest > 0 ? rest : 0) * eps_hat + sigma * zi);
-                }
-            }
-    }
-    xfree(t);
-    xfree(labels);
-    xfree(noise);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Optimiser: AdamW (arXiv:1711.05101) with decoupled decay, and the moving average (EMA) of the weights, in one pass
-
-// Sum of squares in double: partial sums of fixed pieces, added in order, so that no number of threads changes it.
-static double model_gradient_norm(const Model *m) {
-    const real *grads = m->memory[MODEL_GRADS];
-    int64_t count = m->n_params;
-    int64_t pieces = (count + PIECE - 1) / PIECE;
-    double *partial = (double *)xcalloc((size_t)pieces, sizeof *partial, "the gradient norm"), sum = 0;
-#pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < pieces; p++) {
-        int64_t last = (p + 1) * PIECE < count ? (p + 1) * PIECE : count;
-        for (int64_t i = p * PIECE; i < last; i++) partial[p] += (double)grads[i] * grads[i];
-    }
-    for (int64_t p = 0; p < pieces; p++) sum += partial[p];
-    xfree(partial);
-    return sqrt(sum);
-}
-
-// Update number `step` (from 1); gradients are multiplied by grad_scale first.
-static void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
-                         double grad_scale, double ema_decay) {
-    real b1 = (real)beta1, b2 = (real)beta2, new1 = (real)(1 - beta1), new2 = (real)(1 - beta2), epsilon = (real)eps;
-    real size = (real)(lr / (1 - pow(beta1, (double)step))), correct = (real)(1 / sqrt(1 - pow(beta2, (double)step)));
-    real keep = (real)(1 - lr * decay), scale = (real)grad_scale, toward = (real)(1 - ema_decay);
-    real *weights = model->memory[MODEL_WEIGHTS], *ema = model->memory[MODEL_EMA];
-    size_t count = (size_t)model->n_params;
-    real *first = model->memory[MODEL_ADAM_M], *second = model->memory[MODEL_ADAM_V],
-         *grads = model->memory[MODEL_GRADS];
-    FOR_EACH_PIECE FOR_EACH_ELEMENT {
-        real g = grads[i] * scale, m = b1 * first[i] + new1 * g, v = b2 * second[i] + new2 * g * g;
-        real w = weights[i] * keep - size * m / (sqrt_real(v) * correct + epsilon);
-        first[i] = m;
-        second[i] = v;
-        weights[i] = w;
-        ema[i] += toward * (w - ema[i]);
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// What the benchmark measures of the machine
-
-// Peak resident memory of the process so far, in MB
-static double peak_memory(void) {
-    struct rusage usage;
-    getrusage(RUSAGE_SELF, &usage);
-    return usage.ru_maxrss * 1024.0 / 1e6;
-}
-
-// Independent chains x = x*scale + shift in registers; volatile, so that nothing about them is known at compile time.
-static void peak_chains(int reps) {
-    enum { CHAINS = 12 };
-    volatile real scale = 0.5, shift = 1, sink;
-    vec x[CHAINS], a = (vec){0} + scale, b = (vec){0} + shift;
-    for (int i = 0; i < CHAINS; i++) x[i] = a + (real)i;
-    for (int r = 0; r < reps; r++) {
-        UNROLL
-        for (int i = 0; i < CHAINS; i++) x[i] = x[i] * a + b;
-    }
-    for (int i = 1; i < CHAINS; i++) x[0] += x[i];
-    for (int i = 0; i < VL; i++) sink = x[0][i];
-    (void)sink;
-}
-static double peak_once(int reps) {
-    double t0 = now_ms();
-#pragma omp parallel
-    peak_chains(reps);
-    return 2e-9 * max_threads() * VL * 12 * reps / (1e-3 * (now_ms() - t0));
-}
-
-// Peak rate of fused multiply-adds, then every matmul of the model in its three forms.
-static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
-    (void)dtype;
-    double peak = 0;
-    for (int i = 0; i < 20; i++) peak = fmax(peak, peak_once(1000000));
-    printf("peak_gflops %.1f GFLOP/s\n", peak);
-    int D = c->width, M = B * config_tokens(c),
-        shapes[][2] = {{3 * D, D}, {D, D}, {4 * D, D}, {D, 4 * D}, {2 * D, D}, {D, 2 * D}};
-    real *in = (real *)xcalloc((size_t)M * 4 * D, sizeof *in, "matmul"),
-         *out = (real *)xcalloc((size_t)M * 4 * D, sizeof *out, "matmul");
-    real *w = (real *)xcalloc((size_t)4 * D * D, sizeof *w, "matmul");
-    double times[100];
-    for (int i = 0; i < 6; i++)
-        for (int form = 0; form < 3; form++) {
-            int N = shapes[i][0], K = shapes[i][1];
-            for (int r = -1; r < rounds && r < 100; r++) {
-                double begin = now_ms();
-                if (form == 0) linear_forward(out, in, w, NULL, M, K, N);
-                if (form == 1) gemm(in, K, out, N, 1, w, K, 1, NULL, 0, M, K, N);
-                if (form == 2) gemm(w, K, out, 1, N, in, K, 1, NULL, 1, N, K, M);
-                if (r >= 0) times[r] = now_ms() - begin;
-            }
-            static const char *const forms[] = {"forward", "dx", "dw"};
-            if (rounds)
-                printf("gemm_gflops_%s_%dx%dx%d %.1f GFLOP/s\n", forms[form], M, N, K,
-                       2e-6 * M * N * K / median(times, rounds));
-        }
-    xfree(in);
-    xfree(out);
-    xfree(w);
-}
-
-// =====================================================================================================================
-// Programs: shared with fpdm.cu from here to the next such line
-// =====================================================================================================================
+// What the programs write
 
 // Pictures x (n,C,S,S) for the labels y (n), in batches that the model has room for.
 static void sample_pictures(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int n,
@@ -2951,19 +3054,19 @@ static void model_load(Model *m, int kind, const SafeTensors *f, const char *pre
 static void save_file(const char *name, const Tensor *tensors, int n, const Options *o, const Dataset *d, int use) {
     char path[PATH_MAX];
     Meta meta[N_OPTIONS + 2];
-    int n_options = options_to_meta(meta, o, use);
-    meta[n_options].key = "class_names";
-    meta[n_options].value = d->class_json;
-    meta[n_options + 1].key = "latent_scale";
-    meta[n_options + 1].value = d->latent_scale;
+    int n_meta = options_to_meta(meta, o, use), n_options = n_meta;
+    const Meta more[] = {{"class_names", d->class_json}, {"latent_scale", d->latent_scale}};
+    for (int i = 0; i < 2; i++) meta[n_meta++] = more[i];
     snprintf(path, sizeof path, "%s/%s.safetensors", o->out, name);
-    st_save(path, tensors, n, meta, n_options + 2);
+    st_save(path, tensors, n, meta, n_meta);
     for (int i = 0; i < n_options; i++) free((char *)meta[i].value);
 }
 
 // OUT/weights.safetensors, the EMA weights, ready to sample; OUT/state.safetensors, all that is needed to go on as if
 // the run had never stopped
-static void save_run(const Options *o, const Dataset *d, const Model *m) {
+static void run_save(Run *run) {
+    const Options *o = run->o;
+    const Model *m = run->model;
     size_t size = m->n_params;
     int count = m->n_tensors, n = 0;
     Tensor *tensors = (Tensor *)xcalloc(5 * count, sizeof *tensors, "saving");
@@ -2975,12 +3078,47 @@ static void save_run(const Options *o, const Dataset *d, const Model *m) {
     }
     for (size_t i = 0; half && i < size; i++) half[i] = float_to_bf16(values[i]);
     tensors_describe(tensors + n, m->tensors, count, "", values, half);
-    save_file("weights", tensors + n, count, o, d, WEIGHTS);
-    save_file("state", tensors, n, o, d, WEIGHTS | TRAIN | STATE);
+    save_file("weights", tensors + n, count, o, run->data, WEIGHTS);
+    save_file("state", tensors, n, o, run->data, WEIGHTS | TRAIN | STATE);
+    run->saved = o->step;
     for (int i = 0; i < n + count; i++) free((char *)tensors[i].name);
     xfree(tensors);
     xfree(values);
     xfree(half);
+}
+
+// Pictures x (n,C,S,S) of the labels y (n) from the weights in use; to be released with xfree. Writes --trace.
+static float *draw_pictures(const Options *o, Model *m, SampleSettings *set, const int *y, int n) {
+    float *x = (float *)xcalloc(n * config_pixels(&m->config), sizeof *x, "pictures");
+    Schedule s;
+    schedule_make(&s, &m->config, o->sample_steps);
+    if (*o->trace) {
+        set->trace = open_temp(o->trace);
+        fprintf(set->trace, "step,t,iteration,residual\n");
+    }
+    sample_pictures(m, &s, set, x, y, n, o->seed);
+    if (set->trace) commit_temp(set->trace, o->trace);
+    return x;
+}
+
+// OUT/samples_STEP.png: pictures from the EMA weights with the settings of --sample_steps, --cfg, --sampler, --reuse
+static void run_pictures(Run *run) {
+    Options o = *run->o; // what only sample_* asks for has its default there
+    const Config *c = &o.model;
+    char path[PATH_MAX];
+    int n = c->classes > 1 && c->classes <= 20 ? 4 * c->classes : 36, iters[DIFFUSION_STEPS];
+    int *y = (int *)xcalloc(n, sizeof *y, "samples");
+    if (run->model->batch < 2) o.cfg = 1;
+    snprintf(path, sizeof path, "%s/samples_%06d.png", o.out, o.step);
+    SampleSettings set = sample_settings(iters, &o);
+    parse_labels(y, n, o.labels, c->classes, NULL);
+    model_use(run->model, MODEL_EMA);
+    float *x = draw_pictures(&o, run->model, &set, y, n);
+    model_use(run->model, MODEL_WEIGHTS);
+    save_grid(path, x, n, c, o.show);
+    printf("pictures: %s\n", path);
+    xfree(x);
+    xfree(y);
 }
 
 // Opens OUT/log.csv for appending; rows of steps from `step` on, which will be made again, are dropped.
@@ -2998,37 +3136,42 @@ static FILE *open_log(const char *folder, int step) {
     return file;
 }
 
-// Pictures from the EMA weights with the settings of --sample_steps, --cfg, --sampler, --reuse.
-static void sample_grid(const Options *o, Model *m) {
-    const Config *c = &m->config;
-    char path[PATH_MAX];
-    int n = c->classes > 1 && c->classes <= 20 ? 4 * c->classes : 36, iters[DIFFUSION_STEPS];
-    int *y = (int *)xcalloc(n, sizeof *y, "samples");
-    float *x = (float *)xcalloc(n * config_pixels(c), sizeof *x, "samples");
-    Schedule s;
-    schedule_make(&s, c, o->sample_steps);
-    plan_iterations(iters, o, c);
-    parse_labels(y, n, "", c->classes, NULL);
-    SampleSettings set = {
-        resolve_sampler(o->sampler, c), 3, o->reuse, 0, m->batch > 1 ? o->cfg : 1, 0, iters, NULL, 0, 0, 1};
-    model_use(m, MODEL_EMA);
-    sample_pictures(m, &s, &set, x, y, n, o->seed);
-    model_use(m, MODEL_WEIGHTS);
-    snprintf(path, sizeof path, "%s/samples_%06d.png", o->out, o->step);
-    save_grid(path, x, n, c, o->show);
-    printf("pictures: %s\n", path);
-    xfree(y);
-    xfree(x);
+// The row of step o->step - 1, and every log_every steps a line on the terminal. Ends the program when the loss is no
+// number.
+static void run_report(Run *run, const Step *did, double ms) {
+    const Options *o = run->o;
+    double loss = did->mse + did->vb;
+    if (!isfinite(loss) || !isfinite(did->norm)) {
+        char kept[PATH_MAX + 64] = "nothing was saved yet";
+        if (run->saved >= 0) snprintf(kept, sizeof kept, "%s keeps the state of step %d", o->out, run->saved);
+        fclose(run->log);
+        die("step %d: the loss is %g and the gradient's norm %g; %s: lower --lr, or set --grad_clip and --warmup",
+            o->step - 1, loss, did->norm, kept);
+    }
+    fprintf(run->log, "%d,%.9g,%.9g,%.9g,%.6g,%.6g,%d,%d,%.3f,%.1f\n", o->step - 1, loss, did->mse, did->vb, did->norm,
+            did->lr, did->n, did->m, ms, o->batch / ms * 1e3);
+    if (fflush(run->log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
+    run->shown_flops += model_flops(&o->model, o->batch, did->n, did->m);
+    run->shown_loss += loss;
+    if (o->step % o->log_every && o->step < o->steps) return;
+    double now = now_ms(), elapsed = now - run->shown_ms, steps = o->step - run->shown;
+    int left = (int)((now - run->begun_ms) / (o->step - run->begun) * (o->steps - o->step) / 1000);
+    printf("step %d/%d  loss %.4f  %.0f images/s  %.1f GFLOP/s  %d:%02d left\n", o->step, o->steps,
+           run->shown_loss / steps, steps * o->batch / elapsed * 1e3, run->shown_flops / elapsed * 1e-6, left / 60,
+           left % 60);
+    fflush(stdout);
+    run->shown = o->step;
+    run->shown_ms = now_ms();
+    run->shown_flops = run->shown_loss = 0;
 }
 
-static volatile sig_atomic_t interrupted;
 static void on_interrupt(int signal_number) {
     interrupted = 1;
     signal(signal_number, SIG_DFL); // a second time it ends the program at once
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Training
+// The programs: training
 
 // Writes what training would see, without label dropping, as a dataset file: real pictures to compare samples with.
 static int export_data(const Options *o, Dataset *d) {
@@ -3068,8 +3211,8 @@ static int train_main(int argc, char **argv) {
     options_default(o, TRAIN);
     options_parse(o, TRAIN, argc, argv, about);
     if (*o->resume) resume_settings(o, &state, argc, argv, about);
-    int dtype = compute_dtype(o->dtype), start = o->step, micro = o->micro_batch;
-    if (!micro || micro > o->batch) micro = o->batch;
+    int dtype = compute_dtype(o->dtype),
+        micro = o->micro_batch && o->micro_batch < o->batch ? o->micro_batch : o->batch;
     dataset_open(&data, o->data, c->image_size, o->seed);
     if (*o->resume && (data.size != c->image_size || data.channels != c->channels || data.classes != c->classes))
         die("%s: other sizes or classes than the run in %s was started with", o->data, o->resume);
@@ -3105,77 +3248,14 @@ static int train_main(int argc, char **argv) {
         xfree(values);
     }
     if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
-    FILE *log = open_log(o->out, start);
-
-    Schedule s;
-    schedule_make(&s, c, DIFFUSION_STEPS);
-    size_t count = config_pixels(c);
-    float *x0 = (float *)xcalloc(micro * count, sizeof *x0, "a batch");
-    float *noise = (float *)xcalloc(micro * count, sizeof *noise, "a batch");
-    int *t = (int *)xcalloc(micro, sizeof *t, "a batch"), *y = (int *)xcalloc(micro, sizeof *y, "a batch");
-    double *mse = (double *)xcalloc(micro, sizeof *mse, "a batch"),
-           *vb = (double *)xcalloc(micro, sizeof *vb, "a batch");
+    Run run = {o,        &data,    m, micro, open_log(o->out, o->step), o->step, o->step, *o->resume ? o->step : -1,
+               now_ms(), now_ms(), 0, 0};
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
-    double shown_ms = now_ms(), shown_flops = 0, shown_loss = 0, run_ms = now_ms();
-    int shown = start, saved = *o->resume ? start : -1;
-    for (int step = start; step < o->steps && !interrupted; step++) {
-        double begin = now_ms(), loss_mse = 0, loss_vb = 0;
-        uint32_t word[4];
-        philox(word, o->seed, 0, (uint32_t)step, STREAM_NM);
-        int n = o->no_grad_iters[0] + (int)rng_below(word[0], o->no_grad_iters[1] - o->no_grad_iters[0] + 1);
-        int iterations = o->grad_iters[0] + (int)rng_below(word[1], o->grad_iters[1] - o->grad_iters[0] + 1);
-        model_zero_gradients(m);
-        for (int first = 0; first < o->batch; first += micro) {
-            int B = o->batch - first < micro ? o->batch - first : micro;
-            dataset_batch(&data, x0, y, step, o->batch, first, B, o->hflip, o->label_drop);
-            rng_normal(noise, B * count, first * count, o->seed, (uint32_t)step, STREAM_NOISE);
-            for (int b = 0; b < B; b++) {
-                philox(word, o->seed, (uint32_t)(first + b), (uint32_t)step, STREAM_T);
-                t[b] = (int)rng_below(word[0], DIFFUSION_STEPS);
-            }
-            model_loss(m, &s, x0, noise, t, y, B, n, iterations, 1.0 / o->batch, mse, vb);
-            for (int b = 0; b < B; b++) loss_mse += mse[b] / o->batch, loss_vb += vb[b] / o->batch;
-        }
-        double norm = model_gradient_norm(m), loss = loss_mse + loss_vb;
-        if (!isfinite(loss) || !isfinite(norm)) {
-            fclose(log);
-            snprintf(path, sizeof path, "%s keeps the state of step %d", o->out, saved);
-            die("step %d: the loss is %g and the gradient's norm %g; %s: lower --lr, or set --grad_clip and --warmup",
-                step, loss, norm, saved < 0 ? "nothing was saved yet" : path);
-        }
-        double lr = o->lr * (step + 1 < o->warmup ? (double)(step + 1) / o->warmup : 1);
-        double ema = o->ema_warmup ? fmin(o->ema, (1.0 + step) / (10.0 + step)) : o->ema;
-        double clip = o->grad_clip > 0 && norm > o->grad_clip ? o->grad_clip / (norm + 1e-6) : 1;
-        model_update(m, step + 1, lr, 0.9, 0.999, 1e-8, o->weight_decay, clip, ema);
-
-        double ms = now_ms() - begin;
-        fprintf(log, "%d,%.9g,%.9g,%.9g,%.6g,%.6g,%d,%d,%.3f,%.1f\n", step, loss, loss_mse, loss_vb, norm, lr, n,
-                iterations, ms, o->batch / ms * 1e3);
-        if (fflush(log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
-        shown_flops += model_flops(c, o->batch, n, iterations);
-        shown_loss += loss;
-        int done = o->step = step + 1, last = done == o->steps;
-        if (done % o->log_every == 0 || last) {
-            double now = now_ms(), elapsed = now - shown_ms, steps = done - shown;
-            int left = (int)((now - run_ms) / (done - start) * (o->steps - done) / 1000);
-            printf("step %d/%d  loss %.4f  %.0f images/s  %.1f GFLOP/s  %d:%02d left\n", done, o->steps,
-                   shown_loss / steps, steps * o->batch / elapsed * 1e3, shown_flops / elapsed * 1e-6, left / 60,
-                   left % 60);
-            fflush(stdout);
-            shown = done;
-            shown_ms = now_ms();
-            shown_flops = shown_loss = 0;
-        }
-        if (done % o->save_every == 0 || last) {
-            save_run(o, &data, m);
-            saved = done;
-        }
-        if ((o->sample_every && done % o->sample_every == 0 && !interrupted) || last) sample_grid(o, m);
-    }
-    if (fclose(log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
+    train(&run);
+    if (fclose(run.log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
     if (o->step < o->steps) {
-        if (saved != o->step) save_run(o, &data, m);
+        if (run.saved != o->step) run_save(&run);
         printf("stopped after step %d; go on with: %s --resume %s\n", o->step, argv[0], o->out);
         return 130;
     }
@@ -3200,33 +3280,14 @@ static int sample_main(int argc, char **argv) {
     const char *class_json = st_meta(&f, "class_names"), **names = parse_class_names(class_json, &named);
     if (names && named != c->classes)
         die("%s: metadata class_names has %d names for %d classes", o->weights, named, c->classes);
-    int *y = (int *)xcalloc(n, sizeof *y, "labels"), window = o->solver == SOLVER_ANDERSON ? o->window : 0;
-    plan_iterations(iters, o, c);
+    int *y = (int *)xcalloc(n, sizeof *y, "labels");
+    SampleSettings set = sample_settings(iters, o);
     parse_labels(y, n, o->labels, c->classes, names);
-    SampleSettings set = {resolve_sampler(o->sampler, c),
-                          o->cfg_channels,
-                          o->reuse,
-                          o->eta,
-                          o->cfg,
-                          o->tol,
-                          iters,
-                          NULL,
-                          0,
-                          window,
-                          o->mixing};
-    Model *m = model_create(c, o->cfg != 1 ? 2 * B : B, 0, 0, 0, window, dtype);
+    Model *m = model_create(c, o->cfg != 1 ? 2 * B : B, 0, 0, 0, set.window, dtype);
     model_load(m, MODEL_WEIGHTS, &f, "");
-    Schedule s;
-    schedule_make(&s, c, o->sample_steps);
-    float *x = (float *)xcalloc(n * config_pixels(c), sizeof *x, "pictures");
-    if (*o->trace) {
-        set.trace = open_temp(o->trace);
-        fprintf(set.trace, "step,t,iteration,residual\n");
-    }
     double begin = now_ms();
-    sample_pictures(m, &s, &set, x, y, n, o->seed);
+    float *x = draw_pictures(o, m, &set, y, n);
     double seconds = (now_ms() - begin) / 1000;
-    if (set.trace) commit_temp(set.trace, o->trace);
     if (*o->latents) save_pictures(o->latents, x, y, n, c, class_json, st_meta(&f, "latent_scale"));
     save_grid(o->out, x, n, c, o->show);
     printf("%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s\n", n, seconds, o->sample_steps,
@@ -3234,71 +3295,10 @@ static int sample_main(int argc, char **argv) {
     return 0;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Benchmark: one figure a line, `name value unit`
-
-static int bench_main(int argc, char **argv) {
-    static const char about[] = "Measures matmuls, a training step and sampling; prints `name value unit` lines.";
-    Options options, *o = &options;
-    Config *c = &o->model;
-    options_default(o, BENCH);
-    options_parse(o, BENCH, argc, argv, about);
-    config_check(c, "options");
-    if (c->learn_sigma) c->prediction = PREDICT_EPS;
-    int B = o->batch, n = o->bench_n, iterations = o->bench_m;
-    double *times = (double *)xcalloc(o->rounds, sizeof *times, "times");
-    bench_matmul(c, B, o->bench_gemm ? o->rounds : 0, compute_dtype(o->dtype));
-
-    Model *m = model_create(c, B, iterations, o->recompute, 1, 0, compute_dtype(o->dtype));
-    float *values = (float *)xcalloc(m->n_params, sizeof *values, "weights");
-    rng_normal(values, m->n_params, 0, o->seed, 0, STREAM_INIT);
-    for (int64_t i = 0; i < m->n_params; i++) values[i] *= 0.02f;
-    model_upload(m, MODEL_WEIGHTS, values);
-    xfree(values);
-    size_t count = B * config_pixels(c);
-    float *x0 = (float *)xcalloc(count, sizeof *x0, "a batch"), *noise = (float *)xcalloc(count, sizeof *x0, "a batch");
-    int *t = (int *)xcalloc(B, sizeof *t, "a batch"), *y = (int *)xcalloc(B, sizeof *y, "a batch");
-    double *mse = (double *)xcalloc(B, sizeof *mse, "a batch"), *vb = (double *)xcalloc(B, sizeof *vb, "a batch");
-    Schedule s;
-    schedule_make(&s, c, DIFFUSION_STEPS);
-    rng_normal(x0, count, 0, o->seed, 0, STREAM_DATA);
-    rng_normal(noise, count, 0, o->seed, 0, STREAM_NOISE);
-    for (int b = 0; b < B; b++) t[b] = b * 997 % DIFFUSION_STEPS, y[b] = c->classes ? b % c->classes : 0;
-    for (int round = -1; round < o->rounds; round++) { // the first is a warm-up
-        double begin = now_ms();
-        model_zero_gradients(m);
-        model_loss(m, &s, x0, noise, t, y, B, n, iterations, 1.0 / B, mse, vb);
-        double norm = model_gradient_norm(m);
-        model_update(m, round + 2, 1e-4, 0.9, 0.999, 1e-8, 0, norm > 1 ? 1 / norm : 1, 0.9999);
-        if (round >= 0) times[round] = now_ms() - begin;
-    }
-    double step_ms = median(times, o->rounds);
-    printf("train_step_ms %.2f ms\n", step_ms);
-    printf("train_gflops %.2f GFLOP/s\n", model_flops(c, B, n, iterations) / step_ms * 1e-6);
-    printf("train_images_per_s %.2f images/s\n", B / step_ms * 1e3);
-    printf("train_peak_mb %.1f MB\n", peak_memory());
-
-    int iters[] = {n + 1, n + 1, n + 1, n + 1};
-    SampleSettings set = {resolve_sampler(SAMPLER_AUTO, c), 3, 1, 0, 1, 0, iters, NULL, 0, 0, 1};
-    schedule_make(&s, c, 4);
-    for (int round = 0; round < o->rounds; round++) {
-        double begin = now_ms();
-        set.passes = 0;
-        sample_batch(m, &s, &set, x0, y, B, NULL, o->seed, 0);
-        times[round] = (now_ms() - begin) / (double)(set.passes * B);
-    }
-    printf("sample_passes_per_s %.1f passes/s\n", 1e3 / median(times, o->rounds));
-    return 0;
-}
-
-// =====================================================================================================================
-// End of the shared block
-// =====================================================================================================================
-
-#ifdef PROGRAM // TRAIN, SAMPLE or BENCH; the tests include this file and have a main of their own
-int main(int argc, char **argv) {
-    return PROGRAM == TRAIN    ? train_main(argc, argv)
-           : PROGRAM == SAMPLE ? sample_main(argc, argv)
-                               : bench_main(argc, argv);
-}
+#ifdef PROGRAM // TRAIN or SAMPLE; the tests and the benchmark include this file and have a main of their own
+int main(int argc, char **argv) { return PROGRAM == TRAIN ? train_main(argc, argv) : sample_main(argc, argv); }
 #endif
+
+// =====================================================================================================================
+// End of shared block 4
+// =====================================================================================================================

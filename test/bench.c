@@ -1,0 +1,232 @@
+// Benchmark of fpdm_cpu.c, or with -DGPU of fpdm.cu, which is included whole: one figure a line, `name value unit`.
+//
+//   bench_cpu [--name value ...]      --help lists the options
+//
+// peak_gflops (fused multiply-adds, measured), gemm_gflops_FORM_MxNxK for every matmul of the model, then a training
+// step and sampling.
+
+#ifdef GPU
+#include "../fpdm.cu"
+#else
+#include "../fpdm_cpu.c"
+#endif
+#include <sys/resource.h>
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *values, int count) {
+    qsort(values, (size_t)count, sizeof *values, by_value);
+    return values[count / 2];
+}
+
+#ifndef GPU
+
+// Peak resident memory of the process so far, in MB
+static double peak_memory(void) {
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return usage.ru_maxrss * 1024.0 / 1e6;
+}
+
+// Independent chains x = x*scale + shift in registers; volatile, so that nothing about them is known at compile time.
+static void peak_chains(int reps) {
+    enum { CHAINS = 12 };
+    volatile real scale = 0.5, shift = 1, sink;
+    vec x[CHAINS], a = (vec){0} + scale, b = (vec){0} + shift;
+    for (int i = 0; i < CHAINS; i++) x[i] = a + (real)i;
+    for (int r = 0; r < reps; r++) {
+        UNROLL
+        for (int i = 0; i < CHAINS; i++) x[i] = x[i] * a + b;
+    }
+    for (int i = 1; i < CHAINS; i++) x[0] += x[i];
+    for (int i = 0; i < VL; i++) sink = x[0][i];
+    (void)sink;
+}
+static double peak_once(int reps) {
+    double t0 = now_ms();
+#pragma omp parallel
+    peak_chains(reps);
+    return 2e-9 * max_threads() * VL * 12 * reps / (1e-3 * (now_ms() - t0));
+}
+
+// Peak rate of fused multiply-adds, then every matmul of the model in its three forms.
+static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
+    (void)dtype;
+    double peak = 0;
+    for (int i = 0; i < 20; i++) peak = fmax(peak, peak_once(1000000));
+    printf("peak_gflops %.1f GFLOP/s\n", peak);
+    int D = c->width, M = B * config_tokens(c),
+        shapes[][2] = {{3 * D, D}, {D, D}, {4 * D, D}, {D, 4 * D}, {2 * D, D}, {D, 2 * D}};
+    real *in = (real *)xcalloc((size_t)M * 4 * D, sizeof *in, "matmul"),
+         *out = (real *)xcalloc((size_t)M * 4 * D, sizeof *out, "matmul");
+    real *w = (real *)xcalloc((size_t)4 * D * D, sizeof *w, "matmul");
+    double *times = (double *)xcalloc((size_t)rounds + 1, sizeof *times, "times");
+    for (int i = 0; i < 6; i++)
+        for (int form = 0; form < 3; form++) {
+            int N = shapes[i][0], K = shapes[i][1];
+            for (int r = -1; r < rounds; r++) {
+                double begin = now_ms();
+                if (form == 0) linear_forward(out, in, w, NULL, M, K, N);
+                if (form == 1) gemm(in, K, out, N, 1, w, K, 1, NULL, 0, M, K, N);
+                if (form == 2) gemm(w, K, out, 1, N, in, K, 1, NULL, 1, N, K, M);
+                if (r >= 0) times[r] = now_ms() - begin;
+            }
+            static const char *const forms[] = {"forward", "dx", "dw"};
+            if (rounds)
+                printf("gemm_gflops_%s_%dx%dx%d %.1f GFLOP/s\n", forms[form], M, N, K,
+                       2e-6 * M * N * K / median(times, rounds));
+        }
+    xfree(times);
+    xfree(in);
+    xfree(out);
+    xfree(w);
+}
+
+#else
+
+// Peak device memory, in MB: all is allocated up front and held
+static double peak_memory(void) { return (double)gpu.allocated / 1e6; }
+
+// Bits that look random: multiplying zeros would take less power, and so less time.
+__device__ inline uint32_t hashed(uint32_t x) {
+    x = (x ^ x >> 16) * 0x85EBCA6Bu;
+    x = (x ^ x >> 13) * 0xC2B2AE35u;
+    return x ^ x >> 16;
+}
+
+// Independent chains of multiply-adds in registers: what the arithmetic units can do without memory
+enum { PEAK_CHAINS = 8, PEAK_WARPS = 8 };
+template <typename A>
+__global__ void peak_kernel(float *out, int reps) {
+    float x[PEAK_CHAINS][4] = {};
+    uint32_t a[4], b[2]; // two bf16 each, +-1..2
+    EACH(i, 4) a[i] = 0x3F803F80u | (hashed(6 * threadIdx.x + i) & 0x807F807Fu);
+    EACH(i, 2) b[i] = 0x3F803F80u | (hashed(6 * threadIdx.x + 4 + i) & 0x807F807Fu);
+    for (int r = 0; r < reps; r++) {
+        EACH(i, PEAK_CHAINS) {
+            if (sizeof(A) == 2)
+                mma_bf16(x[i], a, b);
+            else
+                for (int j = 0; j < 4; j++) x[i][j] = x[i][j] * 0.5f + 1;
+        }
+    }
+    float sum = 0;
+    for (int i = 0; i < 4 * PEAK_CHAINS; i++) sum += x[i / 4][i % 4];
+    out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
+}
+
+// Device memory with `count` numbers -1..1; a thread an element
+template <typename A>
+__global__ void random_kernel(A *out, size_t count) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) from_float(out + i, (float)(int32_t)hashed((uint32_t)i) / 2147483648.0f);
+}
+static void *random_act(int half, size_t count) {
+    void *p = gpu_malloc(count * (half ? sizeof(bf16) : sizeof(float)), "matmul");
+    TYPED(half, RUN((random_kernel<A>), (unsigned)ceil_div(count, 256), 256, 0, (A *)p, count));
+    return p;
+}
+
+// Peak rate of fused multiply-adds, then every matmul of the model in its three forms
+static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
+    enum { REPEAT = 10 };
+    int half = dtype == COMPUTE_BF16, D = c->width, M = B * config_tokens(c), blocks = 4 * gpu.sms, reps = 100;
+    int shapes[][2] = {{3 * D, D}, {D, D}, {4 * D, D}, {D, 4 * D}, {2 * D, D}, {D, 2 * D}};
+    size_t size = half ? sizeof(bf16) : sizeof(float), x_count = (size_t)M * 4 * D, w_count = 4 * (size_t)D * D;
+    void *x = random_act(half, x_count), *y = random_act(half, x_count), *w = random_act(half, w_count);
+    void *result = gpu_malloc(x_count * size, "matmul");
+    float *dw = (float *)gpu_malloc(w_count * sizeof(float), "matmul");
+    float *out = (float *)gpu_malloc((size_t)blocks * PEAK_WARPS * 32 * sizeof(float), "matmul");
+    double *times = (double *)xcalloc((size_t)rounds + 1, sizeof *times, "times"), begin = 0;
+    gpu_zero(dw, w_count * sizeof(float));
+    workspace_reserve(workspace_floats(D));
+    for (int run = 0; run < 3; run++) { // a warm-up, then to see how many fill 20 ms
+        if (run == 2) reps *= 1 + (int)(20 / (now_ms() - begin));
+        begin = now_ms();
+        TYPED(half, RUN((peak_kernel<A>), blocks, 32 * PEAK_WARPS, 0, out, reps));
+        gpu_wait();
+    }
+    double flops = half ? 2.0 * 16 * 16 * 8 : 2.0 * 4 * 32;
+    printf("peak_gflops %.1f GFLOP/s\n", 1e-6 * flops * PEAK_CHAINS * reps * PEAK_WARPS * blocks / (now_ms() - begin));
+    for (int i = 0; i < 6; i++)
+        for (int form = 0; form < 3; form++) {
+            static const char *const forms[] = {"forward", "dx", "dw"};
+            int N = shapes[i][0], K = shapes[i][1];
+            for (int r = -1; r < rounds; r++) {
+                gpu_wait();
+                begin = now_ms();
+                for (int repeat = 0; repeat < REPEAT; repeat++) {
+                    if (form == 0) matmul<false, false, EPI_STORE>(half, linear(result, x, w, K, NULL, M, K, N));
+                    if (form == 1) matmul<false, true, EPI_STORE>(half, linear_input(result, y, w, K, M, K, N));
+                    if (form == 2) linear_weight(half, dw, K, NULL, y, x, M, K, N);
+                }
+                gpu_wait();
+                if (r >= 0) times[r] = (now_ms() - begin) / REPEAT;
+            }
+            if (rounds)
+                printf("gemm_gflops_%s_%dx%dx%d %.1f GFLOP/s\n", forms[form], M, N, K,
+                       2e-6 * M * N * K / median(times, rounds));
+        }
+    xfree(times);
+    for (void *p : {x, y, result}) gpu_free(p, x_count * size);
+    gpu_free(w, w_count * size);
+    gpu_free(dw, w_count * sizeof(float));
+    gpu_free(out, (size_t)blocks * PEAK_WARPS * 32 * sizeof(float));
+}
+
+#endif
+
+int main(int argc, char **argv) {
+    static const char about[] = "Measures matmuls, a training step and sampling; prints `name value unit` lines.";
+    Options options, *o = &options;
+    Config *c = &o->model;
+    options_default(o, BENCH);
+    options_parse(o, BENCH, argc, argv, about);
+    config_check(c, "options");
+    if (c->learn_sigma) c->prediction = PREDICT_EPS;
+    int B = o->batch, n = o->bench_n, iterations = o->bench_m;
+    double *times = (double *)xcalloc(o->rounds, sizeof *times, "times");
+    bench_matmul(c, B, o->bench_gemm ? o->rounds : 0, compute_dtype(o->dtype));
+
+    Model *m = model_create(c, B, iterations, o->recompute, 1, 0, compute_dtype(o->dtype));
+    float *values = (float *)xcalloc(m->n_params, sizeof *values, "weights");
+    rng_normal(values, m->n_params, 0, o->seed, 0, STREAM_INIT);
+    for (int64_t i = 0; i < m->n_params; i++) values[i] *= 0.02f;
+    model_upload(m, MODEL_WEIGHTS, values);
+    xfree(values);
+    size_t count = B * config_pixels(c);
+    Batch b = batch_create(B, config_pixels(c));
+    Schedule s;
+    schedule_make(&s, c, DIFFUSION_STEPS);
+    rng_normal(b.x0, count, 0, o->seed, 0, STREAM_DATA);
+    rng_normal(b.noise, count, 0, o->seed, 0, STREAM_NOISE);
+    for (int i = 0; i < B; i++) b.t[i] = i * 997 % DIFFUSION_STEPS, b.y[i] = c->classes ? i % c->classes : 0;
+    for (int round = -1; round < o->rounds; round++) { // the first is a warm-up
+        double begin = now_ms();
+        model_zero_gradients(m);
+        model_loss(m, &s, b.x0, b.noise, b.t, b.y, B, n, iterations, 1.0 / B, b.mse, b.vb);
+        double norm = model_gradient_norm(m);
+        model_update(m, round + 2, 1e-4, 0.9, 0.999, 1e-8, 0, norm > 1 ? 1 / norm : 1, 0.9999);
+        if (round >= 0) times[round] = now_ms() - begin;
+    }
+    double step_ms = median(times, o->rounds);
+    printf("train_step_ms %.2f ms\n", step_ms);
+    printf("train_gflops %.2f GFLOP/s\n", model_flops(c, B, n, iterations) / step_ms * 1e-6);
+    printf("train_images_per_s %.2f images/s\n", B / step_ms * 1e3);
+    printf("train_peak_mb %.1f MB\n", peak_memory());
+
+    int iters[] = {n + 1, n + 1, n + 1, n + 1};
+    SampleSettings set = {resolve_sampler(SAMPLER_AUTO, c), 3, 1, 0, 1, 0, iters, NULL, 0, 0, 1};
+    schedule_make(&s, c, 4);
+    for (int round = 0; round < o->rounds; round++) {
+        double begin = now_ms();
+        set.passes = 0;
+        sample_batch(m, &s, &set, b.x0, b.y, B, NULL, o->seed, 0);
+        times[round] = (now_ms() - begin) / (double)(set.passes * B);
+    }
+    printf("sample_passes_per_s %.1f passes/s\n", 1e3 / median(times, o->rounds));
+    return 0;
+}
