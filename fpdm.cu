@@ -6,13 +6,20 @@
 //   make bench_gpu && ./bench_gpu     measures speed and memory;   make test_gpu: tests;   --help: every option
 //   make test_emu && ./test_emu       the same tests without a GPU: g++ and test/cuda_emu.h stand in for it
 //
+// Search for    What you learn there
+// "Interface"   the few functions of Part 5 that the model asks for
+// "Kernels"     how this file starts work on the GPU, in two types of numbers
+// "Part 1"      the model: its equations, its parameters, each layer above its gradient, the fixed point, the whole
+// "Part 2"      diffusion: noise schedule, training loss, samplers, how a budget of iterations is spent
+// "Part 3"      learning: AdamW, the moving average of the weights, the training loop
+// "Part 4"      speed and memory: instructions of the GPU, the matrix product, attention, where activations lie
+// "Part 5"      plumbing: random numbers, files, options, pictures, data, the programs; nothing new about the model
+//
+// "Shared block" marks what fpdm_cpu.c and fpdm.cu have in common, byte for byte.
+//
 // --dtype bf16, the default: what goes into a matmul is bf16, stored activations are too; weights, their gradients, the
 // optimiser, the EMA, the residual stream x, LayerNorm's statistics and every accumulator are fp32. --dtype fp32: all
 // fp32. No atomic adds: every sum has one order, so the same seed gives the same bits on the same kind of GPU.
-//
-// Order: utilities, random numbers, files, options, data, parameters (these are the same bytes in fpdm_cpu.c); then the
-// device, matmul and layers, each forward above its backward; the model with its fixed point; loss, sampler, optimiser;
-// last the programs.
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -31,7 +38,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -49,108 +55,16 @@ typedef float real;  // of parameters; activations that feed matmuls have a type
 typedef __nv_bfloat16 bf16;
 
 // =====================================================================================================================
-// Shared with fpdm.cu: from here to the next such line, both files hold the same bytes.
+// Shared block 1 of 4. Interface: what stands in Part 5, as far as the parts before it use it
 // =====================================================================================================================
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Utilities: errors, memory, time, files that appear whole or not at all
+// Every mistake of the user ends in die: one line on standard error, exit status 1.
+__attribute__((noreturn, format(printf, 1, 2))) static void die(const char *fmt, ...);
+static void *xcalloc(size_t count, size_t size, const char *what); // zeroed and aligned, or the program ends
+static void xfree(void *p);
+static double now_ms(void);
 
-// Every mistake of the user ends here: one line on standard error, exit status 1. Control characters are masked because
-// names that come out of files are printed, and because a message must stay one line.
-__attribute__((noreturn, format(printf, 1, 2))) static void die(const char *fmt, ...) {
-    char line[2048];
-    va_list args;
-    va_start(args, fmt);
-    vsnprintf(line, sizeof line, fmt, args);
-    va_end(args);
-    for (char *c = line; *c; c++)
-        if (iscntrl((unsigned char)*c)) *c = '?';
-#pragma omp critical(die) // one line, even when several threads find something wrong
-    {
-        fprintf(stderr, "error: %s\n", line);
-        exit(1);
-    }
-}
-
-// Zeroed memory, aligned to 64 bytes (a cache line, the widest vector). calloc gets large blocks as pages that are zero
-// when first touched, so clearing them takes no time. xfree finds calloc's own pointer in the word before.
-static void *xcalloc(size_t count, size_t size, const char *what) {
-    char *block = size == 0 || count <= (SIZE_MAX - 128) / size ? (char *)calloc(1, count * size + 128) : NULL;
-    if (!block)
-        die("no memory for %s: %.0f MB; use a smaller batch or model", what, (double)count * (double)size / 1e6);
-    void **p = (void **)(((uintptr_t)block + 127) & ~(uintptr_t)63);
-    p[-1] = block;
-    return p;
-}
-
-// Releases what xcalloc gave.
-static void xfree(void *p) {
-    if (p) free(((void **)p)[-1]);
-}
-
-// Makes room for element n of an array that grows one by one from NULL; the capacity is the power of two above n.
-static void *grow(void *array, size_t n, size_t size) {
-    if (n & (n - 1)) return array;
-    void *p = n <= SIZE_MAX / 2 / size ? realloc(array, (n ? 2 * n : 1) * size) : NULL;
-    if (!p) die("no memory for a list of %zu entries; close other programs", n);
-    return p;
-}
-
-// Milliseconds since some moment in the past, unaffected by changes of the clock.
-static double now_ms(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return 1e3 * (double)t.tv_sec + 1e-6 * (double)t.tv_nsec;
-}
-
-// A file is written under a temporary name beside its target, synced, then renamed: whoever opens the target finds the
-// old file or the new one, never half of one, and a full disk or a crash costs nothing that existed before.
-// This is the temporary name; the process number keeps two programs with the same target apart.
-static const char *temp_name(const char *path) {
-    static char name[PATH_MAX];
-    int length = snprintf(name, sizeof name, "%s.%ld.tmp", path, (long)getpid());
-    if (length >= PATH_MAX) die("%.200s...: this path is too long; use a shorter one", path);
-    return name;
-}
-
-// Ends the program after a failed write; errno says why.
-__attribute__((noreturn)) static void fail_temp(const char *path) {
-    const char *why = strerror(errno);
-    remove(temp_name(path));
-    die("%s: cannot write: %s; check the folder, its permissions and the free space", path, why);
-}
-
-// Starts a file that commit_temp puts in place. A device or a folder is refused: the rename would replace it.
-static FILE *open_temp(const char *path) {
-    struct stat info;
-    if (stat(path, &info) == 0 && !S_ISREG(info.st_mode)) die("%s: is not a regular file; use another name", path);
-    FILE *file = fopen(temp_name(path), "wb");
-    if (!file) fail_temp(path);
-    return file;
-}
-
-// Closes the file and gives it its name, unless anything went wrong since it was opened.
-static void commit_temp(FILE *file, const char *path) {
-    if (ferror(file) || fflush(file) || fsync(fileno(file)) || fclose(file) || rename(temp_name(path), path))
-        fail_temp(path);
-}
-
-// The place of a word in a list like "eps|v|flow", which may be followed by a colon and more text; else -1.
-static int choice_index(const char *choices, const char *word) {
-    size_t length = strlen(word);
-    for (int index = 0;; index++) {
-        if (strcspn(choices, "|:") == length && !strncmp(choices, word, length)) return index;
-        choices += strcspn(choices, "|:");
-        if (*choices++ != '|') return -1;
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")
-//
-// There is no generator state: a draw is a function of (seed, index, step, stream). Any number of threads, either
-// program and a resumed run therefore see the same numbers.
-
+// Random numbers have no state: a draw is a function of (seed, index, step, stream).
 enum Streams {
     STREAM_INIT,    // initial weights
     STREAM_DATA,    // which samples make a batch; the pictures of `shapes`
@@ -162,487 +76,39 @@ enum Streams {
     STREAM_Z,       // noise added during sampling
     STREAM_AUGMENT, // flips
 };
+static void philox(uint32_t out[4], uint64_t seed, uint32_t index, uint32_t step, uint32_t stream);
+static double rng_uniform(uint32_t word);             // 0..1
+static uint32_t rng_below(uint32_t word, uint32_t n); // 0..n-1
+static void rng_normal(float *out, size_t count, size_t first, uint64_t seed, uint32_t step, uint32_t stream);
 
-// Ten rounds over the counter; the key advances by the golden ratio and sqrt(3)-1 between rounds.
-static void philox4x32(uint32_t counter[4], uint32_t key0, uint32_t key1) {
-    for (int round = 0; round < 10; round++) {
-        uint64_t a = (uint64_t)counter[0] * 0xD2511F53u, b = (uint64_t)counter[2] * 0xCD9E8D57u;
-        counter[0] = (uint32_t)(b >> 32) ^ counter[1] ^ key0;
-        counter[2] = (uint32_t)(a >> 32) ^ counter[3] ^ key1;
-        counter[1] = (uint32_t)b;
-        counter[3] = (uint32_t)a;
-        key0 += 0x9E3779B9u;
-        key1 += 0xBB67AE85u;
-    }
-}
+typedef struct Dataset Dataset; // pictures and labels: x (count,C,S,S), y (count) of a part of a step's batch
+static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch, int first, int count, int hflip,
+                          double label_drop);
 
-// Four random words: draw `index` of training or sampling step `step` for one purpose.
-static void philox(uint32_t out[4], uint64_t seed, uint32_t index, uint32_t step, uint32_t stream) {
-    out[0] = index;
-    out[1] = step;
-    out[2] = stream;
-    out[3] = 0;
-    philox4x32(out, (uint32_t)seed, (uint32_t)(seed >> 32));
-}
-
-// A word as a number in the open interval (0, 1): log(u) is finite.
-static double rng_uniform(uint32_t word) { return (word + 0.5) / 4294967296; }
-
-// A word as an integer 0..n-1.
-static uint32_t rng_below(uint32_t word, uint32_t n) { return (uint32_t)(((uint64_t)word * n) >> 32); }
-
-// out[i] = standard normal number `first + i` of a draw; one Philox call gives four, by Box-Muller in double precision.
-static void rng_normal(float *out, size_t count, size_t first, uint64_t seed, uint32_t step, uint32_t stream) {
-    if (count == 0) return;
-#pragma omp parallel for schedule(static)
-    for (size_t call = first / 4; call <= (first + count - 1) / 4; call++) {
-        uint32_t word[4];
-        philox(word, seed, (uint32_t)call, step, stream);
-        for (size_t pair = 0; pair < 4; pair += 2) {
-            double r = sqrt(-2 * log(rng_uniform(word[pair])));
-            double angle = 6.283185307179586477 * rng_uniform(word[pair + 1]);
-            size_t e = 4 * call + pair;
-            if (e >= first && e < first + count) out[e - first] = (float)(r * cos(angle));
-            if (e + 1 >= first && e + 1 < first + count) out[e + 1 - first] = (float)(r * sin(angle));
-        }
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// safetensors: 8-byte little-endian header length, JSON header, raw little-endian tensors
+// =====================================================================================================================
+// Part 1. The model
 //
-// {"__metadata__": {"key": "value", ...}, "name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
-// Offsets count from the end of the header; the tensors must cover the rest of the file without holes or overlap.
-// https://github.com/huggingface/safetensors#format. A file may come from anywhere: nothing in it is trusted.
-
-enum Dtype { F64, F32, F16, BF16, I64, I32, I16, I8, U64, U32, U16, U8, BOOL, F8_E4M3, F8_E5M2, C64, N_DTYPES };
-static const char *const dtype_names[N_DTYPES] = {"F64", "F32", "F16", "BF16", "I64",  "I32",     "I16",     "I8",
-                                                  "U64", "U32", "U16", "U8",   "BOOL", "F8_E4M3", "F8_E5M2", "C64"};
-static const size_t dtype_sizes[N_DTYPES] = {8, 4, 2, 2, 8, 4, 2, 1, 8, 4, 2, 1, 1, 1, 1, 8};
-
-enum { MAX_DIMS = 8, MAX_HEADER = 100000000 };
-#define ST_DAMAGED "damaged: make or copy it again"
-
-typedef struct {
-    const char *name;
-    int dtype, ndim;
-    int64_t shape[MAX_DIMS];
-    int64_t count;    // elements
-    size_t bytes;     // count * element size
-    const void *data; // row-major; in an opened file it points into the read-only map and may be unaligned
-} Tensor;
-
-typedef struct {
-    const char *key, *value;
-} Meta;
-
-typedef struct {
-    char *path, *header; // header: a copy, into which names, keys and values point
-    unsigned char *map;
-    size_t size;
-    Tensor *tensors; // sorted by name
-    int n_tensors;
-    Meta *meta; // sorted by key
-    int n_meta;
-} SafeTensors;
-
-// A bf16 is the upper half of a float.
-static float bf16_to_float(uint16_t h) {
-    uint32_t bits = (uint32_t)h << 16;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-// Rounds to nearest, ties to even; a NaN stays a NaN (rounding its bits could carry into an infinity).
-static uint16_t float_to_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    if (x != x) return (uint16_t)(bits >> 16 | 0x40);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// IEEE half precision: 5 bits of exponent (bias 15), 10 of mantissa.
-static float f16_to_float(uint16_t h) {
-    int exponent = h >> 10 & 31, mantissa = h & 0x3ff;
-    float x = exponent ? ldexpf((float)(1024 + mantissa), exponent - 25) : ldexpf((float)mantissa, -24);
-    if (exponent == 31) x = mantissa ? NAN : INFINITY;
-    return h >> 15 ? -x : x;
-}
-
-// The part of JSON that the format uses: objects, lists, strings and whole numbers, read by position without recursion.
-// The text is writable and ends with a 0: strings are decoded where they stand.
-typedef struct {
-    const char *path, *tensor; // named in errors; tensor is NULL outside of a tensor's entry
-    char *start, *p, *end;
-} Json;
-
-// Ends the program: what is wrong, in which tensor, and where.
-__attribute__((noreturn)) static void json_fail(const Json *j, const char *why) {
-    char name[250] = "";
-    if (j->tensor) snprintf(name, sizeof name, "tensor %.200s: ", j->tensor);
-    die("%s: %s%s (byte %td of the JSON text); the file is " ST_DAMAGED, j->path, name, why, j->p - j->start);
-}
-
-// Skips white space, then takes `c` if it comes next.
-static int json_accept(Json *j, char c) {
-    j->p += strspn(j->p, " \n\t\r");
-    if (*j->p != c) return 0;
-    j->p++;
-    return 1;
-}
-
-// Takes `c`, which must come next.
-static void json_expect(Json *j, char c) {
-    char why[] = "expected 'c'";
-    why[10] = c;
-    if (!json_accept(j, c)) json_fail(j, why);
-}
-
-// Whether element n of a list or object follows, or `close`, which ends it. Takes the comma, or `close`.
-static int json_more(Json *j, int n, char close) {
-    if (n ? json_accept(j, ',') : !json_accept(j, close)) return 1;
-    if (n) json_expect(j, close);
-    return 0;
-}
-
-// The end of the text: nothing but white space may be left.
-static void json_end(Json *j, const char *why) {
-    j->p += strspn(j->p, " \n\t\r");
-    if (j->p != j->end) json_fail(j, why);
-}
-
-// The four digits of \uXXXX.
-static uint32_t json_hex4(Json *j) {
-    char digits[5] = {0};
-    if (strspn(j->p, "0123456789abcdefABCDEF") < 4) json_fail(j, "\\u needs four hexadecimal digits");
-    memcpy(digits, j->p, 4);
-    j->p += 4;
-    return (uint32_t)strtoul(digits, NULL, 16);
-}
-
-// What an escape stands for; p is behind its backslash.
-static uint32_t json_escape(Json *j) {
-    static const char from[] = "\"\\/bfnrtu", to[] = "\"\\/\b\f\n\r\t";
-    const char *which = *j->p ? strchr(from, *j->p) : NULL;
-    if (!which) json_fail(j, "unknown escape in a string");
-    j->p++;
-    if (*which != 'u') return (uint32_t)to[which - from];
-    uint32_t code = json_hex4(j);
-    if (code >> 10 == 0xD800 >> 10 && j->p[0] == '\\' && j->p[1] == 'u') {
-        j->p += 2;
-        uint32_t low = json_hex4(j);
-        if (low >> 10 != 0xDC00 >> 10) json_fail(j, "broken surrogate pair in a string");
-        return 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
-    }
-    if (code == 0 || code >> 11 == 0xD800 >> 11) json_fail(j, "\\u0000 or half a surrogate pair in a string");
-    return code;
-}
-
-// The next character of a string, which may be an escape or up to four bytes of UTF-8. Refused: a character cut short,
-// overlong, a surrogate, beyond U+10FFFF.
-static uint32_t json_character(Json *j) {
-    static const uint32_t least[] = {' ', 0x80, 0x800, 0x10000}; // that needs so many bytes after the first
-    uint32_t code = (uint8_t)*j->p++;
-    if (code == '\\') return json_escape(j);
-    int more = (code >= 0xC0) + (code >= 0xE0) + (code >= 0xF0), valid = code < 0x80 || (code >= 0xC0 && code < 0xF8);
-    if (more) code &= 0x3fu >> more;
-    for (int i = 0; i < more && valid; i++) {
-        valid = (*j->p & 0xC0) == 0x80;
-        code = code << 6 | (*j->p++ & 0x3f);
-    }
-    if (!valid || code < least[more] || code > 0x10FFFF || code >> 11 == 0xD800 >> 11)
-        json_fail(j, "a string is not valid UTF-8 text");
-    return code;
-}
-
-// Reads a string. Decoding never makes it longer, and its end takes the place of the closing quote or stands before it.
-static char *json_string(Json *j) {
-    static const unsigned char lead[] = {0, 0xC0, 0xE0, 0xF0};
-    json_expect(j, '"');
-    char *text = j->p, *out = text;
-    while (*j->p != '"') {
-        if (j->p + (*j->p == '\\') >= j->end) json_fail(j, "a string does not end");
-        uint32_t code = json_character(j);
-        int more = (code > 0x7f) + (code > 0x7ff) + (code > 0xffff);
-        *out++ = (char)(lead[more] | code >> 6 * more);
-        while (more--) *out++ = (char)(0x80 | (code >> 6 * more & 0x3f));
-    }
-    j->p++;
-    *out = 0;
-    return text;
-}
-
-// A whole number from 0 to 2^63 - 1.
-static int64_t json_integer(Json *j) {
-    if (json_accept(j, '-')) json_fail(j, "a number is negative");
-    if (!isdigit((unsigned char)*j->p)) json_fail(j, "expected a number");
-    if (*j->p == '0' && isdigit((unsigned char)j->p[1])) json_fail(j, "a number starts with 0");
-    errno = 0;
-    int64_t value = strtoll(j->p, &j->p, 10);
-    if (errno) json_fail(j, "a number is too large");
-    if (*j->p == '.' || *j->p == 'e' || *j->p == 'E') json_fail(j, "a number is not whole");
-    return value;
-}
-
-// Reads a list of at most `room` whole numbers; returns how many there are.
-static int json_integers(Json *j, int64_t *values, int room) {
-    int n = 0;
-    json_expect(j, '[');
-    for (; json_more(j, n, ']'); n++) {
-        if (n == room) json_fail(j, "a list is too long");
-        values[n] = json_integer(j);
-    }
-    return n;
-}
-
-// Reads one {"dtype", "shape", "data_offsets"} and checks it against itself and against the `room` bytes of data.
-static void json_tensor(Json *j, Tensor *t, const unsigned char *data, size_t room) {
-    int64_t offsets[2] = {0, 0};
-    int seen = 0;
-    json_expect(j, '{');
-    do {
-        int field = choice_index("dtype|shape|data_offsets", json_string(j));
-        if (field < 0 || seen >> field & 1) json_fail(j, "a key is unknown or stands there twice");
-        seen |= 1 << field;
-        json_expect(j, ':');
-        if (field == 0) {
-            const char *dtype = json_string(j);
-            for (t->dtype = 0; t->dtype < N_DTYPES && strcmp(dtype, dtype_names[t->dtype]);) t->dtype++;
-            if (t->dtype == N_DTYPES)
-                die("%s: tensor %.200s: unknown dtype %.40s; convert it", j->path, t->name, dtype);
-        } else if (field == 1) {
-            t->ndim = json_integers(j, t->shape, MAX_DIMS);
-        } else if (json_integers(j, offsets, 2) != 2) {
-            json_fail(j, "data_offsets must be two numbers");
-        }
-    } while (json_accept(j, ','));
-    json_expect(j, '}');
-    if (seen != 7) json_fail(j, "dtype, shape or data_offsets is missing");
-    t->count = 1;
-    for (int i = 0; i < t->ndim; i++) {
-        if (t->shape[i] && t->count > INT64_MAX / 8 / t->shape[i]) json_fail(j, "its shape is too large");
-        t->count *= t->shape[i];
-    }
-    t->bytes = (size_t)t->count * dtype_sizes[t->dtype];
-    t->data = data + offsets[0];
-    if (offsets[0] > offsets[1]) json_fail(j, "its data ends before it begins");
-    if ((size_t)offsets[1] > room) json_fail(j, "its data lies beyond the end of the file");
-    if (t->bytes != (size_t)(offsets[1] - offsets[0]))
-        json_fail(j, "its shape and dtype do not fit its number of bytes");
-}
-
-// Orders both lists: a Tensor and a Meta begin with their name.
-static int by_name(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
-
-// By place in the file; an empty tensor comes before the one that begins where it stands.
-static int by_place(const void *a, const void *b) {
-    const Tensor *s = (const Tensor *)a, *t = (const Tensor *)b;
-    if (s->data != t->data) return (const char *)s->data < (const char *)t->data ? -1 : 1;
-    return (s->bytes > t->bytes) - (s->bytes < t->bytes);
-}
-
-// A tensor by name, NULL if the file does not have it.
-static const Tensor *st_find(const SafeTensors *f, const char *name) {
-    return (const Tensor *)bsearch(&name, f->tensors, (size_t)f->n_tensors, sizeof *f->tensors, by_name);
-}
-
-// The value of a metadata key, NULL if the file does not have it.
-static const char *st_meta(const SafeTensors *f, const char *key) {
-    const Meta *m = (const Meta *)bsearch(&key, f->meta, (size_t)f->n_meta, sizeof *f->meta, by_name);
-    return m ? m->value : NULL;
-}
-
-// Sorts tensors or metadata by name for bsearch, which also brings a name that stands there twice to light.
-static void sort_by_name(const SafeTensors *f, void *list, int n, size_t size) {
-    qsort(list, (size_t)n, size, by_name);
-    for (const char *entry = (const char *)list; n > 1; n--, entry += size)
-        if (!by_name(entry, entry + size))
-            die("%s: the name %.200s stands there twice; the file is " ST_DAMAGED, f->path,
-                *(const char *const *)entry);
-}
-
-// The tensors must cover the bytes from `data` to the end of the file, each byte once.
-static void check_cover(const SafeTensors *f, const unsigned char *data) {
-    qsort(f->tensors, (size_t)f->n_tensors, sizeof *f->tensors, by_place);
-    for (int i = 0; i < f->n_tensors; i++) {
-        const Tensor *t = &f->tensors[i];
-        const char *why = t->data < (const void *)data ? "shares bytes with another tensor" : "a gap lies before it";
-        if (t->data != data) die("%s: tensor %.200s: %s; the file is " ST_DAMAGED, f->path, t->name, why);
-        data += t->bytes;
-    }
-    if (data != f->map + f->size) die("%s: bytes follow the last tensor; the file is " ST_DAMAGED, f->path);
-}
-
-// Maps a file and reads its header. Whatever is wrong with it ends the program with the reason.
-static void st_open(SafeTensors *f, const char *path) {
-    memset(f, 0, sizeof *f);
-    struct stat info;
-    int fd = open(path, O_RDONLY), metadata = 0;
-    if (fd < 0 || fstat(fd, &info)) die("%s: cannot open: %s; check the path", path, strerror(errno));
-    if (!S_ISREG(info.st_mode)) die("%s: is not a file; give the path of a .safetensors file", path);
-    f->size = (size_t)info.st_size;
-    if (f->size < 8) die("%s: is only %zu bytes long; the file is " ST_DAMAGED, path, f->size);
-    f->map = (unsigned char *)mmap(NULL, f->size, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (f->map == MAP_FAILED) die("%s: cannot map: %s; copy it to a local disk", path, strerror(errno));
-    close(fd);
-    f->path = strdup(path);
-    f->tensors = (Tensor *)grow(NULL, 0, sizeof *f->tensors);
-    f->meta = (Meta *)grow(NULL, 0, sizeof *f->meta);
-
-    uint64_t length;
-    memcpy(&length, f->map, 8);
-    if (length > MAX_HEADER || length > f->size - 8)
-        die("%s: no header can be %.0f bytes long; this is no safetensors file, or it is " ST_DAMAGED, path,
-            (double)length);
-    f->header = (char *)xcalloc(length + 1, 1, "a header");
-    memcpy(f->header, f->map + 8, length);
-    const unsigned char *data = f->map + 8 + length;
-    Json j = {path, NULL, f->header, f->header, f->header + length};
-    if (*f->header != '{') json_fail(&j, "no header");
-    json_expect(&j, '{');
-    for (int n = 0; json_more(&j, n, '}'); n++) {
-        char *name = json_string(&j);
-        json_expect(&j, ':');
-        if (strcmp(name, "__metadata__")) {
-            f->tensors = (Tensor *)grow(f->tensors, (size_t)f->n_tensors, sizeof *f->tensors);
-            Tensor *t = &f->tensors[f->n_tensors++];
-            t->name = j.tensor = name;
-            json_tensor(&j, t, data, f->size - 8 - length);
-            j.tensor = NULL;
-            continue;
-        }
-        if (metadata++) json_fail(&j, "__metadata__ is there twice");
-        json_expect(&j, '{');
-        for (; json_more(&j, f->n_meta, '}'); f->n_meta++) {
-            f->meta = (Meta *)grow(f->meta, (size_t)f->n_meta, sizeof *f->meta);
-            f->meta[f->n_meta].key = json_string(&j);
-            json_expect(&j, ':');
-            f->meta[f->n_meta].value = json_string(&j);
-        }
-    }
-    json_end(&j, "text follows the header");
-    check_cover(f, data);
-    sort_by_name(f, f->tensors, f->n_tensors, sizeof *f->tensors);
-    sort_by_name(f, f->meta, f->n_meta, sizeof *f->meta);
-}
-
-// Releases everything; tensors and strings of the file must not be used any more.
-static void st_close(SafeTensors *f) {
-    xfree(f->header);
-    free(f->tensors);
-    free(f->meta);
-    free(f->path);
-    munmap(f->map, f->size);
-    memset(f, 0, sizeof *f);
-}
-
-// out[0..count-1] = the tensor as floats.
-static void st_to_float(const SafeTensors *f, const Tensor *t, float *out) {
-    const unsigned char *data = (const unsigned char *)t->data;
-    if (t->dtype != F32 && t->dtype != F16 && t->dtype != BF16)
-        die("%s: tensor %.200s: is %s; convert it to F32, F16 or BF16", f->path, t->name, dtype_names[t->dtype]);
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < t->count; i++) {
-        uint16_t half;
-        if (t->dtype == F32) {
-            memcpy(out + i, data + 4 * i, 4);
-        } else {
-            memcpy(&half, data + 2 * i, 2);
-            out[i] = t->dtype == F16 ? f16_to_float(half) : bf16_to_float(half);
-        }
-    }
-}
-
-// A tensor to be saved; pass 1 for the dimensions beyond ndim.
-static Tensor st_tensor(const char *name, int dtype, const void *data, int ndim, int64_t a, int64_t b, int64_t c,
-                        int64_t d) {
-    int64_t count = a * b * c * d;
-    Tensor t = {name, dtype, ndim, {a, b, c, d}, count, (size_t)count * dtype_sizes[dtype], data};
-    return t;
-}
-
-// Writes text, which must be UTF-8, as a JSON string.
-static void json_write_string(FILE *out, const char *text) {
-    fputc('"', out);
-    for (const char *c = text; *c; c++) {
-        if (*c == '"' || *c == '\\') fputc('\\', out);
-        fprintf(out, (unsigned char)*c < 32 ? "\\u%04x" : "%c", *c);
-    }
-    fputc('"', out);
-}
-
-// Writes a file. Tensors of larger elements come first, so that every one is aligned to its element when mapped;
-// metadata whose value is NULL is left out.
-static void st_save(const char *path, const Tensor *tensors, int n, const Meta *meta, int n_meta) {
-    char *header = NULL;
-    size_t length = 0, offset = 0;
-    FILE *text = open_memstream(&header, &length), *file = open_temp(path);
-    if (!text) fail_temp(path);
-    fputs("{\"__metadata__\":{", text);
-    const char *comma = "";
-    for (int i = 0; i < n_meta; i++) {
-        if (!meta[i].value) continue;
-        fputs(comma, text);
-        json_write_string(text, meta[i].key);
-        fputc(':', text);
-        json_write_string(text, meta[i].value);
-        comma = ",";
-    }
-    fputc('}', text);
-    for (size_t size = 8; size; size /= 2) {
-        for (int i = 0; i < n; i++) {
-            const Tensor *t = &tensors[i];
-            if (dtype_sizes[t->dtype] != size) continue;
-            fputc(',', text);
-            json_write_string(text, t->name);
-            fprintf(text, ":{\"dtype\":\"%s\",\"shape\":[", dtype_names[t->dtype]);
-            for (int d = 0; d < t->ndim; d++) fprintf(text, "%s%lld", d ? "," : "", (long long)t->shape[d]);
-            fprintf(text, "],\"data_offsets\":[%zu,%zu]}", offset, offset + t->bytes);
-            offset += t->bytes;
-        }
-    }
-    fputc('}', text);
-    while (ftell(text) % 8) fputc(' ', text);
-    if (fclose(text)) fail_temp(path);
-    uint64_t prefix = length;
-    fwrite(&prefix, 8, 1, file);
-    fwrite(header, 1, length, file);
-    for (size_t size = 8; size; size /= 2)
-        for (int i = 0; i < n; i++)
-            if (dtype_sizes[tensors[i].dtype] == size) fwrite(tensors[i].data, 1, tensors[i].bytes, file);
-    commit_temp(file, path);
-    free(header);
-}
-
-// The metadata value `class_names`, a JSON list of strings, as an array; NULL if json is NULL or the list is empty.
-static const char **parse_class_names(const char *json, int *count) {
-    const char **names = NULL;
-    *count = 0;
-    if (!json) return NULL;
-    char *text = strdup(json);
-    Json j = {"class_names", NULL, text, text, text + strlen(text)};
-    json_expect(&j, '[');
-    for (; json_more(&j, *count, ']'); ++*count) {
-        names = (const char **)grow(names, (size_t)*count, sizeof *names);
-        names[*count] = strdup(json_string(&j));
-    }
-    json_end(&j, "text follows the list");
-    free(text);
-    return names;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Configuration and options: one table describes every option once. The command line, --help, the metadata of weight
-// files and the settings of a training state are all read and written through it.
+//   tokens = patches of x_t · patch + pos                        pos is fixed: sines and cosines of row and column
+//   cond   = time2·silu(time0·[cos(t·f), sin(t·f)]) + label_table[y],  f_i = 10000^(-i/128), i = 0..127
+//   cond_pp = label_table[y] alone, or with timestep_in_pre_post all of cond
+//   h      = pre blocks (tokens, cond_pp)
+//   inj    = inject·h                                            the input injection: z may forget x_t, inj does not
+//   z_0    = h, or in sampling the solution of the timestep before
+//   z_k    = block( fp2·gelu(fp1·[z_{k-1}; inj]), cond )         the same weights for every k, until z settles
+//   out    = unpatch( final·modulate(post blocks (z_K, cond_pp)) )
+//
+//   block(x, c):   shift1, scale1, gate1, shift2, scale2, gate2 = ada·silu(c);   modulate(x) = LN(x)·(1+scale)+shift
+//       x <- x + gate1·proj(attention(qkv(modulate1(x))))
+//       x <- x + gate2·fc2(gelu(fc1(modulate2(x))))
+//
+// Every layer but LN has a bias, left out above; gelu is the tanh form, a softmax's scale 1/sqrt(head size), the MLP's
+// width 4D. With fixed_point 0 the model is plain DiT (arXiv:2212.09748): `depth` blocks in a row that all see cond.
+// =====================================================================================================================
 
 enum Prediction { PREDICT_EPS, PREDICT_V, PREDICT_FLOW };
 enum VWeight { V_WEIGHT_1, V_WEIGHT_P2 };
-enum Sampler { SAMPLER_AUTO, SAMPLER_DDPM, SAMPLER_DDIM, SAMPLER_FLOW };
-enum Allocation { ALLOC_CONST, ALLOC_INC, ALLOC_DEC };
-enum Solver { SOLVER_PLAIN, SOLVER_ANDERSON };
-enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: earlier results, and with the newest
-enum Arithmetic { COMPUTE_AUTO, COMPUTE_FP32, COMPUTE_BF16 };
+enum { DIFFUSION_STEPS = 1000 };
+enum Arithmetic { COMPUTE_AUTO, COMPUTE_FP32, COMPUTE_BF16 }; // of --dtype
 
 typedef struct {     // what a weight file's metadata says: the model and the diffusion that it was trained for
     int image_size;  // H = W of the input, pixels (or latent pixels)
@@ -663,6 +129,965 @@ typedef struct {     // what a weight file's metadata says: the model and the di
     int diffusion_steps; // always 1000
 } Config;
 
+static size_t config_pixels(const Config *c) { return (size_t)c->channels * c->image_size * c->image_size; }
+static int config_tokens(const Config *c) { return (c->image_size / c->patch) * (c->image_size / c->patch); }
+static int config_out_channels(const Config *c) { return c->learn_sigma ? 2 * c->channels : c->channels; }
+static int config_blocks(const Config *c) { return c->fixed_point ? c->pre_depth + 1 + c->post_depth : c->depth; }
+static int config_iterations(const Config *c) { // default iterations per timestep
+    int k = c->depth - c->pre_depth - c->post_depth;
+    return k < 1 ? 1 : k;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Parameters: one allocation each for weights, gradients, the two Adam moments and the EMA, all laid out alike. One
+// walk makes both the list of tensors, with their names in the published PyTorch state dict, and the pointers into an
+// allocation.
+
+typedef struct {
+    real *qkv_w, *qkv_b;   // (3D,D), (3D)
+    real *proj_w, *proj_b; // (D,D), (D)
+    real *fc1_w, *fc1_b;   // (4D,D), (4D)
+    real *fc2_w, *fc2_b;   // (D,4D), (D)
+    real *ada_w, *ada_b;   // (6D,D), (6D): shift1, scale1, gate1, shift2, scale2, gate2
+} BlockParams;
+
+enum { MAX_BLOCKS = 66 }; // pre, the fixed-point block and post; or DiT's
+typedef struct {
+    real *patch_w, *patch_b;         // (D,C·p·p), (D)
+    real *time0_w, *time0_b;         // (D,256), (D)
+    real *time2_w, *time2_b;         // (D,D), (D)
+    real *label_table;               // (classes+1,D)
+    BlockParams block[MAX_BLOCKS];   // pre blocks, [fixed-point block], post blocks
+    real *inject_w, *inject_b;       // (D,D), (D)     block_pre_projection
+    real *fp1_w, *fp1_b;             // (2D,2D), (2D)  block_fixed_point_projection_fc1: columns of z, then of inj
+    real *fp2_w, *fp2_b;             // (D,2D), (D)    block_fixed_point_projection_fc2
+    real *final_w, *final_b;         // (p·p·Cout,D), (p·p·Cout)
+    real *final_ada_w, *final_ada_b; // (2D,D), (2D): shift, scale
+} Params;
+
+enum { INIT_ZERO, INIT_XAVIER, INIT_NORMAL };
+typedef struct {
+    char name[80];
+    int init, ndim;
+    int64_t shape[4];
+    int64_t offset, count; // in elements of the allocation
+} ParamTensor;
+
+typedef struct {
+    real *memory;      // NULL: the sizes alone
+    ParamTensor *list; // may be NULL
+    int count;
+    int64_t size;
+} ParamWalk;
+
+// The next tensor, GROUP + NAME; pass 1 for the dimensions beyond ndim.
+static real *param(ParamWalk *w, const char *group, const char *name, int init, int ndim, int64_t n0, int64_t n1,
+                   int64_t n2, int64_t n3) {
+    ParamTensor t = {"", init, ndim, {n0, n1, n2, n3}, w->size, n0 * n1 * n2 * n3};
+    snprintf(t.name, sizeof t.name, "%s%s", group, name);
+    if (w->list) w->list[w->count] = t;
+    w->count++;
+    w->size += t.count;
+    return w->memory ? w->memory + t.offset : NULL;
+}
+
+// weight (N,K) and bias (N) of the layer GROUP + NAME
+static void param_linear(ParamWalk *w, const char *group, const char *name, int init, int64_t N, int64_t K,
+                         real **weight, real **bias) {
+    char layer[64];
+    snprintf(layer, sizeof layer, "%s%s", group, name);
+    *weight = param(w, layer, ".weight", init, 2, N, K, 1, 1);
+    *bias = param(w, layer, ".bias", INIT_ZERO, 1, N, 1, 1, 1);
+}
+
+// `format` is the block's name, with a place for its index.
+static void param_block(ParamWalk *w, const char *format, int index, BlockParams *p, int64_t D) {
+    char block[40];
+    snprintf(block, sizeof block, format, index);
+    param_linear(w, block, ".attn.qkv", INIT_XAVIER, 3 * D, D, &p->qkv_w, &p->qkv_b);
+    param_linear(w, block, ".attn.proj", INIT_XAVIER, D, D, &p->proj_w, &p->proj_b);
+    param_linear(w, block, ".mlp.fc1", INIT_XAVIER, 4 * D, D, &p->fc1_w, &p->fc1_b);
+    param_linear(w, block, ".mlp.fc2", INIT_XAVIER, D, 4 * D, &p->fc2_w, &p->fc2_b);
+    param_linear(w, block, ".adaLN_modulation.1", INIT_ZERO, 6 * D, D, &p->ada_w, &p->ada_b);
+}
+
+// Points *p into `memory` and fills `list`; either may be NULL. The walk that comes back says how many tensors `list`
+// needs room for, and how many elements `memory`.
+static ParamWalk params_point(Params *p, const Config *c, real *memory, ParamTensor *list) {
+    ParamWalk walk = {memory, list, 0, 0}, *w = &walk;
+    int64_t D = c->width, outputs = (int64_t)c->patch * c->patch * config_out_channels(c);
+    p->patch_w = param(w, "x_embedder.proj", ".weight", INIT_XAVIER, 4, D, c->channels, c->patch, c->patch);
+    p->patch_b = param(w, "x_embedder.proj", ".bias", INIT_ZERO, 1, D, 1, 1, 1);
+    param_linear(w, "t_embedder", ".mlp.0", INIT_NORMAL, D, 256, &p->time0_w, &p->time0_b);
+    param_linear(w, "t_embedder", ".mlp.2", INIT_NORMAL, D, D, &p->time2_w, &p->time2_b);
+    p->label_table = param(w, "y_embedder", ".embedding_table.weight", INIT_NORMAL, 2, c->classes + 1, D, 1, 1);
+    for (int i = 0; !c->fixed_point && i < c->depth; i++) param_block(w, "blocks.%d", i, &p->block[i], D);
+    if (c->fixed_point) {
+        const char *fp = "block_fixed_point";
+        int pre = c->pre_depth;
+        for (int i = 0; i < pre; i++) param_block(w, "blocks_pre.%d", i, &p->block[i], D);
+        param_linear(w, "block_pre", "_projection", INIT_XAVIER, D, D, &p->inject_w, &p->inject_b);
+        param_linear(w, fp, "_projection_fc1", INIT_XAVIER, 2 * D, 2 * D, &p->fp1_w, &p->fp1_b);
+        param_linear(w, fp, "_projection_fc2", INIT_XAVIER, D, 2 * D, &p->fp2_w, &p->fp2_b);
+        param_block(w, fp, 0, &p->block[pre], D);
+        for (int i = 0; i < c->post_depth; i++) param_block(w, "blocks_post.%d", i, &p->block[pre + 1 + i], D);
+    }
+    param_linear(w, "final_layer", ".linear", INIT_ZERO, outputs, D, &p->final_w, &p->final_b);
+    param_linear(w, "final_layer", ".adaLN_modulation.1", INIT_ZERO, 2 * D, D, &p->final_ada_w, &p->final_ada_b);
+    return walk;
+}
+
+// Initial weights: Xavier uniform, normal 0.02, or zero; tensor number k of the list draws with step k.
+static void params_init(float *memory, const ParamTensor *list, int count, uint64_t seed) {
+    for (int k = 0; k < count; k++) {
+        const ParamTensor *t = &list[k];
+        float *w = memory + t->offset;
+        memset(w, 0, (size_t)t->count * sizeof *w);
+        if (t->init == INIT_NORMAL) {
+            rng_normal(w, (size_t)t->count, 0, seed, (uint32_t)k, STREAM_INIT);
+            for (int64_t e = 0; e < t->count; e++) w[e] = (float)(0.02 * w[e]);
+        }
+        if (t->init != INIT_XAVIER) continue;
+        double range = sqrt(6.0 / (double)(t->shape[0] + t->count / t->shape[0])); // fan-out and fan-in
+#pragma omp parallel for schedule(static)
+        for (int64_t first = 0; first < t->count; first += 4) {
+            uint32_t word[4];
+            philox(word, seed, (uint32_t)(first / 4), (uint32_t)k, STREAM_INIT);
+            for (int64_t e = first; e < t->count && e < first + 4; e++)
+                w[e] = (float)((2 * rng_uniform(word[e % 4]) - 1) * range);
+        }
+    }
+}
+
+// How sampling watches and steers the fixed point; training passes NULL.
+typedef struct {
+    int reuse, reuse_ready;    // start from the solution of the timestep before, once there is one
+    int want_residual, window; // window: of Anderson acceleration, 0 for plain iteration
+    double tol, mixing;        // stop when the residual is below tol
+    double residuals[1000];    // of the iterations that ran, when wanted
+    int ran;
+} Solve;
+enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: earlier results, and with the newest
+
+// =====================================================================================================================
+// End of shared block 1
+// =====================================================================================================================
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Kernels: what it takes to write and to start them. A port to another accelerator gives a meaning to what stands here
+// and under "Instructions" in Part 4; test/cuda_emu.h lists it.
+
+#ifdef __CUDACC__
+#define SHARED_DYNAMIC(type, name)                                 \
+    extern __shared__ __align__(128) unsigned char shared_bytes[]; \
+    type *name = reinterpret_cast<type *>(shared_bytes)
+#define LAUNCH(kernel, grid, block, smem, stream, ...) kernel<<<grid, block, smem, stream>>>(__VA_ARGS__)
+#endif
+
+// The GPU, opened by the first model
+static struct {
+    int ready, sms;      // sms: streaming multiprocessors
+    cudaStream_t stream; // everything happens in this one, in order
+    size_t allocated;    // bytes of device memory that this program holds
+} gpu;
+
+// From Part 4
+static void check(cudaError_t error, const char *what); // of CUDA: ends the program if there is one
+static void gpu_open(void);
+static void gpu_wait(void);
+static void *gpu_malloc(size_t bytes, const char *what); // device memory; what is in it is left as it is
+static void gpu_free(void *p, size_t bytes);
+static void gpu_zero(void *p, size_t bytes);
+static void gpu_copy(void *to, const void *from, size_t bytes);
+static void gpu_upload(void *device, const void *host, size_t bytes);
+static void gpu_download(void *host, const void *device, size_t bytes); // waits for all that comes before it
+
+#define CHECK(call) check(call, #call)
+
+// Starts a kernel; more than 48 KB of shared memory have to be asked for.
+#define RUN(kernel, grid, block, smem, ...)                                                                \
+    do {                                                                                                   \
+        if ((smem) > 48 * 1024)                                                                            \
+            CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(smem))); \
+        LAUNCH((kernel), grid, block, smem, gpu.stream, __VA_ARGS__);                                      \
+        check(cudaGetLastError(), #kernel);                                                                \
+    } while (0)
+
+static int imin(int a, int b) { return a < b ? a : b; }
+static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+
+// An activation that feeds a matmul: its elements are bf16 or float as --dtype says, and kernels are templates of the
+// element type A. TYPED(half, ...) runs a statement with A standing for that type.
+typedef struct Act Act;
+#define TYPED(half, ...)     \
+    do {                     \
+        if (half) {          \
+            typedef bf16 A;  \
+            __VA_ARGS__;     \
+        } else {             \
+            typedef float A; \
+            __VA_ARGS__;     \
+        }                    \
+    } while (0)
+
+// An unrolled loop: what is indexed by i can stay in registers.
+#define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
+
+// From Part 4: V neighbours as one access of up to 16 bytes, converted to float and back
+template <int V, typename T>
+__device__ inline void load(float (&x)[V], const T *p);
+template <int V, typename T>
+__device__ inline void store(T *p, const float (&x)[V]);
+// The sum over the lanes of a warp, or over the threads of a block (shared: an element for each warp), in all of them
+template <typename T>
+__device__ inline T warp_sum(T x);
+template <typename T>
+__device__ inline T block_sum(T x, T *shared);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Layers: each forward above its backward. B pictures, T tokens, D width, H heads, hd head size. Matrices are
+// row-major. Outputs come first. A backward adds (+=) to weight and modulation gradients, and says whether it adds to
+// its input's.
+
+// The linear layer, y = x·w^T + b. One description serves its three products:
+//   forward           y (M,N)  = x (M,K)·w (N,K)^T        both operands have k as their fast dimension
+//   input gradient    dx (M,N) = dy (M,K)·w (K,N)         TB: the second operand has k as its slow dimension
+//   weight gradient   dw (M,N) += dy (K,M)^T·x (K,N)      TA and TB: both have; db (M) += the column sums of dy
+// and what follows a product happens in its epilogue, while the result is in registers.
+
+enum Epilogue {
+    EPI_STORE,  // out = v,                     v = product + bias + add
+    EPI_FLOAT,  // the same, but out is fp32 whatever the type of activations
+    EPI_GELU,   // pre = v, out = gelu(v)       pre may be NULL
+    EPI_GATED,  // pre = v, out = residual + gate·v, copy = out, both fp32 but copy; pre and copy may be NULL
+    EPI_DGELU,  // out = product·gelu'(pre), copy = gelu(pre), sum += out; sum may be NULL
+    EPI_WEIGHT, // out += product, fp32; or the product alone into a workspace, when the sum over k is split
+};
+
+typedef struct {
+    const void *a, *b;
+    int lda, ldb, M, N, K;
+    int k_chunk; // each blockIdx.y sums this many k
+    void *out;   // (M,N), row stride ldc
+    int ldc;
+    const float *bias, *add; // (N); (add_rows,N): row i takes row i % add_rows. NULL: none
+    int add_rows;
+    void *pre, *copy;             // (M,N)
+    const float *residual, *gate; // (M,N); (N) of picture i at gate + i·gate_stride, a picture has `tokens` rows
+    int gate_stride, tokens;
+    float *sum, *db; // (M,N); (M)
+    int overwrite;   // EPI_WEIGHT: = instead of +=
+} Matmul;
+
+// From Part 4: starts the product; `half` says whether the operands are bf16
+template <bool TA, bool TB, int EPI>
+static void matmul(int half, Matmul g);
+// y (M,N) of EPI from x (M,K) and w (N,K), row stride ldw
+static Matmul linear(void *y, const void *x, const void *w, int ldw, const float *b, int M, int K, int N);
+// dx (M,K) of EPI = dy (M,N)·w (N,K), row stride ldw
+static Matmul linear_input(void *dx, const void *dy, const void *w, int ldw, int M, int K, int N);
+// dw (N,K; row stride ldw) += dy (M,N)^T·x (M,K), db (N) += column sums of dy
+static void linear_weight(int half, float *dw, int ldw, float *db, const void *dy, const void *x, int M, int K, int N);
+
+// A row of x (D) for each warp: mean and 1/sigma, eps 1e-6. Read twice; the second time, it is in the cache.
+enum { ROW_THREADS = 256, ROWS_PER_BLOCK = ROW_THREADS / 32 };
+__device__ inline void row_statistics(float *mean, float *rstd, const float *x, int D) {
+    float sum = 0, var = 0, v[4];
+    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+        load(v, x + d);
+        sum += v[0] + v[1] + v[2] + v[3];
+    }
+    *mean = warp_sum(sum) / D;
+    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+        load(v, x + d);
+        EACH(i, 4) var += (v[i] - *mean) * (v[i] - *mean);
+    }
+    *rstd = rsqrtf(warp_sum(var) / D + 1e-6f);
+}
+
+// out (B,T,D) = LN(x)·(1+scale)+shift; LN without weights. mod points at picture 0's shift (D) and, after it, scale
+// (D); `stride` is the distance to the next picture's. With a branch, x is first replaced by mid = x + gate·branch. A
+// warp a row.
+template <typename A>
+__global__ void layernorm_modulate_kernel(A *out, const float *x, const float *mod, int stride, int rows, int T, int D,
+                                          float *mid, const A *branch, const float *gate) {
+    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32;
+    if (row >= rows) return;
+    size_t at = (size_t)row * D, picture = (size_t)(row / T) * stride;
+    const float *shift = mod + picture, *scale = shift + D;
+    float v[4], s[4], b[4], mean, rstd;
+    if (mid) {
+        for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+            load(v, x + at + d);
+            load(s, gate + picture + d);
+            load(b, branch + at + d);
+            EACH(i, 4) v[i] += s[i] * b[i];
+            store(mid + at + d, v);
+        }
+        x = mid;
+    }
+    row_statistics(&mean, &rstd, x + at, D);
+    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+        load(v, x + at + d);
+        load(s, scale + d);
+        load(b, shift + d);
+        EACH(i, 4) v[i] = (v[i] - mean) * rstd * (1 + s[i]) + b[i];
+        store(out + at + d, v);
+    }
+}
+
+// dx += the gradient through LN, with dout (B,T,D) that of its modulated output; stats (B·T,2) = mean, 1/sigma for the
+// sums over tokens below; copy = dx for a matmul, unless NULL
+template <typename A>
+__global__ void layernorm_backward_kernel(float *dx, A *copy, float2 *stats, const A *dout, const float *x,
+                                          const float *mod, int stride, int rows, int T, int D) {
+    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32;
+    if (row >= rows) return;
+    size_t at = (size_t)row * D;
+    const float *scale = mod + (size_t)(row / T) * stride + D;
+    float v[4], g[4], s[4], mean, rstd, g_sum = 0, gx_sum = 0;
+    row_statistics(&mean, &rstd, x + at, D);
+    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+        load(v, x + at + d);
+        load(g, dout + at + d);
+        load(s, scale + d);
+        EACH(i, 4) {
+            g_sum += g[i] * (1 + s[i]);
+            gx_sum += g[i] * (1 + s[i]) * (v[i] - mean);
+        }
+    }
+    g_sum = warp_sum(g_sum) / D;
+    gx_sum = warp_sum(gx_sum) * rstd * rstd / D;
+    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+        float out[4];
+        load(v, x + at + d);
+        load(g, dout + at + d);
+        load(s, scale + d);
+        load(out, dx + at + d);
+        EACH(i, 4) out[i] += rstd * (g[i] * (1 + s[i]) - g_sum - (v[i] - mean) * gx_sum);
+        store(dx + at + d, out);
+        if (copy) store(copy + at + d, out);
+    }
+    if (threadIdx.x % 32 == 0) stats[row] = make_float2(mean, rstd);
+}
+
+// Sums over the tokens of a picture: a block has 64 channels of one picture, each warp every eighth token, each lane
+// two channels. This adds what the warps have, in order, to sum (D) of that picture.
+__device__ inline void add_over_warps(float *sum, int d, int D, float2 mine, float2 *shared) {
+    shared[threadIdx.x] = mine;
+    __syncthreads();
+    if (threadIdx.x < 32 && d < D) {
+        for (int w = 1; w < ROWS_PER_BLOCK; w++) {
+            mine.x += shared[threadIdx.x + 32 * w].x;
+            mine.y += shared[threadIdx.x + 32 * w].y;
+        }
+        sum[d] += mine.x;
+        sum[d + 1] += mine.y;
+    }
+    __syncthreads();
+}
+
+// dmod (as mod) += sums over the picture's tokens: dshift = sum dout, dscale = sum dout·LN(x)
+template <typename A>
+__global__ void modulate_backward_kernel(float *dmod, const float2 *stats, const A *dout, const float *x, int stride,
+                                         int T, int D) {
+    SHARED_DYNAMIC(float2, shared);
+    int d = blockIdx.x * 64 + threadIdx.x % 32 * 2;
+    float2 shift = make_float2(0, 0), scale = shift;
+    for (int t = threadIdx.x / 32; t < T && d < D; t += ROWS_PER_BLOCK) {
+        size_t row = (size_t)blockIdx.y * T + t;
+        float g[2], v[2];
+        load(g, dout + row * D + d);
+        load(v, x + row * D + d);
+        float2 s = stats[row];
+        shift.x += g[0];
+        shift.y += g[1];
+        scale.x += g[0] * (v[0] - s.x) * s.y;
+        scale.y += g[1] * (v[1] - s.x) * s.y;
+    }
+    dmod += (size_t)blockIdx.y * stride;
+    add_over_warps(dmod, d, D, shift, shared);
+    add_over_warps(dmod + D, d, D, scale, shared);
+}
+
+// The gated residual out = x + gate·branch (its forward is EPI_GATED): dbranch = dout·gate, dgate += sum over the
+// tokens of dout·branch; the gradient of x is dout itself.
+template <typename A>
+__global__ void gate_backward_kernel(A *dbranch, float *dgate, const float *dout, const float *gate, int stride,
+                                     const A *branch, int T, int D) {
+    SHARED_DYNAMIC(float2, shared);
+    int d = blockIdx.x * 64 + threadIdx.x % 32 * 2;
+    float2 sum = make_float2(0, 0);
+    gate += (size_t)blockIdx.y * stride;
+    for (int t = threadIdx.x / 32; t < T && d < D; t += ROWS_PER_BLOCK) {
+        size_t at = ((size_t)blockIdx.y * T + t) * D + d;
+        float g[2], b[2], s[2];
+        load(g, dout + at);
+        load(b, branch + at);
+        load(s, gate + d);
+        sum.x += g[0] * b[0];
+        sum.y += g[1] * b[1];
+        g[0] *= s[0];
+        g[1] *= s[1];
+        store(dbranch + at, g);
+    }
+    add_over_warps(dgate + (size_t)blockIdx.y * stride, d, D, sum, shared);
+}
+
+// From Part 4: multi-head attention without mask. qkv (B,T,3D): per token q|k|v, head, channel; out (B,T,D). lse (B,H,T),
+// unless NULL, keeps log2 of the sum of each row's exponentials for the backward pass.
+static void attention_forward(int half, Act *out, float *lse, const Act *qkv, int B, int T, int D, int H);
+// dqkv (B,T,3D) is overwritten; delta (B,H,T) is scratch.
+static void attention_backward(int half, Act *dqkv, float *delta, const Act *dout, const Act *out, const float *lse,
+                               const Act *qkv, int B, int T, int D, int H);
+
+// gelu in the tanh form, as x·sigmoid(2·sqrt(2/pi)·(x + 0.044715·x^3)), which is the same function, and its slope
+__device__ inline float gelu(float x, float *slope) {
+    float e = exp2f(-2.302208198f * (x + 0.044715f * x * x * x)); // 2·sqrt(2/pi)·log2(e)
+    float sigmoid = __fdividef(1, 1 + e);
+    *slope = sigmoid + x * sigmoid * (1 - sigmoid) * 1.5957691216f * (1 + 0.134145f * x * x);
+    return x * sigmoid;
+}
+
+// silu(x) = x·sigmoid(x), only ever applied to (B,D)
+__device__ inline float silu(float x) { return x / (1 + expf(-x)); }
+__device__ inline float silu_slope(float x) {
+    float sigmoid = 1 / (1 + expf(-x));
+    return sigmoid * (1 + x * (1 - sigmoid));
+}
+
+// out = silu(x), or with dout its gradient, dout·silu'(x)
+__global__ void silu_kernel(float *out, const float *x, const float *dout, int count) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) out[i] = dout ? dout[i] * silu_slope(x[i]) : silu(x[i]);
+}
+
+// Between pictures (B,C,S,S) and tokens (B,T,C·p·p): a thread a pixel. A patch is (channel, row, column), as the patch
+// layer wants it, or with channel_last (row, column, channel), as the final layer gives it.
+__global__ void patches_kernel(float *tokens, float *pictures, int to_picture, int channel_last, int B, int C, int S,
+                               int p) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (size_t)B * C * S * S) return;
+    int column = i % S, row = i / S % S, c = i / S / S % C, side = S / p;
+    size_t b = i / S / S / C, token = (b * side + row / p) * side + column / p;
+    int within = row % p * p + column % p;
+    float *at = tokens + token * C * p * p + (channel_last ? within * C + c : c * p * p + within);
+    if (to_picture)
+        pictures[i] = *at;
+    else
+        *at = pictures[i];
+}
+
+// freq (B,256) = rows t of the table of embeddings of all timesteps
+__global__ void time_kernel(float *freq, const float *table, const int *t) {
+    freq[blockIdx.x * 256 + threadIdx.x] = table[t[blockIdx.x] * 256 + threadIdx.x];
+}
+
+// cond (B,D) comes in as t_emb and becomes c = t_emb + y_emb; cond_pp = c or, with label_only, y_emb; and silu of both
+__global__ void condition_kernel(float *cond, float *cond_pp, float *cond_silu, float *cond_pp_silu,
+                                 const float *label_table, const int *y, int label_only, int B, int D) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= B * D) return;
+    float label = label_table[(size_t)y[i / D] * D + i % D], c = cond[i] + label, pp = label_only ? label : c;
+    cond[i] = c;
+    cond_pp[i] = pp;
+    cond_silu[i] = silu(c);
+    cond_pp_silu[i] = silu(pp);
+}
+
+// dcond and dcond_pp (B,D) come in as gradients of silu(c) and silu(c_pp). dtable row y[b] += that of y_emb, picture by
+// picture, since labels repeat; dcond becomes that of t_emb.
+__global__ void condition_backward_kernel(float *dcond, const float *dcond_pp, float *dtable, const float *cond,
+                                          const float *cond_pp, const int *y, int label_only, int B, int D) {
+    int d = blockIdx.x * blockDim.x + threadIdx.x;
+    if (d >= D) return;
+    for (int b = 0; b < B; b++) {
+        int i = b * D + d;
+        float c = dcond[i] * silu_slope(cond[i]), pp = dcond_pp[i] * silu_slope(cond_pp[i]);
+        dtable[(size_t)y[b] * D + d] += c + pp;
+        dcond[i] = label_only ? c : c + pp;
+    }
+}
+
+// out = in as the type of activations
+template <typename A>
+__global__ void convert_kernel(A *out, const float *in, size_t count) {
+    size_t i = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
+    float v[4];
+    if (i >= count) return; // counts are multiples of 4
+    load(v, in + i);
+    store(out + i, v);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Activations: one allocation. The layers of the path that gets a gradient stand in a row, layer[l].x being the input of
+// number l and the output of the one before:
+//
+//   pre blocks | the injection: x is h | m iterations: x is z_n, z_{n+1}, ... | post blocks | x alone: the last output
+//   DiT: all blocks                                                                         | x alone: the last output
+//
+// The n iterations without gradient happen in place, in the x of the first iteration with gradient. With `recompute` all
+// layers share the rest of a Layer, which the backward pass fills again from x. A model that only samples has one x and
+// one rest: everything happens in place.
+
+typedef struct {
+    float *x;   // (B,T,D) input: the residual stream
+    Act *u;     // (B,T,2D) iterations only: the projection before its gelu
+    float *in;  // (B,T,D)  iterations only: the block's input; elsewhere it is x
+    Act *qkv;   // (B,T,3D)
+    float *lse; // (B,H,T)
+    Act *att;   // (B,T,D)
+    Act *proj;  // (B,T,D)
+    Act *fc1;   // (B,T,4D) before its gelu
+    Act *fc2;   // (B,T,D)
+} Layer;
+
+typedef struct {
+    Layer *layer;
+    float *pos, *time_table;         // (T,D); (1000,256) embeddings of all timesteps
+    int *t, *y;                      // (B)
+    float *x_t, *out;                // (B,C,S,S), (B,Cout,S,S) input and output of the model
+    float *patches, *patch_out;      // (B,T,C·p·p), (B,T,p·p·Cout)
+    float *time_freq;                // (B,256)
+    float *time_hidden, *time_silu;  // (B,D) before and after silu
+    float *cond, *cond_pp;           // (B,D) c = t_emb + y_emb; c or y_emb: for pre, post and final layers
+    float *cond_silu, *cond_pp_silu; // (B,D)
+    float *mod, *final_mod;          // (blocks,B,6D), (B,2D), computed once per timestep
+    Act *inj;                        // (B,T,D) injection
+    float *inj_part;                 // (B,T,2D) the half of the projection that does not change while z iterates
+    Act *z;                          // (B,T,D) bf16 only: z for the matmul
+    Act *normed;                     // (B,T,D) scratch: LN output
+    Act *gelu;                       // (B,T,4D) scratch: gelu output
+    float *final_normed;             // (B,T,D) the final LN's output, for its backward pass too
+    float *z_before;                 // (B,T,D) z_{k-1} where it is needed (sampling)
+    float *reused;                   // (B,T,D) the solution of the timestep before (sampling)
+    float *history;                  // (B,window+1,2,T,D) Anderson acceleration: f, then g of the latest iterations
+    double *gram;                    // (B,HISTORY,HISTORY) the products of its f
+    // backward
+    float *dx;              // (B,T,D)
+    Act *dx_act;            // (B,T,D) bf16 only: the same for a matmul
+    Act *dnormed, *dbranch; // (B,T,D) gradients of an LN's output, of proj and fc2
+    Act *dwide;             // (B,T,4D) scratch: the gradient of fc1, qkv or u, whichever is at hand
+    float *mid;             // (B,T,D) scratch: between a block's two branches
+    float *recomputed;      // (B,T,D) scratch: an output that only recompute makes, and nobody reads
+    float *du_sum;          // (B,T,2D) gradient of inj_part, summed over the iterations
+    float *dmod, *dfinal_mod, *dcond, *dcond_pp, *dtime;
+    float2 *stats; // (B,T) mean and 1/sigma
+    float *delta;  // (B,H,T)
+    float *dout;   // (B,Cout,S,S)
+    // of Part 2 and Part 3
+    float *picture, *noise;   // (B,C,S,S) x0 in training, x in sampling
+    struct LossPlace *places; // (B)
+    struct SampleStep *steps; // (1000) in sampling order
+    int *step;
+    double *sums; // (B,2) or partial sums of the gradient norm
+} Activations;
+
+enum Kind { MODEL_WEIGHTS, MODEL_GRADS, MODEL_ADAM_M, MODEL_ADAM_V, MODEL_EMA };
+typedef struct {
+    Config config;
+    int batch, max_m, recompute, training, window; // what the activations have room for
+    int half;                                      // activations are bf16
+    int n_tensors;
+    ParamTensor *tensors;
+    int64_t n_params;
+    real *memory[5];    // by enum Kind; only weights unless training
+    bf16 *half_weights; // of the weights in use, for matmuls; laid out alike
+    Params p, g;
+    Activations a;
+    char *activations; // what `a` points into
+    size_t activation_bytes;
+    int B, m;                                                         // of the current forward pass
+    void (*probe)(const char *name, const real *data, int64_t count); // tests look at activations through this
+} Model;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The layers at work on a model: its sizes, its type of activations
+
+// A weight as what the matmuls take
+static const Act *act_weight(const Model *m, const real *w) {
+    if (!m->half) return (const Act *)w;
+    const real *first = m->p.patch_w; // the first of all
+    return (const Act *)(m->half_weights + (w - first));
+}
+
+// out = in, as activations; in fp32 simply `in`
+static const Act *as_act(const Model *m, Act *out, const float *in, size_t count) {
+    if (!m->half) return (const Act *)in;
+    RUN((convert_kernel<bf16>), (unsigned)ceil_div(count, 4 * 256), 256, 0, (bf16 *)out, in, count);
+    return out;
+}
+
+// normed = LN(x)·(1+scale)+shift, mod pointing at shift, of which a picture has `vectors` (6; 2 in the final layer).
+// With a branch and gate, of mid = x + gate·branch, which is stored.
+static void layernorm_forward(Model *m, int half, Act *normed, const float *x, const float *mod, int vectors,
+                              float *mid = NULL, const Act *branch = NULL, const float *gate = NULL) {
+    int T = config_tokens(&m->config), D = m->config.width, rows = m->B * T;
+    TYPED(half, RUN((layernorm_modulate_kernel<A>), (unsigned)ceil_div(rows, ROWS_PER_BLOCK), ROW_THREADS, 0,
+                    (A *)normed, x, mod, vectors * D, rows, T, D, mid, (const A *)branch, gate));
+}
+
+// dx += the gradient through that layer, dmod += that of shift and scale; copy: see the kernel
+static void layernorm_backward(Model *m, int half, float *dx, Act *copy, float *dmod, const Act *dout, const float *x,
+                               const float *mod, int vectors) {
+    int T = config_tokens(&m->config), D = m->config.width, rows = m->B * T;
+    dim3 columns((unsigned)ceil_div(D, 64), m->B);
+    TYPED(half, RUN((layernorm_backward_kernel<A>), (unsigned)ceil_div(rows, ROWS_PER_BLOCK), ROW_THREADS, 0, dx,
+                    (A *)copy, m->a.stats, (const A *)dout, x, mod, vectors * D, rows, T, D);
+          RUN((modulate_backward_kernel<A>), columns, ROW_THREADS, ROW_THREADS * sizeof(float2), dmod, m->a.stats,
+              (const A *)dout, x, vectors * D, T, D));
+}
+
+static void gate_backward(Model *m, Act *dbranch, float *dgate, const float *dout, const float *gate,
+                          const Act *branch) {
+    int T = config_tokens(&m->config), D = m->config.width;
+    dim3 columns((unsigned)ceil_div(D, 64), m->B);
+    TYPED(m->half, RUN((gate_backward_kernel<A>), columns, ROW_THREADS, ROW_THREADS * sizeof(float2), (A *)dbranch,
+                       dgate, dout, gate, 6 * D, (const A *)branch, T, D));
+}
+
+// y = x·w^T + b, activations
+static void linear_forward(Model *m, Act *y, const Act *x, const real *w, const real *b, int M, int K, int N) {
+    matmul<false, false, EPI_STORE>(m->half, linear(y, x, act_weight(m, w), K, b, M, K, N));
+}
+
+// out = x + gate·(in·w^T + b). branch, unless NULL, keeps what gate multiplies; copy, unless NULL, is out as
+// activations.
+static void gated_linear_forward(Model *m, float *out, Act *copy, Act *branch, const float *x, const float *gate,
+                                 const Act *in, const real *w, const real *b, int K) {
+    int T = config_tokens(&m->config), D = m->config.width;
+    Matmul g = linear(out, in, act_weight(m, w), K, b, m->B * T, K, D);
+    g.residual = x, g.gate = gate, g.gate_stride = 6 * D, g.tokens = T;
+    g.pre = branch, g.copy = copy;
+    matmul<false, false, EPI_GATED>(m->half, g);
+}
+
+// out = gelu(x·w^T + b + add), w with row stride ldw; pre, unless NULL, keeps what gelu is applied to
+static void gelu_linear_forward(Model *m, Act *out, Act *pre, const Act *x, const real *w, int ldw, const real *b,
+                                const float *add, int K, int N) {
+    int M = m->B * config_tokens(&m->config);
+    Matmul g = linear(out, x, act_weight(m, w), ldw, b, M, K, N);
+    g.add = add, g.add_rows = M, g.pre = pre;
+    matmul<false, false, EPI_GELU>(m->half, g);
+}
+
+// dpre = (dy·w)·gelu'(pre), act = gelu(pre) for w's own gradient, sum += dpre unless NULL. w (N,K): pre (M,K)
+static void gelu_linear_backward(Model *m, Act *dpre, Act *act, float *sum, const Act *dy, const real *w,
+                                 const Act *pre, int K, int N) {
+    Matmul g = linear_input(dpre, dy, act_weight(m, w), K, m->B * config_tokens(&m->config), K, N);
+    g.pre = (void *)pre, g.copy = act, g.sum = sum;
+    matmul<false, true, EPI_DGELU>(m->half, g);
+}
+
+// dw, db += and dx = of a linear layer between activations
+static void linear_backward(Model *m, Act *dx, real *dw, real *db, const Act *dy, const Act *x, const real *w, int M,
+                            int K, int N) {
+    linear_weight(m->half, dw, K, db, dy, x, M, K, N);
+    matmul<false, true, EPI_STORE>(m->half, linear_input(dx, dy, act_weight(m, w), K, M, K, N));
+}
+
+// Between pictures and tokens in patches: see the kernel
+static void move_patches(Model *m, float *tokens, float *pictures, int to_picture, int channel_last, int C) {
+    int S = m->config.image_size;
+    RUN(patches_kernel, (unsigned)ceil_div((size_t)m->B * C * S * S, 256), 256, 0, tokens, pictures, to_picture,
+        channel_last, m->B, C, S, m->config.patch);
+}
+
+static float bf16_to_float(uint16_t h); // from Part 5
+
+// Shows floats, or with `act` activations, to whoever tests.
+static void show_probe(Model *m, const char *name, int k, const void *data, int act, int64_t count) {
+    char text[32];
+    if (!m->probe) return;
+    snprintf(text, sizeof text, k ? "%s.%d" : "%s", name, k);
+    int half = act && m->half;
+    float *host = (float *)xcalloc((size_t)count, sizeof *host, "a probe");
+    uint16_t *bits = (uint16_t *)host;
+    gpu_download(host, data, (size_t)count * (half ? sizeof(bf16) : sizeof(float)));
+    for (int64_t i = count - 1; half && i >= 0; i--) host[i] = bf16_to_float(bits[i]);
+    m->probe(text, host, count);
+    xfree(host);
+}
+
+// shift1, scale1, gate1, shift2, scale2, gate2 (6D) of block `index` and picture 0, in a->mod or a->dmod; the next
+// picture's follow.
+static float *block_mod(const Model *m, float *mod, int index) {
+    return mod + (size_t)index * m->batch * 6 * m->config.width;
+}
+
+// out = Block(x, c): adaLN-Zero transformer block; with `keep`, l keeps what the backward pass needs. out may be x.
+//   mid = x + gate1·proj(attention(LN(x)·(1+scale1)+shift1))
+//   out = mid + gate2·fc2(gelu(fc1(LN(mid)·(1+scale2)+shift2)))
+// copy, unless NULL, is out as activations.
+static void block_forward(Model *m, float *out, Act *copy, const float *x, Layer *l, int index, int keep) {
+    Activations *a = &m->a;
+    const BlockParams *p = &m->p.block[index];
+    const float *mod = block_mod(m, a->mod, index);
+    int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T;
+    layernorm_forward(m, m->half, a->normed, x, mod, 6);
+    linear_forward(m, l->qkv, a->normed, p->qkv_w, p->qkv_b, M, D, 3 * D);
+    attention_forward(m->half, l->att, keep ? l->lse : NULL, l->qkv, B, T, D, m->config.heads);
+    gated_linear_forward(m, out, NULL, keep ? l->proj : NULL, x, mod + 2 * D, l->att, p->proj_w, p->proj_b, D);
+    layernorm_forward(m, m->half, a->normed, out, mod + 3 * D, 6);
+    gelu_linear_forward(m, a->gelu, keep ? l->fc1 : NULL, a->normed, p->fc1_w, D, p->fc1_b, NULL, D, 4 * D);
+    gated_linear_forward(m, out, copy, keep ? l->fc2 : NULL, out, mod + 5 * D, a->gelu, p->fc2_w, p->fc2_b, 4 * D);
+}
+
+// dx (B,T,D): the gradient of the output on entry, of the input on return, then also in copy (unless NULL). x is the
+// input.
+static void block_backward(Model *m, float *dx, Act *copy, const float *x, Layer *l, int index) {
+    Activations *a = &m->a;
+    const BlockParams *p = &m->p.block[index], *g = &m->g.block[index];
+    const float *mod = block_mod(m, a->mod, index);
+    float *dmod = block_mod(m, a->dmod, index);
+    Act *dfc2 = a->dbranch, *dproj = a->dbranch, *dfc1 = a->dwide, *dqkv = a->dwide;
+    int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T;
+    // MLP branch
+    gate_backward(m, dfc2, dmod + 5 * D, dx, mod + 5 * D, l->fc2);
+    gelu_linear_backward(m, dfc1, a->gelu, NULL, dfc2, p->fc2_w, l->fc1, 4 * D, D);
+    linear_weight(m->half, g->fc2_w, 4 * D, g->fc2_b, dfc2, a->gelu, M, 4 * D, D);
+    layernorm_forward(m, m->half, a->normed, x, mod + 3 * D, 6, a->mid, l->proj, mod + 2 * D);
+    linear_backward(m, a->dnormed, g->fc1_w, g->fc1_b, dfc1, a->normed, p->fc1_w, M, D, 4 * D);
+    layernorm_backward(m, m->half, dx, NULL, dmod + 3 * D, a->dnormed, a->mid, mod + 3 * D, 6);
+    // Attention branch
+    gate_backward(m, dproj, dmod + 2 * D, dx, mod + 2 * D, l->proj);
+    linear_backward(m, a->dnormed, g->proj_w, g->proj_b, dproj, l->att, p->proj_w, M, D, D);
+    attention_backward(m->half, dqkv, a->delta, a->dnormed, l->att, l->lse, l->qkv, B, T, D, m->config.heads);
+    layernorm_forward(m, m->half, a->normed, x, mod, 6);
+    linear_backward(m, a->dnormed, g->qkv_w, g->qkv_b, dqkv, a->normed, p->qkv_w, M, D, 3 * D);
+    layernorm_backward(m, m->half, dx, copy, dmod, a->dnormed, x, mod, 6);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The fixed point, and its gradient: Stochastic Jacobian-Free Backpropagation (S-JFB, arXiv:2401.08741 section 3.3).
+//
+// A training step draws n and m. n iterations bring z near its fixed point; they store nothing, and z_n is a constant
+// for the gradient. Then m iterations store a Layer each, and backpropagation goes through exactly those, from z_{n+m}
+// back to z_n, where it stops. (The exact gradient of a fixed point would need the inverse of a Jacobian; going through
+// a few iterations is a good descent direction and as cheap as a network of m layers.)
+//
+// What z_k adds to [z_{k-1}; inj]·fp1 splits into z_{k-1}·fp1's left half and inj·fp1's right half + bias = inj_part,
+// which no iteration changes: it is computed once. Its gradient is the sum over the m iterations of du, the gradient of
+// u = fp1's output. All that follows from it (fp1's right half and bias, inject, h and with it the pre blocks) is linear
+// in du, so one matmul with du_sum after the last iteration does the work of m.
+
+// out = Block(fp2·gelu(z·fp1_z + inj_part), c), where z is l->x; with `keep`, l keeps what the backward pass needs. out
+// may be z. In bf16 the matmul reads z from a.z, where the output goes as well, for the next iteration.
+static void iteration_forward(Model *m, float *out, Layer *l, int keep) {
+    Activations *a = &m->a;
+    int D = m->config.width, M = m->B * config_tokens(&m->config);
+    const Act *z = m->half ? a->z : (const Act *)l->x;
+    gelu_linear_forward(m, a->gelu, keep ? l->u : NULL, z, m->p.fp1_w, 2 * D, NULL, a->inj_part, D, 2 * D);
+    matmul<false, false, EPI_FLOAT>(m->half,
+                                    linear(l->in, a->gelu, act_weight(m, m->p.fp2_w), 2 * D, m->p.fp2_b, M, 2 * D, D));
+    block_forward(m, out, a->z, l->in, l, m->config.pre_depth, keep);
+}
+
+// dz (B,T,D): the gradient of the output on entry; on return, unless `first`, of z. Nothing flows into the first z.
+static void iteration_backward(Model *m, float *dz, Layer *l, int first) {
+    Activations *a = &m->a;
+    int D = m->config.width, M = m->B * config_tokens(&m->config);
+    Act *du = a->dwide;
+    block_backward(m, dz, a->dx_act, l->in, l, m->config.pre_depth);
+    const Act *dz_act = m->half ? a->dx_act : (const Act *)dz;
+    gelu_linear_backward(m, du, a->gelu, a->du_sum, dz_act, m->p.fp2_w, l->u, 2 * D, D);
+    linear_weight(m->half, m->g.fp2_w, 2 * D, m->g.fp2_b, dz_act, a->gelu, M, 2 * D, D);
+    linear_weight(m->half, m->g.fp1_w, 2 * D, NULL, du, as_act(m, a->normed, l->x, (size_t)M * D), M, D, 2 * D);
+    if (!first)
+        matmul<false, true, EPI_FLOAT>(m->half, linear_input(dz, du, act_weight(m, m->p.fp1_w), 2 * D, M, D, 2 * D));
+}
+
+// inj = inject·h and its share of fp1, where h is l->x
+static void injection_forward(Model *m, const Layer *l) {
+    Activations *a = &m->a;
+    int D = m->config.width, M = m->B * config_tokens(&m->config);
+    linear_forward(m, a->inj, as_act(m, a->normed, l->x, (size_t)M * D), m->p.inject_w, m->p.inject_b, M, D, D);
+    matmul<false, false, EPI_FLOAT>(
+        m->half, linear(a->inj_part, a->inj, act_weight(m, m->p.fp1_w + D), 2 * D, m->p.fp1_b, M, D, 2 * D));
+}
+
+// dh (B,T,D) = all of its gradient: h is the first z too, but as a constant
+static void injection_backward(Model *m, float *dh, const Layer *l) {
+    Activations *a = &m->a;
+    int D = m->config.width, M = m->B * config_tokens(&m->config);
+    size_t N = (size_t)M * D;
+    const Act *du = as_act(m, a->dwide, a->du_sum, 2 * N);
+    Act *dinj = a->dnormed;
+    linear_weight(m->half, m->g.fp1_w + D, 2 * D, m->g.fp1_b, du, a->inj, M, D, 2 * D);
+    matmul<false, true, EPI_STORE>(m->half, linear_input(dinj, du, act_weight(m, m->p.fp1_w + D), 2 * D, M, D, 2 * D));
+    linear_weight(m->half, m->g.inject_w, D, m->g.inject_b, dinj, as_act(m, a->normed, l->x, N), M, D, D);
+    matmul<false, true, EPI_FLOAT>(m->half, linear_input(dh, dinj, act_weight(m, m->p.inject_w), D, M, D, D));
+}
+
+// From Part 2: how sampling measures and speeds up the iteration
+static double residual_of(Model *m, const float *z, size_t count);
+static void anderson_forward(Model *m, float *z, int k, int window, double mixing);
+
+// From z in l->x, n iterations in place, then `iterations` that keep a Layer each. Returns the layer behind the last.
+static Layer *fixed_point_forward(Model *m, Layer *l, int n, int iterations, Solve *solve) {
+    Activations *a = &m->a;
+    size_t count = (size_t)config_tokens(&m->config) * m->config.width, N = m->B * count;
+    as_act(m, a->z, l->x, N);
+    for (int k = 1; k <= n + iterations; k++) {
+        Layer *next = k <= n ? l : l + 1;
+        float *z = next->x;
+        if (solve && (solve->want_residual || solve->window)) gpu_copy(a->z_before, l->x, N * sizeof(float));
+        iteration_forward(m, z, l, k > n && !solve && !m->recompute);
+        l = next;
+        show_probe(m, "act.z", k, z, 0, N);
+        if (!solve) continue;
+        solve->ran = k;
+        if (solve->want_residual) solve->residuals[k - 1] = residual_of(m, z, count);
+        int last = k == n + iterations || (solve->want_residual && solve->residuals[k - 1] < solve->tol);
+        if (solve->window) anderson_forward(m, z, k, solve->window, last ? 1 : solve->mixing);
+        if (last) break;
+    }
+    return l;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Conditioning: c and c_pp from a.t (B) and a.y (B), and with them the modulation of every block, constant while z
+// iterates. All of this is fp32: it is one row a picture.
+
+static void condition_forward(Model *m) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    int B = m->B, D = c->width, blocks = config_blocks(c), label_only = !c->timestep_in_pre_post && c->fixed_point;
+    unsigned wide = (unsigned)ceil_div((size_t)B * D, 256);
+    RUN(time_kernel, B, 256, 0, a->time_freq, a->time_table, a->t);
+    matmul<false, false, EPI_FLOAT>(0,
+                                    linear(a->time_hidden, a->time_freq, m->p.time0_w, 256, m->p.time0_b, B, 256, D));
+    RUN(silu_kernel, wide, 256, 0, a->time_silu, a->time_hidden, (const float *)NULL, B * D);
+    matmul<false, false, EPI_FLOAT>(0, linear(a->cond, a->time_silu, m->p.time2_w, D, m->p.time2_b, B, D, D));
+    RUN(condition_kernel, wide, 256, 0, a->cond, a->cond_pp, a->cond_silu, a->cond_pp_silu, m->p.label_table, a->y,
+        label_only, B, D);
+    for (int i = 0; i < blocks; i++) {
+        const float *cond = c->fixed_point && i == c->pre_depth ? a->cond_silu : a->cond_pp_silu;
+        matmul<false, false, EPI_FLOAT>(
+            0, linear(block_mod(m, a->mod, i), cond, m->p.block[i].ada_w, D, m->p.block[i].ada_b, B, D, 6 * D));
+    }
+    matmul<false, false, EPI_FLOAT>(
+        0, linear(a->final_mod, a->cond_pp_silu, m->p.final_ada_w, D, m->p.final_ada_b, B, D, 2 * D));
+}
+
+static void condition_backward(Model *m) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    int B = m->B, D = c->width, blocks = config_blocks(c), label_only = !c->timestep_in_pre_post && c->fixed_point;
+    gpu_zero(a->dcond, (size_t)B * D * sizeof(float));
+    gpu_zero(a->dcond_pp, (size_t)B * D * sizeof(float));
+    for (int i = -1; i < blocks; i++) { // -1: the final layer
+        int fixed = c->fixed_point && i == c->pre_depth, N = i < 0 ? 2 * D : 6 * D;
+        const float *dmod = i < 0 ? a->dfinal_mod : block_mod(m, a->dmod, i);
+        const real *w = i < 0 ? m->p.final_ada_w : m->p.block[i].ada_w;
+        real *dw = i < 0 ? m->g.final_ada_w : m->g.block[i].ada_w, *db = i < 0 ? m->g.final_ada_b : m->g.block[i].ada_b;
+        linear_weight(0, dw, D, db, dmod, fixed ? a->cond_silu : a->cond_pp_silu, B, D, N);
+        matmul<false, true, EPI_WEIGHT>(0, linear_input(fixed ? a->dcond : a->dcond_pp, dmod, w, D, B, D, N));
+    }
+    RUN(condition_backward_kernel, (unsigned)ceil_div(D, 128), 128, 0, a->dcond, a->dcond_pp, m->g.label_table, a->cond,
+        a->cond_pp, a->y, label_only, B, D);
+    linear_weight(0, m->g.time2_w, D, m->g.time2_b, a->dcond, a->time_silu, B, D, D);
+    float *dtime_silu = a->dcond_pp; // which is done with
+    matmul<false, true, EPI_FLOAT>(0, linear_input(dtime_silu, a->dcond, m->p.time2_w, D, B, D, D));
+    RUN(silu_kernel, (unsigned)ceil_div((size_t)B * D, 256), 256, 0, a->dtime, a->time_hidden, dtime_silu, B * D);
+    linear_weight(0, m->g.time0_w, 256, m->g.time0_b, a->dtime, a->time_freq, B, 256, D);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The whole model
+
+// a.out (B,Cout,S,S) from a.x_t (B,C,S,S), timesteps a.t (B) and labels a.y (B): n iterations that keep nothing, then m
+// that keep what backpropagation needs (none when sampling). In DiT n and m mean nothing.
+static void model_forward(Model *m, int B, int n, int iterations, Solve *solve) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    int T = config_tokens(c), D = c->width, M = B * T, p = c->patch, Cout = config_out_channels(c), i = 0;
+    int keep = !solve && !m->recompute;
+    size_t N = (size_t)M * D;
+    Layer *l = a->layer;
+    assert(B <= m->batch && iterations <= (m->training ? m->max_m : 0));
+    m->B = B;
+    m->m = c->fixed_point ? iterations : 0;
+    condition_forward(m);
+    move_patches(m, a->patches, a->x_t, 0, 0, c->channels);
+    Matmul embed = linear(l->x, a->patches, m->p.patch_w, c->channels * p * p, m->p.patch_b, M, c->channels * p * p, D);
+    embed.add = a->pos;
+    embed.add_rows = T;
+    matmul<false, false, EPI_FLOAT>(0, embed);
+    show_probe(m, "act.tokens", 0, l->x, 0, N);
+    for (; i < (c->fixed_point ? c->pre_depth : c->depth); i++, l++) block_forward(m, l[1].x, NULL, l->x, l, i, keep);
+    if (c->fixed_point) {
+        show_probe(m, "act.pre", 0, l->x, 0, N);
+        injection_forward(m, l);
+        show_probe(m, "act.inj", 0, a->inj, 1, N);
+        const float *start = solve && solve->reuse && solve->reuse_ready ? a->reused : l->x;
+        l++;
+        if (l->x != start) gpu_copy(l->x, start, N * sizeof(float));
+        l = fixed_point_forward(m, l, n, iterations, solve);
+        if (solve && solve->reuse) {
+            gpu_copy(a->reused, l->x, N * sizeof(float));
+            solve->reuse_ready = 1;
+        }
+        for (i++; i < config_blocks(c); i++, l++) block_forward(m, l[1].x, NULL, l->x, l, i, keep);
+    }
+    show_probe(m, "act.post", 0, l->x, 0, N);
+    layernorm_forward(m, 0, (Act *)a->final_normed, l->x, a->final_mod, 2); // the final layer is fp32
+    matmul<false, false, EPI_FLOAT>(
+        0, linear(a->patch_out, a->final_normed, m->p.final_w, D, m->p.final_b, M, D, p * p * Cout));
+    move_patches(m, a->patch_out, a->out, 1, 1, Cout);
+    show_probe(m, "output", 0, a->out, 0, (int64_t)B * Cout * c->image_size * c->image_size);
+}
+
+// Gradient of block i from that of its output in a.dx
+static void block_backward_at(Model *m, Layer *l, int i) {
+    if (m->recompute) block_forward(m, m->a.recomputed, NULL, l->x, l, i, 1);
+    block_backward(m, m->a.dx, NULL, l->x, l, i);
+}
+
+// Adds to the gradients those of the loss whose gradient with respect to the output is a.dout.
+static void model_backward(Model *m) {
+    const Config *c = &m->config;
+    Activations *a = &m->a;
+    int B = m->B, T = config_tokens(c), D = c->width, M = B * T, p = c->patch, Cout = config_out_channels(c);
+    int i = config_blocks(c) - 1;
+    size_t N = (size_t)M * D;
+    Layer *l = a->layer + i + 1 + m->m; // the last output: each block and iteration has a layer, and the injection
+    Act *dfinal_normed = a->dwide;      // in fp32; it has room for that
+    gpu_zero(a->dx, N * sizeof(float));
+    gpu_zero(a->dfinal_mod, (size_t)B * 2 * D * sizeof(float));
+    gpu_zero(a->dmod, (size_t)config_blocks(c) * m->batch * 6 * D * sizeof(float));
+    move_patches(m, a->patch_out, a->dout, 0, 1, Cout);
+    linear_weight(0, m->g.final_w, D, m->g.final_b, a->patch_out, a->final_normed, M, D, p * p * Cout);
+    matmul<false, true, EPI_FLOAT>(0, linear_input(dfinal_normed, a->patch_out, m->p.final_w, D, M, D, p * p * Cout));
+    layernorm_backward(m, 0, a->dx, NULL, a->dfinal_mod, dfinal_normed, l->x, a->final_mod, 2);
+    if (c->fixed_point) {
+        for (; i > c->pre_depth; i--) block_backward_at(m, --l, i);
+        gpu_zero(a->du_sum, 2 * N * sizeof(float));
+        for (int k = m->m; k > 0; k--) {
+            l--;
+            if (m->recompute) {
+                as_act(m, a->z, l->x, N);
+                iteration_forward(m, a->recomputed, l, 1);
+            }
+            iteration_backward(m, a->dx, l, k == 1);
+        }
+        injection_backward(m, a->dx, --l);
+        i--;
+    }
+    for (; i >= 0; i--) block_backward_at(m, --l, i);
+    linear_weight(0, m->g.patch_w, c->channels * p * p, m->g.patch_b, a->dx, a->patches, M, c->channels * p * p, D);
+    condition_backward(m);
+}
+
+// =====================================================================================================================
+// Shared block 2 of 4. Part 2. Diffusion: noise schedule, training loss, samplers
+// =====================================================================================================================
+
+enum Sampler { SAMPLER_AUTO, SAMPLER_DDPM, SAMPLER_DDIM, SAMPLER_FLOW };
+enum Allocation { ALLOC_CONST, ALLOC_INC, ALLOC_DEC };
+enum Solver { SOLVER_PLAIN, SOLVER_ANDERSON };
+
+// What the user asks for: the values of the options, which option_table in Part 5 describes
 typedef struct {
     Config model;
     // training
@@ -680,290 +1105,8 @@ typedef struct {
     int bench_n, bench_m, rounds, bench_gemm;
 } Options;
 
-enum { OPT_INT, OPT_SEED, OPT_REAL, OPT_TEXT, OPT_FLAG, OPT_RANGE, OPT_CHOICE };
-// Where an option is used. WEIGHTS: metadata of weight files; STATE: only in a training state; ONCE: never there.
-enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, STATE = 16, ONCE = 32, MODEL = TRAIN | BENCH | WEIGHTS };
-
-typedef struct {
-    const char *name;
-    int use, type;
-    size_t offset;       // of the value inside Options
-    const char *initial; // default, as text
-    double lo, hi;       // smallest and largest value accepted
-    const char *help;    // of an OPT_CHOICE: the words, separated by '|', then a colon and the rest
-} Option;
-
-#define AT(field) offsetof(Options, field)
-
-static const Option option_table[] = {
-    {"data", TRAIN, OPT_TEXT, AT(data), "shapes", 0, 0, "dataset (safetensors), or 'shapes': drawn by the program"},
-    {"export", TRAIN | ONCE, OPT_TEXT, AT(export_to), "", 0, 0,
-     "only write the pictures of all batches into this dataset file"},
-    {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
-    {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0,
-     "S/2 to XL/8: sets width, heads, depth, patch, and the paper's n, m, lr, ema, no warmup or clipping"},
-    {"width", MODEL, OPT_INT, AT(model.width), "128", 8, 16384, "D, channels of a token; a multiple of 8"},
-    {"heads", MODEL, OPT_INT, AT(model.heads), "4", 1, 1024, "attention heads; width / heads is the head size"},
-    {"depth", MODEL, OPT_INT, AT(model.depth), "8", 1, 64, "DiT: blocks; fixed point: default iterations + pre + post"},
-    {"patch", MODEL, OPT_INT, AT(model.patch), "4", 1, 64, "side of a patch in pixels"},
-    {"fixed_point", MODEL, OPT_FLAG, AT(model.fixed_point), "1", 0, 1, "1: one block is iterated; 0: plain DiT"},
-    {"pre_depth", MODEL, OPT_INT, AT(model.pre_depth), "1", 0, 32, "blocks before the fixed point"},
-    {"post_depth", MODEL, OPT_INT, AT(model.post_depth), "1", 0, 32, "blocks after it"},
-    {"timestep_in_pre_post", MODEL, OPT_FLAG, AT(model.timestep_in_pre_post), "0", 0, 1,
-     "1: pre, post and final layers see the timestep too"},
-    {"channels", BENCH | WEIGHTS, OPT_INT, AT(model.channels), "3", 1, 1024, "channels of a picture"},
-    {"classes", BENCH | WEIGHTS, OPT_INT, AT(model.classes), "10", 0, 1e6, "number of labels"},
-    {"mlp_ratio", WEIGHTS, OPT_INT, AT(model.mlp_ratio), "4", 4, 4, ""},
-    {"diffusion_steps", WEIGHTS, OPT_INT, AT(model.diffusion_steps), "1000", 1000, 1000, ""},
-    {"prediction", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.prediction), "flow", 0, 0, "eps|v|flow: what is predicted"},
-    {"learn_sigma", MODEL, OPT_FLAG, AT(model.learn_sigma), "0", 0, 1, "1: predict the variance too (eps and v)"},
-    {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1,
-     "1: the last timestep is pure noise (needs v)"},
-    {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0, "1|p2: weight of the v loss"},
-    {"no_grad_iters", TRAIN, OPT_RANGE, AT(no_grad_iters), "0,3", 0, 1000, "range of n: iterations without gradient"},
-    {"grad_iters", TRAIN, OPT_RANGE, AT(grad_iters), "1,4", 1, 1000, "range of m: iterations with gradient"},
-    {"batch", TRAIN | BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, "pictures per step"},
-    {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, "pictures at a time; gradients add up; 0: all"},
-    {"steps", TRAIN, OPT_INT, AT(steps), "3000", 1, 2e9, "training steps"},
-    {"lr", TRAIN, OPT_REAL, AT(lr), "2e-3", 0, 10, "learning rate of AdamW"},
-    {"warmup", TRAIN, OPT_INT, AT(warmup), "100", 0, 2e9, "steps of linear warm-up"},
-    {"weight_decay", TRAIN, OPT_REAL, AT(weight_decay), "0", 0, 10, "decay of AdamW"},
-    {"grad_clip", TRAIN, OPT_REAL, AT(grad_clip), "1", 0, 1e9, "largest norm of the gradient; 0: any"},
-    {"ema", TRAIN, OPT_REAL, AT(ema), "0.995", 0, 1, "decay of the moving average of the weights"},
-    {"ema_warmup", TRAIN, OPT_FLAG, AT(ema_warmup), "1", 0, 1, "1: decay = min(ema, (1+step)/(10+step))"},
-    {"label_drop", TRAIN, OPT_REAL, AT(label_drop), "0.1", 0, 1, "probability that a label becomes 'no label'"},
-    {"hflip", TRAIN, OPT_FLAG, AT(hflip), "0", 0, 1, "1: mirror half of the pictures"},
-    {"recompute", TRAIN | BENCH, OPT_FLAG, AT(recompute), "0", 0, 1, "1: keep only layer inputs: less memory, slower"},
-    {"dtype", TRAIN | SAMPLE | BENCH, OPT_CHOICE, AT(dtype), "auto", 0, 0,
-     "auto|fp32|bf16: arithmetic; auto: fp32 on a CPU, bf16 on a GPU"},
-    {"resume", TRAIN | ONCE, OPT_TEXT, AT(resume), "", 0, 0, "folder of a run to go on with"},
-    {"save_every", TRAIN, OPT_INT, AT(save_every), "1000", 1, 2e9, "steps between saves of weights and state"},
-    {"sample_every", TRAIN, OPT_INT, AT(sample_every), "1000", 0, 2e9, "steps between sample grids; 0: at the end"},
-    {"log_every", TRAIN, OPT_INT, AT(log_every), "50", 1, 2e9, "steps between progress lines"},
-    {"weights_dtype", TRAIN, OPT_CHOICE, AT(weights_dtype), "f32", 0, 0, "f32|bf16: tensors in weights.safetensors"},
-    {"weights", SAMPLE, OPT_TEXT, AT(weights), "weights/shapes.safetensors", 0, 0, "weight file"},
-    {"n", SAMPLE, OPT_INT, AT(n), "40", 1, 1e6, "number of pictures"},
-    {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0, "numbers or class names, 3,7,heart; default: each in turn"},
-    {"sampler", TRAIN | SAMPLE, OPT_CHOICE, AT(sampler), "auto", 0, 0,
-     "auto|ddpm|ddim|flow: auto: flow for flow models, ddim otherwise"},
-    {"steps", SAMPLE, OPT_INT, AT(sample_steps), "20", 2, 1000, "timesteps S"},
-    {"sample_steps", TRAIN, OPT_INT, AT(sample_steps), "20", 2, 1000, "timesteps of the sample grids"},
-    {"eta", SAMPLE, OPT_REAL, AT(eta), "0", 0, 1, "noise of ddim: 0 none, 1 as much as ddpm"},
-    {"iters", SAMPLE, OPT_TEXT, AT(iters), "", 0, 0, "iterations per timestep: one, or a list in sampling order"},
-    {"budget", SAMPLE, OPT_INT, AT(budget), "0", 0, 1e8, "Transformer-block passes per picture; instead of iters"},
-    {"alloc", SAMPLE, OPT_CHOICE, AT(alloc), "const", 0, 0, "const|inc|dec: share of iterations; inc: more at large t"},
-    {"reuse", TRAIN | SAMPLE, OPT_FLAG, AT(reuse), "1", 0, 1, "1: start from the solution of the timestep before"},
-    {"tol", SAMPLE, OPT_REAL, AT(tol), "0", 0, 1, "stop a timestep once the mean residual is below this"},
-    {"solver", SAMPLE, OPT_CHOICE, AT(solver), "plain", 0, 0,
-     "plain|anderson: z_k is the last iteration's result, or mixed with earlier ones"},
-    {"window", SAMPLE, OPT_INT, AT(window), "3", 1, MAX_WINDOW, "anderson: number of earlier results"},
-    {"mixing", SAMPLE, OPT_REAL, AT(mixing), "1", 0.01, 2, "anderson: beta, the step along the mixed residual"},
-    {"cfg", TRAIN | SAMPLE, OPT_REAL, AT(cfg), "3", -100, 100, "scale of classifier-free guidance; 1: none"},
-    {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024, "prediction channels that are guided"},
-    {"batch", SAMPLE, OPT_INT, AT(batch), "40", 1, 1 << 20, "pictures at a time"},
-    {"latents", SAMPLE, OPT_TEXT, AT(latents), "", 0, 0, "also write the result as a safetensors file"},
-    {"trace", SAMPLE, OPT_TEXT, AT(trace), "", 0, 0, "write the residual of every iteration as CSV"},
-    {"show", TRAIN | SAMPLE, OPT_FLAG, AT(show), "0", 0, 1, "1: draw the pictures in the terminal"},
-    {"seed", TRAIN | SAMPLE | BENCH, OPT_SEED, AT(seed), "1", 0, 0, "every random draw follows from it"},
-    {"out", TRAIN, OPT_TEXT, AT(out), "out", 0, 0, "folder for weights, state, log and pictures"},
-    {"out", SAMPLE, OPT_TEXT, AT(out), "samples.png", 0, 0, "PNG file"},
-    {"n", BENCH, OPT_INT, AT(bench_n), "5", 0, 1000, "iterations without gradient"},
-    {"m", BENCH, OPT_INT, AT(bench_m), "6", 1, 1000, "iterations with gradient"},
-    {"rounds", BENCH, OPT_INT, AT(rounds), "5", 1, 10000, "timed runs; the median counts"},
-    {"gemm", BENCH, OPT_FLAG, AT(bench_gemm), "1", 0, 1, "0: leave out the matmul shapes"},
-    {"step", STATE, OPT_INT, AT(step), "0", 0, 2e9, ""},
-};
-enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
-
-// Sets one option from text; `where` names the source in error messages ("option --" or a file).
-static void option_set(Options *o, const Option *opt, const char *text, const char *where) {
-    char *field = (char *)o + opt->offset, *end;
-    if (opt->type == OPT_TEXT) {
-        *(const char **)field = text;
-    } else if (opt->type == OPT_CHOICE || opt->type == OPT_FLAG) {
-        const char *choices = opt->type == OPT_FLAG ? "0|1|false|true|False|True" : opt->help;
-        int index = choice_index(choices, text);
-        if (index < 0)
-            die("%s%s: '%s' is not one of %.*s", where, opt->name, text, (int)strcspn(choices, ":"), choices);
-        *(int *)field = opt->type == OPT_FLAG ? index % 2 : index;
-    } else if (opt->type == OPT_SEED) {
-        errno = 0;
-        *(uint64_t *)field = strtoull(text, &end, 10);
-        if (!isdigit((unsigned char)*text) || *end || errno)
-            die("%s%s: '%s' is not a whole number from 0", where, opt->name, text);
-    } else {
-        double a = strtod(text, &end), b = a;
-        const char *second = end + 1, *kind = opt->type == OPT_REAL ? "number" : "whole number";
-        if (opt->type == OPT_RANGE) kind = "range like 1,4,";
-        if (opt->type == OPT_RANGE && *end == ',') b = strtod(second, &end);
-        if (end == text || end == second || *end || !(opt->lo <= a && a <= b && b <= opt->hi) ||
-            (opt->type != OPT_REAL && (a != floor(a) || b != floor(b))))
-            die("%s%s: '%s' is not a %s from %g to %g", where, opt->name, text, kind, opt->lo, opt->hi);
-        if (opt->type == OPT_RANGE) ((int *)field)[1] = (int)b;
-        if (opt->type == OPT_REAL)
-            *(double *)field = a;
-        else
-            *(int *)field = (int)a;
-    }
-}
-
-// The value of an option as text, such that option_set gives the same value back.
-static void option_text(char *text, size_t size, const Options *o, const Option *opt) {
-    const char *field = (const char *)o + opt->offset, *word = opt->help;
-    const int *number = (const int *)field;
-    if (opt->type == OPT_TEXT) snprintf(text, size, "%s", *(const char *const *)field);
-    if (opt->type == OPT_SEED) snprintf(text, size, "%llu", (unsigned long long)*(const uint64_t *)field);
-    if (opt->type == OPT_REAL) snprintf(text, size, "%.17g", *(const double *)field);
-    if (opt->type == OPT_RANGE) snprintf(text, size, "%d,%d", number[0], number[1]);
-    if (opt->type == OPT_INT || opt->type == OPT_FLAG) snprintf(text, size, "%d", *number);
-    if (opt->type != OPT_CHOICE) return;
-    for (int i = 0; i < *number; i++) word = strchr(word, '|') + 1;
-    snprintf(text, size, "%.*s", (int)strcspn(word, "|:"), word);
-}
-
-// Every field gets a value; where options of two programs share one, that of a program in `use`.
-static void options_default(Options *o, int use) {
-    memset(o, 0, sizeof *o);
-    for (int pass = 0; pass < 2; pass++)
-        for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++)
-            if (pass == 0 || opt->use & use) option_set(o, opt, opt->initial, "default of ");
-}
-
-// Levenshtein distance, to name the option that was probably meant. b has less than 64 characters.
-static int edit_distance(const char *a, const char *b) {
-    int row[64], length = (int)strlen(b);
-    for (int j = 0; j <= length; j++) row[j] = j;
-    for (; *a; a++) {
-        int diagonal = row[0]++;
-        for (int j = 1; j <= length; j++) {
-            int change = diagonal + (*a != b[j - 1]), insert = 1 + (row[j] < row[j - 1] ? row[j] : row[j - 1]);
-            diagonal = row[j];
-            row[j] = change < insert ? change : insert;
-        }
-    }
-    return row[length];
-}
-
-// The option of a program that has this name.
-static const Option *option_find(const char *name, int use) {
-    const Option *nearest = NULL;
-    int distance = INT_MAX;
-    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
-        int d = opt->use & use ? edit_distance(name, opt->name) : INT_MAX;
-        if (d < distance) distance = d, nearest = opt;
-    }
-    if (distance) die("unknown option --%s; did you mean --%s? (--help lists them)", name, nearest->name);
-    return nearest;
-}
-
-static void print_help(const char *program, int use, const char *about) {
-    printf("%s\n\nUsage: %s [--name value | --name=value] ...\n\n", about, program);
-    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++)
-        if (opt->use & use) printf("  --%-21s %s [%s]\n", opt->name, opt->help, *opt->initial ? opt->initial : "none");
-}
-
-// --model XL/2 stands for width, heads, depth, patch, and the paper's settings of training.
-static void options_model(Options *o) {
-    static const struct {
-        int depth, width, heads;
-    } sizes[] = {{12, 384, 6}, {12, 768, 12}, {24, 1024, 16}, {28, 1152, 16}};
-    char name[8];
-    const char *slash = strchr(o->model_name, '/');
-    snprintf(name, sizeof name, "%.*s", slash ? (int)(slash - o->model_name) : 0, o->model_name);
-    int size = choice_index("S|B|L|XL", name), patch = slash ? atoi(slash + 1) : 0;
-    if (size < 0 || patch < 1)
-        die("option --model: '%s' is not S, B, L or XL with a patch size, such as S/2", o->model_name);
-    o->model.depth = sizes[size].depth;
-    o->model.width = sizes[size].width;
-    o->model.heads = sizes[size].heads;
-    o->model.patch = patch;
-    o->no_grad_iters[0] = 0, o->no_grad_iters[1] = 10;
-    o->grad_iters[0] = 1, o->grad_iters[1] = 12;
-    o->lr = 1e-4;
-    o->ema = 0.9999;
-    o->grad_clip = o->warmup = o->ema_warmup = 0;
-}
-
-// Applies the command line to `o`: twice, as what it says itself goes over what --model stands for.
-static void options_parse(Options *o, int use, int argc, char **argv, const char *about) {
-    for (int pass = 0; pass < 2; pass++) {
-        for (int a = 1; a < argc; a++) {
-            char name[64];
-            const char *value = strchr(argv[a], '=');
-            if (!strcmp(argv[a], "--help") || !strcmp(argv[a], "-h")) {
-                print_help(argv[0], use, about);
-                exit(0);
-            }
-            if (strncmp(argv[a], "--", 2))
-                die("'%s' is not an option: options are --name value; --help lists them", argv[a]);
-            snprintf(name, sizeof name, "%.*s", (int)strcspn(argv[a] + 2, "="), argv[a] + 2);
-            const Option *opt = option_find(name, use);
-            if (value)
-                value++;
-            else if (a + 1 < argc && strncmp(argv[a + 1], "--", 2))
-                value = argv[++a];
-            else if (opt->type == OPT_FLAG)
-                value = "1";
-            else
-                die("option --%s needs a value", name);
-            option_set(o, opt, value, "option --");
-        }
-        if (pass == 0 && *o->model_name) options_model(o);
-    }
-}
-
-// Dies with one line when the sizes do not fit together; `where` is what the user should change.
-static void config_check(const Config *c, const char *where) {
-    if (c->image_size % c->patch)
-        die("%s: image_size %d is not a multiple of patch %d", where, c->image_size, c->patch);
-    if (c->width % c->heads) die("%s: width %d is not a multiple of heads %d", where, c->width, c->heads);
-    if (c->width % 4) die("%s: width %d is not a multiple of 4", where, c->width);
-    if (c->learn_sigma && c->prediction == PREDICT_FLOW)
-        die("%s: learn_sigma 1 needs prediction eps or v, not flow", where);
-    double tokens = (double)c->image_size / c->patch * c->image_size / c->patch;
-    if (tokens > 65536) die("%s: %g tokens per picture; at most 65536: use a larger patch", where, tokens);
-}
-
-static size_t config_pixels(const Config *c) { return (size_t)c->channels * c->image_size * c->image_size; }
-static int config_tokens(const Config *c) { return (c->image_size / c->patch) * (c->image_size / c->patch); }
-static int config_out_channels(const Config *c) { return c->learn_sigma ? 2 * c->channels : c->channels; }
-static int config_blocks(const Config *c) { return c->fixed_point ? c->pre_depth + 1 + c->post_depth : c->depth; }
-static int config_iterations(const Config *c) { // default iterations per timestep
-    int k = c->depth - c->pre_depth - c->post_depth;
-    return k < 1 ? 1 : k;
-}
-
-// Metadata: every option with one of the bits in `use`, as text; returns how many. The values are to be freed.
-static int options_to_meta(Meta *meta, const Options *o, int use) {
-    int count = 0;
-    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
-        char text[4096];
-        if (!(opt->use & use) || opt->use & ONCE) continue;
-        option_text(text, sizeof text, o, opt);
-        meta[count].key = opt->name;
-        meta[count++].value = strdup(text);
-    }
-    return count;
-}
-
-static void options_from_meta(Options *o, const SafeTensors *f, int use) {
-    char where[PATH_MAX + 16];
-    snprintf(where, sizeof where, "%s: metadata ", f->path);
-    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
-        if (!(opt->use & use) || opt->use & ONCE) continue;
-        const char *text = st_meta(f, opt->name);
-        if (!text) die("%s'%s' is missing: is this a file of weights of this project?", where, opt->name);
-        option_set(o, opt, opt->type == OPT_TEXT ? strdup(text) : text, where);
-    }
-    where[strlen(where) - 1] = 0; // the space
-    config_check(&o->model, where);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Noise schedule (SPEC 2 and 3): beta linear from 1e-4 to 0.02 over 1000 timesteps, or `steps` of those timesteps with
-// betas recomputed from alpha_bar. Tables in double; index i runs over the chosen timesteps.
-
-enum { DIFFUSION_STEPS = 1000 };
+// Beta is linear from 1e-4 to 0.02 over 1000 timesteps. Sampling takes `steps` of them, with betas recomputed from
+// alpha_bar. Tables in double; index i runs over the chosen timesteps.
 typedef struct {
     int n;
     int t[DIFFUSION_STEPS];                                             // the model's timestep at position i
@@ -997,6 +1140,31 @@ static void schedule_make(Schedule *s, const Config *c, int steps) {
     s->log_var[0] = s->log_var[1]; // at i = 0 it would be log 0
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// What sampling spends: iterations can be moved between timesteps, and traded for more of them
+
+typedef struct {
+    int sampler, cfg_channels, reuse;
+    double eta, cfg, tol;
+    const int *iters; // per timestep, in sampling order
+    FILE *trace;      // CSV of residuals, or NULL
+    int64_t passes;   // Transformer-block passes per picture that were spent, counted up
+    int window;       // of Anderson acceleration; 0: plain iteration
+    double mixing;    // its beta
+} SampleSettings;
+
+// Which sampler suits the model; dies on one that does not.
+static int resolve_sampler(int sampler, const Config *c) {
+    int flow = c->prediction == PREDICT_FLOW;
+    if (c->prediction == PREDICT_EPS && c->zero_terminal_snr)
+        die("option --zero_terminal_snr: a model of eps cannot be sampled with it; train with --prediction v");
+    if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
+    if ((sampler == SAMPLER_FLOW) != flow)
+        die("option --sampler: this model predicts %s; use --sampler auto",
+            flow ? "flow and needs the flow sampler" : "noise or v: ddpm or ddim");
+    return sampler;
+}
+
 // Iterations of each timestep in sampling order (large t first), iters[0..S-1]; returns their sum. A real-valued share
 // of 1 + (total - S)·ratio/S is rounded through its running sum: each is then at least 1 and the sum is `total`.
 static int allocate_iterations(int *iters, int S, int total, int alloc) {
@@ -1010,499 +1178,6 @@ static int allocate_iterations(int *iters, int S, int total, int alloc) {
         spent += iters[s];
     }
     return spent;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Pictures: PNG files, the terminal, and shapes drawn by the program itself
-
-// A pixel of a model's picture, -1..1, as a byte; NaN gives 0.
-static uint8_t to_byte(float x) {
-    float v = 127.5f * x + 128;
-    return (uint8_t)(v > 0 ? v < 255 ? v : 255 : 0);
-}
-
-// Four bytes, the highest first.
-static void put32(uint8_t *out, uint32_t x) {
-    for (int i = 0; i < 4; i++) out[i] = (uint8_t)(x >> (24 - 8 * i));
-}
-
-// Writes length, type, data, CRC-32 of type and data; `chunk` is the type and then `size` bytes of data.
-static void png_chunk(FILE *file, const uint8_t *chunk, size_t size) {
-    uint8_t length[4], check[4];
-    uint32_t crc = ~0u;
-    for (size_t i = 0; i < size + 4; i++) {
-        crc ^= chunk[i];
-        for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
-    }
-    put32(length, (uint32_t)size);
-    put32(check, ~crc);
-    fwrite(length, 4, 1, file);
-    fwrite(chunk, size + 4, 1, file);
-    fwrite(check, 4, 1, file);
-}
-
-// rgb (h,w,3). Nothing is compressed, which would take more lines than it is worth: the zlib stream (RFC 1950) of the
-// pixels is made of blocks of up to 65535 bytes that deflate (RFC 1951) stores as they are.
-static void png_write(const char *path, const uint8_t *rgb, int w, int h) {
-    const size_t BLOCK = 65535;
-    uint8_t head[] = "IHDR........\10\2\0\0\0"; // width, height, 8 bits, RGB
-    size_t row = 3 * (size_t)w + 1, size = row * (size_t)h;
-    uint8_t *data = (uint8_t *)xcalloc(size + (size / BLOCK + 1) * 5 + 10, 1, "a picture"), *out = data;
-    uint32_t a = 1, b = 0; // Adler-32
-    memcpy(out, "IDAT\x78\x01", 6);
-    out += 6;
-    for (size_t i = 0; i < size; i++) {
-        if (i % BLOCK == 0) { // a block begins: whether it is the last, its length, the same with all bits flipped
-            size_t n = size - i < BLOCK ? size - i : BLOCK;
-            const size_t begin[5] = {n == size - i, n, n >> 8, ~n, ~n >> 8};
-            for (int k = 0; k < 5; k++) *out++ = (uint8_t)begin[k];
-        }
-        *out = i % row ? *rgb++ : 0; // a row begins with its filter: none
-        a = (a + *out++) % 65521;
-        b = (b + a) % 65521;
-    }
-    put32(out, b << 16 | a);
-    put32(head + 4, (uint32_t)w);
-    put32(head + 8, (uint32_t)h);
-    FILE *file = open_temp(path);
-    fwrite("\x89PNG\r\n\x1a\n", 8, 1, file);
-    png_chunk(file, head, 13);
-    png_chunk(file, data, (size_t)(out - data)); // less the type, with the checksum
-    png_chunk(file, (const uint8_t *)"IEND", 0);
-    commit_temp(file, path);
-    xfree(data);
-}
-
-// Prints rgb (h,w,3) to a terminal: a character is an upper half block, two pixels high.
-static void show_picture(const uint8_t *rgb, int w, int h) {
-    for (int y = 0; y < h; y += 2) {
-        for (int x = 0; x < w; x++) {
-            const uint8_t *top = rgb + 3 * ((size_t)y * w + x), *low = top + 3 * w;
-            printf("\x1b[38;2;%d;%d;%dm", top[0], top[1], top[2]);
-            if (y + 1 < h) printf("\x1b[48;2;%d;%d;%dm", low[0], low[1], low[2]);
-            fputs("\xe2\x96\x80", stdout);
-        }
-        puts("\x1b[0m");
-    }
-}
-
-// images (n,C,h,w) in -1..1, side by side in `columns`, a pixel enlarged to zoom x zoom, `gap` light pixels between
-// them. Of latents (C=4) the first three channels show. Returns rgb (*out_h,*out_w,3), to be released with xfree.
-static uint8_t *picture_grid(const float *images, int n, int C, int h, int w, int columns, int zoom, int gap,
-                             int *out_w, int *out_h) {
-    if (columns > n) columns = n;
-    *out_w = columns * (w * zoom + gap) + gap;
-    *out_h = (n + columns - 1) / columns * (h * zoom + gap) + gap;
-    size_t size = 3 * (size_t)*out_w * *out_h;
-    uint8_t *rgb = (uint8_t *)xcalloc(size, 1, "a picture");
-    memset(rgb, 230, size);
-    for (int i = 0; i < n; i++) {
-        for (int y = 0; y < h * zoom; y++) {
-            int Y = gap + i / columns * (h * zoom + gap) + y, X = gap + i % columns * (w * zoom + gap);
-            uint8_t *out = rgb + 3 * ((size_t)Y * *out_w + X);
-            for (int x = 0; x < w * zoom * 3; x++) {
-                size_t plane = (size_t)i * C + (C < 3 ? 0 : x % 3);
-                out[x] = to_byte(images[(plane * h + y / zoom) * w + x / 3 / zoom]);
-            }
-        }
-    }
-    return rgb;
-}
-
-// `shapes`, the data that needs no file: ten kinds of coloured shape on a light background, as many as anyone wants.
-// Place, size, angle and both colours vary, little enough for a small model to learn them in minutes. The kinds can be
-// told apart at 8x8 pixels, and remain what they are when flipped left to right.
-enum Shapes { CIRCLE, RING, SQUARE, TRIANGLE, STAR, HEART, CROSS, CRESCENT, ARROW, DIAMOND, N_SHAPES };
-static const char shape_names[] =
-    "[\"circle\", \"ring\", \"square\", \"triangle\", \"star\", "
-    "\"heart\", \"cross\", \"crescent\", \"arrow\", \"diamond\"]";
-
-// Corners x, y of the shapes that are polygons, y pointing down, all of about the same area.
-static const int shape_corners[N_SHAPES] = {0, 0, 4, 3, 10, 0, 12, 0, 7, 4};
-static const float shape_xy[N_SHAPES][24] = {
-    {0},
-    {0},
-    {-.8f, -.8f, .8f, -.8f, .8f, .8f, -.8f, .8f},
-    {0, -1.1f, 1.05f, .75f, -1.05f, .75f},
-    {0, -1.15f, .31f,  -.43f, 1.09f, -.36f, .5f,    .16f,  .68f,  .93f,
-     0, .53f,   -.68f, .93f,  -.5f,  .16f,  -1.09f, -.36f, -.31f, -.43f},
-    {0},
-    {-.36f, -1, .36f,  -1, .36f,  -.36f, 1,  -.36f, 1,  .36f,  .36f,  .36f,
-     .36f,  1,  -.36f, 1,  -.36f, .36f,  -1, .36f,  -1, -.36f, -.36f, -.36f},
-    {0},
-    {1.1f, 0, .15f, -.9f, .15f, -.35f, -1, -.35f, -1, .35f, .15f, .35f, .15f, .9f},
-    {0, -1.15f, .75f, 0, 0, 1.15f, -.75f, 0},
-};
-
-// Signed distance to a circle around the origin.
-static float circle_distance(float x, float y, float r) { return sqrtf(x * x + y * y) - r; }
-
-// Signed distance from a point to the outline of a shape of about unit size, negative inside
-// (https://iquilezles.org/articles/distfunctions2d).
-static float shape_distance(int shape, float x, float y) {
-    if (shape == CIRCLE) return circle_distance(x, y, .95f);
-    if (shape == RING) return fabsf(circle_distance(x, y, .75f)) - .25f;
-    if (shape == CRESCENT) return fmaxf(circle_distance(x, y, 1), -circle_distance(x - .5f, y, .75f));
-    if (shape == HEART) { // a square that stands on a corner, with a circle on each of its upper sides
-        float square = (fabsf(x) + fabsf(y - .05f) - .9f) * .7071f;
-        return fminf(square, circle_distance(fabsf(x) - .46f, y + .36f, .6f));
-    }
-    const float *corner = shape_xy[shape], *last = corner + 2 * (shape_corners[shape] - 1);
-    float nearest = 1e9f, sign = 1;
-    for (const float *a = corner, *b = last; a <= last; b = a, a += 2) { // the side from a to b
-        float ex = b[0] - a[0], ey = b[1] - a[1], px = x - a[0], py = y - a[1];
-        float along = fminf(fmaxf((px * ex + py * ey) / (ex * ex + ey * ey), 0), 1);
-        float dx = px - along * ex, dy = py - along * ey;
-        nearest = fminf(nearest, dx * dx + dy * dy);
-        int below = py >= 0, above = (y < b[1]), left = (ex * py > ey * px);
-        if (below == above && above == left) sign = -sign; // a ray to one side crosses it
-    }
-    return sign * sqrtf(nearest);
-}
-
-// x (3,size,size) in -1..1 and its label: picture `number` of the endless sequence that belongs to `seed`.
-static void shapes_draw(float *x, int *label, int size, uint64_t seed, uint32_t number) {
-    uint32_t word[8];
-    float u[8], color[3], background[3];
-    philox(word, seed, 0, number, STREAM_DATA);
-    philox(word + 4, seed, 1, number, STREAM_DATA);
-    for (int i = 0; i < 8; i++) u[i] = (float)rng_uniform(word[i]);
-    *label = (int)rng_below(word[0], N_SHAPES);
-    float radius = (.33f + .06f * u[1]) * (float)size, angle = .5f * (u[2] - .5f);
-    float center_x = (.45f + .1f * u[3]) * (float)size, center_y = (.45f + .1f * u[4]) * (float)size;
-    float co = cosf(angle) / radius, si = sinf(angle) / radius;
-    for (int c = 0; c < 3; c++) { // any hue; a hint of another one in the background
-        color[c] = .95f * cosf(6.2831853f * (u[5] - (float)c / 3));
-        background[c] = .82f + .12f * u[6] + .06f * cosf(6.2831853f * (u[7] - (float)c / 3));
-    }
-    for (int i = 0; i < size * size; i++) {
-        float px = (float)(i % size) + .5f - center_x, py = (float)(i / size) + .5f - center_y;
-        float distance = radius * shape_distance(*label, px * co + py * si, py * co - px * si);
-        float inside = fminf(fmaxf(.5f - distance, 0), 1); // the edge is one pixel wide
-        for (int c = 0; c < 3; c++) x[c * size * size + i] = background[c] + inside * (color[c] - background[c]);
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Data: a memory-mapped dataset file, or the endless pictures of `shapes`. Which sample stands at which place of which
-// batch follows from (seed, step) alone.
-
-typedef struct {
-    SafeTensors file;    // unused for shapes
-    const Tensor *x, *y; // y NULL: unlabelled
-    int64_t count;       // samples; 0: endless
-    int channels, size, classes;
-    const char **class_names;              // `classes` of them, or NULL
-    const char *class_json, *latent_scale; // metadata that is passed on to the weights, or NULL
-    int32_t *order;                        // permutation of the current epoch
-    int64_t order_epoch;
-    uint64_t seed;
-} Dataset;
-
-static int64_t dataset_label(const Dataset *d, int64_t index) {
-    int64_t label;
-    memcpy(&label, (const char *)d->y->data + 8 * index, 8); // may be unaligned
-    return label;
-}
-
-static void dataset_open(Dataset *d, const char *path, int shapes_size, uint64_t seed) {
-    memset(d, 0, sizeof *d);
-    d->seed = seed;
-    d->order_epoch = -1;
-    if (!strcmp(path, "shapes")) {
-        d->channels = 3;
-        d->size = shapes_size;
-        d->class_json = shape_names;
-        d->class_names = parse_class_names(d->class_json, &d->classes);
-        return;
-    }
-    st_open(&d->file, path);
-    const Tensor *x = d->x = st_find(&d->file, "x"), *y = d->y = st_find(&d->file, "y");
-    if (!x) die("%s: no tensor 'x': is this a dataset? tools/data.py makes them", path);
-    int bytes = x->dtype == U8;
-    if (x->ndim != 4 || (!bytes && x->dtype != F32 && x->dtype != F16 && x->dtype != BF16))
-        die("%s: tensor x: want U8 (N,H,W,C), or F32, F16 or BF16 (N,C,H,W)", path);
-    int64_t n = x->shape[0], C = x->shape[bytes ? 3 : 1], H = x->shape[bytes ? 1 : 2], W = x->shape[bytes ? 2 : 3];
-    if (n < 1 || n > INT32_MAX) die("%s: tensor x: %lld samples; want 1 to 2^31-1", path, (long long)n);
-    if (H != W) die("%s: tensor x: pictures must be square", path);
-    if (H < 1 || H > 4096 || C < 1 || C > 1024)
-        die("%s: tensor x: want sides from 1 to 4096 and 1 to 1024 channels", path);
-    if (y && (y->dtype != I64 || y->ndim != 1 || y->shape[0] != n))
-        die("%s: tensor y: want I64 with one label for each of the %lld samples", path, (long long)n);
-    d->count = n;
-    d->size = (int)H;
-    d->channels = (int)C;
-    d->latent_scale = st_meta(&d->file, "latent_scale");
-    d->class_json = y ? st_meta(&d->file, "class_names") : NULL;
-    d->class_names = parse_class_names(d->class_json, &d->classes);
-    int64_t limit = d->class_names ? d->classes : 1000000;
-    for (int64_t i = 0; y && i < n; i++) {
-        int64_t label = dataset_label(d, i);
-        if (label < 0 || label >= limit)
-            die("%s: tensor y: label %lld of sample %lld is out of range 0..%lld", path, (long long)label, (long long)i,
-                (long long)limit - 1);
-        if (label >= d->classes) d->classes = (int)label + 1;
-    }
-    d->order = (int32_t *)xcalloc((size_t)n, sizeof *d->order, "the order of the samples");
-}
-
-// Which sample is number g = step·batch + b of the run: position g mod N in epoch g / N, each epoch a Fisher-Yates
-// shuffle.
-static int64_t dataset_index(Dataset *d, int64_t g) {
-    int64_t epoch = g / d->count;
-    if (epoch != d->order_epoch) {
-        for (int64_t i = 0; i < d->count; i++) d->order[i] = (int32_t)i;
-        for (int64_t i = d->count - 1; i > 0; i--) {
-            uint32_t word[4];
-            philox(word, d->seed, (uint32_t)i, (uint32_t)epoch, STREAM_DATA);
-            uint32_t j = rng_below(word[0], (uint32_t)i + 1);
-            int32_t swap = d->order[i];
-            d->order[i] = d->order[j];
-            d->order[j] = swap;
-        }
-        d->order_epoch = epoch;
-    }
-    return d->order[g % d->count];
-}
-
-// x (C,H,W) in -1..1 and the label of sample `index` (of the file, or of the endless shapes).
-static void dataset_sample(const Dataset *d, float *x, int *label, int64_t index) {
-    int hw = d->size * d->size, C = d->channels;
-    if (!d->count) {
-        shapes_draw(x, label, d->size, d->seed, (uint32_t)index);
-        return;
-    }
-    Tensor one = *d->x;
-    one.count = (int64_t)C * hw;
-    const unsigned char *source = (const unsigned char *)one.data + (size_t)index * one.count * dtype_sizes[one.dtype];
-    one.data = source;
-    if (one.dtype == U8) {
-        for (int c = 0; c < C; c++)
-            for (int i = 0; i < hw; i++) x[c * hw + i] = source[i * C + c] / 127.5f - 1;
-    } else {
-        st_to_float(&d->file, &one, x);
-    }
-    for (int i = 0; i < C * hw; i++)
-        if (!isfinite(x[i])) die("%s: tensor x: sample %lld holds %g; remove it", d->file.path, (long long)index, x[i]);
-    *label = d->y ? (int)dataset_label(d, index) : 0;
-}
-
-// Samples first..first+count-1 of the batch of a step: x (count,C,H,W), labels y (count) with some dropped.
-static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch, int first, int count, int hflip,
-                          double label_drop) {
-    size_t chw = (size_t)d->channels * d->size * d->size;
-    int64_t *index = (int64_t *)xcalloc((size_t)count, sizeof *index, "a batch");
-    for (int b = 0; b < count; b++) {
-        int64_t g = step * batch + first + b;
-        index[b] = d->count ? dataset_index(d, g) : g;
-    }
-#pragma omp parallel for schedule(static)
-    for (int b = 0; b < count; b++) {
-        uint32_t drop[4], flip[4];
-        float *picture = x + b * chw;
-        dataset_sample(d, picture, &y[b], index[b]);
-        philox(drop, d->seed, (uint32_t)(first + b), (uint32_t)step, STREAM_DROP);
-        philox(flip, d->seed, (uint32_t)(first + b), (uint32_t)step, STREAM_AUGMENT);
-        if (rng_uniform(drop[0]) < label_drop) y[b] = d->classes;
-        for (float *row = picture; hflip && flip[0] & 1 && row < picture + chw; row += d->size)
-            for (int i = 0, j = d->size - 1; i < j; i++, j--) {
-                float swap = row[i];
-                row[i] = row[j];
-                row[j] = swap;
-            }
-    }
-    xfree(index);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Parameters: one allocation each for weights, gradients, the two Adam moments and the EMA, all laid out alike. The
-// list of tensors (names as in the published PyTorch state dict) and the struct of pointers into an allocation are made
-// together.
-
-typedef struct {
-    real *qkv_w, *qkv_b;   // (3D,D), (3D)
-    real *proj_w, *proj_b; // (D,D), (D)
-    real *fc1_w, *fc1_b;   // (4D,D), (4D)
-    real *fc2_w, *fc2_b;   // (D,4D), (D)
-    real *ada_w, *ada_b;   // (6D,D), (6D): shift1, scale1, gate1, shift2, scale2, gate2
-} BlockParams;
-
-enum { MAX_BLOCKS = 66 }; // pre, the fixed-point block and post; or DiT's
-typedef struct {
-    real *patch_w, *patch_b;         // (D,C·p·p), (D)
-    real *time0_w, *time0_b;         // (D,256), (D)
-    real *time2_w, *time2_b;         // (D,D), (D)
-    real *label_table;               // (classes+1,D)
-    BlockParams block[MAX_BLOCKS];   // pre blocks, [fixed-point block], post blocks
-    real *inject_w, *inject_b;       // (D,D), (D)     block_pre_projection
-    real *fp1_w, *fp1_b;             // (2D,2D), (2D)  block_fixed_point_projection_fc1: columns of z, then of inj
-    real *fp2_w, *fp2_b;             // (D,2D), (D)    block_fixed_point_projection_fc2
-    real *final_w, *final_b;         // (p·p·Cout,D), (p·p·Cout)
-    real *final_ada_w, *final_ada_b; // (2D,D), (2D): shift, scale
-} Params;
-
-enum { INIT_ZERO, INIT_XAVIER, INIT_NORMAL };
-typedef struct {
-    char name[80];
-    int init, ndim;
-    int64_t shape[4];
-    int64_t offset, count; // in elements of the allocation
-} ParamTensor;
-
-typedef struct {
-    const Config *config;
-    real *memory; // NULL: the sizes alone
-    ParamTensor *list;
-    int count;
-    int64_t size;
-} ParamWalk;
-
-// The next tensor; pass 1 for the dimensions beyond ndim.
-static real *param(ParamWalk *w, const char *name, int init, int ndim, int64_t n0, int64_t n1, int64_t n2, int64_t n3) {
-    ParamTensor t = {"", init, ndim, {n0, n1, n2, n3}, w->size, n0 * n1 * n2 * n3};
-    snprintf(t.name, sizeof t.name, "%s", name);
-    if (w->list) w->list[w->count] = t;
-    w->count++;
-    w->size += t.count;
-    return w->memory ? w->memory + t.offset : NULL;
-}
-
-// weight (N,K) and bias (N) of the layer GROUP + NAME
-static void param_linear(ParamWalk *w, const char *group, const char *name, int init, int64_t N, int64_t K,
-                         real **weight, real **bias) {
-    char text[80];
-    snprintf(text, sizeof text, "%s%s.weight", group, name);
-    *weight = param(w, text, init, 2, N, K, 1, 1);
-    snprintf(text, sizeof text, "%s%s.bias", group, name);
-    *bias = param(w, text, INIT_ZERO, 1, N, 1, 1, 1);
-}
-
-// A block. `format` is its name, with a place for the index.
-static void param_block(ParamWalk *w, const char *format, int index, BlockParams *p) {
-    int64_t D = w->config->width;
-    char block[40];
-    snprintf(block, sizeof block, format, index);
-    param_linear(w, block, ".attn.qkv", INIT_XAVIER, 3 * D, D, &p->qkv_w, &p->qkv_b);
-    param_linear(w, block, ".attn.proj", INIT_XAVIER, D, D, &p->proj_w, &p->proj_b);
-    param_linear(w, block, ".mlp.fc1", INIT_XAVIER, 4 * D, D, &p->fc1_w, &p->fc1_b);
-    param_linear(w, block, ".mlp.fc2", INIT_XAVIER, D, 4 * D, &p->fc2_w, &p->fc2_b);
-    param_linear(w, block, ".adaLN_modulation.1", INIT_ZERO, 6 * D, D, &p->ada_w, &p->ada_b);
-}
-
-// Points *p into `memory` and fills `list`; either may be NULL. Returns the walk: how many tensors
-// `list` needs room for, and the number of elements.
-static ParamWalk params_point(Params *p, const Config *c, real *memory, ParamTensor *list) {
-    ParamWalk w = {c, memory, list, 0, 0};
-    int64_t D = c->width, pixels = (int64_t)c->patch * c->patch;
-    p->patch_w = param(&w, "x_embedder.proj.weight", INIT_XAVIER, 4, D, c->channels, c->patch, c->patch);
-    p->patch_b = param(&w, "x_embedder.proj.bias", INIT_ZERO, 1, D, 1, 1, 1);
-    param_linear(&w, "t_embedder", ".mlp.0", INIT_NORMAL, D, 256, &p->time0_w, &p->time0_b);
-    param_linear(&w, "t_embedder", ".mlp.2", INIT_NORMAL, D, D, &p->time2_w, &p->time2_b);
-    p->label_table = param(&w, "y_embedder.embedding_table.weight", INIT_NORMAL, 2, c->classes + 1, D, 1, 1);
-    for (int i = 0; !c->fixed_point && i < c->depth; i++) param_block(&w, "blocks.%d", i, &p->block[i]);
-    if (c->fixed_point) {
-        const char *fp = "block_fixed_point";
-        for (int i = 0; i < c->pre_depth; i++) param_block(&w, "blocks_pre.%d", i, &p->block[i]);
-        param_linear(&w, "block_pre_projection", "", INIT_XAVIER, D, D, &p->inject_w, &p->inject_b);
-        param_linear(&w, fp, "_projection_fc1", INIT_XAVIER, 2 * D, 2 * D, &p->fp1_w, &p->fp1_b);
-        param_linear(&w, fp, "_projection_fc2", INIT_XAVIER, D, 2 * D, &p->fp2_w, &p->fp2_b);
-        param_block(&w, fp, 0, &p->block[c->pre_depth]);
-        for (int i = 0; i < c->post_depth; i++) param_block(&w, "blocks_post.%d", i, &p->block[c->pre_depth + 1 + i]);
-    }
-    int64_t outputs = pixels * config_out_channels(c);
-    param_linear(&w, "final_layer", ".linear", INIT_ZERO, outputs, D, &p->final_w, &p->final_b);
-    param_linear(&w, "final_layer", ".adaLN_modulation.1", INIT_ZERO, 2 * D, D, &p->final_ada_w, &p->final_ada_b);
-    return w;
-}
-
-// Initial weights (SPEC 1): tensor number k of the list draws with step k.
-static void params_init(float *memory, const ParamTensor *list, int count, uint64_t seed) {
-    for (int k = 0; k < count; k++) {
-        const ParamTensor *t = &list[k];
-        float *w = memory + t->offset;
-        memset(w, 0, (size_t)t->count * sizeof *w);
-        if (t->init == INIT_NORMAL) {
-            rng_normal(w, (size_t)t->count, 0, seed, (uint32_t)k, STREAM_INIT);
-            for (int64_t e = 0; e < t->count; e++) w[e] = (float)(0.02 * w[e]);
-        }
-        if (t->init != INIT_XAVIER) continue;
-        double range = sqrt(6.0 / (double)(t->shape[0] + t->count / t->shape[0])); // fan-out and fan-in
-#pragma omp parallel for schedule(static)
-        for (int64_t first = 0; first < t->count; first += 4) {
-            uint32_t word[4];
-            philox(word, seed, (uint32_t)(first / 4), (uint32_t)k, STREAM_INIT);
-            for (int64_t e = first; e < t->count && e < first + 4; e++)
-                w[e] = (float)((2 * rng_uniform(word[e % 4]) - 1) * range);
-        }
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Weights in files
-
-// Describes the tensors of `list` under PREFIX for st_save, with their values in `memory` (F32) or `half` (BF16).
-static int tensors_describe(Tensor *out, const ParamTensor *list, int count, const char *prefix, const float *memory,
-                            const uint16_t *half) {
-    for (int i = 0; i < count; i++) {
-        const ParamTensor *p = &list[i];
-        char name[100];
-        snprintf(name, sizeof name, "%s%s", prefix, p->name);
-        const void *data = half ? (const void *)(half + p->offset) : (const void *)(memory + p->offset);
-        out[i] = st_tensor(strdup(name), half ? BF16 : F32, data, p->ndim, p->shape[0], p->shape[1], p->shape[2],
-                           p->shape[3]);
-    }
-    return count;
-}
-
-static void shape_text(char *text, size_t size, const int64_t *shape, int ndim) {
-    *text = 0;
-    for (int d = 0; d < ndim; d++) {
-        size_t used = strlen(text);
-        snprintf(text + used, size - used, "%s%lld", d ? "," : "", (long long)shape[d]);
-    }
-}
-
-// Reads the tensors PREFIX + name into memory; dies with the names of file and tensor when one is missing or does not
-// fit.
-static void tensors_read(const SafeTensors *f, const ParamTensor *list, int count, const char *prefix, float *memory) {
-    for (const ParamTensor *p = list; p < list + count; p++) {
-        char name[100], want[200], got[200];
-        snprintf(name, sizeof name, "%s%s", prefix, p->name);
-        const Tensor *t = st_find(f, name);
-        if (!t) die("%s: tensor %s is missing: this is not a file of this model", f->path, name);
-        shape_text(want, sizeof want, p->shape, p->ndim);
-        shape_text(got, sizeof got, t->shape, t->ndim);
-        if (strcmp(want, got))
-            die("%s: tensor %s has the shape (%s), but the metadata asks for (%s)", f->path, name, got, want);
-        float *value = memory + p->offset;
-        st_to_float(f, t, value);
-        for (int64_t e = 0; e < p->count; e++)
-            if (!isfinite(value[e]))
-                die("%s: tensor %s holds %g at element %lld", f->path, name, value[e], (long long)e);
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// What sampling is asked for
-
-// Labels of n pictures from "3,heart,7", in turn; without a list, each class in turn.
-static void parse_labels(int *y, int n, const char *list, int classes, const char *const *names) {
-    int *chosen = (int *)xcalloc(strlen(list) + 2, sizeof *chosen, "labels"), count = 0;
-    char *copy = strdup(list), *rest = copy;
-    for (char *word; *list && (word = strsep(&rest, ","));) {
-        char *end;
-        long value = strtol(word, &end, 10);
-        int label = *word && !*end && value >= 0 && value <= classes ? (int)value : -1;
-        for (int i = 0; label < 0 && names && i < classes; i++)
-            if (!strcmp(names[i], word)) label = i;
-        if (label < 0)
-            die("option --labels: '%s' is neither a class name nor a number from 0 to %d (%d: no label)", word, classes,
-                classes);
-        chosen[count++] = label;
-    }
-    for (int i = 0; i < n; i++) y[i] = count ? chosen[i % count] : classes ? i % classes : 0;
-    free(copy);
-    xfree(chosen);
 }
 
 // Iterations of each timestep from --iters, --budget and --alloc
@@ -1538,64 +1213,575 @@ static void plan_iterations(int iters[DIFFUSION_STEPS], const Options *o, const 
         if (iters[i] > 1000) die("option --budget: more than 1000 iterations in a timestep; lower it or raise --steps");
 }
 
-typedef struct {
-    int sampler, cfg_channels, reuse;
-    double eta, cfg, tol;
-    const int *iters; // per timestep, in sampling order
-    FILE *trace;      // CSV of residuals, or NULL
-    int64_t passes;   // Transformer-block passes per picture that were spent, counted up
-    int window;       // of Anderson acceleration; 0: plain iteration
-    double mixing;    // its beta
-} SampleSettings;
-
-// Which sampler suits the model; dies on one that does not.
-static int resolve_sampler(int sampler, const Config *c) {
-    int flow = c->prediction == PREDICT_FLOW;
-    if (c->prediction == PREDICT_EPS && c->zero_terminal_snr)
-        die("option --zero_terminal_snr: a model of eps cannot be sampled with it; train with --prediction v");
-    if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
-    if ((sampler == SAMPLER_FLOW) != flow)
-        die("option --sampler: this model predicts %s; use --sampler auto",
-            flow ? "flow and needs the flow sampler" : "noise or v: ddpm or ddim");
-    return sampler;
-}
-
-// What a training step needs: multiply-adds count two; constants of the iterations once (SPEC 1), no recomputation.
-// n: iterations without gradient; m: with gradient, which costs three times the forward pass.
-static double model_flops(const Config *c, int B, int n, int m) {
-    double D = c->width, T = config_tokens(c), M = B * T, pixels = (double)c->patch * c->patch;
-    double block = M * (24 * D * D + 4 * T * D), projection = M * 8 * D * D, inject = M * 6 * D * D;
-    double ends = M * 2 * D * pixels * (c->channels + config_out_channels(c));
-    double modulation = B * (2.0 * D * (6 * D * config_blocks(c) + 2 * D) + 2 * (256 * D + D * D));
-    double pixel_gradient = M * 2 * D * pixels * c->channels, z_gradient = M * 4 * D * D; // of the first: not computed
-    if (!c->fixed_point) return 3 * (ends + modulation + c->depth * block) - pixel_gradient;
-    double layers = (c->pre_depth + c->post_depth + m) * block + m * projection + inject;
-    return 3 * (ends + modulation + layers) - pixel_gradient - z_gradient + n * (block + projection);
-}
-
-static int by_value(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double *values, int count) {
-    qsort(values, (size_t)count, sizeof *values, by_value);
-    return values[count / 2];
+// All that sampling is told; `iters` is where its plan of iterations goes.
+static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options *o) {
+    int window = o->solver == SOLVER_ANDERSON ? o->window : 0;
+    plan_iterations(iters, o, &o->model);
+    SampleSettings set = {resolve_sampler(o->sampler, &o->model),
+                          o->cfg_channels,
+                          o->reuse,
+                          o->eta,
+                          o->cfg,
+                          o->tol,
+                          iters,
+                          NULL,
+                          0,
+                          window,
+                          o->mixing};
+    return set;
 }
 
 // =====================================================================================================================
-// End of the shared block
+// End of shared block 2
 // =====================================================================================================================
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The device. A port to another accelerator gives a meaning to what stands in this section; test/cuda_emu.h lists it.
+// The training loss
+
+typedef struct LossPlace {          // of one picture: its place in the schedule
+    double keep, noise;             // x_t = keep·x0 + noise·eps
+    double target_x0, target_noise; // what the model should give is target_x0·x0 + target_noise·eps
+    double weight;                  // of the squared error
+    double slip;                    // x0_hat - x0 = slip·(target - out)
+    double c1, log_beta, log_var;
+    int t;
+} LossPlace;
+
+// Where each picture stands in the schedule
+static void loss_places(LossPlace *places, const Schedule *s, const Config *c, const int *t, int B) {
+    for (int b = 0; b < B; b++) {
+        double ab = s->alpha_bar[t[b]], a = sqrt(ab), n = sqrt(1 - ab), tau = t[b] / (double)DIFFUSION_STEPS;
+        LossPlace *p = &places[b];
+        int flow = c->prediction == PREDICT_FLOW, v = c->prediction == PREDICT_V;
+        p->t = t[b];
+        p->keep = flow ? 1 - tau : a;
+        p->noise = flow ? tau : n;
+        p->target_x0 = flow ? 1 : v ? -n : 0;
+        p->target_noise = flow ? -1 : v ? a : 1;
+        p->weight = v && c->v_weight == V_WEIGHT_P2 ? ab / n * (1 - ab) : 1; // (x0-x0_hat)^2 = (1-ab)(v-out)^2
+        p->slip = v ? n : n / a;
+        p->c1 = s->c1[t[b]];
+        p->log_beta = s->log_beta[t[b]];
+        p->log_var = s->log_var[t[b]];
+    }
+}
+
+// x_t = sqrt(alpha_bar)·x0 + sqrt(1-alpha_bar)·noise, or for flow (1-tau)·x0 + tau·noise with tau = t/1000. All
+// (B,C,S,S), `count` a picture.
+__global__ void diffuse_kernel(float *x_t, int *t, const float *x0, const float *noise, const LossPlace *places,
+                               size_t count) {
+    const LossPlace p = places[blockIdx.y];
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = blockIdx.y * count + i;
+    if (i < count) x_t[at] = (float)(p.keep * x0[at] + p.noise * noise[at]);
+    if (i == 0) t[blockIdx.y] = p.t;
+}
+
+// cdf of the standard normal by its tanh form, and its derivative
+__device__ inline double normal_cdf(double u, double *slope) {
+    double th = tanh(0.7978845608028654 * (u + 0.044715 * u * u * u));
+    *slope = 0.5 * (1 - th * th) * 0.7978845608028654 * (1 + 0.134145 * u * u);
+    return 0.5 * (1 + th);
+}
+
+// One element's variational term in nats: KL(q || p) of two Gaussians for t > 0, minus log p(x0) of the discretised
+// Gaussian at t = 0, where the true mean is x0. miss = mean of p - true mean. *slope = its derivative with respect to
+// log_var, the log variance of p.
+__device__ inline double variational_term(double *slope, int t, double x0, double miss, double log_var,
+                                          double true_log_var) {
+    if (t > 0) {
+        double ratio = exp(true_log_var - log_var), square = miss * miss * exp(-log_var);
+        *slope = 0.5 * (1 - ratio - square);
+        return 0.5 * (-1 + log_var - true_log_var + ratio + square);
+    }
+    double inverse = exp(-0.5 * log_var), upper = inverse * (1 / 255.0 - miss), lower = inverse * (-1 / 255.0 - miss);
+    double upper_slope, lower_slope, upper_cdf = normal_cdf(upper, &upper_slope),
+                                     lower_cdf = normal_cdf(lower, &lower_slope);
+    if (x0 < -0.999) lower_cdf = lower_slope = 0;
+    if (x0 > 0.999) upper_cdf = 1, upper_slope = 0;
+    double mass = upper_cdf - lower_cdf; // probability of the bin; d u / d log_var = -u/2
+    *slope = mass < 1e-12 ? 0 : 0.5 * (upper * upper_slope - lower * lower_slope) / mass;
+    return -log(mass < 1e-12 ? 1e-12 : mass);
+}
+
+// sums (B,2): the (weighted) squared error and the variational term in bits, means over each picture's `count`
+// elements. dout (B,Cout,S,S) becomes the gradient of `scale` times the sum of both over the pictures. In double: this
+// is 1e-4 of a step's work. A block a picture.
+__global__ void loss_kernel(double *sums, float *dout, const float *out, const float *x0, const float *noise,
+                            const LossPlace *places, int learn_sigma, double scale, size_t count) {
+    SHARED_DYNAMIC(double, shared);
+    const LossPlace p = places[blockIdx.x];
+    double square = 0, bits = 0;
+    for (size_t i = threadIdx.x; i < count; i += blockDim.x) {
+        size_t at = blockIdx.x * count + i, out_at = blockIdx.x * count * (learn_sigma ? 2 : 1) + i;
+        double error = p.target_x0 * x0[at] + p.target_noise * noise[at] - out[out_at];
+        square += p.weight * error * error;
+        dout[out_at] = (float)(-2 * scale * p.weight * error / count);
+        if (!learn_sigma) continue;
+        double slope, share = (out[out_at + count] + 1.0) / 2;
+        double log_var = share * p.log_beta + (1 - share) * p.log_var;
+        bits += variational_term(&slope, p.t, x0[at], p.c1 * p.slip * error, log_var, p.log_var);
+        dout[out_at + count] = (float)(scale * slope * 0.5 * (p.log_beta - p.log_var) / log(2.0) / count);
+    }
+    square = block_sum(square, shared);
+    bits = block_sum(bits, shared);
+    if (threadIdx.x == 0) sums[2 * blockIdx.x] = square / count;
+    if (threadIdx.x == 0) sums[2 * blockIdx.x + 1] = bits / log(2.0) / count;
+}
+
+// Forward, loss and backward of B pictures; the gradient of `scale`·(sum of their losses) is added to the model's
+// gradients. x0, noise (B,C,S,S); t, y (B); n and m iterations without and with gradient. Fills mse and vb (B).
+static void model_loss(Model *model, const Schedule *s, const float *x0, const float *noise, const int *t, const int *y,
+                       int B, int n, int m, double scale, double *mse, double *vb) {
+    const Config *c = &model->config;
+    Activations *a = &model->a;
+    size_t count = (size_t)c->channels * c->image_size * c->image_size;
+    LossPlace *places = (LossPlace *)xcalloc((size_t)B, sizeof *places, "a batch");
+    double *sums = (double *)xcalloc(2 * (size_t)B, sizeof *sums, "a batch");
+    loss_places(places, s, c, t, B);
+    gpu_upload(a->places, places, (size_t)B * sizeof *places);
+    gpu_upload(a->picture, x0, B * count * sizeof *x0);
+    gpu_upload(a->noise, noise, B * count * sizeof *noise);
+    gpu_upload(a->y, y, (size_t)B * sizeof *y);
+    RUN(diffuse_kernel, dim3((unsigned)ceil_div(count, 256), B), 256, 0, a->x_t, a->t, a->picture, a->noise, a->places,
+        count);
+    model_forward(model, B, n, m, NULL);
+    RUN(loss_kernel, B, 512, 32 * sizeof(double), a->sums, a->dout, a->out, a->picture, a->noise, a->places,
+        c->learn_sigma, scale, count);
+    model_backward(model);
+    gpu_download(sums, a->sums, 2 * (size_t)B * sizeof *sums);
+    for (int b = 0; b < B; b++) mse[b] = sums[2 * b], vb[b] = sums[2 * b + 1];
+    xfree(places);
+    xfree(sums);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sampling
+
+typedef struct SampleStep { // a sampler's step is linear: x <- of_x·x + of_out·out + sigma·z
+    int t, noisy;
+    int learned; // sigma is exp(0.5 log var), with log var between these two as the model says
+    double of_x, of_out, sigma, log_beta, log_var;
+} SampleStep;
+
+// One timestep of the sampler: x (B,C,S,S) from itself, the model's output and the noise z; and the model's next input
+// x_t, for both halves when guided. `guided` elements of a picture follow out = uncond + cfg·(cond - uncond); 0: no
+// guidance.
+__global__ void sample_step_kernel(float *x, float *x_t, const float *out, const float *z, const SampleStep *steps,
+                                   const int *step, double cfg, size_t guided, size_t count, size_t out_count, int B) {
+    const SampleStep s = steps[*step];
+    size_t e = (size_t)blockIdx.x * blockDim.x + threadIdx.x, b = blockIdx.y, at = b * count + e;
+    if (e >= count) return;
+    double v = out[b * out_count + e], sigma = s.sigma;
+    if (e < guided) {
+        double uncond = out[(B + b) * out_count + e];
+        v = uncond + cfg * (v - uncond);
+    }
+    if (s.learned) {
+        double share = (out[b * out_count + e + count] + 1.0) / 2;
+        sigma = exp(0.5 * (share * s.log_beta + (1 - share) * s.log_var));
+    }
+    float next = (float)(s.of_x * x[at] + s.of_out * v + (s.noisy ? sigma * z[at] : 0));
+    x[at] = x_t[at] = next;
+    if (guided) x_t[B * count + at] = next;
+}
+
+// The timestep of every row, at the start (advance 0) and after each step (1)
+__global__ void next_step_kernel(int *t, int *step, const SampleStep *steps, int advance, int count, int rows) {
+    int next = *step + advance;
+    __syncthreads();
+    if (next < count)
+        for (int i = threadIdx.x; i < rows; i += blockDim.x) t[i] = steps[next].t;
+    if (threadIdx.x == 0) *step = next;
+}
+
+// The coefficients of each timestep, in sampling order: with x0_hat and eps_hat both linear in x and out, so is the
+// step.
+static void sample_steps(SampleStep *steps, const Schedule *s, const SampleSettings *set, const Config *c) {
+    for (int k = 0; k < s->n; k++) {
+        int i = s->n - 1 - k, v = c->prediction == PREDICT_V;
+        SampleStep *p = &steps[k];
+        double ab = s->alpha_bar[i], prev = s->alpha_bar_prev[i], a = sqrt(ab), n = sqrt(1 - ab);
+        double x0_x = v ? a : 1 / a, x0_out = v ? -n : -n / a, eps_x = v ? n : 0, eps_out = v ? a : 1;
+        memset(p, 0, sizeof *p);
+        p->t = s->t[i];
+        if (set->sampler == SAMPLER_FLOW) {
+            p->of_x = 1;
+            p->of_out = 1.0 / s->n;
+        } else if (set->sampler == SAMPLER_DDPM) {
+            p->of_x = s->c1[i] * x0_x + s->c2[i];
+            p->of_out = s->c1[i] * x0_out;
+            p->learned = c->learn_sigma;
+            p->log_beta = s->log_beta[i];
+            p->log_var = s->log_var[i];
+            p->sigma = exp(0.5 * s->log_beta[i]);
+            p->noisy = i > 0;
+        } else {
+            p->sigma = set->eta * sqrt((1 - prev) / (1 - ab)) * sqrt(1 - ab / prev);
+            double rest = 1 - prev - p->sigma * p->sigma, keep = sqrt(rest > 0 ? rest : 0);
+            p->of_x = sqrt(prev) * x0_x + keep * eps_x;
+            p->of_out = sqrt(prev) * x0_out + keep * eps_out;
+            p->noisy = i > 0 && set->eta > 0;
+        }
+    }
+}
+
+// Draws B pictures: x (B,C,S,S) holds x_T on entry and the pictures on return. z (steps,B,C,S,S), the noise of each
+// step, is given by tests; when NULL it is drawn: picture b is number first+b of the seed. The model needs room for 2B
+// with guidance. A timestep is a few hundred short kernels, which would take longer to launch than to run: they are
+// recorded once for each number of iterations, as a CUDA graph, and replayed. All that differs between timesteps is
+// read from device memory.
+static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int B,
+                         const float *z, uint64_t seed, int first) {
+    const Config *c = &model->config;
+    Activations *a = &model->a;
+    int guided = set->cfg != 1, rows = guided ? 2 * B : B, S = s->n, n_graphs = 0, zero = 0;
+    size_t count = (size_t)c->channels * c->image_size * c->image_size, out_count = count * (c->learn_sigma ? 2 : 1);
+    size_t guided_count = guided ? count / c->channels * imin(set->cfg_channels, c->channels) : 0;
+    struct Graph {
+        int iters, reuse_ready;
+        cudaGraphExec_t exec;
+    } *graphs = (struct Graph *)xcalloc((size_t)S, sizeof *graphs, "sampling");
+    SampleStep *steps = (SampleStep *)xcalloc((size_t)S, sizeof *steps, "sampling");
+    int *labels = (int *)xcalloc((size_t)rows, sizeof *labels, "sampling");
+    float *noise = (float *)xcalloc(B * count, sizeof *noise, "sampling");
+    Solve *solve = (Solve *)xcalloc(1, sizeof *solve, "sampling");
+    solve->reuse = set->reuse && c->fixed_point;
+    solve->want_residual = set->trace || set->tol > 0;
+    solve->tol = set->tol;
+    solve->window = set->window;
+    solve->mixing = set->mixing;
+    assert(set->window <= model->window);
+    for (int b = 0; b < rows; b++) labels[b] = b < B ? y[b] : c->classes;
+    sample_steps(steps, s, set, c);
+    gpu_upload(a->steps, steps, (size_t)S * sizeof *steps);
+    gpu_upload(a->step, &zero, sizeof zero);
+    gpu_upload(a->y, labels, (size_t)rows * sizeof *labels);
+    gpu_upload(a->picture, x, B * count * sizeof *x);
+    for (int half = 0; half <= guided; half++) gpu_copy(a->x_t + half * B * count, a->picture, B * count * sizeof *x);
+    RUN(next_step_kernel, 1, 256, 0, a->t, a->step, a->steps, 0, S, rows);
+    for (int step = 0; step < S; step++) {
+        int i = S - 1 - step, iters = c->fixed_point ? set->iters[step] : 0;
+        if (!z && steps[step].noisy)
+            for (int b = 0; b < B; b++)
+                rng_normal(noise + b * count, count, 0, seed, (uint32_t)((first + b) * DIFFUSION_STEPS + i), STREAM_Z);
+        if (steps[step].noisy) {
+            gpu_upload(a->noise, z ? z + step * B * count : noise, B * count * sizeof *noise);
+            gpu_wait(); // the host draws the next step's into the same place
+        }
+
+        struct Graph *graph = graphs;
+        while (graph < graphs + n_graphs && (graph->iters != iters || graph->reuse_ready != solve->reuse_ready))
+            graph++;
+        int record = graph == graphs + n_graphs,
+            plain = solve->want_residual && c->fixed_point; // those wait for the GPU
+        if (record || plain) {
+            cudaGraph_t recorded;
+            graph->iters = iters;
+            graph->reuse_ready = solve->reuse_ready;
+            if (!plain) CHECK(cudaStreamBeginCapture(gpu.stream, cudaStreamCaptureModeRelaxed));
+            model_forward(model, rows, iters, 0, solve);
+            RUN(sample_step_kernel, dim3((unsigned)ceil_div(count, 256), B), 256, 0, a->picture, a->x_t, a->out,
+                a->noise, a->steps, a->step, set->cfg, guided_count, count, out_count, B);
+            RUN(next_step_kernel, 1, 256, 0, a->t, a->step, a->steps, 1, S, rows);
+            if (!plain) {
+                CHECK(cudaStreamEndCapture(gpu.stream, &recorded));
+                CHECK(cudaGraphInstantiate(&graph->exec, recorded, 0));
+                CHECK(cudaGraphDestroy(recorded));
+                n_graphs++;
+            }
+        }
+        if (!plain) {
+            CHECK(cudaGraphLaunch(graph->exec, gpu.stream));
+            solve->ran = iters;
+            solve->reuse_ready = solve->reuse;
+        }
+        set->passes += c->fixed_point ? c->pre_depth + solve->ran + c->post_depth : c->depth;
+        for (int k = 0; set->trace && k < solve->ran && c->fixed_point; k++)
+            fprintf(set->trace, "%d,%d,%d,%.6g\n", step, s->t[i], k + 1, solve->residuals[k]);
+    }
+    gpu_download(x, a->picture, B * count * sizeof *x);
+    for (int i = 0; i < n_graphs; i++) CHECK(cudaGraphExecDestroy(graphs[i].exec));
+    xfree(graphs);
+    xfree(steps);
+    xfree(labels);
+    xfree(noise);
+    xfree(solve);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Solvers: how far the iteration is, and how it gets there in fewer steps
+
+// sums (B,2) = ||z - before||^2 and ||z||^2 of each picture, in double; a block a picture
+__global__ void residual_kernel(double *sums, const float *z, const float *before, size_t count) {
+    SHARED_DYNAMIC(double, shared);
+    double change = 0, norm = 0;
+    for (size_t i = threadIdx.x; i < count; i += blockDim.x) {
+        size_t at = blockIdx.x * count + i;
+        double difference = (double)z[at] - before[at];
+        change += difference * difference;
+        norm += (double)z[at] * z[at];
+    }
+    change = block_sum(change, shared);
+    norm = block_sum(norm, shared);
+    if (threadIdx.x == 0) sums[2 * blockIdx.x] = change;
+    if (threadIdx.x == 0) sums[2 * blockIdx.x + 1] = norm;
+}
+
+// Mean over the pictures of ||z - z_before|| / ||z||
+static double residual_of(Model *m, const float *z, size_t count) {
+    double *sums = (double *)xcalloc(2 * (size_t)m->B, sizeof *sums, "residuals"), sum = 0;
+    RUN(residual_kernel, m->B, 1024, 32 * sizeof(double), m->a.sums, z, m->a.z_before, count);
+    gpu_download(sums, m->a.sums, 2 * (size_t)m->B * sizeof *sums);
+    for (int b = 0; b < m->B; b++) sum += sqrt(sums[2 * b] / (sums[2 * b + 1] > 0 ? sums[2 * b + 1] : 1));
+    xfree(sums);
+    return sum / m->B;
+}
+
+// a (m) minimises ||sum a_i f_i||^2 + R sum (a_i ||f_i||)^2 where sum a_i = 1, given the products f_i·f_j: all rows of
+// (gram + R diag)·a are the same number. R keeps the weights of nearly parallel residuals small. Where no unique a
+// exists because a residual is zero, the newest counts alone. One thread of a block calls this.
+__device__ inline void anderson_weights(double a[HISTORY], const double *gram, int m, int newest) {
+    __shared__ double A[HISTORY][HISTORY]; // in local memory it would be reserved for every thread of the GPU
+    const double R = 1e-8;
+    double sum = 0;
+    int positive = 1;
+    for (int i = 0; i < m; i++) {
+        a[i] = 1;
+        for (int j = 0; j < m; j++) A[i][j] = gram[i * HISTORY + j] * (i == j ? 1 + R : 1);
+    }
+    for (int i = 0; i < m; i++) { // Gaussian elimination, which needs no pivoting as the matrix is positive definite
+        positive &= A[i][i] > 0;
+        for (int r = i + 1; r < m; r++) {
+            double factor = A[r][i] / A[i][i];
+            for (int j = i; j < m; j++) A[r][j] -= factor * A[i][j];
+            a[r] -= factor * a[i];
+        }
+    }
+    for (int i = m - 1; i >= 0; i--) {
+        for (int j = i + 1; j < m; j++) a[i] -= A[i][j] * a[j];
+        a[i] /= A[i][i];
+        sum += a[i];
+    }
+    for (int i = 0; i < m; i++) a[i] = positive ? a[i] / sum : i == newest;
+}
+
+// The newest f and g of each picture into its history, and f's product with that of place blockIdx.x of m into gram
+__global__ void anderson_products_kernel(double *gram, float *history, const float *z, const float *before, int newest,
+                                         int slots, size_t count) {
+    SHARED_DYNAMIC(double, shared);
+    int i = blockIdx.x, b = blockIdx.y;
+    float *f = history + 2 * ((size_t)b * slots + i) * count;
+    double *products = gram + b * HISTORY * HISTORY, dot = 0;
+    for (size_t e = threadIdx.x; e < count; e += blockDim.x) {
+        float g = z[b * count + e], change = g - before[b * count + e];
+        if (i == newest) f[e] = change;
+        if (i == newest) f[count + e] = g;
+        dot += (double)change * f[e];
+    }
+    dot = block_sum(dot, shared);
+    if (threadIdx.x == 0) products[i * HISTORY + newest] = products[newest * HISTORY + i] = dot;
+}
+
+// z (B,count) = sum a_i·(g_i - undo·f_i), and in bf16 the same to copy. Every block solves for a again, so there are no
+// more of them than fill the GPU.
+template <typename A>
+__global__ void anderson_mix_kernel(float *z, A *copy, const double *gram, const float *history, int m, int newest,
+                                    int slots, float undo, size_t count) {
+    __shared__ double a[HISTORY];
+    size_t b = blockIdx.y, e = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
+    if (threadIdx.x == 0) anderson_weights(a, gram + b * HISTORY * HISTORY, m, newest);
+    __syncthreads();
+    for (; e < count; e += 4 * (size_t)gridDim.x * blockDim.x) {
+        float mixed[4] = {0, 0, 0, 0};
+        for (int i = 0; i < m; i++) {
+            float f[4], g[4];
+            load(f, history + 2 * (b * slots + i) * count + e);
+            load(g, history + (2 * (b * slots + i) + 1) * count + e);
+            EACH(j, 4) mixed[j] += (float)a[i] * (g[j] - undo * f[j]);
+        }
+        store(z + b * count + e, mixed);
+        if (copy) store(copy + b * count + e, mixed);
+    }
+}
+
+// Anderson acceleration (Walker and Ni 2011, type II; in equilibrium models arXiv:1909.01377) after iteration k = 1...
+// of a timestep, for each picture alone. z (B,T,D) holds g(z_{k-1}) on entry, a.z_before z_{k-1}. With f_i = g(z_i) - z_i
+// of the last min(k, window+1) iterations, which a.history and a.gram keep:
+//   z_k = sum a_i·(z_i + mixing·f_i),   a = argmin ||sum a_i f_i||, sum a_i = 1;   in bf16 also in a.z
+static void anderson_forward(Model *m, float *z, int k, int window, double mixing) {
+    size_t count = (size_t)config_tokens(&m->config) * m->config.width;
+    int slots = window + 1, used = imin(k, slots), newest = (k - 1) % slots;
+    RUN(anderson_products_kernel, dim3(used, m->B), 512, 32 * sizeof(double), m->a.gram, m->a.history, z, m->a.z_before,
+        newest, slots, count);
+    unsigned blocks = imin((int)ceil_div(count, 4 * 256), (int)ceil_div(8 * gpu.sms, m->B));
+    TYPED(m->half, RUN((anderson_mix_kernel<A>), dim3(blocks, m->B), 256, 0, z, (A *)m->a.z, m->a.gram, m->a.history,
+                       used, newest, slots, (float)(1 - mixing), count));
+}
+
+// =====================================================================================================================
+// Part 3. Learning
+// =====================================================================================================================
+
+// AdamW (arXiv:1711.05101) with decoupled decay, the moving average (EMA) of the weights, and the bf16 copy
+// that the matmuls take, in one pass
+
+static void model_zero_gradients(Model *m) { gpu_zero(m->memory[MODEL_GRADS], (size_t)m->n_params * sizeof(real)); }
+
+// Sum of squares in double: each block sums every NORM_BLOCKS-th piece, and the host adds what the blocks have, in
+// order.
+enum { NORM_BLOCKS = 1024 };
+__global__ void norm_kernel(double *partial, const float *grads, size_t count) {
+    SHARED_DYNAMIC(double, shared);
+    double sum = 0;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x)
+        sum += (double)grads[i] * grads[i];
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+static double model_gradient_norm(const Model *m) {
+    double partial[NORM_BLOCKS], sum = 0;
+    RUN(norm_kernel, NORM_BLOCKS, 256, 32 * sizeof(double), m->a.sums, m->memory[MODEL_GRADS], (size_t)m->n_params);
+    gpu_download(partial, m->a.sums, sizeof partial);
+    for (int i = 0; i < NORM_BLOCKS; i++) sum += partial[i];
+    return sqrt(sum);
+}
+
+// g = scale·grad; m += new1·(g - m); v += new2·(g^2 - v); w = keep·w - size·m/(sqrt(v)·correct + epsilon);
+// ema += toward·(w - ema). A thread a parameter.
+__global__ void update_kernel(float *weights, float *adam_m, float *adam_v, float *ema, bf16 *half, const float *grads,
+                              size_t count, float b1, float b2, float new1, float new2, float size, float correct,
+                              float epsilon, float keep, float scale, float toward) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    float g = grads[i] * scale, m = b1 * adam_m[i] + new1 * g, v = b2 * adam_v[i] + new2 * g * g;
+    float w = weights[i] * keep - size * m / (sqrtf(v) * correct + epsilon);
+    adam_m[i] = m;
+    adam_v[i] = v;
+    weights[i] = w;
+    ema[i] += toward * (w - ema[i]);
+    if (half) half[i] = __float2bfloat16_rn(w);
+}
+
+// Update number `step` (from 1); gradients are multiplied by grad_scale first.
+static void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
+                         double grad_scale, double ema_decay) {
+    real *const *memory = model->memory;
+    double size = lr / (1 - pow(beta1, (double)step)), correct = 1 / sqrt(1 - pow(beta2, (double)step));
+    RUN(update_kernel, (unsigned)ceil_div(model->n_params, 256), 256, 0, memory[MODEL_WEIGHTS], memory[MODEL_ADAM_M],
+        memory[MODEL_ADAM_V], memory[MODEL_EMA], model->half_weights, memory[MODEL_GRADS], (size_t)model->n_params,
+        (float)beta1, (float)beta2, (float)(1 - beta1), (float)(1 - beta2), (float)size, (float)correct, (float)eps,
+        (float)(1 - lr * decay), (float)grad_scale, (float)(1 - ema_decay));
+}
+
+// =====================================================================================================================
+// Shared block 3 of 4. The training loop
+// =====================================================================================================================
+
+// What a step draws, B pictures at a time, and the losses that come of it
+typedef struct {
+    float *x0, *noise; // (B,C,S,S)
+    int *t, *y;        // (B) timesteps, labels
+    double *mse, *vb;  // (B) the two parts of the loss
+} Batch;
+
+static Batch batch_create(int B, size_t pixels) {
+    const char *what = "a batch";
+    Batch b = {(float *)xcalloc(B * pixels, sizeof(float), what),
+               (float *)xcalloc(B * pixels, sizeof(float), what),
+               (int *)xcalloc(B, sizeof(int), what),
+               (int *)xcalloc(B, sizeof(int), what),
+               (double *)xcalloc(B, sizeof(double), what),
+               (double *)xcalloc(B, sizeof(double), what)};
+    return b;
+}
+
+// Pictures first..first+B-1 of a step: data, noise, and a timestep for each
+static void batch_draw(Batch *b, Dataset *data, const Options *o, int step, int first, int B) {
+    size_t count = config_pixels(&o->model);
+    dataset_batch(data, b->x0, b->y, step, o->batch, first, B, o->hflip, o->label_drop);
+    rng_normal(b->noise, B * count, first * count, o->seed, (uint32_t)step, STREAM_NOISE);
+    for (int i = 0; i < B; i++) {
+        uint32_t word[4];
+        philox(word, o->seed, (uint32_t)(first + i), (uint32_t)step, STREAM_T);
+        b->t[i] = (int)rng_below(word[0], DIFFUSION_STEPS);
+    }
+}
+
+typedef struct { // what a step did: a row of the log
+    int n, m;    // iterations without and with gradient
+    double mse, vb, norm, lr;
+} Step;
+
+// Step number `step` (from 0): draws n and m, sums the gradient over the batch, `micro` pictures at a time, and updates
+// the weights.
+static Step train_step(Model *model, const Schedule *s, Dataset *data, Batch *b, const Options *o, int step,
+                       int micro) {
+    Step did = {0, 0, 0, 0, 0, 0};
+    uint32_t word[4];
+    philox(word, o->seed, 0, (uint32_t)step, STREAM_NM);
+    did.n = o->no_grad_iters[0] + (int)rng_below(word[0], o->no_grad_iters[1] - o->no_grad_iters[0] + 1);
+    did.m = o->grad_iters[0] + (int)rng_below(word[1], o->grad_iters[1] - o->grad_iters[0] + 1);
+    model_zero_gradients(model);
+    for (int first = 0; first < o->batch; first += micro) {
+        int B = o->batch - first < micro ? o->batch - first : micro;
+        batch_draw(b, data, o, step, first, B);
+        model_loss(model, s, b->x0, b->noise, b->t, b->y, B, did.n, did.m, 1.0 / o->batch, b->mse, b->vb);
+        for (int i = 0; i < B; i++) did.mse += b->mse[i] / o->batch, did.vb += b->vb[i] / o->batch;
+    }
+    did.norm = model_gradient_norm(model);
+    did.lr = o->lr * (step + 1 < o->warmup ? (double)(step + 1) / o->warmup : 1);
+    double ema = o->ema_warmup ? fmin(o->ema, (1.0 + step) / (10.0 + step)) : o->ema;
+    double clip = o->grad_clip > 0 && did.norm > o->grad_clip ? o->grad_clip / (did.norm + 1e-6) : 1;
+    model_update(model, step + 1, did.lr, 0.9, 0.999, 1e-8, o->weight_decay, clip, ema);
+    return did;
+}
+
+typedef struct {
+    Options *o;
+    Dataset *data;
+    Model *model;
+    int micro; // pictures at a time
+    // of its folder and its reports
+    FILE *log;
+    int begun, shown, saved; // steps that were done at the start, at the last progress line, at the last save (or -1)
+    double begun_ms, shown_ms, shown_flops, shown_loss;
+} Run;
+static volatile sig_atomic_t interrupted; // the user wants to stop
+// From Part 5:
+static void run_report(Run *run, const Step *did, double ms); // a row of the log, now and then a line on the terminal
+static void run_save(Run *run);                               // weights and state
+static void run_pictures(Run *run);                           // a grid of samples
+
+// Goes on from step o->step until o->steps are done or the user stops.
+static void train(Run *run) {
+    Options *o = run->o;
+    Batch batch = batch_create(run->micro, config_pixels(&o->model));
+    Schedule schedule;
+    schedule_make(&schedule, &o->model, DIFFUSION_STEPS);
+    while (o->step < o->steps && !interrupted) {
+        double begin = now_ms();
+        Step did = train_step(run->model, &schedule, run->data, &batch, o, o->step, run->micro);
+        o->step++;
+        run_report(run, &did, now_ms() - begin);
+        int last = o->step == o->steps;
+        if (o->step % o->save_every == 0 || last) run_save(run);
+        if ((o->sample_every && o->step % o->sample_every == 0 && !interrupted) || last) run_pictures(run);
+    }
+}
+
+// =====================================================================================================================
+// End of shared block 3
+// =====================================================================================================================
+
+// =====================================================================================================================
+// Part 4. Speed and memory
+// =====================================================================================================================
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Instructions of the GPU, and vectors
 
 #ifdef __CUDACC__
-
-#define SHARED_DYNAMIC(type, name)                                 \
-    extern __shared__ __align__(128) unsigned char shared_bytes[]; \
-    type *name = reinterpret_cast<type *>(shared_bytes)
-#define LAUNCH(kernel, grid, block, smem, stream, ...) kernel<<<grid, block, smem, stream>>>(__VA_ARGS__)
 
 __device__ inline uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
@@ -1637,98 +1823,6 @@ __device__ inline void cp_async_wait() {
 }
 
 #endif
-
-// The GPU, opened by the first model
-static struct {
-    int ready, sms;      // sms: streaming multiprocessors
-    cudaStream_t stream; // everything happens in this one, in order
-    size_t allocated;    // bytes of device memory that this program holds
-} gpu;
-
-static void check(cudaError_t error, const char *what) {
-    if (error != cudaSuccess)
-        die("CUDA: %s: %s%s", what, cudaGetErrorString(error),
-            error == cudaErrorNoKernelImageForDevice ? "; build the program on this machine" : "");
-}
-#define CHECK(call) check(call, #call)
-
-// Starts a kernel; more than 48 KB of shared memory have to be asked for.
-#define RUN(kernel, grid, block, smem, ...)                                                                \
-    do {                                                                                                   \
-        if ((smem) > 48 * 1024)                                                                            \
-            CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(smem))); \
-        LAUNCH((kernel), grid, block, smem, gpu.stream, __VA_ARGS__);                                      \
-        check(cudaGetLastError(), #kernel);                                                                \
-    } while (0)
-
-static void gpu_open(void) {
-    if (gpu.ready) return;
-    setenv("CUDA_MODULE_LOADING", "EAGER", 0); // old drivers cannot load a kernel while a graph is recorded
-    int count = 0;
-    cudaError_t error = cudaGetDeviceCount(&count);
-    if (error != cudaSuccess || count == 0)
-        die("no GPU that this program can use: %s; install a current NVIDIA driver, or use the CPU program",
-            error != cudaSuccess ? cudaGetErrorString(error) : "none was found");
-    cudaDeviceProp info;
-    CHECK(cudaGetDeviceProperties(&info, 0));
-    if (info.major < 8)
-        die("the GPU %s has compute capability %d.%d; this program needs 8.0 (Ampere) or newer", info.name, info.major,
-            info.minor);
-    gpu.sms = info.multiProcessorCount;
-    CHECK(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
-    gpu.ready = 1;
-}
-
-static void gpu_wait(void) { CHECK(cudaStreamSynchronize(gpu.stream)); }
-
-// Device memory; what is in it is left as it is.
-static void *gpu_malloc(size_t bytes, const char *what) {
-    void *p = NULL;
-    if (cudaMalloc(&p, bytes ? bytes : 1) != cudaSuccess)
-        die("no GPU memory for %s: %.0f MB; use a smaller batch or model", what, (double)bytes / 1e6);
-    gpu.allocated += bytes;
-    return p;
-}
-
-static void gpu_zero(void *p, size_t bytes) { CHECK(cudaMemsetAsync(p, 0, bytes, gpu.stream)); }
-
-static void gpu_free(void *p, size_t bytes) {
-    CHECK(cudaFree(p));
-    gpu.allocated -= p ? bytes : 0;
-}
-
-static void gpu_upload(void *device, const void *host, size_t bytes) {
-    CHECK(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, gpu.stream));
-}
-
-static void gpu_download(void *host, const void *device, size_t bytes) {
-    CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, gpu.stream));
-    gpu_wait();
-}
-
-static void gpu_copy(void *to, const void *from, size_t bytes) {
-    CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, gpu.stream));
-}
-
-static int imin(int a, int b) { return a < b ? a : b; }
-static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
-
-// An activation that feeds a matmul: its elements are bf16 or float as --dtype says, and kernels are templates of the
-// element type A. TYPED(half, ...) runs a statement with A standing for that type.
-typedef struct Act Act;
-#define TYPED(half, ...)     \
-    do {                     \
-        if (half) {          \
-            typedef bf16 A;  \
-            __VA_ARGS__;     \
-        } else {             \
-            typedef float A; \
-            __VA_ARGS__;     \
-        }                    \
-    } while (0)
-
-// An unrolled loop: what is indexed by i can stay in registers.
-#define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
 
 // V neighbours as one access of up to 16 bytes, converted to float and back
 template <typename T, int V>
@@ -1772,44 +1866,19 @@ __device__ inline T warp_sum(T x) {
     return x;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Matrix multiplication. One description serves the three products of a linear layer, y = x·w^T + b:
-//   forward           y (M,N)  = x (M,K)·w (N,K)^T        both operands have k as their fast dimension
-//   input gradient    dx (M,N) = dy (M,K)·w (K,N)         TB: the second operand has k as its slow dimension
-//   weight gradient   dw (M,N) += dy (K,M)^T·x (K,N)      TA and TB: both have; db (M) += the column sums of dy
-// and what follows a product happens in its epilogue, while the result is in registers.
-
-enum Epilogue {
-    EPI_STORE,  // out = v,                     v = product + bias + add
-    EPI_FLOAT,  // the same, but out is fp32 whatever the type of activations
-    EPI_GELU,   // pre = v, out = gelu(v)       pre may be NULL
-    EPI_GATED,  // pre = v, out = residual + gate·v, copy = out, both fp32 but copy; pre and copy may be NULL
-    EPI_DGELU,  // out = product·gelu'(pre), copy = gelu(pre), sum += out; sum may be NULL
-    EPI_WEIGHT, // out += product, fp32; or the product alone into a workspace, when the sum over k is split
-};
-
-typedef struct {
-    const void *a, *b;
-    int lda, ldb, M, N, K;
-    int k_chunk; // each blockIdx.y sums this many k
-    void *out;   // (M,N), row stride ldc
-    int ldc;
-    const float *bias, *add; // (N); (add_rows,N): row i takes row i % add_rows. NULL: none
-    int add_rows;
-    void *pre, *copy;             // (M,N)
-    const float *residual, *gate; // (M,N); (N) of picture i at gate + i·gate_stride, a picture has `tokens` rows
-    int gate_stride, tokens;
-    float *sum, *db; // (M,N); (M)
-    int overwrite;   // EPI_WEIGHT: = instead of +=
-} Matmul;
-
-// gelu in the tanh form, as x·sigmoid(2·sqrt(2/pi)·(x + 0.044715·x^3)), which is the same function, and its slope
-__device__ inline float gelu(float x, float *slope) {
-    float e = exp2f(-2.302208198f * (x + 0.044715f * x * x * x)); // 2·sqrt(2/pi)·log2(e)
-    float sigmoid = __fdividef(1, 1 + e);
-    *slope = sigmoid + x * sigmoid * (1 - sigmoid) * 1.5957691216f * (1 + 0.134145f * x * x);
-    return x * sigmoid;
+template <typename T>
+__device__ inline T block_sum(T x, T *shared) {
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = 0;
+    for (int w = 0; w < (int)blockDim.x / 32; w++) x += shared[w];
+    __syncthreads();
+    return x;
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The matrix product
 
 // Takes V neighbours in a row of the product to where they belong. A: type of activations
 template <int EPI, typename A, int V>
@@ -2075,10 +2144,12 @@ static void matmul(int half, Matmul g) {
     }
     if (!half)
         RUN((matmul_fp32<TA, TB, EPI>), grid, 128, 2 * F32_BK * F32_ROW * sizeof(float), g);
-    else if (large)
-        RUN((matmul_bf16<128, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 128 * BK * sizeof(bf16), g);
-    else
-        RUN((matmul_bf16<64, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 64 * BK * sizeof(bf16), g);
+    else if constexpr (TA || EPI != EPI_WEIGHT) { // conditioning alone adds to an input's gradient, in fp32
+        if (large)
+            RUN((matmul_bf16<128, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 128 * BK * sizeof(bf16), g);
+        else
+            RUN((matmul_bf16<64, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 64 * BK * sizeof(bf16), g);
+    }
     if (splits > 1)
         RUN(split_sum_kernel, (unsigned)ceil_div((size_t)g.M * g.N + g.M, 256), 256, 0, (float *)whole.out, whole.ldc,
             whole.db, workspace.memory, g.M, g.N, splits);
@@ -2106,154 +2177,7 @@ static void linear_weight(int half, float *dw, int ldw, float *db, const void *d
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Layers: each forward above its backward. B pictures, T tokens, D width, H heads, hd head size. Matrices are
-// row-major. Outputs come first. A backward adds (+=) to weight and modulation gradients, and says whether it adds to
-// its input's.
-
-// A row of x (D) for each warp: mean and 1/sigma, eps 1e-6. Read twice; the second time, it is in the cache.
-enum { ROW_THREADS = 256, ROWS_PER_BLOCK = ROW_THREADS / 32 };
-__device__ inline void row_statistics(float *mean, float *rstd, const float *x, int D) {
-    float sum = 0, var = 0, v[4];
-    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
-        load(v, x + d);
-        sum += v[0] + v[1] + v[2] + v[3];
-    }
-    *mean = warp_sum(sum) / D;
-    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
-        load(v, x + d);
-        EACH(i, 4) var += (v[i] - *mean) * (v[i] - *mean);
-    }
-    *rstd = rsqrtf(warp_sum(var) / D + 1e-6f);
-}
-
-// out (B,T,D) = LN(x)·(1+scale)+shift; LN without weights. mod points at picture 0's shift (D) and, after it, scale
-// (D); `stride` is the distance to the next picture's. With a branch, x is first replaced by mid = x + gate·branch. A
-// warp a row.
-template <typename A>
-__global__ void layernorm_modulate_kernel(A *out, const float *x, const float *mod, int stride, int rows, int T, int D,
-                                          float *mid, const A *branch, const float *gate) {
-    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32;
-    if (row >= rows) return;
-    size_t at = (size_t)row * D, picture = (size_t)(row / T) * stride;
-    const float *shift = mod + picture, *scale = shift + D;
-    float v[4], s[4], b[4], mean, rstd;
-    if (mid) {
-        for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
-            load(v, x + at + d);
-            load(s, gate + picture + d);
-            load(b, branch + at + d);
-            EACH(i, 4) v[i] += s[i] * b[i];
-            store(mid + at + d, v);
-        }
-        x = mid;
-    }
-    row_statistics(&mean, &rstd, x + at, D);
-    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
-        load(v, x + at + d);
-        load(s, scale + d);
-        load(b, shift + d);
-        EACH(i, 4) v[i] = (v[i] - mean) * rstd * (1 + s[i]) + b[i];
-        store(out + at + d, v);
-    }
-}
-
-// dx += the gradient through LN, with dout (B,T,D) that of its modulated output; stats (B·T,2) = mean, 1/sigma for the
-// sums over tokens below; copy = dx for a matmul, unless NULL
-template <typename A>
-__global__ void layernorm_backward_kernel(float *dx, A *copy, float2 *stats, const A *dout, const float *x,
-                                          const float *mod, int stride, int rows, int T, int D) {
-    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32;
-    if (row >= rows) return;
-    size_t at = (size_t)row * D;
-    const float *scale = mod + (size_t)(row / T) * stride + D;
-    float v[4], g[4], s[4], mean, rstd, g_sum = 0, gx_sum = 0;
-    row_statistics(&mean, &rstd, x + at, D);
-    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
-        load(v, x + at + d);
-        load(g, dout + at + d);
-        load(s, scale + d);
-        EACH(i, 4) {
-            g_sum += g[i] * (1 + s[i]);
-            gx_sum += g[i] * (1 + s[i]) * (v[i] - mean);
-        }
-    }
-    g_sum = warp_sum(g_sum) / D;
-    gx_sum = warp_sum(gx_sum) * rstd * rstd / D;
-    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
-        float out[4];
-        load(v, x + at + d);
-        load(g, dout + at + d);
-        load(s, scale + d);
-        load(out, dx + at + d);
-        EACH(i, 4) out[i] += rstd * (g[i] * (1 + s[i]) - g_sum - (v[i] - mean) * gx_sum);
-        store(dx + at + d, out);
-        if (copy) store(copy + at + d, out);
-    }
-    if (threadIdx.x % 32 == 0) stats[row] = make_float2(mean, rstd);
-}
-
-// Sums over the tokens of a picture: a block has 64 channels of one picture, each warp every eighth token, each lane
-// two channels. This adds what the warps have, in order, to sum (D) of that picture.
-__device__ inline void add_over_warps(float *sum, int d, int D, float2 mine, float2 *shared) {
-    shared[threadIdx.x] = mine;
-    __syncthreads();
-    if (threadIdx.x < 32 && d < D) {
-        for (int w = 1; w < ROWS_PER_BLOCK; w++) {
-            mine.x += shared[threadIdx.x + 32 * w].x;
-            mine.y += shared[threadIdx.x + 32 * w].y;
-        }
-        sum[d] += mine.x;
-        sum[d + 1] += mine.y;
-    }
-    __syncthreads();
-}
-
-// dmod (as mod) += sums over the picture's tokens: dshift = sum dout, dscale = sum dout·LN(x)
-template <typename A>
-__global__ void modulate_backward_kernel(float *dmod, const float2 *stats, const A *dout, const float *x, int stride,
-                                         int T, int D) {
-    SHARED_DYNAMIC(float2, shared);
-    int d = blockIdx.x * 64 + threadIdx.x % 32 * 2;
-    float2 shift = make_float2(0, 0), scale = shift;
-    for (int t = threadIdx.x / 32; t < T && d < D; t += ROWS_PER_BLOCK) {
-        size_t row = (size_t)blockIdx.y * T + t;
-        float g[2], v[2];
-        load(g, dout + row * D + d);
-        load(v, x + row * D + d);
-        float2 s = stats[row];
-        shift.x += g[0];
-        shift.y += g[1];
-        scale.x += g[0] * (v[0] - s.x) * s.y;
-        scale.y += g[1] * (v[1] - s.x) * s.y;
-    }
-    dmod += (size_t)blockIdx.y * stride;
-    add_over_warps(dmod, d, D, shift, shared);
-    add_over_warps(dmod + D, d, D, scale, shared);
-}
-
-// The gated residual out = x + gate·branch (its forward is EPI_GATED): dbranch = dout·gate, dgate += sum over the
-// tokens of dout·branch; the gradient of x is dout itself.
-template <typename A>
-__global__ void gate_backward_kernel(A *dbranch, float *dgate, const float *dout, const float *gate, int stride,
-                                     const A *branch, int T, int D) {
-    SHARED_DYNAMIC(float2, shared);
-    int d = blockIdx.x * 64 + threadIdx.x % 32 * 2;
-    float2 sum = make_float2(0, 0);
-    gate += (size_t)blockIdx.y * stride;
-    for (int t = threadIdx.x / 32; t < T && d < D; t += ROWS_PER_BLOCK) {
-        size_t at = ((size_t)blockIdx.y * T + t) * D + d;
-        float g[2], b[2], s[2];
-        load(g, dout + at);
-        load(b, branch + at);
-        load(s, gate + d);
-        sum.x += g[0] * b[0];
-        sum.y += g[1] * b[1];
-        g[0] *= s[0];
-        g[1] *= s[1];
-        store(dbranch + at, g);
-    }
-    add_over_warps(dgate + (size_t)blockIdx.y * stride, d, D, sum, shared);
-}
+// Attention
 
 // Multi-head attention without mask (FlashAttention, arXiv:2205.14135 and 2307.08691). A block has ROWS rows (queries)
 // of one head of one picture and walks over the columns (keys), COLS at a time; each warp makes 16 rows of S = q·k^T in
@@ -2446,32 +2370,33 @@ __global__ void attention_delta_kernel(float *delta, const A *dout, const A *out
 }
 
 // The backward pass, with P recomputed from q, k and lse: dP = dout·v^T, dS = P·(dP - delta)/sqrt(hd), dq = dS·k; and
-// with KEYS dk = dS^T·q, dv = P^T·dout. Rows are queries, or keys: P^T and dS^T then come out of the products directly.
-// Two kernels cost the scores twice, and save adding up dq across blocks in some order.
+// with KEYS dk = dS^T·q, dv = P^T·dout. Rows are queries, or with KEYS keys: P^T and dS^T then come out of the products
+// directly. d_rows is dq, or dk. Two kernels cost the scores twice, and save adding up dq across blocks in some order.
 template <typename A, int HD, bool KEYS>
 __global__ void __launch_bounds__(128, HD < 64 || (!KEYS && HD < 128) ? 3 : 2)
     attention_backward_kernel(A *dqkv, const A *dout, const float *lse, const float *delta, const A *qkv, int T, int D,
                               int hd, float scale) {
     enum { LD = HD + Tiles<A>::PIECE, ROWS = Tiles<A>::ROWS, COLS = Tiles<A>::COLS, NT = Tiles<A>::NT };
-    SHARED_DYNAMIC(A, r_q); // rows and columns of what makes S, q or k; of what makes dP, dout or v
-    A *r_g = r_q + ROWS * LD, *c_k = r_g + ROWS * LD, *c_v = c_k + COLS * LD;
-    float *col_lse = (float *)(c_v + COLS * LD), *col_delta = col_lse + COLS;
+    // S = rows_s·cols_s^T: q and k; dP = rows_g·cols_g^T: dout and v. With KEYS rows and columns change places.
+    SHARED_DYNAMIC(A, rows_s);
+    A *rows_g = rows_s + ROWS * LD, *cols_s = rows_g + ROWS * LD, *cols_g = cols_s + COLS * LD;
+    float *col_lse = (float *)(cols_g + COLS * LD), *col_delta = col_lse + COLS;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row0 = blockIdx.x * ROWS, first = row0 + 16 * warp;
     size_t at = (size_t)blockIdx.z * T * 3 * D + blockIdx.y * hd, head = (size_t)blockIdx.z * gridDim.y + blockIdx.y;
     const A *q = qkv + at, *k = q + D, *v = k + D, *g = dout + (size_t)blockIdx.z * T * D + blockIdx.y * hd;
-    float dq[HD / 8][4] = {}, dv[KEYS ? HD / 8 : 1][4] = {}, row_lse[2] = {0, 0}, row_delta[2] = {0, 0};
+    float d_rows[HD / 8][4] = {}, dv[KEYS ? HD / 8 : 1][4] = {}, row_lse[2] = {0, 0}, row_delta[2] = {0, 0};
     lse += head * T;
     delta += head * T;
     EACH(i, 2) {
         int row = first + lane / 4 + 8 * i;
         if (row < T) row_lse[i] = lse[row], row_delta[i] = delta[row];
     }
-    load_head<A, HD>(r_q, KEYS ? k : q, 3 * D, row0, T, hd);
-    load_head<A, HD>(r_g, KEYS ? v : g, KEYS ? 3 * D : D, row0, T, hd);
+    load_head<A, HD>(rows_s, KEYS ? k : q, 3 * D, row0, T, hd);
+    load_head<A, HD>(rows_g, KEYS ? v : g, KEYS ? 3 * D : D, row0, T, hd);
     for (int c0 = 0; c0 < T; c0 += COLS) {
         float p[NT][4], ds[NT][4], l[2] = {};
-        load_head<A, HD>(c_k, KEYS ? q : k, 3 * D, c0, T, hd);
-        load_head<A, HD>(c_v, KEYS ? g : v, KEYS ? D : 3 * D, c0, T, hd);
+        load_head<A, HD>(cols_s, KEYS ? q : k, 3 * D, c0, T, hd);
+        load_head<A, HD>(cols_g, KEYS ? g : v, KEYS ? D : 3 * D, c0, T, hd);
         cp_async_commit();
         if (KEYS && threadIdx.x < COLS) { // a query beyond T has no weight anywhere
             int col = c0 + threadIdx.x;
@@ -2480,22 +2405,22 @@ __global__ void __launch_bounds__(128, HD < 64 || (!KEYS && HD < 128) ? 3 : 2)
         }
         cp_async_wait<0>();
         __syncthreads();
-        tile_scores<HD>(p, r_q + 16 * warp * LD, c_k);
+        tile_scores<HD>(p, rows_s + 16 * warp * LD, cols_s);
         EACH(j, NT) { // a key beyond T meets a row of zeros in k: all its weight must be is finite
             if (KEYS) load(l, col_lse + 8 * j + lane % 4 * 2);
             EACH(i, 4) p[j][i] = exp2f(fminf(p[j][i] * scale - (KEYS ? l[i % 2] : row_lse[i / 2]), 0));
         }
-        tile_scores<HD>(ds, r_g + 16 * warp * LD, c_v);
+        tile_scores<HD>(ds, rows_g + 16 * warp * LD, cols_g);
         EACH(j, NT) {
             if (KEYS) load(l, col_delta + 8 * j + lane % 4 * 2);
             EACH(i, 4) ds[j][i] = p[j][i] * (ds[j][i] - (KEYS ? l[i % 2] : row_delta[i / 2]));
         }
-        if constexpr (KEYS) tile_apply<HD>(dv, p, c_v);
-        tile_apply<HD>(dq, ds, c_k);
+        if constexpr (KEYS) tile_apply<HD>(dv, p, cols_g);
+        tile_apply<HD>(d_rows, ds, cols_s);
         __syncthreads();
     }
     const float by[2] = {scale * 0.6931471806f, scale * 0.6931471806f}, one[2] = {1, 1};
-    store_head<HD>(dqkv + at + (KEYS ? D : 0), 3 * D, first, T, hd, dq, by);
+    store_head<HD>(dqkv + at + (KEYS ? D : 0), 3 * D, first, T, hd, d_rows, by);
     if constexpr (KEYS) store_head<HD>(dqkv + at + 2 * D, 3 * D, first, T, hd, dv, one);
 }
 
@@ -2548,165 +2473,8 @@ static void attention_backward(int half, Act *dqkv, float *delta, const Act *dou
           }));
 }
 
-// out = in as the type of activations
-template <typename A>
-__global__ void convert_kernel(A *out, const float *in, size_t count) {
-    size_t i = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
-    float v[4];
-    if (i >= count) return; // counts are multiples of 4
-    load(v, in + i);
-    store(out + i, v);
-}
-
-// Between pictures (B,C,S,S) and tokens (B,T,C·p·p): a thread a pixel. A patch is (channel, row, column), as the patch
-// layer wants it, or with channel_last (row, column, channel), as the final layer gives it.
-__global__ void patches_kernel(float *tokens, float *pictures, int to_picture, int channel_last, int B, int C, int S,
-                               int p) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (size_t)B * C * S * S) return;
-    int column = i % S, row = i / S % S, c = i / S / S % C, side = S / p;
-    size_t b = i / S / S / C, token = (b * side + row / p) * side + column / p;
-    int within = row % p * p + column % p;
-    float *at = tokens + token * C * p * p + (channel_last ? within * C + c : c * p * p + within);
-    if (to_picture)
-        pictures[i] = *at;
-    else
-        *at = pictures[i];
-}
-
-// silu(x) = x·sigmoid(x), only ever applied to (B,D)
-__device__ inline float silu(float x) { return x / (1 + expf(-x)); }
-__device__ inline float silu_slope(float x) {
-    float sigmoid = 1 / (1 + expf(-x));
-    return sigmoid * (1 + x * (1 - sigmoid));
-}
-
-// out = silu(x), or with dout its gradient, dout·silu'(x)
-__global__ void silu_kernel(float *out, const float *x, const float *dout, int count) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < count) out[i] = dout ? dout[i] * silu_slope(x[i]) : silu(x[i]);
-}
-
-// freq (B,256) = rows t of the table of embeddings of all timesteps
-__global__ void time_kernel(float *freq, const float *table, const int *t) {
-    freq[blockIdx.x * 256 + threadIdx.x] = table[t[blockIdx.x] * 256 + threadIdx.x];
-}
-
-// cond (B,D) comes in as t_emb and becomes c = t_emb + y_emb; cond_pp = c or, with label_only, y_emb; and silu of both
-__global__ void condition_kernel(float *cond, float *cond_pp, float *cond_silu, float *cond_pp_silu,
-                                 const float *label_table, const int *y, int label_only, int B, int D) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= B * D) return;
-    float label = label_table[(size_t)y[i / D] * D + i % D], c = cond[i] + label, pp = label_only ? label : c;
-    cond[i] = c;
-    cond_pp[i] = pp;
-    cond_silu[i] = silu(c);
-    cond_pp_silu[i] = silu(pp);
-}
-
-// dcond and dcond_pp (B,D) come in as gradients of silu(c) and silu(c_pp). dtable row y[b] += that of y_emb, picture by
-// picture, since labels repeat; dcond becomes that of t_emb.
-__global__ void condition_backward_kernel(float *dcond, const float *dcond_pp, float *dtable, const float *cond,
-                                          const float *cond_pp, const int *y, int label_only, int B, int D) {
-    int d = blockIdx.x * blockDim.x + threadIdx.x;
-    if (d >= D) return;
-    for (int b = 0; b < B; b++) {
-        int i = b * D + d;
-        float c = dcond[i] * silu_slope(cond[i]), pp = dcond_pp[i] * silu_slope(cond_pp[i]);
-        dtable[(size_t)y[b] * D + d] += c + pp;
-        dcond[i] = label_only ? c : c + pp;
-    }
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
-// Activations: one allocation. Every layer of the path that gets a gradient (pre blocks, the m iterations, post blocks;
-// in DiT all blocks) has its input x[l] and a slot with what its backward pass needs. With `recompute` all share one
-// slot, which the backward pass fills again from x[l]. A model that only samples has one slot and one x: everything
-// happens in place.
-
-typedef struct {
-    Act *u;     // (B,T,2D) fixed-point iterations only: the projection before its gelu
-    float *in;  // (B,T,D)  fixed-point iterations only: the block's input; elsewhere it is x[l]
-    Act *qkv;   // (B,T,3D)
-    float *lse; // (B,H,T)
-    Act *att;   // (B,T,D)
-    Act *proj;  // (B,T,D)
-    Act *fc1;   // (B,T,4D) before its gelu
-    Act *fc2;   // (B,T,D)
-} Slot;
-
-typedef struct { // a sampler's step is linear: x <- of_x·x + of_out·out + sigma·z
-    int t, noisy;
-    int learned; // sigma is exp(0.5 log var), with log var between these two as the model says
-    double of_x, of_out, sigma, log_beta, log_var;
-} SampleStep;
-
-typedef struct {                    // of one picture: its place in the schedule
-    double keep, noise;             // x_t = keep·x0 + noise·eps
-    double target_x0, target_noise; // what the model should give is target_x0·x0 + target_noise·eps
-    double weight;                  // of the squared error
-    double slip;                    // x0_hat - x0 = slip·(target - out)
-    double c1, log_beta, log_var;
-    int t;
-} LossPlace;
-
-typedef struct {
-    float **x; // inputs of the layers, x[l] (B,T,D), and the last output: the residual stream
-    Slot *slot;
-    float *pos, *time_table;         // (T,D); (1000,256) embeddings of all timesteps
-    int *t, *y;                      // (B)
-    float *picture, *noise;          // (B,C,S,S) x0 in training, x in sampling
-    float *x_t, *out;                // (B,C,S,S), (B,Cout,S,S) input and output of the model
-    float *patches, *patch_out;      // (B,T,C·p·p), (B,T,p·p·Cout)
-    float *time_freq;                // (B,256)
-    float *time_hidden, *time_silu;  // (B,D) before and after silu
-    float *cond, *cond_pp;           // (B,D) c = t_emb + y_emb; c or y_emb: for pre, post and final layers
-    float *cond_silu, *cond_pp_silu; // (B,D)
-    float *mod, *final_mod;          // (blocks,B,6D), (B,2D), computed once per timestep
-    Act *inj;                        // (B,T,D) injection
-    float *inj_part;                 // (B,T,2D) the half of the projection that does not change while z iterates
-    Act *z;                          // (B,T,D) bf16 only: z for the matmul
-    Act *normed;                     // (B,T,D) scratch: LN output
-    Act *wide;                       // (B,T,4D) scratch: gelu output
-    float *mid;        // (B,T,D) scratch: z_{k-1}; a block's middle in the backward pass; the final LN's output
-    float *reused;     // (B,T,D) the solution of the timestep before (sampling)
-    float *history;    // (B,window+1,2,T,D) Anderson acceleration: of each iteration in the window f, then g
-    double *gram;      // (B,HISTORY,HISTORY) the products of its f
-    double *sums;      // (B,2) or partial sums of the gradient norm
-    SampleStep *steps; // (1000) in sampling order
-    int *step;
-    // backward
-    float *dx;     // (B,T,D)
-    Act *dx_act;   // (B,T,D) bf16 only: the same for a matmul
-    Act *dnormed;  // (B,T,D)
-    Act *dbranch;  // (B,T,D)
-    Act *dwide;    // (B,T,4D)
-    float *du_sum; // (B,T,2D) gradient of inj_part, summed over the iterations
-    float *dmod, *dfinal_mod, *dcond, *dcond_pp, *dtime;
-    float2 *stats;     // (B,T)
-    float *delta;      // (B,H,T)
-    float *dout;       // (B,Cout,S,S)
-    LossPlace *places; // (B)
-} Activations;
-
-enum { NORM_BLOCKS = 1024 };
-enum Kind { MODEL_WEIGHTS, MODEL_GRADS, MODEL_ADAM_M, MODEL_ADAM_V, MODEL_EMA };
-typedef struct {
-    Config config;
-    int batch, max_m, recompute, training, window; // what the activations have room for
-    int half;                                      // activations are bf16
-    int n_tensors;
-    ParamTensor *tensors;
-    int64_t n_params;
-    real *memory[5];    // by enum Kind; only weights unless training
-    bf16 *half_weights; // of the weights in use, for matmuls; laid out alike
-    Params p, g;
-    Activations a;
-    char *activations; // what `a` points into
-    size_t activation_bytes;
-    int B, m;                                                         // of the current forward pass
-    void (*probe)(const char *name, const real *data, int64_t count); // tests look at activations through this
-} Model;
+// The model's memory
 
 typedef struct {
     char *memory;
@@ -2737,24 +2505,30 @@ static size_t activations_point(Model *m, char *memory) {
     Arena arena = {memory, 0}, *r = &arena;
     size_t B = m->batch, T = config_tokens(c), D = c->width, N = B * T * D, pixels = B * c->image_size * c->image_size;
     size_t F = sizeof(float), A = m->half ? sizeof(bf16) : F;
-    int blocks = config_blocks(c), layers = blocks - c->fixed_point + (c->fixed_point ? m->max_m : 0);
-    for (int l = 0; l <= layers + c->fixed_point; l++) a->x[l] = m->training || !l ? (float *)take(r, N * F) : a->x[0];
-    for (int l = 0; l < layers; l++) {
-        Slot *s = &a->slot[l];
-        if (l > 0 && (m->recompute || !m->training)) {
-            *s = a->slot[0];
+    int blocks = config_blocks(c), last = blocks + (c->fixed_point ? m->max_m : 0);
+    const Layer *shared = NULL;
+    for (int l = 0; l <= last; l++) {
+        Layer *at = &a->layer[l];
+        float *x = a->layer[0].x;
+        if (m->training || !l) take_all(r, N * F, &x);
+        at->x = x;
+        if (l == last || (c->fixed_point && l == c->pre_depth)) continue; // the last output, the injection: x alone
+        if (shared && (m->recompute || !m->training)) {
+            *at = *shared;
+            at->x = x;
             continue;
         }
-        take_all(r, 3 * N * A, &s->qkv);
-        take_all(r, N * A, &s->att);
-        // m varies from step to step, so a slot behind the pre blocks serves an iteration or a post block.
-        int iteration = c->fixed_point && (l >= c->pre_depth || m->recompute || !m->training);
-        if (iteration) take_all(r, N * F, &s->in);
+        shared = at;
+        take_all(r, 3 * N * A, &at->qkv);
+        take_all(r, N * A, &at->att);
+        // m varies from step to step, so a layer behind the injection serves an iteration or a post block.
+        int iteration = c->fixed_point && (l > c->pre_depth || m->recompute || !m->training);
+        if (iteration) take_all(r, N * F, &at->in);
         if (!m->training) continue;
-        if (iteration) take_all(r, 2 * N * A, &s->u);
-        take_all(r, B * c->heads * T * F, &s->lse);
-        take_all(r, N * A, &s->proj, &s->fc2);
-        take_all(r, 4 * N * A, &s->fc1);
+        if (iteration) take_all(r, 2 * N * A, &at->u);
+        take_all(r, B * c->heads * T * F, &at->lse);
+        take_all(r, N * A, &at->proj, &at->fc2);
+        take_all(r, 4 * N * A, &at->fc1);
     }
     take_all(r, T * D * F, &a->pos);
     take_all(r, DIFFUSION_STEPS * 256 * F, &a->time_table);
@@ -2766,8 +2540,9 @@ static size_t activations_point(Model *m, char *memory) {
     take_all(r, blocks * B * 6 * D * F, &a->mod);
     take_all(r, B * 2 * D * F, &a->final_mod);
     take_all(r, N * A, &a->normed);
-    take_all(r, 4 * N * A, &a->wide);
+    take_all(r, 4 * N * A, &a->gelu);
     take_all(r, N * F, &a->mid);
+    a->z_before = a->final_normed = a->recomputed = a->mid; // no two of them are needed at a time
     if (c->fixed_point) {
         take_all(r, N * A, &a->inj);
         take_all(r, 2 * N * F, &a->inj_part);
@@ -2808,7 +2583,7 @@ static size_t params_bytes(const Model *m) {
     return (size_t)m->n_params * ((m->training ? 5 : 1) * sizeof(real) + (m->half ? sizeof(bf16) : 0));
 }
 
-// pos (T,D) and the embeddings of all timesteps, made once, in double (SPEC 1)
+// pos (T,D) and the embeddings of all timesteps, made once, in double
 static void model_tables(Model *m) {
     int side = m->config.image_size / m->config.patch, D = m->config.width, quarter = D / 4;
     float *pos = (float *)xcalloc((size_t)side * side * D, sizeof *pos, "tables");
@@ -2857,8 +2632,7 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     m->window = window;
     m->half = dtype == COMPUTE_BF16;
     int layers = config_blocks(config) + m->max_m;
-    m->a.x = (float **)xcalloc((size_t)layers + 1, sizeof *m->a.x, "the model");
-    m->a.slot = (Slot *)xcalloc((size_t)layers, sizeof *m->a.slot, "the model");
+    m->a.layer = (Layer *)xcalloc((size_t)layers + 1, sizeof *m->a.layer, "the model");
     ParamWalk w = params_point(&m->p, config, NULL, NULL);
     m->n_tensors = w.count;
     m->n_params = w.size;
@@ -2890,8 +2664,7 @@ static void model_free(Model *m) {
     for (int kind = 0; kind < 5; kind++) gpu_free(m->memory[kind], (size_t)m->n_params * sizeof(real));
     gpu_free(m->half_weights, (size_t)m->n_params * sizeof(bf16));
     gpu_free(m->activations, m->activation_bytes);
-    xfree(m->a.x);
-    xfree(m->a.slot);
+    xfree(m->a.layer);
     xfree(m->tensors);
     xfree(m);
 }
@@ -2899,13 +2672,6 @@ static void model_free(Model *m) {
 // Copies all of one kind from or to the host's memory, laid out as the list of tensors says.
 static void model_download(const Model *m, int kind, float *host) {
     gpu_download(host, m->memory[kind], (size_t)m->n_params * sizeof(real));
-}
-
-// out = in, as activations; in fp32 simply `in`
-static const Act *as_act(const Model *m, Act *out, const float *in, size_t count) {
-    if (!m->half) return (const Act *)in;
-    RUN((convert_kernel<bf16>), (unsigned)ceil_div(count, 4 * 256), 256, 0, (bf16 *)out, in, count);
-    return out;
 }
 
 // The weights that the forward pass uses: MODEL_WEIGHTS or, for pictures during training, MODEL_EMA
@@ -2921,855 +2687,1239 @@ static void model_upload(Model *m, int kind, const float *host) {
     gpu_wait();
 }
 
-// A weight as what the matmuls take
-static const Act *act_weight(const Model *m, const real *w) {
-    if (!m->half) return (const Act *)w;
-    const real *first = m->p.patch_w; // the first of all
-    return (const Act *)(m->half_weights + (w - first));
-}
-
-static void model_zero_gradients(Model *m) { gpu_zero(m->memory[MODEL_GRADS], (size_t)m->n_params * sizeof(real)); }
-
 // ---------------------------------------------------------------------------------------------------------------------
-// The model
+// The GPU: errors, memory, copies
 
-// Shows floats, or with `act` activations, to whoever tests.
-static void show_probe(Model *m, const char *name, int k, const void *data, int act, int64_t count) {
-    char text[32];
-    if (!m->probe) return;
-    snprintf(text, sizeof text, k ? "%s.%d" : "%s", name, k);
-    int half = act && m->half;
-    float *host = (float *)xcalloc((size_t)count, sizeof *host, "a probe");
-    uint16_t *bits = (uint16_t *)host;
-    gpu_download(host, data, (size_t)count * (half ? sizeof(bf16) : sizeof(float)));
-    for (int64_t i = count - 1; half && i >= 0; i--) host[i] = bf16_to_float(bits[i]);
-    m->probe(text, host, count);
-    xfree(host);
+static void check(cudaError_t error, const char *what) {
+    if (error != cudaSuccess)
+        die("CUDA: %s: %s%s", what, cudaGetErrorString(error),
+            error == cudaErrorNoKernelImageForDevice ? "; build the program on this machine" : "");
 }
 
-// normed = LN(x)·(1+scale)+shift, mod pointing at shift, of which a picture has `vectors` (6; 2 in the final layer).
-// With a branch and gate, of mid = x + gate·branch, which is stored.
-static void layernorm_forward(Model *m, int half, Act *normed, const float *x, const float *mod, int vectors,
-                              float *mid = NULL, const Act *branch = NULL, const float *gate = NULL) {
-    int T = config_tokens(&m->config), D = m->config.width, rows = m->B * T;
-    TYPED(half, RUN((layernorm_modulate_kernel<A>), (unsigned)ceil_div(rows, ROWS_PER_BLOCK), ROW_THREADS, 0,
-                    (A *)normed, x, mod, vectors * D, rows, T, D, mid, (const A *)branch, gate));
+static void gpu_open(void) {
+    if (gpu.ready) return;
+    setenv("CUDA_MODULE_LOADING", "EAGER", 0); // old drivers cannot load a kernel while a graph is recorded
+    int count = 0;
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess || count == 0)
+        die("no GPU that this program can use: %s; install a current NVIDIA driver, or use the CPU program",
+            error != cudaSuccess ? cudaGetErrorString(error) : "none was found");
+    cudaDeviceProp info;
+    CHECK(cudaGetDeviceProperties(&info, 0));
+    if (info.major < 8)
+        die("the GPU %s has compute capability %d.%d; this program needs 8.0 (Ampere) or newer", info.name, info.major,
+            info.minor);
+    gpu.sms = info.multiProcessorCount;
+    CHECK(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
+    gpu.ready = 1;
 }
 
-// dx += the gradient through that layer, dmod += that of shift and scale; copy: see the kernel
-static void layernorm_backward(Model *m, int half, float *dx, Act *copy, float *dmod, const Act *dout, const float *x,
-                               const float *mod, int vectors) {
-    int T = config_tokens(&m->config), D = m->config.width, rows = m->B * T;
-    dim3 columns((unsigned)ceil_div(D, 64), m->B);
-    TYPED(half, RUN((layernorm_backward_kernel<A>), (unsigned)ceil_div(rows, ROWS_PER_BLOCK), ROW_THREADS, 0, dx,
-                    (A *)copy, m->a.stats, (const A *)dout, x, mod, vectors * D, rows, T, D);
-          RUN((modulate_backward_kernel<A>), columns, ROW_THREADS, ROW_THREADS * sizeof(float2), dmod, m->a.stats,
-              (const A *)dout, x, vectors * D, T, D));
-}
+static void gpu_wait(void) { CHECK(cudaStreamSynchronize(gpu.stream)); }
 
-static void gate_backward(Model *m, Act *dbranch, float *dgate, const float *dout, const float *gate,
-                          const Act *branch) {
-    int T = config_tokens(&m->config), D = m->config.width;
-    dim3 columns((unsigned)ceil_div(D, 64), m->B);
-    TYPED(m->half, RUN((gate_backward_kernel<A>), columns, ROW_THREADS, ROW_THREADS * sizeof(float2), (A *)dbranch,
-                       dgate, dout, gate, 6 * D, (const A *)branch, T, D));
-}
-
-// y = x·w^T + b, activations
-static void linear_forward(Model *m, Act *y, const Act *x, const real *w, const real *b, int M, int K, int N) {
-    matmul<false, false, EPI_STORE>(m->half, linear(y, x, act_weight(m, w), K, b, M, K, N));
-}
-
-// out = x + gate·(in·w^T + b). branch, unless NULL, keeps what gate multiplies; copy, unless NULL, is out as
-// activations.
-static void gated_linear_forward(Model *m, float *out, Act *copy, Act *branch, const float *x, const float *gate,
-                                 const Act *in, const real *w, const real *b, int K) {
-    int T = config_tokens(&m->config), D = m->config.width;
-    Matmul g = linear(out, in, act_weight(m, w), K, b, m->B * T, K, D);
-    g.residual = x, g.gate = gate, g.gate_stride = 6 * D, g.tokens = T;
-    g.pre = branch, g.copy = copy;
-    matmul<false, false, EPI_GATED>(m->half, g);
-}
-
-// out = gelu(x·w^T + b + add), w with row stride ldw; pre, unless NULL, keeps what gelu is applied to
-static void gelu_linear_forward(Model *m, Act *out, Act *pre, const Act *x, const real *w, int ldw, const real *b,
-                                const float *add, int K, int N) {
-    int M = m->B * config_tokens(&m->config);
-    Matmul g = linear(out, x, act_weight(m, w), ldw, b, M, K, N);
-    g.add = add, g.add_rows = M, g.pre = pre;
-    matmul<false, false, EPI_GELU>(m->half, g);
-}
-
-// dpre = (dy·w)·gelu'(pre), act = gelu(pre) for w's own gradient, sum += dpre unless NULL. w (N,K): pre (M,K)
-static void gelu_linear_backward(Model *m, Act *dpre, Act *act, float *sum, const Act *dy, const real *w,
-                                 const Act *pre, int K, int N) {
-    Matmul g = linear_input(dpre, dy, act_weight(m, w), K, m->B * config_tokens(&m->config), K, N);
-    g.pre = (void *)pre, g.copy = act, g.sum = sum;
-    matmul<false, true, EPI_DGELU>(m->half, g);
-}
-
-// dw, db += and dx = of a linear layer between activations
-static void linear_backward(Model *m, Act *dx, real *dw, real *db, const Act *dy, const Act *x, const real *w, int M,
-                            int K, int N) {
-    linear_weight(m->half, dw, K, db, dy, x, M, K, N);
-    matmul<false, true, EPI_STORE>(m->half, linear_input(dx, dy, act_weight(m, w), K, M, K, N));
-}
-
-// out = Block(x, c) (SPEC 1): adaLN-Zero transformer block; with `keep`, s keeps what the backward pass needs. out may
-// be x.
-//   mid = x + gate1·proj(attention(LN(x)·(1+scale1)+shift1))
-//   out = mid + gate2·fc2(gelu(fc1(LN(mid)·(1+scale2)+shift2)))
-// copy, unless NULL, is out as activations.
-static void block_forward(Model *m, float *out, Act *copy, const float *x, const BlockParams *p, const float *mod,
-                          Slot *s, int keep) {
-    Activations *a = &m->a;
-    int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T;
-    layernorm_forward(m, m->half, a->normed, x, mod, 6);
-    linear_forward(m, s->qkv, a->normed, p->qkv_w, p->qkv_b, M, D, 3 * D);
-    attention_forward(m->half, s->att, keep ? s->lse : NULL, s->qkv, B, T, D, m->config.heads);
-    gated_linear_forward(m, out, NULL, keep ? s->proj : NULL, x, mod + 2 * D, s->att, p->proj_w, p->proj_b, D);
-    layernorm_forward(m, m->half, a->normed, out, mod + 3 * D, 6);
-    gelu_linear_forward(m, a->wide, keep ? s->fc1 : NULL, a->normed, p->fc1_w, D, p->fc1_b, NULL, D, 4 * D);
-    gated_linear_forward(m, out, copy, keep ? s->fc2 : NULL, out, mod + 5 * D, a->wide, p->fc2_w, p->fc2_b, 4 * D);
-}
-
-// dx (B,T,D): the gradient of the output on entry, of the input on return, then also in copy (unless NULL). dmod (B,6D)
-// is added to. x is the input.
-static void block_backward(Model *m, float *dx, Act *copy, float *dmod, const BlockParams *g, const float *x,
-                           const BlockParams *p, const float *mod, Slot *s) {
-    Activations *a = &m->a;
-    int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T;
-    // MLP branch
-    gate_backward(m, a->dbranch, dmod + 5 * D, dx, mod + 5 * D, s->fc2);
-    gelu_linear_backward(m, a->dwide, a->wide, NULL, a->dbranch, p->fc2_w, s->fc1, 4 * D, D);
-    linear_weight(m->half, g->fc2_w, 4 * D, g->fc2_b, a->dbranch, a->wide, M, 4 * D, D);
-    layernorm_forward(m, m->half, a->normed, x, mod + 3 * D, 6, a->mid, s->proj, mod + 2 * D);
-    linear_backward(m, a->dnormed, g->fc1_w, g->fc1_b, a->dwide, a->normed, p->fc1_w, M, D, 4 * D);
-    layernorm_backward(m, m->half, dx, NULL, dmod + 3 * D, a->dnormed, a->mid, mod + 3 * D, 6);
-    // Attention branch
-    gate_backward(m, a->dbranch, dmod + 2 * D, dx, mod + 2 * D, s->proj);
-    linear_backward(m, a->dnormed, g->proj_w, g->proj_b, a->dbranch, s->att, p->proj_w, M, D, D);
-    attention_backward(m->half, a->dwide, a->delta, a->dnormed, s->att, s->lse, s->qkv, B, T, D, m->config.heads);
-    layernorm_forward(m, m->half, a->normed, x, mod, 6);
-    linear_backward(m, a->dnormed, g->qkv_w, g->qkv_b, a->dwide, a->normed, p->qkv_w, M, D, 3 * D);
-    layernorm_backward(m, m->half, dx, copy, dmod, a->dnormed, x, mod, 6);
-}
-
-// One fixed-point iteration: out = Block(W2·gelu(W1z·z + inj_part) + b2, c), inj_part = W1inj·inj + b1. z comes as
-// activations, and in bf16 the output goes to a.z as well, for the next iteration.
-static void iteration_forward(Model *m, float *out, const Act *z, Slot *s, int keep) {
-    Activations *a = &m->a;
-    int D = m->config.width, M = m->B * config_tokens(&m->config), f = m->config.pre_depth;
-    gelu_linear_forward(m, a->wide, keep ? s->u : NULL, z, m->p.fp1_w, 2 * D, NULL, a->inj_part, D, 2 * D);
-    matmul<false, false, EPI_FLOAT>(m->half,
-                                    linear(s->in, a->wide, act_weight(m, m->p.fp2_w), 2 * D, m->p.fp2_b, M, 2 * D, D));
-    block_forward(m, out, a->z, s->in, &m->p.block[f], a->mod + (size_t)f * m->batch * 6 * D, s, keep);
-}
-
-// dz (B,T,D): the gradient of the output on entry; on return, unless `first`, of z (nothing flows into the first z).
-// What reaches inj_part is summed in du_sum over the iterations: its matmuls follow once, after the last.
-static void iteration_backward(Model *m, float *dz, const float *z, Slot *s, int first) {
-    Activations *a = &m->a;
-    int D = m->config.width, M = m->B * config_tokens(&m->config), f = m->config.pre_depth;
-    size_t mods = (size_t)f * m->batch * 6 * D;
-    block_backward(m, dz, a->dx_act, a->dmod + mods, &m->g.block[f], s->in, &m->p.block[f], a->mod + mods, s);
-    const Act *dz_act = m->half ? a->dx_act : (const Act *)dz;
-    gelu_linear_backward(m, a->dwide, a->wide, a->du_sum, dz_act, m->p.fp2_w, s->u, 2 * D, D);
-    linear_weight(m->half, m->g.fp2_w, 2 * D, m->g.fp2_b, dz_act, a->wide, M, 2 * D, D);
-    linear_weight(m->half, m->g.fp1_w, 2 * D, NULL, a->dwide, as_act(m, a->normed, z, (size_t)M * D), M, D, 2 * D);
-    if (!first)
-        matmul<false, true, EPI_FLOAT>(m->half,
-                                       linear_input(dz, a->dwide, act_weight(m, m->p.fp1_w), 2 * D, M, D, 2 * D));
-}
-
-// sums (B,2) = ||z - before||^2 and ||z||^2 of each picture, in double; a block a picture
-template <typename T>
-__device__ inline T block_sum(T x, T *shared) {
-    x = warp_sum(x);
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-    __syncthreads();
-    x = 0;
-    for (int w = 0; w < (int)blockDim.x / 32; w++) x += shared[w];
-    __syncthreads();
-    return x;
-}
-__global__ void residual_kernel(double *sums, const float *z, const float *before, size_t count) {
-    SHARED_DYNAMIC(double, shared);
-    double change = 0, norm = 0;
-    for (size_t i = threadIdx.x; i < count; i += blockDim.x) {
-        size_t at = blockIdx.x * count + i;
-        double difference = (double)z[at] - before[at];
-        change += difference * difference;
-        norm += (double)z[at] * z[at];
-    }
-    change = block_sum(change, shared);
-    norm = block_sum(norm, shared);
-    if (threadIdx.x == 0) sums[2 * blockIdx.x] = change;
-    if (threadIdx.x == 0) sums[2 * blockIdx.x + 1] = norm;
-}
-
-// Mean over the pictures of ||z - mid|| / ||z||
-static double residual_of(Model *m, const float *z, size_t count) {
-    double *sums = (double *)xcalloc(2 * (size_t)m->B, sizeof *sums, "residuals"), sum = 0;
-    RUN(residual_kernel, m->B, 1024, 32 * sizeof(double), m->a.sums, z, m->a.mid, count);
-    gpu_download(sums, m->a.sums, 2 * (size_t)m->B * sizeof *sums);
-    for (int b = 0; b < m->B; b++) sum += sqrt(sums[2 * b] / (sums[2 * b + 1] > 0 ? sums[2 * b + 1] : 1));
-    xfree(sums);
-    return sum / m->B;
-}
-
-// a (m) minimises ||sum a_i f_i||^2 + R sum (a_i ||f_i||)^2 where sum a_i = 1, given the products f_i·f_j: all rows of
-// (gram + R diag)·a are the same number. R keeps the weights of nearly parallel residuals small. Where no unique a
-// exists because a residual is zero, the newest counts alone. One thread of a block calls this.
-__device__ inline void anderson_weights(double a[HISTORY], const double *gram, int m, int newest) {
-    __shared__ double A[HISTORY][HISTORY]; // in local memory it would be reserved for every thread of the GPU
-    const double R = 1e-8;
-    double sum = 0;
-    int positive = 1;
-    for (int i = 0; i < m; i++) {
-        a[i] = 1;
-        for (int j = 0; j < m; j++) A[i][j] = gram[i * HISTORY + j] * (i == j ? 1 + R : 1);
-    }
-    for (int i = 0; i < m; i++) { // Gaussian elimination, which needs no pivoting as the matrix is positive definite
-        positive &= A[i][i] > 0;
-        for (int r = i + 1; r < m; r++) {
-            double factor = A[r][i] / A[i][i];
-            for (int j = i; j < m; j++) A[r][j] -= factor * A[i][j];
-            a[r] -= factor * a[i];
-        }
-    }
-    for (int i = m - 1; i >= 0; i--) {
-        for (int j = i + 1; j < m; j++) a[i] -= A[i][j] * a[j];
-        a[i] /= A[i][i];
-        sum += a[i];
-    }
-    for (int i = 0; i < m; i++) a[i] = positive ? a[i] / sum : i == newest;
-}
-
-// The newest f and g of each picture into its history, and f's product with that of place blockIdx.x of m into gram
-__global__ void anderson_products_kernel(double *gram, float *history, const float *z, const float *before, int newest,
-                                         int slots, size_t count) {
-    SHARED_DYNAMIC(double, shared);
-    int i = blockIdx.x, b = blockIdx.y;
-    float *f = history + 2 * ((size_t)b * slots + i) * count;
-    double *products = gram + b * HISTORY * HISTORY, dot = 0;
-    for (size_t e = threadIdx.x; e < count; e += blockDim.x) {
-        float g = z[b * count + e], change = g - before[b * count + e];
-        if (i == newest) f[e] = change;
-        if (i == newest) f[count + e] = g;
-        dot += (double)change * f[e];
-    }
-    dot = block_sum(dot, shared);
-    if (threadIdx.x == 0) products[i * HISTORY + newest] = products[newest * HISTORY + i] = dot;
-}
-
-// z (B,count) = sum a_i·(g_i - undo·f_i), and in bf16 the same to copy. Every block solves for a again, so there are no
-// more of them than fill the GPU.
-template <typename A>
-__global__ void anderson_mix_kernel(float *z, A *copy, const double *gram, const float *history, int m, int newest,
-                                    int slots, float undo, size_t count) {
-    __shared__ double a[HISTORY];
-    size_t b = blockIdx.y, e = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
-    if (threadIdx.x == 0) anderson_weights(a, gram + b * HISTORY * HISTORY, m, newest);
-    __syncthreads();
-    for (; e < count; e += 4 * (size_t)gridDim.x * blockDim.x) {
-        float mixed[4] = {0, 0, 0, 0};
-        for (int i = 0; i < m; i++) {
-            float f[4], g[4];
-            load(f, history + 2 * (b * slots + i) * count + e);
-            load(g, history + (2 * (b * slots + i) + 1) * count + e);
-            EACH(j, 4) mixed[j] += (float)a[i] * (g[j] - undo * f[j]);
-        }
-        store(z + b * count + e, mixed);
-        if (copy) store(copy + b * count + e, mixed);
-    }
-}
-
-// Anderson acceleration (Walker and Ni 2011, type II; in equilibrium models arXiv:1909.01377) after iteration k = 1...
-// of a timestep, for each picture alone. z (B,T,D) holds g(z_{k-1}) on entry, a.mid z_{k-1}. With f_i = g(z_i) - z_i
-// of the last min(k, window+1) iterations, which a.history and a.gram keep:
-//   z_k = sum a_i·(z_i + mixing·f_i),   a = argmin ||sum a_i f_i||, sum a_i = 1;   in bf16 also in a.z
-static void anderson_forward(Model *m, float *z, int k, int window, double mixing) {
-    size_t count = (size_t)config_tokens(&m->config) * m->config.width;
-    int slots = window + 1, used = imin(k, slots), newest = (k - 1) % slots;
-    RUN(anderson_products_kernel, dim3(used, m->B), 512, 32 * sizeof(double), m->a.gram, m->a.history, z, m->a.mid,
-        newest, slots, count);
-    unsigned blocks = imin((int)ceil_div(count, 4 * 256), (int)ceil_div(8 * gpu.sms, m->B));
-    TYPED(m->half, RUN((anderson_mix_kernel<A>), dim3(blocks, m->B), 256, 0, z, (A *)m->a.z, m->a.gram, m->a.history,
-                       used, newest, slots, (float)(1 - mixing), count));
-}
-
-// How sampling watches and steers the fixed point; training passes NULL.
-typedef struct {
-    int reuse, reuse_ready;    // start from the solution of the timestep before, once there is one
-    int want_residual, window; // window: of Anderson acceleration, 0 for plain iteration
-    double tol, mixing;        // stop when the residual is below tol
-    double residuals[1000];    // of the iterations that ran, when wanted
-    int ran;
-} Solve;
-
-// Conditions c and c_pp from a.t and a.y, and with them the modulation of every block: constant while z iterates. All
-// of this is fp32: it is one row a picture.
-static void condition_forward(Model *m) {
-    const Config *c = &m->config;
-    Activations *a = &m->a;
-    int B = m->B, D = c->width, blocks = config_blocks(c), label_only = !c->timestep_in_pre_post && c->fixed_point;
-    unsigned wide = (unsigned)ceil_div((size_t)B * D, 256);
-    RUN(time_kernel, B, 256, 0, a->time_freq, a->time_table, a->t);
-    matmul<false, false, EPI_FLOAT>(0,
-                                    linear(a->time_hidden, a->time_freq, m->p.time0_w, 256, m->p.time0_b, B, 256, D));
-    RUN(silu_kernel, wide, 256, 0, a->time_silu, a->time_hidden, (const float *)NULL, B * D);
-    matmul<false, false, EPI_FLOAT>(0, linear(a->cond, a->time_silu, m->p.time2_w, D, m->p.time2_b, B, D, D));
-    RUN(condition_kernel, wide, 256, 0, a->cond, a->cond_pp, a->cond_silu, a->cond_pp_silu, m->p.label_table, a->y,
-        label_only, B, D);
-    for (int i = 0; i < blocks; i++) {
-        const float *cond = c->fixed_point && i == c->pre_depth ? a->cond_silu : a->cond_pp_silu;
-        matmul<false, false, EPI_FLOAT>(0, linear(a->mod + (size_t)i * m->batch * 6 * D, cond, m->p.block[i].ada_w, D,
-                                                  m->p.block[i].ada_b, B, D, 6 * D));
-    }
-    matmul<false, false, EPI_FLOAT>(
-        0, linear(a->final_mod, a->cond_pp_silu, m->p.final_ada_w, D, m->p.final_ada_b, B, D, 2 * D));
-}
-
-static void condition_backward(Model *m) {
-    const Config *c = &m->config;
-    Activations *a = &m->a;
-    int B = m->B, D = c->width, blocks = config_blocks(c), label_only = !c->timestep_in_pre_post && c->fixed_point;
-    gpu_zero(a->dcond, (size_t)B * D * sizeof(float));
-    gpu_zero(a->dcond_pp, (size_t)B * D * sizeof(float));
-    for (int i = -1; i < blocks; i++) { // -1: the final layer
-        int fixed = c->fixed_point && i == c->pre_depth, N = i < 0 ? 2 * D : 6 * D;
-        const float *dmod = i < 0 ? a->dfinal_mod : a->dmod + (size_t)i * m->batch * 6 * D;
-        const real *w = i < 0 ? m->p.final_ada_w : m->p.block[i].ada_w;
-        real *dw = i < 0 ? m->g.final_ada_w : m->g.block[i].ada_w, *db = i < 0 ? m->g.final_ada_b : m->g.block[i].ada_b;
-        linear_weight(0, dw, D, db, dmod, fixed ? a->cond_silu : a->cond_pp_silu, B, D, N);
-        matmul<false, true, EPI_WEIGHT>(0, linear_input(fixed ? a->dcond : a->dcond_pp, dmod, w, D, B, D, N));
-    }
-    RUN(condition_backward_kernel, (unsigned)ceil_div(D, 128), 128, 0, a->dcond, a->dcond_pp, m->g.label_table, a->cond,
-        a->cond_pp, a->y, label_only, B, D);
-    linear_weight(0, m->g.time2_w, D, m->g.time2_b, a->dcond, a->time_silu, B, D, D);
-    matmul<false, true, EPI_FLOAT>(0, linear_input(a->dcond_pp, a->dcond, m->p.time2_w, D, B, D, D));
-    RUN(silu_kernel, (unsigned)ceil_div((size_t)B * D, 256), 256, 0, a->dtime, a->time_hidden, a->dcond_pp, B * D);
-    linear_weight(0, m->g.time0_w, 256, m->g.time0_b, a->dtime, a->time_freq, B, 256, D);
-}
-
-// a.out (B,Cout,S,S) from a.x_t (B,C,S,S), timesteps a.t (B) and labels a.y (B): n iterations that keep nothing, then m
-// that keep what backpropagation needs (none when sampling). In DiT n and m mean nothing.
-static void model_forward(Model *m, int B, int n, int iterations, Solve *solve) {
-    const Config *c = &m->config;
-    Activations *a = &m->a;
-    int T = config_tokens(c), D = c->width, M = B * T, pre = c->fixed_point ? c->pre_depth : c->depth, l = 0;
-    int p = c->patch, S = c->image_size, C = c->channels, Cout = config_out_channels(c), keep = !solve && !m->recompute;
-    size_t N = (size_t)M * D, mods = (size_t)m->batch * 6 * D;
-    assert(B <= m->batch && iterations <= (m->training ? m->max_m : 0));
-    m->B = B;
-    m->m = c->fixed_point ? iterations : 0;
-    condition_forward(m);
-    RUN(patches_kernel, (unsigned)ceil_div((size_t)B * C * S * S, 256), 256, 0, a->patches, a->x_t, 0, 0, B, C, S, p);
-    Matmul embed = linear(a->x[0], a->patches, m->p.patch_w, C * p * p, m->p.patch_b, M, C * p * p, D);
-    embed.add = a->pos;
-    embed.add_rows = T;
-    matmul<false, false, EPI_FLOAT>(0, embed);
-    show_probe(m, "act.tokens", 0, a->x[0], 0, N);
-    for (; l < pre; l++)
-        block_forward(m, a->x[l + 1], NULL, a->x[l], &m->p.block[l], a->mod + l * mods, &a->slot[l], keep);
-    if (c->fixed_point) {
-        float *h = a->x[l];
-        show_probe(m, "act.pre", 0, h, 0, N);
-        linear_forward(m, a->inj, as_act(m, a->normed, h, N), m->p.inject_w, m->p.inject_b, M, D, D);
-        show_probe(m, "act.inj", 0, a->inj, 1, N);
-        matmul<false, false, EPI_FLOAT>(
-            m->half, linear(a->inj_part, a->inj, act_weight(m, m->p.fp1_w + D), 2 * D, m->p.fp1_b, M, D, 2 * D));
-        // x[l+1] is z_n, the input of the first iteration with gradient; the n before it happen there, in place.
-        float *z = a->x[l + 1];
-        const float *start = solve && solve->reuse && solve->reuse_ready ? a->reused : h;
-        if (z != start) gpu_copy(z, start, N * sizeof(float));
-        as_act(m, a->z, z, N);
-        for (int k = 1; k <= n + iterations; k++) {
-            float *next = k <= n ? z : a->x[l + 1 + k - n];
-            if (solve && (solve->want_residual || solve->window)) gpu_copy(a->mid, z, N * sizeof(float));
-            iteration_forward(m, next, m->half ? a->z : (const Act *)z, &a->slot[k <= n ? l : l + k - n - 1],
-                              keep && k > n);
-            z = next;
-            show_probe(m, "act.z", k, z, 0, N);
-            if (!solve) continue;
-            solve->ran = k;
-            if (solve->want_residual) solve->residuals[k - 1] = residual_of(m, z, (size_t)T * D);
-            int last = k == n + iterations || (solve->want_residual && solve->residuals[k - 1] < solve->tol);
-            if (solve->window) anderson_forward(m, z, k, solve->window, last ? 1 : solve->mixing);
-            if (last) break;
-        }
-        if (solve && solve->reuse) {
-            gpu_copy(a->reused, z, N * sizeof(float));
-            solve->reuse_ready = 1;
-        }
-        l += iterations;
-        for (int block = pre + 1; block < config_blocks(c); block++, l++)
-            block_forward(m, a->x[l + 2], NULL, a->x[l + 1], &m->p.block[block], a->mod + block * mods, &a->slot[l],
-                          keep);
-    }
-    float *last = a->x[l + c->fixed_point];
-    show_probe(m, "act.post", 0, last, 0, N);
-    layernorm_forward(m, 0, (Act *)a->mid, last, a->final_mod, 2);
-    matmul<false, false, EPI_FLOAT>(0, linear(a->patch_out, a->mid, m->p.final_w, D, m->p.final_b, M, D, p * p * Cout));
-    RUN(patches_kernel, (unsigned)ceil_div((size_t)B * Cout * S * S, 256), 256, 0, a->patch_out, a->out, 1, 1, B, Cout,
-        S, p);
-    show_probe(m, "output", 0, a->out, 0, (int64_t)B * Cout * S * S);
-}
-
-// Adds to the gradients those of the loss whose gradient with respect to the output is a.dout.
-static void model_backward(Model *m) {
-    const Config *c = &m->config;
-    Activations *a = &m->a;
-    int B = m->B, T = config_tokens(c), D = c->width, M = B * T, pre = c->fixed_point ? c->pre_depth : c->depth;
-    int p = c->patch, S = c->image_size, C = c->channels, Cout = config_out_channels(c), blocks = config_blocks(c);
-    int l = blocks - c->fixed_point + m->m;
-    size_t N = (size_t)M * D, mods = (size_t)m->batch * 6 * D;
-    gpu_zero(a->dx, N * sizeof(float));
-    gpu_zero(a->dfinal_mod, (size_t)B * 2 * D * sizeof(float));
-    gpu_zero(a->dmod, blocks * mods * sizeof(float));
-    const float *last = a->x[l + c->fixed_point];
-    // Final layer, in fp32; a.mid still holds its normed input, and a.dwide has room for that's gradient.
-    RUN(patches_kernel, (unsigned)ceil_div((size_t)B * Cout * S * S, 256), 256, 0, a->patch_out, a->dout, 0, 1, B, Cout,
-        S, p);
-    linear_weight(0, m->g.final_w, D, m->g.final_b, a->patch_out, a->mid, M, D, p * p * Cout);
-    matmul<false, true, EPI_FLOAT>(0, linear_input(a->dwide, a->patch_out, m->p.final_w, D, M, D, p * p * Cout));
-    layernorm_backward(m, 0, a->dx, NULL, a->dfinal_mod, a->dwide, last, a->final_mod, 2);
-    if (c->fixed_point) {
-        for (int block = blocks - 1; block > pre; block--) {
-            const BlockParams *w = &m->p.block[block];
-            l--;
-            if (m->recompute) block_forward(m, a->mid, NULL, a->x[l + 1], w, a->mod + block * mods, &a->slot[l], 1);
-            block_backward(m, a->dx, NULL, a->dmod + block * mods, &m->g.block[block], a->x[l + 1], w,
-                           a->mod + block * mods, &a->slot[l]);
-        }
-        gpu_zero(a->du_sum, 2 * N * sizeof(float));
-        for (int k = m->m - 1; k >= 0; k--) {
-            l--;
-            if (m->recompute) iteration_forward(m, a->mid, as_act(m, a->z, a->x[l + 1], N), &a->slot[l], 1);
-            iteration_backward(m, a->dx, a->x[l + 1], &a->slot[l], k == 0);
-        }
-        // Input injection: inj_part = W1inj·inj + b1, inj = Wp·h + bp; the pre blocks get their gradient through it
-        // alone.
-        const Act *du = as_act(m, a->dwide, a->du_sum, 2 * N), *dinj = a->dnormed;
-        linear_weight(m->half, m->g.fp1_w + D, 2 * D, m->g.fp1_b, du, a->inj, M, D, 2 * D);
-        matmul<false, true, EPI_STORE>(m->half,
-                                       linear_input(a->dnormed, du, act_weight(m, m->p.fp1_w + D), 2 * D, M, D, 2 * D));
-        linear_weight(m->half, m->g.inject_w, D, m->g.inject_b, dinj, as_act(m, a->normed, a->x[l], N), M, D, D);
-        matmul<false, true, EPI_FLOAT>(m->half, linear_input(a->dx, dinj, act_weight(m, m->p.inject_w), D, M, D, D));
-    }
-    while (--l >= 0) {
-        const BlockParams *w = &m->p.block[l];
-        if (m->recompute) block_forward(m, a->mid, NULL, a->x[l], w, a->mod + l * mods, &a->slot[l], 1);
-        block_backward(m, a->dx, NULL, a->dmod + l * mods, &m->g.block[l], a->x[l], w, a->mod + l * mods, &a->slot[l]);
-    }
-    linear_weight(0, m->g.patch_w, C * p * p, m->g.patch_b, a->dx, a->patches, M, C * p * p, D);
-    condition_backward(m);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Diffusion: the training loss (SPEC 2)
-
-// Where each picture stands in the schedule
-static void loss_places(LossPlace *places, const Schedule *s, const Config *c, const int *t, int B) {
-    for (int b = 0; b < B; b++) {
-        double ab = s->alpha_bar[t[b]], a = sqrt(ab), n = sqrt(1 - ab), tau = t[b] / (double)DIFFUSION_STEPS;
-        LossPlace *p = &places[b];
-        int flow = c->prediction == PREDICT_FLOW, v = c->prediction == PREDICT_V;
-        p->t = t[b];
-        p->keep = flow ? 1 - tau : a;
-        p->noise = flow ? tau : n;
-        p->target_x0 = flow ? 1 : v ? -n : 0;
-        p->target_noise = flow ? -1 : v ? a : 1;
-        p->weight = v && c->v_weight == V_WEIGHT_P2 ? ab / n * (1 - ab) : 1; // (x0-x0_hat)^2 = (1-ab)(v-out)^2
-        p->slip = v ? n : n / a;
-        p->c1 = s->c1[t[b]];
-        p->log_beta = s->log_beta[t[b]];
-        p->log_var = s->log_var[t[b]];
-    }
-}
-
-// x_t = sqrt(alpha_bar)·x0 + sqrt(1-alpha_bar)·noise, or for flow (1-tau)·x0 + tau·noise with tau = t/1000. All
-// (B,C,S,S), `count` a picture.
-__global__ void diffuse_kernel(float *x_t, int *t, const float *x0, const float *noise, const LossPlace *places,
-                               size_t count) {
-    const LossPlace p = places[blockIdx.y];
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, at = blockIdx.y * count + i;
-    if (i < count) x_t[at] = (float)(p.keep * x0[at] + p.noise * noise[at]);
-    if (i == 0) t[blockIdx.y] = p.t;
-}
-
-// cdf of the standard normal by its tanh form, and its derivative
-__device__ inline double normal_cdf(double u, double *slope) {
-    double th = tanh(0.7978845608028654 * (u + 0.044715 * u * u * u));
-    *slope = 0.5 * (1 - th * th) * 0.7978845608028654 * (1 + 0.134145 * u * u);
-    return 0.5 * (1 + th);
-}
-
-// One element's variational term in nats: KL(q || p) of two Gaussians for t > 0, minus log p(x0) of the discretised
-// Gaussian at t = 0, where the true mean is x0. miss = mean of p - true mean. *slope = its derivative with respect to
-// log_var, the log variance of p.
-__device__ inline double variational_term(double *slope, int t, double x0, double miss, double log_var,
-                                          double true_log_var) {
-    if (t > 0) {
-        double ratio = exp(true_log_var - log_var), square = miss * miss * exp(-log_var);
-        *slope = 0.5 * (1 - ratio - square);
-        return 0.5 * (-1 + log_var - true_log_var + ratio + square);
-    }
-    double inverse = exp(-0.5 * log_var), upper = inverse * (1 / 255.0 - miss), lower = inverse * (-1 / 255.0 - miss);
-    double upper_slope, lower_slope, upper_cdf = normal_cdf(upper, &upper_slope),
-                                     lower_cdf = normal_cdf(lower, &lower_slope);
-    if (x0 < -0.999) lower_cdf = lower_slope = 0;
-    if (x0 > 0.999) upper_cdf = 1, upper_slope = 0;
-    double mass = upper_cdf - lower_cdf; // probability of the bin; d u / d log_var = -u/2
-    *slope = mass < 1e-12 ? 0 : 0.5 * (upper * upper_slope - lower * lower_slope) / mass;
-    return -log(mass < 1e-12 ? 1e-12 : mass);
-}
-
-// sums (B,2): the (weighted) squared error and the variational term in bits, means over each picture's `count`
-// elements. dout (B,Cout,S,S) becomes the gradient of `scale` times the sum of both over the pictures. In double: this
-// is 1e-4 of a step's work. A block a picture.
-__global__ void loss_kernel(double *sums, float *dout, const float *out, const float *x0, const float *noise,
-                            const LossPlace *places, int learn_sigma, double scale, size_t count) {
-    SHARED_DYNAMIC(double, shared);
-    const LossPlace p = places[blockIdx.x];
-    double square = 0, bits = 0;
-    for (size_t i = threadIdx.x; i < count; i += blockDim.x) {
-        size_t at = blockIdx.x * count + i, out_at = blockIdx.x * count * (learn_sigma ? 2 : 1) + i;
-        double error = p.target_x0 * x0[at] + p.target_noise * noise[at] - out[out_at];
-        square += p.weight * error * error;
-        dout[out_at] = (float)(-2 * scale * p.weight * error / count);
-        if (!learn_sigma) continue;
-        double slope, share = (out[out_at + count] + 1.0) / 2;
-        double log_var = share * p.log_beta + (1 - share) * p.log_var;
-        bits += variational_term(&slope, p.t, x0[at], p.c1 * p.slip * error, log_var, p.log_var);
-        dout[out_at + count] = (float)(scale * slope * 0.5 * (p.log_beta - p.log_var) / log(2.0) / count);
-    }
-    square = block_sum(square, shared);
-    bits = block_sum(bits, shared);
-    if (threadIdx.x == 0) sums[2 * blockIdx.x] = square / count;
-    if (threadIdx.x == 0) sums[2 * blockIdx.x + 1] = bits / log(2.0) / count;
-}
-
-// Forward, loss and backward of B pictures; the gradient of `scale`·(sum of their losses) is added to the model's
-// gradients. x0, noise (B,C,S,S); t, y (B); n and m iterations without and with gradient. Fills mse and vb (B).
-static void model_loss(Model *model, const Schedule *s, const float *x0, const float *noise, const int *t, const int *y,
-                       int B, int n, int m, double scale, double *mse, double *vb) {
-    const Config *c = &model->config;
-    Activations *a = &model->a;
-    size_t count = (size_t)c->channels * c->image_size * c->image_size;
-    LossPlace *places = (LossPlace *)xcalloc((size_t)B, sizeof *places, "a batch");
-    double *sums = (double *)xcalloc(2 * (size_t)B, sizeof *sums, "a batch");
-    loss_places(places, s, c, t, B);
-    gpu_upload(a->places, places, (size_t)B * sizeof *places);
-    gpu_upload(a->picture, x0, B * count * sizeof *x0);
-    gpu_upload(a->noise, noise, B * count * sizeof *noise);
-    gpu_upload(a->y, y, (size_t)B * sizeof *y);
-    RUN(diffuse_kernel, dim3((unsigned)ceil_div(count, 256), B), 256, 0, a->x_t, a->t, a->picture, a->noise, a->places,
-        count);
-    model_forward(model, B, n, m, NULL);
-    RUN(loss_kernel, B, 512, 32 * sizeof(double), a->sums, a->dout, a->out, a->picture, a->noise, a->places,
-        c->learn_sigma, scale, count);
-    model_backward(model);
-    gpu_download(sums, a->sums, 2 * (size_t)B * sizeof *sums);
-    for (int b = 0; b < B; b++) mse[b] = sums[2 * b], vb[b] = sums[2 * b + 1];
-    xfree(places);
-    xfree(sums);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Sampling (SPEC 3)
-
-// One timestep of the sampler: x (B,C,S,S) from itself, the model's output and the noise z; and the model's next input
-// x_t, for both halves when guided. `guided` elements of a picture follow out = uncond + cfg·(cond - uncond); 0: no
-// guidance.
-__global__ void sample_step_kernel(float *x, float *x_t, const float *out, const float *z, const SampleStep *steps,
-                                   const int *step, double cfg, size_t guided, size_t count, size_t out_count, int B) {
-    const SampleStep s = steps[*step];
-    size_t e = (size_t)blockIdx.x * blockDim.x + threadIdx.x, b = blockIdx.y, at = b * count + e;
-    if (e >= count) return;
-    double v = out[b * out_count + e], sigma = s.sigma;
-    if (e < guided) {
-        double uncond = out[(B + b) * out_count + e];
-        v = uncond + cfg * (v - uncond);
-    }
-    if (s.learned) {
-        double share = (out[b * out_count + e + count] + 1.0) / 2;
-        sigma = exp(0.5 * (share * s.log_beta + (1 - share) * s.log_var));
-    }
-    float next = (float)(s.of_x * x[at] + s.of_out * v + (s.noisy ? sigma * z[at] : 0));
-    x[at] = x_t[at] = next;
-    if (guided) x_t[B * count + at] = next;
-}
-
-// The timestep of every row, at the start (advance 0) and after each step (1)
-__global__ void next_step_kernel(int *t, int *step, const SampleStep *steps, int advance, int count, int rows) {
-    int next = *step + advance;
-    __syncthreads();
-    if (next < count)
-        for (int i = threadIdx.x; i < rows; i += blockDim.x) t[i] = steps[next].t;
-    if (threadIdx.x == 0) *step = next;
-}
-
-// The coefficients of each timestep, in sampling order: with x0_hat and eps_hat both linear in x and out, so is the
-// step.
-static void sample_steps(SampleStep *steps, const Schedule *s, const SampleSettings *set, const Config *c) {
-    for (int k = 0; k < s->n; k++) {
-        int i = s->n - 1 - k, v = c->prediction == PREDICT_V;
-        SampleStep *p = &steps[k];
-        double ab = s->alpha_bar[i], prev = s->alpha_bar_prev[i], a = sqrt(ab), n = sqrt(1 - ab);
-        double x0_x = v ? a : 1 / a, x0_out = v ? -n : -n / a, eps_x = v ? n : 0, eps_out = v ? a : 1;
-        memset(p, 0, sizeof *p);
-        p->t = s->t[i];
-        if (set->sampler == SAMPLER_FLOW) {
-            p->of_x = 1;
-            p->of_out = 1.0 / s->n;
-        } else if (set->sampler == SAMPLER_DDPM) {
-            p->of_x = s->c1[i] * x0_x + s->c2[i];
-            p->of_out = s->c1[i] * x0_out;
-            p->learned = c->learn_sigma;
-            p->log_beta = s->log_beta[i];
-            p->log_var = s->log_var[i];
-            p->sigma = exp(0.5 * s->log_beta[i]);
-            p->noisy = i > 0;
-        } else {
-            p->sigma = set->eta * sqrt((1 - prev) / (1 - ab)) * sqrt(1 - ab / prev);
-            double rest = 1 - prev - p->sigma * p->sigma, keep = sqrt(rest > 0 ? rest : 0);
-            p->of_x = sqrt(prev) * x0_x + keep * eps_x;
-            p->of_out = sqrt(prev) * x0_out + keep * eps_out;
-            p->noisy = i > 0 && set->eta > 0;
-        }
-    }
-}
-
-// Draws B pictures: x (B,C,S,S) holds x_T on entry and the pictures on return. z (steps,B,C,S,S), the noise of each
-// step, is given by tests; when NULL it is drawn: picture b is number first+b of the seed. The model needs room for 2B
-// with guidance. A timestep is a few hundred short kernels, which would take longer to launch than to run: they are
-// recorded once for each number of iterations, as a CUDA graph, and replayed. All that differs between timesteps is
-// read from device memory.
-static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int B,
-                         const float *z, uint64_t seed, int first) {
-    const Config *c = &model->config;
-    Activations *a = &model->a;
-    int guided = set->cfg != 1, rows = guided ? 2 * B : B, S = s->n, n_graphs = 0, zero = 0;
-    size_t count = (size_t)c->channels * c->image_size * c->image_size, out_count = count * (c->learn_sigma ? 2 : 1);
-    size_t guided_count = guided ? count / c->channels * imin(set->cfg_channels, c->channels) : 0;
-    struct Graph {
-        int iters, reuse_ready;
-        cudaGraphExec_t exec;
-    } *graphs = (struct Graph *)xcalloc((size_t)S, sizeof *graphs, "sampling");
-    SampleStep *steps = (SampleStep *)xcalloc((size_t)S, sizeof *steps, "sampling");
-    int *labels = (int *)xcalloc((size_t)rows, sizeof *labels, "sampling");
-    float *noise = (float *)xcalloc(B * count, sizeof *noise, "sampling");
-    Solve *solve = (Solve *)xcalloc(1, sizeof *solve, "sampling");
-    solve->reuse = set->reuse && c->fixed_point;
-    solve->want_residual = set->trace || set->tol > 0;
-    solve->tol = set->tol;
-    solve->window = set->window;
-    solve->mixing = set->mixing;
-    assert(set->window <= model->window);
-    for (int b = 0; b < rows; b++) labels[b] = b < B ? y[b] : c->classes;
-    sample_steps(steps, s, set, c);
-    gpu_upload(a->steps, steps, (size_t)S * sizeof *steps);
-    gpu_upload(a->step, &zero, sizeof zero);
-    gpu_upload(a->y, labels, (size_t)rows * sizeof *labels);
-    gpu_upload(a->picture, x, B * count * sizeof *x);
-    for (int half = 0; half <= guided; half++) gpu_copy(a->x_t + half * B * count, a->picture, B * count * sizeof *x);
-    RUN(next_step_kernel, 1, 256, 0, a->t, a->step, a->steps, 0, S, rows);
-    for (int step = 0; step < S; step++) {
-        int i = S - 1 - step, iters = c->fixed_point ? set->iters[step] : 0;
-        if (!z && steps[step].noisy)
-            for (int b = 0; b < B; b++)
-                rng_normal(noise + b * count, count, 0, seed, (uint32_t)((first + b) * DIFFUSION_STEPS + i), STREAM_Z);
-        if (steps[step].noisy) {
-            gpu_upload(a->noise, z ? z + step * B * count : noise, B * count * sizeof *noise);
-            gpu_wait(); // the host draws the next step's into the same place
-        }
-
-        struct Graph *graph = graphs;
-        while (graph < graphs + n_graphs && (graph->iters != iters || graph->reuse_ready != solve->reuse_ready))
-            graph++;
-        int record = graph == graphs + n_graphs,
-            plain = solve->want_residual && c->fixed_point; // those wait for the GPU
-        if (record || plain) {
-            cudaGraph_t recorded;
-            graph->iters = iters;
-            graph->reuse_ready = solve->reuse_ready;
-            if (!plain) CHECK(cudaStreamBeginCapture(gpu.stream, cudaStreamCaptureModeRelaxed));
-            model_forward(model, rows, iters, 0, solve);
-            RUN(sample_step_kernel, dim3((unsigned)ceil_div(count, 256), B), 256, 0, a->picture, a->x_t, a->out,
-                a->noise, a->steps, a->step, set->cfg, guided_count, count, out_count, B);
-            RUN(next_step_kernel, 1, 256, 0, a->t, a->step, a->steps, 1, S, rows);
-            if (!plain) {
-                CHECK(cudaStreamEndCapture(gpu.stream, &recorded));
-                CHECK(cudaGraphInstantiate(&graph->exec, recorded, 0));
-                CHECK(cudaGraphDestroy(recorded));
-                n_graphs++;
-            }
-        }
-        if (!plain) {
-            CHECK(cudaGraphLaunch(graph->exec, gpu.stream));
-            solve->ran = iters;
-            solve->reuse_ready = solve->reuse;
-        }
-        set->passes += c->fixed_point ? c->pre_depth + solve->ran + c->post_depth : c->depth;
-        for (int k = 0; set->trace && k < solve->ran && c->fixed_point; k++)
-            fprintf(set->trace, "%d,%d,%d,%.6g\n", step, s->t[i], k + 1, solve->residuals[k]);
-    }
-    gpu_download(x, a->picture, B * count * sizeof *x);
-    for (int i = 0; i < n_graphs; i++) CHECK(cudaGraphExecDestroy(graphs[i].exec));
-    xfree(graphs);
-    xfree(steps);
-    xfree(labels);
-    xfree(noise);
-    xfree(solve);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Optimiser: AdamW (arXiv:1711.05101) with decoupled decay, the moving average (EMA) of the weights, and the bf16 copy
-// that the matmuls take, in one pass
-
-// Sum of squares in double: each block sums every NORM_BLOCKS-th piece, and the host adds what the blocks have, in
-// order.
-__global__ void norm_kernel(double *partial, const float *grads, size_t count) {
-    SHARED_DYNAMIC(double, shared);
-    double sum = 0;
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x)
-        sum += (double)grads[i] * grads[i];
-    sum = block_sum(sum, shared);
-    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
-}
-
-static double model_gradient_norm(const Model *m) {
-    double partial[NORM_BLOCKS], sum = 0;
-    RUN(norm_kernel, NORM_BLOCKS, 256, 32 * sizeof(double), m->a.sums, m->memory[MODEL_GRADS], (size_t)m->n_params);
-    gpu_download(partial, m->a.sums, sizeof partial);
-    for (int i = 0; i < NORM_BLOCKS; i++) sum += partial[i];
-    return sqrt(sum);
-}
-
-// g = scale·grad; m += new1·(g - m); v += new2·(g^2 - v); w = keep·w - size·m/(sqrt(v)·correct + epsilon);
-// ema += toward·(w - ema). A thread a parameter.
-__global__ void update_kernel(float *weights, float *adam_m, float *adam_v, float *ema, bf16 *half, const float *grads,
-                              size_t count, float b1, float b2, float new1, float new2, float size, float correct,
-                              float epsilon, float keep, float scale, float toward) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= count) return;
-    float g = grads[i] * scale, m = b1 * adam_m[i] + new1 * g, v = b2 * adam_v[i] + new2 * g * g;
-    float w = weights[i] * keep - size * m / (sqrtf(v) * correct + epsilon);
-    adam_m[i] = m;
-    adam_v[i] = v;
-    weights[i] = w;
-    ema[i] += toward * (w - ema[i]);
-    if (half) half[i] = __float2bfloat16_rn(w);
-}
-
-// Update number `step` (from 1); gradients are multiplied by grad_scale first.
-static void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
-                         double grad_scale, double ema_decay) {
-    real *const *memory = model->memory;
-    double size = lr / (1 - pow(beta1, (double)step)), correct = 1 / sqrt(1 - pow(beta2, (double)step));
-    RUN(update_kernel, (unsigned)ceil_div(model->n_params, 256), 256, 0, memory[MODEL_WEIGHTS], memory[MODEL_ADAM_M],
-        memory[MODEL_ADAM_V], memory[MODEL_EMA], model->half_weights, memory[MODEL_GRADS], (size_t)model->n_params,
-        (float)beta1, (float)beta2, (float)(1 - beta1), (float)(1 - beta2), (float)size, (float)correct, (float)eps,
-        (float)(1 - lr * decay), (float)grad_scale, (float)(1 - ema_decay));
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// What the benchmark measures of the machine
-
-// Peak device memory, in MB: all is allocated up front and held
-static double peak_memory(void) { return (double)gpu.allocated / 1e6; }
-
-// Bits that look random: multiplying zeros would take less power, and so less time.
-__device__ inline uint32_t hashed(uint32_t x) {
-    x = (x ^ x >> 16) * 0x85EBCA6Bu;
-    x = (x ^ x >> 13) * 0xC2B2AE35u;
-    return x ^ x >> 16;
-}
-
-// Independent chains of multiply-adds in registers: what the arithmetic units can do without memory
-enum { PEAK_CHAINS = 8, PEAK_WARPS = 8 };
-template <typename A>
-__global__ void peak_kernel(float *out, int reps) {
-    float x[PEAK_CHAINS][4] = {};
-    uint32_t a[4], b[2]; // two bf16 each, +-1..2
-    EACH(i, 4) a[i] = 0x3F803F80u | (hashed(6 * threadIdx.x + i) & 0x807F807Fu);
-    EACH(i, 2) b[i] = 0x3F803F80u | (hashed(6 * threadIdx.x + 4 + i) & 0x807F807Fu);
-    for (int r = 0; r < reps; r++) {
-        EACH(i, PEAK_CHAINS) {
-            if (sizeof(A) == 2)
-                mma_bf16(x[i], a, b);
-            else
-                for (int j = 0; j < 4; j++) x[i][j] = x[i][j] * 0.5f + 1;
-        }
-    }
-    float sum = 0;
-    for (int i = 0; i < 4 * PEAK_CHAINS; i++) sum += x[i / 4][i % 4];
-    out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
-}
-
-// Device memory with `count` numbers -1..1; a thread an element
-template <typename A>
-__global__ void random_kernel(A *out, size_t count) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < count) from_float(out + i, (float)(int32_t)hashed((uint32_t)i) / 2147483648.0f);
-}
-static void *random_act(int half, size_t count) {
-    void *p = gpu_malloc(count * (half ? sizeof(bf16) : sizeof(float)), "matmul");
-    TYPED(half, RUN((random_kernel<A>), (unsigned)ceil_div(count, 256), 256, 0, (A *)p, count));
+// Device memory; what is in it is left as it is.
+static void *gpu_malloc(size_t bytes, const char *what) {
+    void *p = NULL;
+    if (cudaMalloc(&p, bytes ? bytes : 1) != cudaSuccess)
+        die("no GPU memory for %s: %.0f MB; use a smaller batch or model", what, (double)bytes / 1e6);
+    gpu.allocated += bytes;
     return p;
 }
 
-// Peak rate of fused multiply-adds, then every matmul of the model in its three forms
-static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
-    enum { REPEAT = 10 };
-    int half = dtype == COMPUTE_BF16, D = c->width, M = B * config_tokens(c), blocks = 4 * gpu.sms, reps = 100;
-    int shapes[][2] = {{3 * D, D}, {D, D}, {4 * D, D}, {D, 4 * D}, {2 * D, D}, {D, 2 * D}};
-    size_t size = half ? sizeof(bf16) : sizeof(float), x_count = (size_t)M * 4 * D, w_count = 4 * (size_t)D * D;
-    void *x = random_act(half, x_count), *y = random_act(half, x_count), *w = random_act(half, w_count);
-    void *result = gpu_malloc(x_count * size, "matmul");
-    float *dw = (float *)gpu_malloc(w_count * sizeof(float), "matmul");
-    float *out = (float *)gpu_malloc((size_t)blocks * PEAK_WARPS * 32 * sizeof(float), "matmul");
-    double times[100], begin = 0;
-    gpu_zero(dw, w_count * sizeof(float));
-    workspace_reserve(workspace_floats(D));
-    for (int run = 0; run < 3; run++) { // a warm-up, then to see how many fill 20 ms
-        if (run == 2) reps *= 1 + (int)(20 / (now_ms() - begin));
-        begin = now_ms();
-        TYPED(half, RUN((peak_kernel<A>), blocks, 32 * PEAK_WARPS, 0, out, reps));
-        gpu_wait();
-    }
-    double flops = half ? 2.0 * 16 * 16 * 8 : 2.0 * 4 * 32;
-    printf("peak_gflops %.1f GFLOP/s\n", 1e-6 * flops * PEAK_CHAINS * reps * PEAK_WARPS * blocks / (now_ms() - begin));
-    for (int i = 0; i < 6; i++)
-        for (int form = 0; form < 3; form++) {
-            static const char *const forms[] = {"forward", "dx", "dw"};
-            int N = shapes[i][0], K = shapes[i][1];
-            for (int r = -1; r < rounds && r < 100; r++) {
-                gpu_wait();
-                begin = now_ms();
-                for (int repeat = 0; repeat < REPEAT; repeat++) {
-                    if (form == 0) matmul<false, false, EPI_STORE>(half, linear(result, x, w, K, NULL, M, K, N));
-                    if (form == 1) matmul<false, true, EPI_STORE>(half, linear_input(result, y, w, K, M, K, N));
-                    if (form == 2) linear_weight(half, dw, K, NULL, y, x, M, K, N);
-                }
-                gpu_wait();
-                if (r >= 0) times[r] = (now_ms() - begin) / REPEAT;
-            }
-            if (rounds)
-                printf("gemm_gflops_%s_%dx%dx%d %.1f GFLOP/s\n", forms[form], M, N, K,
-                       2e-6 * M * N * K / median(times, imin(rounds, 100)));
-        }
-    for (void *p : {x, y, result}) gpu_free(p, x_count * size);
-    gpu_free(w, w_count * size);
-    gpu_free(dw, w_count * sizeof(float));
-    gpu_free(out, (size_t)blocks * PEAK_WARPS * 32 * sizeof(float));
+static void gpu_zero(void *p, size_t bytes) { CHECK(cudaMemsetAsync(p, 0, bytes, gpu.stream)); }
+
+static void gpu_free(void *p, size_t bytes) {
+    CHECK(cudaFree(p));
+    gpu.allocated -= p ? bytes : 0;
+}
+
+static void gpu_upload(void *device, const void *host, size_t bytes) {
+    CHECK(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, gpu.stream));
+}
+
+static void gpu_download(void *host, const void *device, size_t bytes) {
+    CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, gpu.stream));
+    gpu_wait();
+}
+
+static void gpu_copy(void *to, const void *from, size_t bytes) {
+    CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, gpu.stream));
 }
 
 // =====================================================================================================================
-// Programs: shared with fpdm.cu from here to the next such line
+// Shared block 4 of 4. Part 5. Plumbing
 // =====================================================================================================================
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Errors, memory, time, files that appear whole or not at all
+
+// Control characters are masked because names that come out of files are printed, and a message must stay one line.
+static void die(const char *fmt, ...) {
+    char line[2048];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(line, sizeof line, fmt, args);
+    va_end(args);
+    for (char *c = line; *c; c++)
+        if (iscntrl((unsigned char)*c)) *c = '?';
+#pragma omp critical(die) // one line, even when several threads find something wrong
+    {
+        fprintf(stderr, "error: %s\n", line);
+        exit(1);
+    }
+}
+
+// Zeroed memory, aligned to 64 bytes (a cache line, the widest vector). calloc gets large blocks as pages that are zero
+// when first touched, so clearing them takes no time. xfree finds calloc's own pointer in the word before.
+static void *xcalloc(size_t count, size_t size, const char *what) {
+    char *block = size == 0 || count <= (SIZE_MAX - 128) / size ? (char *)calloc(1, count * size + 128) : NULL;
+    if (!block)
+        die("no memory for %s: %.0f MB; use a smaller batch or model", what, (double)count * (double)size / 1e6);
+    void **p = (void **)(((uintptr_t)block + 127) & ~(uintptr_t)63);
+    p[-1] = block;
+    return p;
+}
+
+static void xfree(void *p) {
+    if (p) free(((void **)p)[-1]);
+}
+
+// Makes room for element n of an array that grows one by one from NULL; the capacity is the power of two above n.
+static void *grow(void *array, size_t n, size_t size) {
+    if (n & (n - 1)) return array;
+    void *p = n <= SIZE_MAX / 2 / size ? realloc(array, (n ? 2 * n : 1) * size) : NULL;
+    if (!p) die("no memory for a list of %zu entries; close other programs", n);
+    return p;
+}
+
+// Milliseconds since some moment in the past, unaffected by changes of the clock.
+static double now_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return 1e3 * (double)t.tv_sec + 1e-6 * (double)t.tv_nsec;
+}
+
+// A file is written under a temporary name beside its target, synced, then renamed: whoever opens the target finds the
+// old file or the new one, never half of one, and a full disk or a crash costs nothing that existed before.
+// This is the temporary name; the process number keeps two programs with the same target apart.
+static const char *temp_name(const char *path) {
+    static char name[PATH_MAX];
+    int length = snprintf(name, sizeof name, "%s.%ld.tmp", path, (long)getpid());
+    if (length >= PATH_MAX) die("%.200s...: this path is too long; use a shorter one", path);
+    return name;
+}
+
+// Ends the program after a failed write; errno says why.
+__attribute__((noreturn)) static void fail_temp(const char *path) {
+    const char *why = strerror(errno);
+    remove(temp_name(path));
+    die("%s: cannot write: %s; check the folder, its permissions and the free space", path, why);
+}
+
+// Starts a file that commit_temp puts in place. A device or a folder is refused: the rename would replace it.
+static FILE *open_temp(const char *path) {
+    struct stat info;
+    if (stat(path, &info) == 0 && !S_ISREG(info.st_mode)) die("%s: is not a regular file; use another name", path);
+    FILE *file = fopen(temp_name(path), "wb");
+    if (!file) fail_temp(path);
+    return file;
+}
+
+// Closes the file and gives it its name, unless anything went wrong since it was opened.
+static void commit_temp(FILE *file, const char *path) {
+    if (ferror(file) || fflush(file) || fsync(fileno(file)) || fclose(file) || rename(temp_name(path), path))
+        fail_temp(path);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). There is no
+// generator state, so any number of threads, either program and a resumed run see the same numbers.
+
+// Ten rounds over the counter; the key advances by the golden ratio and sqrt(3)-1 between rounds.
+static void philox4x32(uint32_t counter[4], uint32_t key0, uint32_t key1) {
+    for (int round = 0; round < 10; round++) {
+        uint64_t a = (uint64_t)counter[0] * 0xD2511F53u, b = (uint64_t)counter[2] * 0xCD9E8D57u;
+        counter[0] = (uint32_t)(b >> 32) ^ counter[1] ^ key0;
+        counter[2] = (uint32_t)(a >> 32) ^ counter[3] ^ key1;
+        counter[1] = (uint32_t)b;
+        counter[3] = (uint32_t)a;
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+    }
+}
+
+// Four random words: draw `index` of training or sampling step `step` for one purpose.
+static void philox(uint32_t out[4], uint64_t seed, uint32_t index, uint32_t step, uint32_t stream) {
+    out[0] = index;
+    out[1] = step;
+    out[2] = stream;
+    out[3] = 0;
+    philox4x32(out, (uint32_t)seed, (uint32_t)(seed >> 32));
+}
+
+// A word as a number in the open interval (0, 1): log(u) is finite.
+static double rng_uniform(uint32_t word) { return (word + 0.5) / 4294967296; }
+
+// A word as an integer 0..n-1.
+static uint32_t rng_below(uint32_t word, uint32_t n) { return (uint32_t)(((uint64_t)word * n) >> 32); }
+
+// out[i] = standard normal number `first + i` of a draw; one Philox call gives four, by Box-Muller in double precision.
+static void rng_normal(float *out, size_t count, size_t first, uint64_t seed, uint32_t step, uint32_t stream) {
+    if (count == 0) return;
+#pragma omp parallel for schedule(static)
+    for (size_t call = first / 4; call <= (first + count - 1) / 4; call++) {
+        uint32_t word[4];
+        philox(word, seed, (uint32_t)call, step, stream);
+        for (size_t pair = 0; pair < 4; pair += 2) {
+            double r = sqrt(-2 * log(rng_uniform(word[pair])));
+            double angle = 6.283185307179586477 * rng_uniform(word[pair + 1]);
+            size_t e = 4 * call + pair;
+            if (e >= first && e < first + count) out[e - first] = (float)(r * cos(angle));
+            if (e + 1 >= first && e + 1 < first + count) out[e + 1 - first] = (float)(r * sin(angle));
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// safetensors: 8-byte little-endian header length, JSON header, raw little-endian tensors
+//
+// {"__metadata__": {"key": "value", ...}, "name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
+// Offsets count from the end of the header; the tensors must cover the rest of the file without holes or overlap.
+// https://github.com/huggingface/safetensors#format. A file may come from anywhere: nothing in it is trusted.
+
+enum Dtype { F32, F16, BF16, I64, U8, N_DTYPES }; // those that this program reads or writes
+static const char *const dtype_names[N_DTYPES] = {"F32", "F16", "BF16", "I64", "U8"};
+static const size_t dtype_sizes[N_DTYPES] = {4, 2, 2, 8, 1};
+
+enum { MAX_DIMS = 8, MAX_HEADER = 100000000 };
+#define ST_DAMAGED "damaged: make or copy it again"
+
+typedef struct {
+    const char *name;
+    int dtype, ndim;
+    int64_t shape[MAX_DIMS];
+    int64_t count;    // elements
+    size_t bytes;     // count * element size
+    const void *data; // row-major; in an opened file it points into the read-only map and may be unaligned
+} Tensor;
+
+typedef struct {
+    const char *key, *value;
+} Meta;
+
+typedef struct {
+    char *path, *header; // header: a copy, into which names, keys and values point
+    unsigned char *map;
+    size_t size;
+    Tensor *tensors; // sorted by name
+    int n_tensors;
+    Meta *meta; // sorted by key
+    int n_meta;
+} SafeTensors;
+
+// A bf16 is the upper half of a float.
+static float bf16_to_float(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// Rounds to nearest, ties to even; a NaN stays a NaN (rounding its bits could carry into an infinity).
+static uint16_t float_to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if (x != x) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// IEEE half precision: 5 bits of exponent (bias 15), 10 of mantissa.
+static float f16_to_float(uint16_t h) {
+    int exponent = h >> 10 & 31, mantissa = h & 0x3ff;
+    float x = exponent ? ldexpf((float)(1024 + mantissa), exponent - 25) : ldexpf((float)mantissa, -24);
+    if (exponent == 31) x = mantissa ? NAN : INFINITY;
+    return h >> 15 ? -x : x;
+}
+
+// The place of a word in a list like "eps|v|flow", which may be followed by a colon and more text; else -1.
+static int choice_index(const char *choices, const char *word) {
+    size_t length = strlen(word);
+    for (int index = 0;; index++) {
+        if (strcspn(choices, "|:") == length && !strncmp(choices, word, length)) return index;
+        choices += strcspn(choices, "|:");
+        if (*choices++ != '|') return -1;
+    }
+}
+
+// The part of JSON that the format uses: objects, lists, strings and whole numbers, read by position without recursion.
+// The text is writable and ends with a 0: strings are decoded where they stand.
+typedef struct {
+    const char *path, *tensor; // named in errors; tensor is NULL outside of a tensor's entry
+    char *start, *p, *end;
+} Json;
+
+__attribute__((noreturn)) static void json_fail(const Json *j, const char *why) {
+    char name[250] = "";
+    if (j->tensor) snprintf(name, sizeof name, "tensor %.200s: ", j->tensor);
+    die("%s: %s%s (byte %td of the JSON text); the file is " ST_DAMAGED, j->path, name, why, j->p - j->start);
+}
+
+// Skips white space, then takes `c` if it comes next.
+static int json_accept(Json *j, char c) {
+    j->p += strspn(j->p, " \n\t\r");
+    if (*j->p != c) return 0;
+    j->p++;
+    return 1;
+}
+
+// Takes `c`, which must come next.
+static void json_expect(Json *j, char c) {
+    char why[] = "expected 'c'";
+    why[10] = c;
+    if (!json_accept(j, c)) json_fail(j, why);
+}
+
+// Whether element n of a list or object follows, or `close`, which ends it. Takes the comma, or `close`.
+static int json_more(Json *j, int n, char close) {
+    if (n ? json_accept(j, ',') : !json_accept(j, close)) return 1;
+    if (n) json_expect(j, close);
+    return 0;
+}
+
+// Reads a string. Of the escapes it knows \" \\ \/ and \uXXXX, but for pairs of them; bytes beyond ASCII pass as they
+// are. Decoding never makes it longer, and its end takes the place of the closing quote or stands before it.
+static char *json_string(Json *j) {
+    json_expect(j, '"');
+    char *text = j->p, *out = text, digits[5] = {0};
+    while (*j->p != '"') {
+        unsigned code = (unsigned char)*j->p++;
+        if (code < ' ') json_fail(j, j->p > j->end ? "a string does not end" : "a control character in a string");
+        if (code == '\\' && *j->p == 'u') {
+            if (strspn(++j->p, "0123456789abcdefABCDEF") < 4) json_fail(j, "\\u needs four hexadecimal digits");
+            memcpy(digits, j->p, 4);
+            j->p += 4;
+            code = (unsigned)strtoul(digits, NULL, 16);
+            if (code == 0 || code >> 11 == 0xD800 >> 11) json_fail(j, "\\u0000 or a surrogate in a string");
+            if (code > 0x7ff) *out++ = (char)(0xE0 | code >> 12);
+            if (code > 0x7f) *out++ = (char)(code > 0x7ff ? 0x80 | (code >> 6 & 0x3f) : 0xC0 | code >> 6);
+            if (code > 0x7f) code = 0x80 | (code & 0x3f);
+        } else if (code == '\\') {
+            code = (unsigned char)*j->p++;
+            if (code != '"' && code != '\\' && code != '/') json_fail(j, "unknown escape in a string");
+        }
+        *out++ = (char)code;
+    }
+    j->p++;
+    *out = 0;
+    return text;
+}
+
+// Reads a list of at most `room` whole numbers from 0 to 2^63 - 1; returns how many there are.
+static int json_integers(Json *j, int64_t *values, int room) {
+    int n = 0;
+    json_expect(j, '[');
+    for (; json_more(j, n, ']'); n++) {
+        if (n == room) json_fail(j, "a list is too long");
+        j->p += strspn(j->p, " \n\t\r");
+        if (!isdigit((unsigned char)*j->p)) json_fail(j, "expected a whole number from 0");
+        errno = 0;
+        values[n] = strtoll(j->p, &j->p, 10);
+        if (errno) json_fail(j, "a number is too large");
+    }
+    return n;
+}
+
+// Reads one {"dtype", "shape", "data_offsets"} and checks it against itself and against the `room` bytes of data.
+static void json_tensor(Json *j, Tensor *t, const unsigned char *data, size_t room) {
+    int64_t offsets[2] = {0, 0};
+    int seen = 0;
+    json_expect(j, '{');
+    do {
+        int field = choice_index("dtype|shape|data_offsets", json_string(j));
+        if (field < 0 || seen >> field & 1) json_fail(j, "a key is unknown or stands there twice");
+        seen |= 1 << field;
+        json_expect(j, ':');
+        if (field == 0) {
+            const char *dtype = json_string(j);
+            for (t->dtype = 0; t->dtype < N_DTYPES && strcmp(dtype, dtype_names[t->dtype]);) t->dtype++;
+            if (t->dtype == N_DTYPES)
+                die("%s: tensor %.200s: unknown dtype %.40s; convert it to F32, F16, BF16, I64 or U8", j->path, t->name,
+                    dtype);
+        } else if (field == 1) {
+            t->ndim = json_integers(j, t->shape, MAX_DIMS);
+        } else if (json_integers(j, offsets, 2) != 2) {
+            json_fail(j, "data_offsets must be two numbers");
+        }
+    } while (json_accept(j, ','));
+    json_expect(j, '}');
+    if (seen != 7) json_fail(j, "dtype, shape or data_offsets is missing");
+    t->count = 1;
+    for (int i = 0; i < t->ndim; i++) {
+        if (t->shape[i] && t->count > INT64_MAX / 8 / t->shape[i]) json_fail(j, "its shape is too large");
+        t->count *= t->shape[i];
+    }
+    t->bytes = (size_t)t->count * dtype_sizes[t->dtype];
+    t->data = data + offsets[0];
+    if (offsets[0] > offsets[1]) json_fail(j, "its data ends before it begins");
+    if ((size_t)offsets[1] > room) json_fail(j, "its data lies beyond the end of the file");
+    if (t->bytes != (size_t)(offsets[1] - offsets[0]))
+        json_fail(j, "its shape and dtype do not fit its number of bytes");
+}
+
+// Orders both lists: a Tensor and a Meta begin with their name.
+static int by_name(const void *a, const void *b) { return strcmp(*(const char *const *)a, *(const char *const *)b); }
+
+// By place in the file; an empty tensor comes before the one that begins where it stands.
+static int by_place(const void *a, const void *b) {
+    const Tensor *s = (const Tensor *)a, *t = (const Tensor *)b;
+    if (s->data != t->data) return (const char *)s->data < (const char *)t->data ? -1 : 1;
+    return (s->bytes > t->bytes) - (s->bytes < t->bytes);
+}
+
+// A tensor by name, NULL if the file does not have it.
+static const Tensor *st_find(const SafeTensors *f, const char *name) {
+    return (const Tensor *)bsearch(&name, f->tensors, (size_t)f->n_tensors, sizeof *f->tensors, by_name);
+}
+
+// The value of a metadata key, NULL if the file does not have it.
+static const char *st_meta(const SafeTensors *f, const char *key) {
+    const Meta *m = (const Meta *)bsearch(&key, f->meta, (size_t)f->n_meta, sizeof *f->meta, by_name);
+    return m ? m->value : NULL;
+}
+
+// Sorts tensors or metadata by name for bsearch, which also brings a name that stands there twice to light.
+static void sort_by_name(const SafeTensors *f, void *list, int n, size_t size) {
+    qsort(list, (size_t)n, size, by_name);
+    for (const char *entry = (const char *)list; n > 1; n--, entry += size)
+        if (!by_name(entry, entry + size))
+            die("%s: the name %.200s stands there twice; the file is " ST_DAMAGED, f->path,
+                *(const char *const *)entry);
+}
+
+// The tensors must cover the bytes from `data` to the end of the file, each byte once.
+static void check_cover(const SafeTensors *f, const unsigned char *data) {
+    qsort(f->tensors, (size_t)f->n_tensors, sizeof *f->tensors, by_place);
+    for (int i = 0; i < f->n_tensors; i++) {
+        const Tensor *t = &f->tensors[i];
+        const char *why = t->data < (const void *)data ? "shares bytes with another tensor" : "a gap lies before it";
+        if (t->data != data) die("%s: tensor %.200s: %s; the file is " ST_DAMAGED, f->path, t->name, why);
+        data += t->bytes;
+    }
+    if (data != f->map + f->size) die("%s: bytes follow the last tensor; the file is " ST_DAMAGED, f->path);
+}
+
+// Maps a file and reads its header. Whatever is wrong with it ends the program with the reason.
+static void st_open(SafeTensors *f, const char *path) {
+    memset(f, 0, sizeof *f);
+    struct stat info;
+    int fd = open(path, O_RDONLY), metadata = 0;
+    if (fd < 0 || fstat(fd, &info)) die("%s: cannot open: %s; check the path", path, strerror(errno));
+    if (!S_ISREG(info.st_mode)) die("%s: is not a file; give the path of a .safetensors file", path);
+    f->size = (size_t)info.st_size;
+    if (f->size < 8) die("%s: is only %zu bytes long; the file is " ST_DAMAGED, path, f->size);
+    f->map = (unsigned char *)mmap(NULL, f->size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (f->map == MAP_FAILED) die("%s: cannot map: %s; copy it to a local disk", path, strerror(errno));
+    close(fd);
+    f->path = strdup(path);
+    f->tensors = (Tensor *)grow(NULL, 0, sizeof *f->tensors);
+    f->meta = (Meta *)grow(NULL, 0, sizeof *f->meta);
+
+    uint64_t length;
+    memcpy(&length, f->map, 8);
+    if (length > MAX_HEADER || length > f->size - 8)
+        die("%s: no header can be %.0f bytes long; this is no safetensors file, or it is " ST_DAMAGED, path,
+            (double)length);
+    f->header = (char *)xcalloc(length + 1, 1, "a header");
+    memcpy(f->header, f->map + 8, length);
+    const unsigned char *data = f->map + 8 + length;
+    Json j = {path, NULL, f->header, f->header, f->header + length};
+    if (*f->header != '{') json_fail(&j, "no header");
+    json_expect(&j, '{');
+    for (int n = 0; json_more(&j, n, '}'); n++) {
+        char *name = json_string(&j);
+        json_expect(&j, ':');
+        if (strcmp(name, "__metadata__")) {
+            f->tensors = (Tensor *)grow(f->tensors, (size_t)f->n_tensors, sizeof *f->tensors);
+            Tensor *t = &f->tensors[f->n_tensors++];
+            t->name = j.tensor = name;
+            json_tensor(&j, t, data, f->size - 8 - length);
+            j.tensor = NULL;
+            continue;
+        }
+        if (metadata++) json_fail(&j, "__metadata__ is there twice");
+        json_expect(&j, '{');
+        for (; json_more(&j, f->n_meta, '}'); f->n_meta++) {
+            f->meta = (Meta *)grow(f->meta, (size_t)f->n_meta, sizeof *f->meta);
+            f->meta[f->n_meta].key = json_string(&j);
+            json_expect(&j, ':');
+            f->meta[f->n_meta].value = json_string(&j);
+        }
+    }
+    if (!json_accept(&j, 0) || j.p <= j.end) json_fail(&j, "text follows the header");
+    check_cover(f, data);
+    sort_by_name(f, f->tensors, f->n_tensors, sizeof *f->tensors);
+    sort_by_name(f, f->meta, f->n_meta, sizeof *f->meta);
+}
+
+// Releases everything; tensors and strings of the file must not be used any more.
+static void st_close(SafeTensors *f) {
+    xfree(f->header);
+    free(f->tensors);
+    free(f->meta);
+    free(f->path);
+    munmap(f->map, f->size);
+    memset(f, 0, sizeof *f);
+}
+
+// out[0..count-1] = the tensor as floats.
+static void st_to_float(const SafeTensors *f, const Tensor *t, float *out) {
+    const unsigned char *data = (const unsigned char *)t->data;
+    if (t->dtype != F32 && t->dtype != F16 && t->dtype != BF16)
+        die("%s: tensor %.200s: is %s; convert it to F32, F16 or BF16", f->path, t->name, dtype_names[t->dtype]);
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < t->count; i++) {
+        uint16_t half;
+        if (t->dtype == F32) {
+            memcpy(out + i, data + 4 * i, 4);
+        } else {
+            memcpy(&half, data + 2 * i, 2);
+            out[i] = t->dtype == F16 ? f16_to_float(half) : bf16_to_float(half);
+        }
+    }
+}
+
+// A tensor to be saved; pass 1 for the dimensions beyond ndim.
+static Tensor st_tensor(const char *name, int dtype, const void *data, int ndim, int64_t a, int64_t b, int64_t c,
+                        int64_t d) {
+    int64_t count = a * b * c * d;
+    Tensor t = {name, dtype, ndim, {a, b, c, d}, count, (size_t)count * dtype_sizes[dtype], data};
+    return t;
+}
+
+// Writes text, which must be UTF-8, as a JSON string.
+static void json_write_string(FILE *out, const char *text) {
+    fputc('"', out);
+    for (const char *c = text; *c; c++) {
+        if (*c == '"' || *c == '\\') fputc('\\', out);
+        fprintf(out, (unsigned char)*c < 32 ? "\\u%04x" : "%c", *c);
+    }
+    fputc('"', out);
+}
+
+// Writes a file. Tensors of larger elements come first, so that every one is aligned to its element when mapped;
+// metadata whose value is NULL is left out.
+static void st_save(const char *path, const Tensor *tensors, int n, const Meta *meta, int n_meta) {
+    char *header = NULL;
+    size_t length = 0, offset = 0;
+    FILE *text = open_memstream(&header, &length), *file = open_temp(path);
+    if (!text) fail_temp(path);
+    fputs("{\"__metadata__\":{", text);
+    const char *comma = "";
+    for (int i = 0; i < n_meta; i++) {
+        if (!meta[i].value) continue;
+        fputs(comma, text);
+        json_write_string(text, meta[i].key);
+        fputc(':', text);
+        json_write_string(text, meta[i].value);
+        comma = ",";
+    }
+    fputc('}', text);
+    for (size_t size = 8; size; size /= 2) {
+        for (int i = 0; i < n; i++) {
+            const Tensor *t = &tensors[i];
+            if (dtype_sizes[t->dtype] != size) continue;
+            fputc(',', text);
+            json_write_string(text, t->name);
+            fprintf(text, ":{\"dtype\":\"%s\",\"shape\":[", dtype_names[t->dtype]);
+            for (int d = 0; d < t->ndim; d++) fprintf(text, "%s%lld", d ? "," : "", (long long)t->shape[d]);
+            fprintf(text, "],\"data_offsets\":[%zu,%zu]}", offset, offset + t->bytes);
+            offset += t->bytes;
+        }
+    }
+    fputc('}', text);
+    while (ftell(text) % 8) fputc(' ', text);
+    if (fclose(text)) fail_temp(path);
+    uint64_t prefix = length;
+    fwrite(&prefix, 8, 1, file);
+    fwrite(header, 1, length, file);
+    for (size_t size = 8; size; size /= 2)
+        for (int i = 0; i < n; i++)
+            if (dtype_sizes[tensors[i].dtype] == size) fwrite(tensors[i].data, 1, tensors[i].bytes, file);
+    commit_temp(file, path);
+    free(header);
+}
+
+// The metadata value `class_names`, a JSON list of strings, as an array; NULL if json is NULL or the list is empty.
+static const char **parse_class_names(const char *json, int *count) {
+    const char **names = NULL;
+    *count = 0;
+    if (!json) return NULL;
+    char *text = strdup(json);
+    Json j = {"class_names", NULL, text, text, text + strlen(text)};
+    json_expect(&j, '[');
+    for (; json_more(&j, *count, ']'); ++*count) {
+        names = (const char **)grow(names, (size_t)*count, sizeof *names);
+        names[*count] = strdup(json_string(&j));
+    }
+    if (!json_accept(&j, 0)) json_fail(&j, "text follows the list");
+    free(text);
+    return names;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Options: one table describes every option once. The command line, --help, the metadata of weight files and the
+// settings of a training state are all read and written through it.
+
+enum { OPT_INT, OPT_SEED, OPT_REAL, OPT_TEXT, OPT_FLAG, OPT_RANGE, OPT_CHOICE };
+// Where an option is used. WEIGHTS: metadata of weight files; STATE: only in a training state; ONCE: never there.
+enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, STATE = 16, ONCE = 32, MODEL = TRAIN | BENCH | WEIGHTS };
+
+typedef struct {
+    const char *name;
+    int use, type;
+    size_t offset;       // of the value inside Options
+    const char *initial; // default, as text
+    double lo, hi;       // smallest and largest value accepted
+    const char *help;    // of an OPT_CHOICE: the words, separated by '|', then a colon and the rest
+} Option;
+
+#define AT(field) offsetof(Options, field)
+
+static const Option option_table[] = {
+    {"data", TRAIN, OPT_TEXT, AT(data), "shapes", 0, 0, "dataset (safetensors), or 'shapes': drawn by the program"},
+    {"export", TRAIN | ONCE, OPT_TEXT, AT(export_to), "", 0, 0,
+     "only write the pictures of all batches into this dataset file"},
+    {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
+    {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0,
+     "S/2 to XL/8: sets width, heads, depth, patch, and the paper's n, m, lr, ema, no warmup or clipping"},
+    {"width", MODEL, OPT_INT, AT(model.width), "128", 8, 16384, "D, channels of a token; a multiple of 8"},
+    {"heads", MODEL, OPT_INT, AT(model.heads), "4", 1, 1024, "attention heads; width / heads is the head size"},
+    {"depth", MODEL, OPT_INT, AT(model.depth), "8", 1, 64, "DiT: blocks; fixed point: default iterations + pre + post"},
+    {"patch", MODEL, OPT_INT, AT(model.patch), "4", 1, 64, "side of a patch in pixels"},
+    {"fixed_point", MODEL, OPT_FLAG, AT(model.fixed_point), "1", 0, 1, "1: one block is iterated; 0: plain DiT"},
+    {"pre_depth", MODEL, OPT_INT, AT(model.pre_depth), "1", 0, 32, "blocks before the fixed point"},
+    {"post_depth", MODEL, OPT_INT, AT(model.post_depth), "1", 0, 32, "blocks after it"},
+    {"timestep_in_pre_post", MODEL, OPT_FLAG, AT(model.timestep_in_pre_post), "0", 0, 1,
+     "1: pre, post and final layers see the timestep too"},
+    {"channels", BENCH | WEIGHTS, OPT_INT, AT(model.channels), "3", 1, 1024, "channels of a picture"},
+    {"classes", BENCH | WEIGHTS, OPT_INT, AT(model.classes), "10", 0, 1e6, "number of labels"},
+    {"mlp_ratio", WEIGHTS, OPT_INT, AT(model.mlp_ratio), "4", 4, 4, ""},
+    {"diffusion_steps", WEIGHTS, OPT_INT, AT(model.diffusion_steps), "1000", 1000, 1000, ""},
+    {"prediction", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.prediction), "flow", 0, 0, "eps|v|flow: what is predicted"},
+    {"learn_sigma", MODEL, OPT_FLAG, AT(model.learn_sigma), "0", 0, 1, "1: predict the variance too (eps and v)"},
+    {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1,
+     "1: the last timestep is pure noise (needs v)"},
+    {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0, "1|p2: weight of the v loss"},
+    {"no_grad_iters", TRAIN, OPT_RANGE, AT(no_grad_iters), "0,3", 0, 1000, "range of n: iterations without gradient"},
+    {"grad_iters", TRAIN, OPT_RANGE, AT(grad_iters), "1,4", 1, 1000, "range of m: iterations with gradient"},
+    {"batch", TRAIN | BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, "pictures per step"},
+    {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, "pictures at a time; gradients add up; 0: all"},
+    {"steps", TRAIN, OPT_INT, AT(steps), "3000", 1, 2e9, "training steps"},
+    {"lr", TRAIN, OPT_REAL, AT(lr), "2e-3", 0, 10, "learning rate of AdamW"},
+    {"warmup", TRAIN, OPT_INT, AT(warmup), "100", 0, 2e9, "steps of linear warm-up"},
+    {"weight_decay", TRAIN, OPT_REAL, AT(weight_decay), "0", 0, 10, "decay of AdamW"},
+    {"grad_clip", TRAIN, OPT_REAL, AT(grad_clip), "1", 0, 1e9, "largest norm of the gradient; 0: any"},
+    {"ema", TRAIN, OPT_REAL, AT(ema), "0.995", 0, 1, "decay of the moving average of the weights"},
+    {"ema_warmup", TRAIN, OPT_FLAG, AT(ema_warmup), "1", 0, 1, "1: decay = min(ema, (1+step)/(10+step))"},
+    {"label_drop", TRAIN, OPT_REAL, AT(label_drop), "0.1", 0, 1, "probability that a label becomes 'no label'"},
+    {"hflip", TRAIN, OPT_FLAG, AT(hflip), "0", 0, 1, "1: mirror half of the pictures"},
+    {"recompute", TRAIN | BENCH, OPT_FLAG, AT(recompute), "0", 0, 1, "1: keep only layer inputs: less memory, slower"},
+    {"dtype", TRAIN | SAMPLE | BENCH, OPT_CHOICE, AT(dtype), "auto", 0, 0,
+     "auto|fp32|bf16: arithmetic; auto: fp32 on a CPU, bf16 on a GPU"},
+    {"resume", TRAIN | ONCE, OPT_TEXT, AT(resume), "", 0, 0, "folder of a run to go on with"},
+    {"save_every", TRAIN, OPT_INT, AT(save_every), "1000", 1, 2e9, "steps between saves of weights and state"},
+    {"sample_every", TRAIN, OPT_INT, AT(sample_every), "1000", 0, 2e9, "steps between sample grids; 0: at the end"},
+    {"log_every", TRAIN, OPT_INT, AT(log_every), "50", 1, 2e9, "steps between progress lines"},
+    {"weights_dtype", TRAIN, OPT_CHOICE, AT(weights_dtype), "f32", 0, 0, "f32|bf16: tensors in weights.safetensors"},
+    {"weights", SAMPLE, OPT_TEXT, AT(weights), "weights/shapes.safetensors", 0, 0, "weight file"},
+    {"n", SAMPLE, OPT_INT, AT(n), "40", 1, 1e6, "number of pictures"},
+    {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0, "numbers or class names, 3,7,heart; default: each in turn"},
+    {"sampler", TRAIN | SAMPLE, OPT_CHOICE, AT(sampler), "auto", 0, 0,
+     "auto|ddpm|ddim|flow: auto: flow for flow models, ddim otherwise"},
+    {"steps", SAMPLE, OPT_INT, AT(sample_steps), "20", 2, 1000, "timesteps S"},
+    {"sample_steps", TRAIN, OPT_INT, AT(sample_steps), "20", 2, 1000, "timesteps of the sample grids"},
+    {"eta", SAMPLE, OPT_REAL, AT(eta), "0", 0, 1, "noise of ddim: 0 none, 1 as much as ddpm"},
+    {"iters", SAMPLE, OPT_TEXT, AT(iters), "", 0, 0, "iterations per timestep: one, or a list in sampling order"},
+    {"budget", SAMPLE, OPT_INT, AT(budget), "0", 0, 1e8, "Transformer-block passes per picture; instead of iters"},
+    {"alloc", SAMPLE, OPT_CHOICE, AT(alloc), "const", 0, 0, "const|inc|dec: share of iterations; inc: more at large t"},
+    {"reuse", TRAIN | SAMPLE, OPT_FLAG, AT(reuse), "1", 0, 1, "1: start from the solution of the timestep before"},
+    {"tol", SAMPLE, OPT_REAL, AT(tol), "0", 0, 1, "stop a timestep once the mean residual is below this"},
+    {"solver", SAMPLE, OPT_CHOICE, AT(solver), "plain", 0, 0,
+     "plain|anderson: z_k is the last iteration's result, or mixed with earlier ones"},
+    {"window", SAMPLE, OPT_INT, AT(window), "3", 1, MAX_WINDOW, "anderson: number of earlier results"},
+    {"mixing", SAMPLE, OPT_REAL, AT(mixing), "1", 0.01, 2, "anderson: beta, the step along the mixed residual"},
+    {"cfg", TRAIN | SAMPLE, OPT_REAL, AT(cfg), "3", -100, 100, "scale of classifier-free guidance; 1: none"},
+    {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024, "prediction channels that are guided"},
+    {"batch", SAMPLE, OPT_INT, AT(batch), "40", 1, 1 << 20, "pictures at a time"},
+    {"latents", SAMPLE, OPT_TEXT, AT(latents), "", 0, 0, "also write the result as a safetensors file"},
+    {"trace", SAMPLE, OPT_TEXT, AT(trace), "", 0, 0, "write the residual of every iteration as CSV"},
+    {"show", TRAIN | SAMPLE, OPT_FLAG, AT(show), "0", 0, 1, "1: draw the pictures in the terminal"},
+    {"seed", TRAIN | SAMPLE | BENCH, OPT_SEED, AT(seed), "1", 0, 0, "every random draw follows from it"},
+    {"out", TRAIN, OPT_TEXT, AT(out), "out", 0, 0, "folder for weights, state, log and pictures"},
+    {"out", SAMPLE, OPT_TEXT, AT(out), "samples.png", 0, 0, "PNG file"},
+    {"n", BENCH, OPT_INT, AT(bench_n), "5", 0, 1000, "iterations without gradient"},
+    {"m", BENCH, OPT_INT, AT(bench_m), "6", 1, 1000, "iterations with gradient"},
+    {"rounds", BENCH, OPT_INT, AT(rounds), "5", 1, 10000, "timed runs; the median counts"},
+    {"gemm", BENCH, OPT_FLAG, AT(bench_gemm), "1", 0, 1, "0: leave out the matmul shapes"},
+    {"step", STATE, OPT_INT, AT(step), "0", 0, 2e9, ""},
+};
+enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
+
+// Sets one option from text; `where` names the source in error messages ("option --" or a file).
+static void option_set(Options *o, const Option *opt, const char *text, const char *where) {
+    char *field = (char *)o + opt->offset, *end;
+    if (opt->type == OPT_TEXT) {
+        *(const char **)field = text;
+    } else if (opt->type == OPT_CHOICE || opt->type == OPT_FLAG) {
+        const char *choices = opt->type == OPT_FLAG ? "0|1|false|true|False|True" : opt->help;
+        int index = choice_index(choices, text);
+        if (index < 0)
+            die("%s%s: '%s' is not one of %.*s", where, opt->name, text, (int)strcspn(choices, ":"), choices);
+        *(int *)field = opt->type == OPT_FLAG ? index % 2 : index;
+    } else if (opt->type == OPT_SEED) {
+        errno = 0;
+        *(uint64_t *)field = strtoull(text, &end, 10);
+        if (!isdigit((unsigned char)*text) || *end || errno)
+            die("%s%s: '%s' is not a whole number from 0", where, opt->name, text);
+    } else {
+        double a = strtod(text, &end), b = a;
+        const char *second = end + 1, *kind = opt->type == OPT_REAL ? "number" : "whole number";
+        if (opt->type == OPT_RANGE) kind = "range like 1,4,";
+        if (opt->type == OPT_RANGE && *end == ',') b = strtod(second, &end);
+        if (end == text || end == second || *end || !(opt->lo <= a && a <= b && b <= opt->hi) ||
+            (opt->type != OPT_REAL && (a != floor(a) || b != floor(b))))
+            die("%s%s: '%s' is not a %s from %g to %g", where, opt->name, text, kind, opt->lo, opt->hi);
+        if (opt->type == OPT_RANGE) ((int *)field)[1] = (int)b;
+        if (opt->type == OPT_REAL)
+            *(double *)field = a;
+        else
+            *(int *)field = (int)a;
+    }
+}
+
+// The value of an option as text, such that option_set gives the same value back.
+static void option_text(char *text, size_t size, const Options *o, const Option *opt) {
+    const char *field = (const char *)o + opt->offset, *word = opt->help;
+    const int *number = (const int *)field;
+    if (opt->type == OPT_TEXT) snprintf(text, size, "%s", *(const char *const *)field);
+    if (opt->type == OPT_SEED) snprintf(text, size, "%llu", (unsigned long long)*(const uint64_t *)field);
+    if (opt->type == OPT_REAL) snprintf(text, size, "%.17g", *(const double *)field);
+    if (opt->type == OPT_RANGE) snprintf(text, size, "%d,%d", number[0], number[1]);
+    if (opt->type == OPT_INT || opt->type == OPT_FLAG) snprintf(text, size, "%d", *number);
+    if (opt->type != OPT_CHOICE) return;
+    for (int i = 0; i < *number; i++) word = strchr(word, '|') + 1;
+    snprintf(text, size, "%.*s", (int)strcspn(word, "|:"), word);
+}
+
+// Every field gets a value; where options of two programs share one, that of a program in `use`.
+static void options_default(Options *o, int use) {
+    memset(o, 0, sizeof *o);
+    for (int pass = 0; pass < 2; pass++)
+        for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++)
+            if (pass == 0 || opt->use & use) option_set(o, opt, opt->initial, "default of ");
+}
+
+// Levenshtein distance, to name the option that was probably meant. b has less than 64 characters.
+static int edit_distance(const char *a, const char *b) {
+    int row[64], length = (int)strlen(b);
+    for (int j = 0; j <= length; j++) row[j] = j;
+    for (; *a; a++) {
+        int diagonal = row[0]++;
+        for (int j = 1; j <= length; j++) {
+            int change = diagonal + (*a != b[j - 1]), insert = 1 + (row[j] < row[j - 1] ? row[j] : row[j - 1]);
+            diagonal = row[j];
+            row[j] = change < insert ? change : insert;
+        }
+    }
+    return row[length];
+}
+
+// The option of a program that has this name.
+static const Option *option_find(const char *name, int use) {
+    const Option *nearest = NULL;
+    int distance = INT_MAX;
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
+        int d = opt->use & use ? edit_distance(name, opt->name) : INT_MAX;
+        if (d < distance) distance = d, nearest = opt;
+    }
+    if (distance) die("unknown option --%s; did you mean --%s? (--help lists them)", name, nearest->name);
+    return nearest;
+}
+
+static void print_help(const char *program, int use, const char *about) {
+    printf("%s\n\nUsage: %s [--name value | --name=value] ...\n\n", about, program);
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++)
+        if (opt->use & use) printf("  --%-21s %s [%s]\n", opt->name, opt->help, *opt->initial ? opt->initial : "none");
+}
+
+// --model XL/2 stands for width, heads, depth, patch, and the paper's settings of training.
+static void options_model(Options *o) {
+    static const struct {
+        int depth, width, heads;
+    } sizes[] = {{12, 384, 6}, {12, 768, 12}, {24, 1024, 16}, {28, 1152, 16}};
+    char name[8];
+    const char *slash = strchr(o->model_name, '/');
+    snprintf(name, sizeof name, "%.*s", slash ? (int)(slash - o->model_name) : 0, o->model_name);
+    int size = choice_index("S|B|L|XL", name), patch = slash ? atoi(slash + 1) : 0;
+    if (size < 0 || patch < 1)
+        die("option --model: '%s' is not S, B, L or XL with a patch size, such as S/2", o->model_name);
+    o->model.depth = sizes[size].depth;
+    o->model.width = sizes[size].width;
+    o->model.heads = sizes[size].heads;
+    o->model.patch = patch;
+    o->no_grad_iters[0] = 0, o->no_grad_iters[1] = 10;
+    o->grad_iters[0] = 1, o->grad_iters[1] = 12;
+    o->lr = 1e-4;
+    o->ema = 0.9999;
+    o->grad_clip = o->warmup = o->ema_warmup = 0;
+}
+
+// Applies the command line to `o`: twice, as what it says itself goes over what --model stands for.
+static void options_parse(Options *o, int use, int argc, char **argv, const char *about) {
+    for (int pass = 0; pass < 2; pass++) {
+        for (int a = 1; a < argc; a++) {
+            char name[64];
+            const char *value = strchr(argv[a], '=');
+            if (!strcmp(argv[a], "--help") || !strcmp(argv[a], "-h")) {
+                print_help(argv[0], use, about);
+                exit(0);
+            }
+            if (strncmp(argv[a], "--", 2))
+                die("'%s' is not an option: options are --name value; --help lists them", argv[a]);
+            snprintf(name, sizeof name, "%.*s", (int)strcspn(argv[a] + 2, "="), argv[a] + 2);
+            const Option *opt = option_find(name, use);
+            if (value)
+                value++;
+            else if (a + 1 < argc && strncmp(argv[a + 1], "--", 2))
+                value = argv[++a];
+            else if (opt->type == OPT_FLAG)
+                value = "1";
+            else
+                die("option --%s needs a value", name);
+            option_set(o, opt, value, "option --");
+        }
+        if (pass == 0 && *o->model_name) options_model(o);
+    }
+}
+
+// Dies with one line when the sizes do not fit together; `where` is what the user should change.
+static void config_check(const Config *c, const char *where) {
+    if (c->image_size % c->patch)
+        die("%s: image_size %d is not a multiple of patch %d", where, c->image_size, c->patch);
+    if (c->width % c->heads) die("%s: width %d is not a multiple of heads %d", where, c->width, c->heads);
+    if (c->width % 4) die("%s: width %d is not a multiple of 4", where, c->width);
+    if (c->learn_sigma && c->prediction == PREDICT_FLOW)
+        die("%s: learn_sigma 1 needs prediction eps or v, not flow", where);
+    double tokens = (double)c->image_size / c->patch * c->image_size / c->patch;
+    if (tokens > 65536) die("%s: %g tokens per picture; at most 65536: use a larger patch", where, tokens);
+}
+
+// Metadata: every option with one of the bits in `use`, as text; returns how many. The values are to be freed.
+static int options_to_meta(Meta *meta, const Options *o, int use) {
+    int count = 0;
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
+        char text[4096];
+        if (!(opt->use & use) || opt->use & ONCE) continue;
+        option_text(text, sizeof text, o, opt);
+        meta[count].key = opt->name;
+        meta[count++].value = strdup(text);
+    }
+    return count;
+}
+
+static void options_from_meta(Options *o, const SafeTensors *f, int use) {
+    char where[PATH_MAX + 16];
+    snprintf(where, sizeof where, "%s: metadata ", f->path);
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
+        if (!(opt->use & use) || opt->use & ONCE) continue;
+        const char *text = st_meta(f, opt->name);
+        if (!text) die("%s'%s' is missing: is this a file of weights of this project?", where, opt->name);
+        option_set(o, opt, opt->type == OPT_TEXT ? strdup(text) : text, where);
+    }
+    where[strlen(where) - 1] = 0; // the space
+    config_check(&o->model, where);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Pictures: PNG files, the terminal, and shapes drawn by the program itself
+
+// A pixel of a model's picture, -1..1, as a byte; NaN gives 0.
+static uint8_t to_byte(float x) {
+    float v = 127.5f * x + 128;
+    return (uint8_t)(v > 0 ? v < 255 ? v : 255 : 0);
+}
+
+// Four bytes, the highest first.
+static void put32(uint8_t *out, uint32_t x) {
+    for (int i = 0; i < 4; i++) out[i] = (uint8_t)(x >> (24 - 8 * i));
+}
+
+// Writes length, type, data, CRC-32 of type and data; `chunk` is the type and then `size` bytes of data.
+static void png_chunk(FILE *file, const uint8_t *chunk, size_t size) {
+    uint8_t length[4], check[4];
+    uint32_t crc = ~0u;
+    for (size_t i = 0; i < size + 4; i++) {
+        crc ^= chunk[i];
+        for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
+    }
+    put32(length, (uint32_t)size);
+    put32(check, ~crc);
+    fwrite(length, 4, 1, file);
+    fwrite(chunk, size + 4, 1, file);
+    fwrite(check, 4, 1, file);
+}
+
+// rgb (h,w,3). Nothing is compressed, which would take more lines than it is worth: the zlib stream (RFC 1950) of the
+// pixels is made of blocks of up to 65535 bytes that deflate (RFC 1951) stores as they are.
+static void png_write(const char *path, const uint8_t *rgb, int w, int h) {
+    const size_t BLOCK = 65535;
+    uint8_t head[] = "IHDR........\10\2\0\0\0"; // width, height, 8 bits, RGB
+    size_t row = 3 * (size_t)w + 1, size = row * (size_t)h;
+    uint8_t *data = (uint8_t *)xcalloc(size + (size / BLOCK + 1) * 5 + 10, 1, "a picture"), *out = data;
+    uint32_t a = 1, b = 0; // Adler-32
+    memcpy(out, "IDAT\x78\x01", 6);
+    out += 6;
+    for (size_t i = 0; i < size; i++) {
+        if (i % BLOCK == 0) { // a block begins: whether it is the last, its length, the same with all bits flipped
+            size_t n = size - i < BLOCK ? size - i : BLOCK;
+            const size_t begin[5] = {n == size - i, n, n >> 8, ~n, ~n >> 8};
+            for (int k = 0; k < 5; k++) *out++ = (uint8_t)begin[k];
+        }
+        *out = i % row ? *rgb++ : 0; // a row begins with its filter: none
+        a = (a + *out++) % 65521;
+        b = (b + a) % 65521;
+    }
+    put32(out, b << 16 | a);
+    put32(head + 4, (uint32_t)w);
+    put32(head + 8, (uint32_t)h);
+    FILE *file = open_temp(path);
+    fwrite("\x89PNG\r\n\x1a\n", 8, 1, file);
+    png_chunk(file, head, 13);
+    png_chunk(file, data, (size_t)(out - data)); // less the type, with the checksum
+    png_chunk(file, (const uint8_t *)"IEND", 0);
+    commit_temp(file, path);
+    xfree(data);
+}
+
+// Prints rgb (h,w,3) to a terminal: a character is an upper half block, two pixels high.
+static void show_picture(const uint8_t *rgb, int w, int h) {
+    for (int y = 0; y < h; y += 2) {
+        for (int x = 0; x < w; x++) {
+            const uint8_t *top = rgb + 3 * ((size_t)y * w + x), *low = top + 3 * w;
+            printf("\x1b[38;2;%d;%d;%dm", top[0], top[1], top[2]);
+            if (y + 1 < h) printf("\x1b[48;2;%d;%d;%dm", low[0], low[1], low[2]);
+            fputs("\xe2\x96\x80", stdout);
+        }
+        puts("\x1b[0m");
+    }
+}
+
+// images (n,C,h,w) in -1..1, side by side in `columns`, a pixel enlarged to zoom x zoom, `gap` light pixels between
+// them. Of latents (C=4) the first three channels show. Returns rgb (*out_h,*out_w,3), to be released with xfree.
+static uint8_t *picture_grid(const float *images, int n, int C, int h, int w, int columns, int zoom, int gap,
+                             int *out_w, int *out_h) {
+    if (columns > n) columns = n;
+    *out_w = columns * (w * zoom + gap) + gap;
+    *out_h = (n + columns - 1) / columns * (h * zoom + gap) + gap;
+    size_t size = 3 * (size_t)*out_w * *out_h;
+    uint8_t *rgb = (uint8_t *)xcalloc(size, 1, "a picture");
+    memset(rgb, 230, size);
+    for (int i = 0; i < n; i++) {
+        for (int y = 0; y < h * zoom; y++) {
+            int Y = gap + i / columns * (h * zoom + gap) + y, X = gap + i % columns * (w * zoom + gap);
+            uint8_t *out = rgb + 3 * ((size_t)Y * *out_w + X);
+            for (int x = 0; x < w * zoom * 3; x++) {
+                size_t plane = (size_t)i * C + (C < 3 ? 0 : x % 3);
+                out[x] = to_byte(images[(plane * h + y / zoom) * w + x / 3 / zoom]);
+            }
+        }
+    }
+    return rgb;
+}
+
+// `shapes`, the data that needs no file: ten kinds of coloured shape on a light background, as many as anyone wants.
+// Place, size, angle and both colours vary, little enough for a small model to learn them in minutes. The kinds can be
+// told apart at 8x8 pixels, and remain what they are when flipped left to right.
+enum Shapes { CIRCLE, RING, SQUARE, TRIANGLE, STAR, HEART, CROSS, CRESCENT, ARROW, DIAMOND, N_SHAPES };
+static const char shape_names[] =
+    "[\"circle\", \"ring\", \"square\", \"triangle\", \"star\", "
+    "\"heart\", \"cross\", \"crescent\", \"arrow\", \"diamond\"]";
+
+// Corners x, y of the shapes that are polygons, y pointing down, all of about the same area.
+static const int shape_corners[N_SHAPES] = {0, 0, 4, 3, 10, 0, 12, 0, 7, 4};
+static const float shape_xy[N_SHAPES][24] = {
+    {0},
+    {0},
+    {-.8f, -.8f, .8f, -.8f, .8f, .8f, -.8f, .8f},
+    {0, -1.1f, 1.05f, .75f, -1.05f, .75f},
+    {0, -1.15f, .31f,  -.43f, 1.09f, -.36f, .5f,    .16f,  .68f,  .93f,
+     0, .53f,   -.68f, .93f,  -.5f,  .16f,  -1.09f, -.36f, -.31f, -.43f},
+    {0},
+    {-.36f, -1, .36f,  -1, .36f,  -.36f, 1,  -.36f, 1,  .36f,  .36f,  .36f,
+     .36f,  1,  -.36f, 1,  -.36f, .36f,  -1, .36f,  -1, -.36f, -.36f, -.36f},
+    {0},
+    {1.1f, 0, .15f, -.9f, .15f, -.35f, -1, -.35f, -1, .35f, .15f, .35f, .15f, .9f},
+    {0, -1.15f, .75f, 0, 0, 1.15f, -.75f, 0},
+};
+
+// Signed distance to a circle around the origin.
+static float circle_distance(float x, float y, float r) { return sqrtf(x * x + y * y) - r; }
+
+// Signed distance from a point to the outline of a shape of about unit size, negative inside
+// (https://iquilezles.org/articles/distfunctions2d).
+static float shape_distance(int shape, float x, float y) {
+    if (shape == CIRCLE) return circle_distance(x, y, .95f);
+    if (shape == RING) return fabsf(circle_distance(x, y, .75f)) - .25f;
+    if (shape == CRESCENT) return fmaxf(circle_distance(x, y, 1), -circle_distance(x - .5f, y, .75f));
+    if (shape == HEART) { // a square that stands on a corner, with a circle on each of its upper sides
+        float square = (fabsf(x) + fabsf(y - .05f) - .9f) * .7071f;
+        return fminf(square, circle_distance(fabsf(x) - .46f, y + .36f, .6f));
+    }
+    const float *corner = shape_xy[shape], *last = corner + 2 * (shape_corners[shape] - 1);
+    float nearest = 1e9f, sign = 1;
+    for (const float *a = corner, *b = last; a <= last; b = a, a += 2) { // the side from a to b
+        float ex = b[0] - a[0], ey = b[1] - a[1], px = x - a[0], py = y - a[1];
+        float along = fminf(fmaxf((px * ex + py * ey) / (ex * ex + ey * ey), 0), 1);
+        float dx = px - along * ex, dy = py - along * ey;
+        nearest = fminf(nearest, dx * dx + dy * dy);
+        int below = py >= 0, above = (y < b[1]), left = (ex * py > ey * px);
+        if (below == above && above == left) sign = -sign; // a ray to one side crosses it
+    }
+    return sign * sqrtf(nearest);
+}
+
+// x (3,size,size) in -1..1 and its label: picture `number` of the endless sequence that belongs to `seed`.
+static void shapes_draw(float *x, int *label, int size, uint64_t seed, uint32_t number) {
+    uint32_t word[8];
+    float u[8], color[3], background[3];
+    philox(word, seed, 0, number, STREAM_DATA);
+    philox(word + 4, seed, 1, number, STREAM_DATA);
+    for (int i = 0; i < 8; i++) u[i] = (float)rng_uniform(word[i]);
+    *label = (int)rng_below(word[0], N_SHAPES);
+    float radius = (.33f + .06f * u[1]) * (float)size, angle = .5f * (u[2] - .5f);
+    float center_x = (.45f + .1f * u[3]) * (float)size, center_y = (.45f + .1f * u[4]) * (float)size;
+    float co = cosf(angle) / radius, si = sinf(angle) / radius;
+    for (int c = 0; c < 3; c++) { // any hue; a hint of another one in the background
+        color[c] = .95f * cosf(6.2831853f * (u[5] - (float)c / 3));
+        background[c] = .82f + .12f * u[6] + .06f * cosf(6.2831853f * (u[7] - (float)c / 3));
+    }
+    for (int i = 0; i < size * size; i++) {
+        float px = (float)(i % size) + .5f - center_x, py = (float)(i / size) + .5f - center_y;
+        float distance = radius * shape_distance(*label, px * co + py * si, py * co - px * si);
+        float inside = fminf(fmaxf(.5f - distance, 0), 1); // the edge is one pixel wide
+        for (int c = 0; c < 3; c++) x[c * size * size + i] = background[c] + inside * (color[c] - background[c]);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Data: a memory-mapped dataset file, or the endless pictures of `shapes`. Which sample stands at which place of which
+// batch follows from (seed, step) alone.
+
+struct Dataset {
+    SafeTensors file;    // unused for shapes
+    const Tensor *x, *y; // y NULL: unlabelled
+    int64_t count;       // samples; 0: endless
+    int channels, size, classes;
+    const char **class_names;              // `classes` of them, or NULL
+    const char *class_json, *latent_scale; // metadata that is passed on to the weights, or NULL
+    int32_t *order;                        // permutation of the current epoch
+    int64_t order_epoch;
+    uint64_t seed;
+};
+
+static int64_t dataset_label(const Dataset *d, int64_t index) {
+    int64_t label;
+    memcpy(&label, (const char *)d->y->data + 8 * index, 8); // may be unaligned
+    return label;
+}
+
+static void dataset_open(Dataset *d, const char *path, int shapes_size, uint64_t seed) {
+    memset(d, 0, sizeof *d);
+    d->seed = seed;
+    d->order_epoch = -1;
+    if (!strcmp(path, "shapes")) {
+        d->channels = 3;
+        d->size = shapes_size;
+        d->class_json = shape_names;
+        d->class_names = parse_class_names(d->class_json, &d->classes);
+        return;
+    }
+    st_open(&d->file, path);
+    const Tensor *x = d->x = st_find(&d->file, "x"), *y = d->y = st_find(&d->file, "y");
+    if (!x) die("%s: no tensor 'x': is this a dataset? tools/data.py makes them", path);
+    int bytes = x->dtype == U8;
+    if (x->ndim != 4 || (!bytes && x->dtype != F32 && x->dtype != F16 && x->dtype != BF16))
+        die("%s: tensor x: want U8 (N,H,W,C), or F32, F16 or BF16 (N,C,H,W)", path);
+    int64_t n = x->shape[0], C = x->shape[bytes ? 3 : 1], H = x->shape[bytes ? 1 : 2], W = x->shape[bytes ? 2 : 3];
+    if (n < 1 || n > INT32_MAX) die("%s: tensor x: %lld samples; want 1 to 2^31-1", path, (long long)n);
+    if (H != W) die("%s: tensor x: pictures must be square", path);
+    if (H < 1 || H > 4096 || C < 1 || C > 1024)
+        die("%s: tensor x: want sides from 1 to 4096 and 1 to 1024 channels", path);
+    if (y && (y->dtype != I64 || y->ndim != 1 || y->shape[0] != n))
+        die("%s: tensor y: want I64 with one label for each of the %lld samples", path, (long long)n);
+    d->count = n;
+    d->size = (int)H;
+    d->channels = (int)C;
+    d->latent_scale = st_meta(&d->file, "latent_scale");
+    d->class_json = y ? st_meta(&d->file, "class_names") : NULL;
+    d->class_names = parse_class_names(d->class_json, &d->classes);
+    int64_t limit = d->class_names ? d->classes : 1000000;
+    for (int64_t i = 0; y && i < n; i++) {
+        int64_t label = dataset_label(d, i);
+        if (label < 0 || label >= limit)
+            die("%s: tensor y: label %lld of sample %lld is out of range 0..%lld", path, (long long)label, (long long)i,
+                (long long)limit - 1);
+        if (label >= d->classes) d->classes = (int)label + 1;
+    }
+    d->order = (int32_t *)xcalloc((size_t)n, sizeof *d->order, "the order of the samples");
+}
+
+// Which sample is number g = step·batch + b of the run: position g mod N in epoch g / N, each epoch a Fisher-Yates
+// shuffle.
+static int64_t dataset_index(Dataset *d, int64_t g) {
+    int64_t epoch = g / d->count;
+    if (epoch != d->order_epoch) {
+        for (int64_t i = 0; i < d->count; i++) d->order[i] = (int32_t)i;
+        for (int64_t i = d->count - 1; i > 0; i--) {
+            uint32_t word[4];
+            philox(word, d->seed, (uint32_t)i, (uint32_t)epoch, STREAM_DATA);
+            uint32_t j = rng_below(word[0], (uint32_t)i + 1);
+            int32_t swap = d->order[i];
+            d->order[i] = d->order[j];
+            d->order[j] = swap;
+        }
+        d->order_epoch = epoch;
+    }
+    return d->order[g % d->count];
+}
+
+// x (C,H,W) in -1..1 and the label of sample `index` (of the file, or of the endless shapes).
+static void dataset_sample(const Dataset *d, float *x, int *label, int64_t index) {
+    int hw = d->size * d->size, C = d->channels;
+    if (!d->count) {
+        shapes_draw(x, label, d->size, d->seed, (uint32_t)index);
+        return;
+    }
+    Tensor one = *d->x;
+    one.count = (int64_t)C * hw;
+    const unsigned char *source = (const unsigned char *)one.data + (size_t)index * one.count * dtype_sizes[one.dtype];
+    one.data = source;
+    if (one.dtype == U8) {
+        for (int c = 0; c < C; c++)
+            for (int i = 0; i < hw; i++) x[c * hw + i] = source[i * C + c] / 127.5f - 1;
+    } else {
+        st_to_float(&d->file, &one, x);
+    }
+    for (int i = 0; i < C * hw; i++)
+        if (!isfinite(x[i])) die("%s: tensor x: sample %lld holds %g; remove it", d->file.path, (long long)index, x[i]);
+    *label = d->y ? (int)dataset_label(d, index) : 0;
+}
+
+// Samples first..first+count-1 of the batch of a step: x (count,C,H,W), labels y (count) with some dropped.
+static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch, int first, int count, int hflip,
+                          double label_drop) {
+    size_t chw = (size_t)d->channels * d->size * d->size;
+    int64_t *index = (int64_t *)xcalloc((size_t)count, sizeof *index, "a batch");
+    for (int b = 0; b < count; b++) {
+        int64_t g = step * batch + first + b;
+        index[b] = d->count ? dataset_index(d, g) : g;
+    }
+#pragma omp parallel for schedule(static)
+    for (int b = 0; b < count; b++) {
+        uint32_t drop[4], flip[4];
+        float *picture = x + b * chw;
+        dataset_sample(d, picture, &y[b], index[b]);
+        philox(drop, d->seed, (uint32_t)(first + b), (uint32_t)step, STREAM_DROP);
+        philox(flip, d->seed, (uint32_t)(first + b), (uint32_t)step, STREAM_AUGMENT);
+        if (rng_uniform(drop[0]) < label_drop) y[b] = d->classes;
+        for (float *row = picture; hflip && flip[0] & 1 && row < picture + chw; row += d->size)
+            for (int i = 0, j = d->size - 1; i < j; i++, j--) {
+                float swap = row[i];
+                row[i] = row[j];
+                row[j] = swap;
+            }
+    }
+    xfree(index);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Weights in files
+
+// Describes the tensors of `list` under PREFIX for st_save, with their values in `memory` (F32) or `half` (BF16).
+static int tensors_describe(Tensor *out, const ParamTensor *list, int count, const char *prefix, const float *memory,
+                            const uint16_t *half) {
+    for (int i = 0; i < count; i++) {
+        const ParamTensor *p = &list[i];
+        char name[100];
+        snprintf(name, sizeof name, "%s%s", prefix, p->name);
+        const void *data = half ? (const void *)(half + p->offset) : (const void *)(memory + p->offset);
+        out[i] = st_tensor(strdup(name), half ? BF16 : F32, data, p->ndim, p->shape[0], p->shape[1], p->shape[2],
+                           p->shape[3]);
+    }
+    return count;
+}
+
+static void shape_text(char *text, size_t size, const int64_t *shape, int ndim) {
+    *text = 0;
+    for (int d = 0; d < ndim; d++) {
+        size_t used = strlen(text);
+        snprintf(text + used, size - used, "%s%lld", d ? "," : "", (long long)shape[d]);
+    }
+}
+
+// Reads the tensors PREFIX + name into memory; dies with the names of file and tensor when one is missing or unfit.
+static void tensors_read(const SafeTensors *f, const ParamTensor *list, int count, const char *prefix, float *memory) {
+    for (const ParamTensor *p = list; p < list + count; p++) {
+        char name[100], want[200], got[200];
+        snprintf(name, sizeof name, "%s%s", prefix, p->name);
+        const Tensor *t = st_find(f, name);
+        if (!t) die("%s: tensor %s is missing: this is not a file of this model", f->path, name);
+        shape_text(want, sizeof want, p->shape, p->ndim);
+        shape_text(got, sizeof got, t->shape, t->ndim);
+        if (strcmp(want, got))
+            die("%s: tensor %s has the shape (%s), but the metadata asks for (%s)", f->path, name, got, want);
+        float *value = memory + p->offset;
+        st_to_float(f, t, value);
+        for (int64_t e = 0; e < p->count; e++)
+            if (!isfinite(value[e]))
+                die("%s: tensor %s holds %g at element %lld", f->path, name, value[e], (long long)e);
+    }
+}
+
+// Labels of n pictures from "3,heart,7", in turn; without a list, each class in turn.
+static void parse_labels(int *y, int n, const char *list, int classes, const char *const *names) {
+    int *chosen = (int *)xcalloc(strlen(list) + 2, sizeof *chosen, "labels"), count = 0;
+    char *copy = strdup(list), *rest = copy;
+    for (char *word; *list && (word = strsep(&rest, ","));) {
+        char *end;
+        long value = strtol(word, &end, 10);
+        int label = *word && !*end && value >= 0 && value <= classes ? (int)value : -1;
+        for (int i = 0; label < 0 && names && i < classes; i++)
+            if (!strcmp(names[i], word)) label = i;
+        if (label < 0)
+            die("option --labels: '%s' is neither a class name nor a number from 0 to %d (%d: no label)", word, classes,
+                classes);
+        chosen[count++] = label;
+    }
+    for (int i = 0; i < n; i++) y[i] = count ? chosen[i % count] : classes ? i % classes : 0;
+    free(copy);
+    xfree(chosen);
+}
+
+// What a training step needs: multiply-adds count two; what stays constant while z iterates once, no recomputation.
+// n: iterations without gradient; m: with gradient, which costs three times the forward pass.
+static double model_flops(const Config *c, int B, int n, int m) {
+    double D = c->width, T = config_tokens(c), M = B * T, pixels = (double)c->patch * c->patch;
+    double block = M * (24 * D * D + 4 * T * D), projection = M * 8 * D * D, inject = M * 6 * D * D;
+    double ends = M * 2 * D * pixels * (c->channels + config_out_channels(c));
+    double modulation = B * (2.0 * D * (6 * D * config_blocks(c) + 2 * D) + 2 * (256 * D + D * D));
+    double pixel_gradient = M * 2 * D * pixels * c->channels, z_gradient = M * 4 * D * D; // of the first: not computed
+    if (!c->fixed_point) return 3 * (ends + modulation + c->depth * block) - pixel_gradient;
+    double layers = (c->pre_depth + c->post_depth + m) * block + m * projection + inject;
+    return 3 * (ends + modulation + layers) - pixel_gradient - z_gradient + n * (block + projection);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What the programs write
 
 // Pictures x (n,C,S,S) for the labels y (n), in batches that the model has room for.
 static void sample_pictures(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int n,
@@ -3831,19 +3981,19 @@ static void model_load(Model *m, int kind, const SafeTensors *f, const char *pre
 static void save_file(const char *name, const Tensor *tensors, int n, const Options *o, const Dataset *d, int use) {
     char path[PATH_MAX];
     Meta meta[N_OPTIONS + 2];
-    int n_options = options_to_meta(meta, o, use);
-    meta[n_options].key = "class_names";
-    meta[n_options].value = d->class_json;
-    meta[n_options + 1].key = "latent_scale";
-    meta[n_options + 1].value = d->latent_scale;
+    int n_meta = options_to_meta(meta, o, use), n_options = n_meta;
+    const Meta more[] = {{"class_names", d->class_json}, {"latent_scale", d->latent_scale}};
+    for (int i = 0; i < 2; i++) meta[n_meta++] = more[i];
     snprintf(path, sizeof path, "%s/%s.safetensors", o->out, name);
-    st_save(path, tensors, n, meta, n_options + 2);
+    st_save(path, tensors, n, meta, n_meta);
     for (int i = 0; i < n_options; i++) free((char *)meta[i].value);
 }
 
 // OUT/weights.safetensors, the EMA weights, ready to sample; OUT/state.safetensors, all that is needed to go on as if
 // the run had never stopped
-static void save_run(const Options *o, const Dataset *d, const Model *m) {
+static void run_save(Run *run) {
+    const Options *o = run->o;
+    const Model *m = run->model;
     size_t size = m->n_params;
     int count = m->n_tensors, n = 0;
     Tensor *tensors = (Tensor *)xcalloc(5 * count, sizeof *tensors, "saving");
@@ -3855,12 +4005,47 @@ static void save_run(const Options *o, const Dataset *d, const Model *m) {
     }
     for (size_t i = 0; half && i < size; i++) half[i] = float_to_bf16(values[i]);
     tensors_describe(tensors + n, m->tensors, count, "", values, half);
-    save_file("weights", tensors + n, count, o, d, WEIGHTS);
-    save_file("state", tensors, n, o, d, WEIGHTS | TRAIN | STATE);
+    save_file("weights", tensors + n, count, o, run->data, WEIGHTS);
+    save_file("state", tensors, n, o, run->data, WEIGHTS | TRAIN | STATE);
+    run->saved = o->step;
     for (int i = 0; i < n + count; i++) free((char *)tensors[i].name);
     xfree(tensors);
     xfree(values);
     xfree(half);
+}
+
+// Pictures x (n,C,S,S) of the labels y (n) from the weights in use; to be released with xfree. Writes --trace.
+static float *draw_pictures(const Options *o, Model *m, SampleSettings *set, const int *y, int n) {
+    float *x = (float *)xcalloc(n * config_pixels(&m->config), sizeof *x, "pictures");
+    Schedule s;
+    schedule_make(&s, &m->config, o->sample_steps);
+    if (*o->trace) {
+        set->trace = open_temp(o->trace);
+        fprintf(set->trace, "step,t,iteration,residual\n");
+    }
+    sample_pictures(m, &s, set, x, y, n, o->seed);
+    if (set->trace) commit_temp(set->trace, o->trace);
+    return x;
+}
+
+// OUT/samples_STEP.png: pictures from the EMA weights with the settings of --sample_steps, --cfg, --sampler, --reuse
+static void run_pictures(Run *run) {
+    Options o = *run->o; // what only sample_* asks for has its default there
+    const Config *c = &o.model;
+    char path[PATH_MAX];
+    int n = c->classes > 1 && c->classes <= 20 ? 4 * c->classes : 36, iters[DIFFUSION_STEPS];
+    int *y = (int *)xcalloc(n, sizeof *y, "samples");
+    if (run->model->batch < 2) o.cfg = 1;
+    snprintf(path, sizeof path, "%s/samples_%06d.png", o.out, o.step);
+    SampleSettings set = sample_settings(iters, &o);
+    parse_labels(y, n, o.labels, c->classes, NULL);
+    model_use(run->model, MODEL_EMA);
+    float *x = draw_pictures(&o, run->model, &set, y, n);
+    model_use(run->model, MODEL_WEIGHTS);
+    save_grid(path, x, n, c, o.show);
+    printf("pictures: %s\n", path);
+    xfree(x);
+    xfree(y);
 }
 
 // Opens OUT/log.csv for appending; rows of steps from `step` on, which will be made again, are dropped.
@@ -3878,37 +4063,42 @@ static FILE *open_log(const char *folder, int step) {
     return file;
 }
 
-// Pictures from the EMA weights with the settings of --sample_steps, --cfg, --sampler, --reuse.
-static void sample_grid(const Options *o, Model *m) {
-    const Config *c = &m->config;
-    char path[PATH_MAX];
-    int n = c->classes > 1 && c->classes <= 20 ? 4 * c->classes : 36, iters[DIFFUSION_STEPS];
-    int *y = (int *)xcalloc(n, sizeof *y, "samples");
-    float *x = (float *)xcalloc(n * config_pixels(c), sizeof *x, "samples");
-    Schedule s;
-    schedule_make(&s, c, o->sample_steps);
-    plan_iterations(iters, o, c);
-    parse_labels(y, n, "", c->classes, NULL);
-    SampleSettings set = {
-        resolve_sampler(o->sampler, c), 3, o->reuse, 0, m->batch > 1 ? o->cfg : 1, 0, iters, NULL, 0, 0, 1};
-    model_use(m, MODEL_EMA);
-    sample_pictures(m, &s, &set, x, y, n, o->seed);
-    model_use(m, MODEL_WEIGHTS);
-    snprintf(path, sizeof path, "%s/samples_%06d.png", o->out, o->step);
-    save_grid(path, x, n, c, o->show);
-    printf("pictures: %s\n", path);
-    xfree(y);
-    xfree(x);
+// The row of step o->step - 1, and every log_every steps a line on the terminal. Ends the program when the loss is no
+// number.
+static void run_report(Run *run, const Step *did, double ms) {
+    const Options *o = run->o;
+    double loss = did->mse + did->vb;
+    if (!isfinite(loss) || !isfinite(did->norm)) {
+        char kept[PATH_MAX + 64] = "nothing was saved yet";
+        if (run->saved >= 0) snprintf(kept, sizeof kept, "%s keeps the state of step %d", o->out, run->saved);
+        fclose(run->log);
+        die("step %d: the loss is %g and the gradient's norm %g; %s: lower --lr, or set --grad_clip and --warmup",
+            o->step - 1, loss, did->norm, kept);
+    }
+    fprintf(run->log, "%d,%.9g,%.9g,%.9g,%.6g,%.6g,%d,%d,%.3f,%.1f\n", o->step - 1, loss, did->mse, did->vb, did->norm,
+            did->lr, did->n, did->m, ms, o->batch / ms * 1e3);
+    if (fflush(run->log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
+    run->shown_flops += model_flops(&o->model, o->batch, did->n, did->m);
+    run->shown_loss += loss;
+    if (o->step % o->log_every && o->step < o->steps) return;
+    double now = now_ms(), elapsed = now - run->shown_ms, steps = o->step - run->shown;
+    int left = (int)((now - run->begun_ms) / (o->step - run->begun) * (o->steps - o->step) / 1000);
+    printf("step %d/%d  loss %.4f  %.0f images/s  %.1f GFLOP/s  %d:%02d left\n", o->step, o->steps,
+           run->shown_loss / steps, steps * o->batch / elapsed * 1e3, run->shown_flops / elapsed * 1e-6, left / 60,
+           left % 60);
+    fflush(stdout);
+    run->shown = o->step;
+    run->shown_ms = now_ms();
+    run->shown_flops = run->shown_loss = 0;
 }
 
-static volatile sig_atomic_t interrupted;
 static void on_interrupt(int signal_number) {
     interrupted = 1;
     signal(signal_number, SIG_DFL); // a second time it ends the program at once
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Training
+// The programs: training
 
 // Writes what training would see, without label dropping, as a dataset file: real pictures to compare samples with.
 static int export_data(const Options *o, Dataset *d) {
@@ -3948,8 +4138,8 @@ static int train_main(int argc, char **argv) {
     options_default(o, TRAIN);
     options_parse(o, TRAIN, argc, argv, about);
     if (*o->resume) resume_settings(o, &state, argc, argv, about);
-    int dtype = compute_dtype(o->dtype), start = o->step, micro = o->micro_batch;
-    if (!micro || micro > o->batch) micro = o->batch;
+    int dtype = compute_dtype(o->dtype),
+        micro = o->micro_batch && o->micro_batch < o->batch ? o->micro_batch : o->batch;
     dataset_open(&data, o->data, c->image_size, o->seed);
     if (*o->resume && (data.size != c->image_size || data.channels != c->channels || data.classes != c->classes))
         die("%s: other sizes or classes than the run in %s was started with", o->data, o->resume);
@@ -3985,77 +4175,14 @@ static int train_main(int argc, char **argv) {
         xfree(values);
     }
     if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
-    FILE *log = open_log(o->out, start);
-
-    Schedule s;
-    schedule_make(&s, c, DIFFUSION_STEPS);
-    size_t count = config_pixels(c);
-    float *x0 = (float *)xcalloc(micro * count, sizeof *x0, "a batch");
-    float *noise = (float *)xcalloc(micro * count, sizeof *noise, "a batch");
-    int *t = (int *)xcalloc(micro, sizeof *t, "a batch"), *y = (int *)xcalloc(micro, sizeof *y, "a batch");
-    double *mse = (double *)xcalloc(micro, sizeof *mse, "a batch"),
-           *vb = (double *)xcalloc(micro, sizeof *vb, "a batch");
+    Run run = {o,        &data,    m, micro, open_log(o->out, o->step), o->step, o->step, *o->resume ? o->step : -1,
+               now_ms(), now_ms(), 0, 0};
     signal(SIGINT, on_interrupt);
     signal(SIGTERM, on_interrupt);
-    double shown_ms = now_ms(), shown_flops = 0, shown_loss = 0, run_ms = now_ms();
-    int shown = start, saved = *o->resume ? start : -1;
-    for (int step = start; step < o->steps && !interrupted; step++) {
-        double begin = now_ms(), loss_mse = 0, loss_vb = 0;
-        uint32_t word[4];
-        philox(word, o->seed, 0, (uint32_t)step, STREAM_NM);
-        int n = o->no_grad_iters[0] + (int)rng_below(word[0], o->no_grad_iters[1] - o->no_grad_iters[0] + 1);
-        int iterations = o->grad_iters[0] + (int)rng_below(word[1], o->grad_iters[1] - o->grad_iters[0] + 1);
-        model_zero_gradients(m);
-        for (int first = 0; first < o->batch; first += micro) {
-            int B = o->batch - first < micro ? o->batch - first : micro;
-            dataset_batch(&data, x0, y, step, o->batch, first, B, o->hflip, o->label_drop);
-            rng_normal(noise, B * count, first * count, o->seed, (uint32_t)step, STREAM_NOISE);
-            for (int b = 0; b < B; b++) {
-                philox(word, o->seed, (uint32_t)(first + b), (uint32_t)step, STREAM_T);
-                t[b] = (int)rng_below(word[0], DIFFUSION_STEPS);
-            }
-            model_loss(m, &s, x0, noise, t, y, B, n, iterations, 1.0 / o->batch, mse, vb);
-            for (int b = 0; b < B; b++) loss_mse += mse[b] / o->batch, loss_vb += vb[b] / o->batch;
-        }
-        double norm = model_gradient_norm(m), loss = loss_mse + loss_vb;
-        if (!isfinite(loss) || !isfinite(norm)) {
-            fclose(log);
-            snprintf(path, sizeof path, "%s keeps the state of step %d", o->out, saved);
-            die("step %d: the loss is %g and the gradient's norm %g; %s: lower --lr, or set --grad_clip and --warmup",
-                step, loss, norm, saved < 0 ? "nothing was saved yet" : path);
-        }
-        double lr = o->lr * (step + 1 < o->warmup ? (double)(step + 1) / o->warmup : 1);
-        double ema = o->ema_warmup ? fmin(o->ema, (1.0 + step) / (10.0 + step)) : o->ema;
-        double clip = o->grad_clip > 0 && norm > o->grad_clip ? o->grad_clip / (norm + 1e-6) : 1;
-        model_update(m, step + 1, lr, 0.9, 0.999, 1e-8, o->weight_decay, clip, ema);
-
-        double ms = now_ms() - begin;
-        fprintf(log, "%d,%.9g,%.9g,%.9g,%.6g,%.6g,%d,%d,%.3f,%.1f\n", step, loss, loss_mse, loss_vb, norm, lr, n,
-                iterations, ms, o->batch / ms * 1e3);
-        if (fflush(log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
-        shown_flops += model_flops(c, o->batch, n, iterations);
-        shown_loss += loss;
-        int done = o->step = step + 1, last = done == o->steps;
-        if (done % o->log_every == 0 || last) {
-            double now = now_ms(), elapsed = now - shown_ms, steps = done - shown;
-            int left = (int)((now - run_ms) / (done - start) * (o->steps - done) / 1000);
-            printf("step %d/%d  loss %.4f  %.0f images/s  %.1f GFLOP/s  %d:%02d left\n", done, o->steps,
-                   shown_loss / steps, steps * o->batch / elapsed * 1e3, shown_flops / elapsed * 1e-6, left / 60,
-                   left % 60);
-            fflush(stdout);
-            shown = done;
-            shown_ms = now_ms();
-            shown_flops = shown_loss = 0;
-        }
-        if (done % o->save_every == 0 || last) {
-            save_run(o, &data, m);
-            saved = done;
-        }
-        if ((o->sample_every && done % o->sample_every == 0 && !interrupted) || last) sample_grid(o, m);
-    }
-    if (fclose(log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
+    train(&run);
+    if (fclose(run.log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
     if (o->step < o->steps) {
-        if (saved != o->step) save_run(o, &data, m);
+        if (run.saved != o->step) run_save(&run);
         printf("stopped after step %d; go on with: %s --resume %s\n", o->step, argv[0], o->out);
         return 130;
     }
@@ -4080,33 +4207,14 @@ static int sample_main(int argc, char **argv) {
     const char *class_json = st_meta(&f, "class_names"), **names = parse_class_names(class_json, &named);
     if (names && named != c->classes)
         die("%s: metadata class_names has %d names for %d classes", o->weights, named, c->classes);
-    int *y = (int *)xcalloc(n, sizeof *y, "labels"), window = o->solver == SOLVER_ANDERSON ? o->window : 0;
-    plan_iterations(iters, o, c);
+    int *y = (int *)xcalloc(n, sizeof *y, "labels");
+    SampleSettings set = sample_settings(iters, o);
     parse_labels(y, n, o->labels, c->classes, names);
-    SampleSettings set = {resolve_sampler(o->sampler, c),
-                          o->cfg_channels,
-                          o->reuse,
-                          o->eta,
-                          o->cfg,
-                          o->tol,
-                          iters,
-                          NULL,
-                          0,
-                          window,
-                          o->mixing};
-    Model *m = model_create(c, o->cfg != 1 ? 2 * B : B, 0, 0, 0, window, dtype);
+    Model *m = model_create(c, o->cfg != 1 ? 2 * B : B, 0, 0, 0, set.window, dtype);
     model_load(m, MODEL_WEIGHTS, &f, "");
-    Schedule s;
-    schedule_make(&s, c, o->sample_steps);
-    float *x = (float *)xcalloc(n * config_pixels(c), sizeof *x, "pictures");
-    if (*o->trace) {
-        set.trace = open_temp(o->trace);
-        fprintf(set.trace, "step,t,iteration,residual\n");
-    }
     double begin = now_ms();
-    sample_pictures(m, &s, &set, x, y, n, o->seed);
+    float *x = draw_pictures(o, m, &set, y, n);
     double seconds = (now_ms() - begin) / 1000;
-    if (set.trace) commit_temp(set.trace, o->trace);
     if (*o->latents) save_pictures(o->latents, x, y, n, c, class_json, st_meta(&f, "latent_scale"));
     save_grid(o->out, x, n, c, o->show);
     printf("%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s\n", n, seconds, o->sample_steps,
@@ -4114,71 +4222,10 @@ static int sample_main(int argc, char **argv) {
     return 0;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Benchmark: one figure a line, `name value unit`
-
-static int bench_main(int argc, char **argv) {
-    static const char about[] = "Measures matmuls, a training step and sampling; prints `name value unit` lines.";
-    Options options, *o = &options;
-    Config *c = &o->model;
-    options_default(o, BENCH);
-    options_parse(o, BENCH, argc, argv, about);
-    config_check(c, "options");
-    if (c->learn_sigma) c->prediction = PREDICT_EPS;
-    int B = o->batch, n = o->bench_n, iterations = o->bench_m;
-    double *times = (double *)xcalloc(o->rounds, sizeof *times, "times");
-    bench_matmul(c, B, o->bench_gemm ? o->rounds : 0, compute_dtype(o->dtype));
-
-    Model *m = model_create(c, B, iterations, o->recompute, 1, 0, compute_dtype(o->dtype));
-    float *values = (float *)xcalloc(m->n_params, sizeof *values, "weights");
-    rng_normal(values, m->n_params, 0, o->seed, 0, STREAM_INIT);
-    for (int64_t i = 0; i < m->n_params; i++) values[i] *= 0.02f;
-    model_upload(m, MODEL_WEIGHTS, values);
-    xfree(values);
-    size_t count = B * config_pixels(c);
-    float *x0 = (float *)xcalloc(count, sizeof *x0, "a batch"), *noise = (float *)xcalloc(count, sizeof *x0, "a batch");
-    int *t = (int *)xcalloc(B, sizeof *t, "a batch"), *y = (int *)xcalloc(B, sizeof *y, "a batch");
-    double *mse = (double *)xcalloc(B, sizeof *mse, "a batch"), *vb = (double *)xcalloc(B, sizeof *vb, "a batch");
-    Schedule s;
-    schedule_make(&s, c, DIFFUSION_STEPS);
-    rng_normal(x0, count, 0, o->seed, 0, STREAM_DATA);
-    rng_normal(noise, count, 0, o->seed, 0, STREAM_NOISE);
-    for (int b = 0; b < B; b++) t[b] = b * 997 % DIFFUSION_STEPS, y[b] = c->classes ? b % c->classes : 0;
-    for (int round = -1; round < o->rounds; round++) { // the first is a warm-up
-        double begin = now_ms();
-        model_zero_gradients(m);
-        model_loss(m, &s, x0, noise, t, y, B, n, iterations, 1.0 / B, mse, vb);
-        double norm = model_gradient_norm(m);
-        model_update(m, round + 2, 1e-4, 0.9, 0.999, 1e-8, 0, norm > 1 ? 1 / norm : 1, 0.9999);
-        if (round >= 0) times[round] = now_ms() - begin;
-    }
-    double step_ms = median(times, o->rounds);
-    printf("train_step_ms %.2f ms\n", step_ms);
-    printf("train_gflops %.2f GFLOP/s\n", model_flops(c, B, n, iterations) / step_ms * 1e-6);
-    printf("train_images_per_s %.2f images/s\n", B / step_ms * 1e3);
-    printf("train_peak_mb %.1f MB\n", peak_memory());
-
-    int iters[] = {n + 1, n + 1, n + 1, n + 1};
-    SampleSettings set = {resolve_sampler(SAMPLER_AUTO, c), 3, 1, 0, 1, 0, iters, NULL, 0, 0, 1};
-    schedule_make(&s, c, 4);
-    for (int round = 0; round < o->rounds; round++) {
-        double begin = now_ms();
-        set.passes = 0;
-        sample_batch(m, &s, &set, x0, y, B, NULL, o->seed, 0);
-        times[round] = (now_ms() - begin) / (double)(set.passes * B);
-    }
-    printf("sample_passes_per_s %.1f passes/s\n", 1e3 / median(times, o->rounds));
-    return 0;
-}
-
-// =====================================================================================================================
-// End of the shared block
-// =====================================================================================================================
-
-#ifdef PROGRAM // TRAIN, SAMPLE or BENCH; the tests include this file and have a main of their own
-int main(int argc, char **argv) {
-    return PROGRAM == TRAIN    ? train_main(argc, argv)
-           : PROGRAM == SAMPLE ? sample_main(argc, argv)
-                               : bench_main(argc, argv);
-}
+#ifdef PROGRAM // TRAIN or SAMPLE; the tests and the benchmark include this file and have a main of their own
+int main(int argc, char **argv) { return PROGRAM == TRAIN ? train_main(argc, argv) : sample_main(argc, argv); }
 #endif
+
+// =====================================================================================================================
+// End of shared block 4
+// =====================================================================================================================

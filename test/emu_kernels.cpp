@@ -233,12 +233,12 @@ static void test_anderson(int half, int B, int side, int D, int window) {
                 }
         }
         float *x = (float *)on_gpu(g.back(), 0);
-        m.a.mid = (float *)on_gpu(z.back(), 0), m.a.z = half ? (Act *)gpu_malloc(N * 2, "") : NULL;
+        m.a.z_before = (float *)on_gpu(z.back(), 0), m.a.z = half ? (Act *)gpu_malloc(N * 2, "") : NULL;
         anderson_forward(&m, x, k, window, last ? 1 : 0.7);
         snprintf(text, sizeof text, "%s anderson, %d of %zu, window %d, iteration %d", half ? "bf16" : "fp32", B, count, window, k);
         expect(text, from_gpu(x, N, 0), want, 1e-6);
         if (half) expect("  its copy", from_gpu(m.a.z, N, 1), want, 3e-3);
-        gpu_free(x, 0), gpu_free(m.a.mid, 0), gpu_free(m.a.z, 0);
+        gpu_free(x, 0), gpu_free(m.a.z_before, 0), gpu_free(m.a.z, 0);
     }
     gpu_free(m.a.history, 0), gpu_free(m.a.gram, 0);
 }

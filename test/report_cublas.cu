@@ -8,6 +8,7 @@
 //   attention FORM BxTxDxH OURS                     GFLOP/s, a multiply-add counted as two, nothing recomputed
 
 #include "../fpdm.cu"
+#include <algorithm>
 #ifdef CUBLAS
 #include <cublas_v2.h>
 static cublasHandle_t cublas;
@@ -54,7 +55,10 @@ static void race(double *ms, F ours, G theirs) {
         times[0][r] = time_ms(ours, repeat);
         times[1][r] = time_ms(theirs, repeat);
     }
-    for (int i = 0; i < 2; i++) ms[i] = median(times[i], count);
+    for (int i = 0; i < 2; i++) {
+        std::sort(times[i], times[i] + count);
+        ms[i] = times[i][count / 2];
+    }
 }
 
 // The layer y (M,N) = x (M,K)·w (N,K)^T: its forward, dx (M,K) = dy·w, or dw (N,K) += dy^T·x, the last in fp32

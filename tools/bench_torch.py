@@ -135,7 +135,7 @@ def time_calls(device, call, warmup, rounds):
 
 
 def bf16_train(torch, reference, args, cfg, device, mode):
-    """The step of bench_main: loss, gradients, their norm, clipping, AdamW, EMA."""
+    """The step of test/bench.c: loss, gradients, their norm, clipping, AdamW, EMA."""
     schedule = reference.Schedule.training(cfg, device=args.device)
     with torch.device(args.device):
         model = reference.FPDM(cfg)

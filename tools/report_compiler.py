@@ -63,7 +63,7 @@ def kernels(nvcc, arch):
     with tempfile.TemporaryDirectory() as folder:
         code = f"arch={arch.replace('sm', 'compute')},code={arch}"
         text = subprocess.run([nvcc, "-x", "cu", "-std=c++17", "-O3", "-gencode", code, "-cubin", "-Xptxas", "-v",
-                               "-DPROGRAM=BENCH", "fpdm.cu", "-o", folder + "/fpdm.cubin"], check=True,
+                               "-DPROGRAM=TRAIN", "fpdm.cu", "-o", folder + "/fpdm.cubin"], check=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
     found = {}
     for symbol, body in re.findall(r"Compiling entry function '(\w+)'(.*?Used \d+ registers[^\n]*)", text, re.S):
