@@ -7,7 +7,7 @@
 //   make test_emu && ./test_emu       the same tests without a GPU: g++ and test/cuda_emu.h stand in for it
 //
 // Search for    What you learn there
-// "Interface"   the plumbing in forty prototypes: all that the model asks of the rest
+// "Interface"   the few functions of Part 5 that the model asks for
 // "Kernels"     how this file starts work on the GPU, in two types of numbers
 // "Part 1"      the model: its equations, its parameters, each layer above its gradient, the fixed point, the whole
 // "Part 2"      diffusion: noise schedule, training loss, samplers, how a budget of iterations is spent
@@ -645,15 +645,15 @@ __global__ void convert_kernel(A *out, const float *in, size_t count) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Activations: one allocation. The layers of the path that gets a gradient stand in a row, layer[l].x being the input of
-// number l and the output of the one before:
+// Activations: one allocation. The layers of the path that gets a gradient stand in a row, layer[l].x being the input
+// of number l and the output of the one before:
 //
 //   pre blocks | the injection: x is h | m iterations: x is z_n, z_{n+1}, ... | post blocks | x alone: the last output
 //   DiT: all blocks                                                                         | x alone: the last output
 //
-// The n iterations without gradient happen in place, in the x of the first iteration with gradient. With `recompute` all
-// layers share the rest of a Layer, which the backward pass fills again from x. A model that only samples has one x and
-// one rest: everything happens in place.
+// The n iterations without gradient happen in place, in the x of the first iteration with gradient. With `recompute`
+// all layers share the rest of a Layer, which the backward pass fills again from x. A model that only samples has one x
+// and one rest: everything happens in place.
 
 typedef struct {
     float *x;   // (B,T,D) input: the residual stream
@@ -884,7 +884,7 @@ static void block_backward(Model *m, float *dx, Act *copy, const float *x, Layer
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The fixed point, and its gradient: Stochastic Jacobian-Free Backpropagation (S-JFB, arXiv:2401.08741 section 3.3).
+// The fixed point, and its gradient: Stochastic Jacobian-Free Backpropagation (S-JFB, arXiv:2401.08741).
 //
 // A training step draws n and m. n iterations bring z near its fixed point; they store nothing, and z_n is a constant
 // for the gradient. Then m iterations store a Layer each, and backpropagation goes through exactly those, from z_{n+m}
@@ -893,8 +893,8 @@ static void block_backward(Model *m, float *dx, Act *copy, const float *x, Layer
 //
 // What z_k adds to [z_{k-1}; inj]·fp1 splits into z_{k-1}·fp1's left half and inj·fp1's right half + bias = inj_part,
 // which no iteration changes: it is computed once. Its gradient is the sum over the m iterations of du, the gradient of
-// u = fp1's output. All that follows from it (fp1's right half and bias, inject, h and with it the pre blocks) is linear
-// in du, so one matmul with du_sum after the last iteration does the work of m.
+// u = fp1's output. All that follows from it (fp1's right half and bias, inject, h and with it the pre blocks) is
+// linear in du, so one matmul with du_sum after the last iteration does the work of m.
 
 // out = Block(fp2·gelu(z·fp1_z + inj_part), c), where z is l->x; with `keep`, l keeps what the backward pass needs. out
 // may be z. In bf16 the matmul reads z from a.z, where the output goes as well, for the next iteration.

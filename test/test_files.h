@@ -97,7 +97,7 @@ static const struct {
      "{" T_("a", "F32", "[0]", "0", "0") "," T_("b", "U8", "[3]", "0", "3") "," T_("c", "I64", "[5,0]", "3", "3") "}",
      3, NULL},
     {"metadata", "{\"__metadata__\":{\"k\":\"v\",\"l\":\"\"}," T_("a", "U8", "[1]", "0", "1") "}", 1, NULL},
-    {"escapes", "{" T_("\\u00e9\\\\\\/\\\"\\n\\ud83d\\ude00", "U8", "[1]", "0", "1") "}", 1, NULL},
+    {"escapes", "{" T_("\\u00e9\\u20ac\\u0041\\\\\\/\\\"", "U8", "[1]", "0", "1") "}", 1, NULL},
     {"UTF-8", "{" T_("\xc3\xa9\xf0\x9f\x98\x80", "U8", "[1]", "0", "1") "}", 1, NULL},
     {"no header", "", 0, "no header"},
     {"not JSON", "hello", 0, "no header"},
@@ -105,7 +105,7 @@ static const struct {
     {"space before the header", " {}", 0, "no header"},
     {"unfinished", "{", 0, "expected '\"'"},
     {"unfinished name", "{\"a", 0, "a string does not end"},
-    {"unfinished escape", "{\"a\\", 0, "a string does not end"},
+    {"unfinished escape", "{\"a\\", 0, "unknown escape"},
     {"unfinished entry", "{\"a\":{\"dtype\":\"F32\"", 0, "tensor a: expected '}'"},
     {"text after the header", "{}x", 0, "text follows the header"},
     {"two headers", "{}{}", 0, "text follows the header"},
@@ -116,7 +116,7 @@ static const struct {
     {"entry is null", "{\"a\":null}", 0, "tensor a: expected '{'"},
     {"entry is empty", "{\"a\":{}}", 0, "tensor a: expected '\"'"},
     {"nested too deep", "{\"a\":" TOO_DEEP TOO_DEEP, 0, "tensor a: expected '{'"},
-    {"shape nested too deep", "{\"a\":{\"shape\":" TOO_DEEP TOO_DEEP, 0, "tensor a: expected a number"},
+    {"shape nested too deep", "{\"a\":{\"shape\":" TOO_DEEP TOO_DEEP, 0, "tensor a: expected a whole number"},
     {"no dtype", "{\"a\":{\"shape\":[1],\"data_offsets\":[0,1]}}", 1,
      "tensor a: dtype, shape or data_offsets is missing"},
     {"no shape", "{\"a\":{\"dtype\":\"U8\",\"data_offsets\":[0,1]}}", 1, "is missing"},
@@ -126,12 +126,11 @@ static const struct {
     {"unknown dtype", "{" T_("a", "F33", "[1]", "0", "4") "}", 4, "tensor a: unknown dtype F33"},
     {"lower-case dtype", "{" T_("a", "f32", "[1]", "0", "4") "}", 4, "unknown dtype f32"},
     {"dtype is a number", "{\"a\":{\"dtype\":32,\"shape\":[1],\"data_offsets\":[0,4]}}", 4, "expected '\"'"},
-    {"negative dimension", "{" T_("a", "U8", "[-1]", "0", "1") "}", 1, "tensor a: a number is negative"},
-    {"fractional dimension", "{" T_("a", "U8", "[1.0]", "0", "1") "}", 1, "a number is not whole"},
-    {"exponent", "{" T_("a", "U8", "[1e0]", "0", "1") "}", 1, "a number is not whole"},
-    {"leading zero", "{" T_("a", "U8", "[01]", "0", "1") "}", 1, "a number starts with 0"},
-    {"dimension is a string", "{" T_("a", "U8", "[\"1\"]", "0", "1") "}", 1, "expected a number"},
-    {"dimension is null", "{" T_("a", "U8", "[null]", "0", "1") "}", 1, "expected a number"},
+    {"negative dimension", "{" T_("a", "U8", "[-1]", "0", "1") "}", 1, "tensor a: expected a whole number"},
+    {"fractional dimension", "{" T_("a", "U8", "[1.0]", "0", "1") "}", 1, "expected ']'"},
+    {"exponent", "{" T_("a", "U8", "[1e0]", "0", "1") "}", 1, "expected ']'"},
+    {"dimension is a string", "{" T_("a", "U8", "[\"1\"]", "0", "1") "}", 1, "expected a whole number"},
+    {"dimension is null", "{" T_("a", "U8", "[null]", "0", "1") "}", 1, "expected a whole number"},
     {"huge dimension", "{" T_("a", "U8", "[99999999999999999999]", "0", "1") "}", 1, "a number is too large"},
     {"2^64+1", "{" T_("a", "U8", "[18446744073709551617]", "0", "1") "}", 1, "a number is too large"},
     {"overflowing shape", "{" T_("a", "F32", "[4294967296,4294967296]", "0", "0") "}", 0, "its shape is too large"},
@@ -139,7 +138,7 @@ static const struct {
     {"nine dimensions", "{" T_("a", "U8", "[1,1,1,1,1,1,1,1,1]", "0", "1") "}", 1, "a list is too long"},
     {"one offset", "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0]}}", 1, "must be two numbers"},
     {"three offsets", "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1,2]}}", 1, "a list is too long"},
-    {"negative offset", "{" T_("a", "U8", "[1]", "-1", "0") "}", 1, "a number is negative"},
+    {"negative offset", "{" T_("a", "U8", "[1]", "-1", "0") "}", 1, "expected a whole number"},
     {"end before begin", "{" T_("a", "U8", "[1]", "2", "1") "}", 2, "tensor a: its data ends before it begins"},
     {"beyond the file", "{" T_("a", "F32", "[2]", "0", "8") "}", 7,
      "tensor a: its data lies beyond the end of the file"},
@@ -166,16 +165,11 @@ static const struct {
     {"unknown escape", "{\"a\\x41\":{}}", 0, "unknown escape"},
     {"short \\u", "{\"\\u12\":{}}", 0, "four hexadecimal digits"},
     {"\\u0000", "{\"a\\u0000\":{}}", 0, "\\u0000"},
-    {"half a pair", "{\"\\ud83d\":{}}", 0, "half a surrogate pair"},
-    {"other half of a pair", "{\"\\ude00\":{}}", 0, "half a surrogate pair"},
-    {"broken pair", "{\"\\ud83d\\u0041\":{}}", 0, "broken surrogate pair"},
-    {"control character", "{\"a\nb\":{}}", 0, "valid UTF-8"},
-    {"bare continuation byte", "{\"\x80\":{}}", 0, "valid UTF-8"},
-    {"overlong UTF-8", "{\"\xc0\xaf\":{}}", 0, "valid UTF-8"},
-    {"UTF-8 surrogate", "{\"\xed\xa0\x80\":{}}", 0, "valid UTF-8"},
-    {"beyond Unicode", "{\"\xf4\x90\x80\x80\":{}}", 0, "valid UTF-8"},
-    {"cut UTF-8", "{\"\xf0\x9f\":{}}", 0, "valid UTF-8"},
-    {"line break in a name", "{" T_("a\\nb\\u001b[31m", "U8", "[2]", "0", "1") "}", 1, "tensor a?b?[31m: its shape"},
+    {"a surrogate", "{\"\\ud83d\\ude00\":{}}", 0, "a surrogate"},
+    {"an escape that is not needed", "{\"a\\n\":{}}", 0, "unknown escape"},
+    {"control character", "{\"a\nb\":{}}", 0, "a control character"},
+    {"NUL in a name", "{\"a\\u0000b\":{}}", 0, "\\u0000"},
+    {"line break in a name", "{" T_("a\\u000ab\\u001b[31m", "U8", "[2]", "0", "1") "}", 1, "tensor a?b?[31m: its shape"},
 };
 
 static void test_save_few(const char *path) {
@@ -296,7 +290,7 @@ static void test_fuzz(int rounds) {
                                         " "};
     static const char seed[] =
         "{\"__metadata__\":{\"class_names\":\"[\\\"a\\\"]\"}," T_("w", "F32", "[2,3]", "0", "24") "," T_(
-            "b\\ud83d\\ude00", "BF16", "[4]", "24", "32") "," T_("y", "U8", "[]", "32", "33") "}";
+            "b\\u20ac", "BF16", "[4]", "24", "32") "," T_("y", "U8", "[]", "32", "33") "}";
     const char *path = test_path("fuzz.safetensors");
     int bad = 0, accepted = 0;
     test_write_file(path, seed, sizeof seed - 1, -1, 33);

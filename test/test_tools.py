@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors
+from matplotlib.text import Text
 from PIL import Image, features
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
@@ -411,6 +412,123 @@ def test_plot_side_by_side():
     assert (both[-20:, :30] == first).all() and (both[-20:, -50:] == second).all()
     fails("--names", "plot.py", "first.png", "second.png", "--names", "one", "--out", "c.png")
     fails("PNG", "plot.py", "first.png", "nothing.png", "--out", "c.png")
+
+
+def plotted(*args):
+    """plot.py in this process: the module, its figure, and what it printed."""
+    if str(TOOLS) not in sys.path:
+        sys.path.insert(0, str(TOOLS))
+    plot, out, before = importlib.import_module("plot"), io.StringIO(), sys.argv
+    sys.argv = ["plot.py", *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out):
+            plot.main()
+    except SystemExit as end:  # would end the tests
+        raise AssertionError(f"plot.py: exit {end.code}") from end
+    finally:
+        sys.argv = before
+    return plot, plot.plt.gcf(), out.getvalue()
+
+
+def readable(figure, path, height):
+    """The file has the README's size, and no words of the figure overlap or leave it."""
+    with Image.open(path) as picture:
+        assert picture.format == "PNG" and picture.size == (1800, height), picture.size
+        grey = np.asarray(picture.convert("L"))
+        assert (grey > 230).mean() > 0.5 and (grey < 100).any(), "not dark on light"
+    assert os.path.getsize(path) < 150_000, os.path.getsize(path)
+    figure.canvas.draw()
+    axes = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    ticks = [text for axis in axes for text in axis.get_ticklabels(which="both")]
+    words = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible() and text not in ticks]
+    places = [Text.get_window_extent(text) for text in words]  # not Annotation's, which has its arrow inside
+    for i, (text, place) in enumerate(zip(words, places)):
+        assert figure.bbox.fully_contains(*place.min) and figure.bbox.fully_contains(*place.max), text
+        for other, at in zip(words[:i], places[:i]):
+            assert not place.overlaps(at), f"{text} and {other} overlap"
+    return words, places
+
+
+def test_plot_fixed_point():
+    evaluate()  # skips without torch
+    root = TOOLS.parent
+    weights = root / "weights" / "shapes.safetensors"
+    subprocess.run(["make", "-s", "-C", root, "sample_cpu"], check=True)
+    for reuse, name in enumerate(("cold", "warm")):
+        subprocess.run([root / "sample_cpu", "--weights", weights, "--n", "1", "--cfg", "1", "--steps", "6",
+                        "--iters", "5", "--reuse", str(reuse), "--trace", f"{name}.csv", "--out", f"{name}.png",
+                        "--latents", f"{name}.safetensors"], check=True, capture_output=True)
+    plot, figure, said = plotted("fixed_point", "cold.csv", "warm.csv", "--weights", weights, "--out", "a.png")
+    readable(figure, "a.png", 840)
+    lines, ways, image, near = figure.axes
+
+    trace = {name: np.loadtxt(f"{name}.csv", delimiter=",", skiprows=1) for name in ("cold", "warm")}
+    drawn = [line for line in lines.lines if len(line.get_xdata())]
+    assert len(drawn) == 8 and [line.get_linestyle() for line in drawn] == ["-", "--"] * 4
+    for line, step, name in zip(drawn, (1, 1, 2, 2, 4, 4, 5, 5), ("cold", "warm") * 4):
+        equal(np.column_stack(line.get_data()), trace[name][trace[name][:, 0] == step][:, 2:])
+    times = [text.get_text() for text in lines.get_legend().get_texts()]
+    assert times == [f"t = {t:.0f}" for t in trace["cold"][[5, 10, 20, 25], 1]], times
+
+    # z is PyTorch's; its first two components by another method, up to their signs
+    assert "t = 400; " in said, said
+    (z, _), (warm, _) = (plot.sample_solutions(weights, plot.read_csv(f"{name}.csv"), name == "warm")
+                         for name in ("cold", "warm"))
+    _, vectors = np.linalg.eigh(np.cov(z[3][-1].T.astype(float)))
+    want, want_warm = ((part[3] - z[3][-1].mean(0)) @ vectors[:, [-1, -2]] for part in (z, warm))
+    got = np.stack([np.column_stack(line.get_data()) for line in ways.lines[:36]], 1)
+    want, want_warm = (part * np.sign((got[-1] * want[-1]).sum(0)) for part in (want, want_warm))
+    assert np.abs(got - want).max() < 1e-3 * np.abs(want).max()
+    stars = [line for line in ways.lines if line.get_marker() == "*"]
+    squares = [line for line in ways.lines if line.get_marker() == "s"]
+    assert len(stars) == len(squares) == len(image.patches) == 5
+    for star, square, patch in zip(stars, squares, image.patches):
+        token = int(patch.get_y() + 0.5) // 4 * 6 + int(patch.get_x() + 0.5) // 4
+        assert np.allclose([star.get_xydata()[0], square.get_xydata()[0]], [want[-1, token], want_warm[0, token]],
+                           atol=1e-3 * np.abs(want).max())
+    picture = np.clip(load("warm.safetensors")[0]["x"][0].transpose(1, 2, 0) / 2 + 0.5, 0, 1)
+    assert np.abs(np.asarray(image.images[0].get_array()) - picture).max() < 1e-3, "not the picture of sample_cpu"
+    (xlow, xhigh), (ylow, yhigh) = near.get_xlim(), near.get_ylim()
+    x, y = near.lines[-1].get_xydata()[0]
+    assert xlow < x < xhigh and ylow < y < yhigh and xhigh - xlow < 0.5 * np.ptp(ways.get_xlim())
+
+    command = ("--weights", weights, "--out", "b.png")
+    Path("changed.csv").write_text("".join(
+        line.replace(",2,0.", ",2,0.9") for line in Path("cold.csv").read_text().splitlines(keepends=True)))
+    write_log("log.csv", 3)
+    write_trace("one.csv", 1)
+    fails("warm.csv: not of this picture", "plot.py", "fixed_point", "warm.csv", "cold.csv", *command)
+    fails("changed.csv: not of this picture", "plot.py", "fixed_point", "changed.csv", "warm.csv", *command)
+    fails("two traces", "plot.py", "fixed_point", "cold.csv", *command)
+    fails("log.csv: a log", "plot.py", "fixed_point", "log.csv", "warm.csv", *command)
+    fails("one.csv: want", "plot.py", "fixed_point", "one.csv", "warm.csv", *command)
+    for file in (root / "weights" / "emoji_dit.safetensors", "none.safetensors", "cold.csv"):
+        fails("--weights", "plot.py", "fixed_point", "cold.csv", "warm.csv", "--weights", file, "--out", "b.png")
+
+
+def test_plot_architecture():
+    _, figure, _ = plotted("architecture", "--out", "a.png")
+    words, places = readable(figure, "a.png", 1040)
+    said = [text.get_text().replace("\n", " ") for text in words]
+    order = ["x$_t$", "patches → tokens", "pre blocks", "z$_0$", "n iterations without gradient",
+             "m iterations with gradient", "z$_{n+m}$", "post blocks", "final layer", "out"]
+    left = [places[said.index(name)].x0 for name in order]
+    assert left == sorted(left), dict(zip(order, left))
+    assert {"c = embed(t) + embed(y)", "embed(t)", "embed(y)", "project", "inj", "h"} <= set(said)
+    assert said.count("f") == 4 and any(name.startswith("reuse") for name in said), said
+    (axes,) = figure.axes
+    for line in axes.lines:
+        path = line.get_transform().transform(line.get_xydata())
+        along = np.concatenate([a + (b - a) * np.linspace(0, 1, 500)[:, None] for a, b in zip(path, path[1:])])
+        for name, place in zip(said, places):
+            inside = (along > place.min).all(1) & (along < place.max).all(1)
+            assert not inside.any(), f"a line runs through {name!r}"
+    boxes = [patch.get_window_extent() for patch in axes.patches if type(patch).__name__ == "FancyBboxPatch"]
+    for name in ("patches → tokens", "pre blocks", "post blocks", "final layer", "project", "embed(y)", "embed(t)",
+                 "linear, gelu, linear", "LayerNorm, attention", "LayerNorm, MLP"):
+        place = places[said.index(name)]
+        assert any(box.x0 < place.x0 and place.x1 < box.x1 and box.y0 < place.y0 and place.y1 < box.y1 and
+                   box.width < 300 for box in boxes), f"{name!r} does not fit into its box"
 
 
 def test_plot_broken_input():

@@ -116,10 +116,10 @@ typedef struct {
     size_t count; // per picture
     float *x0, *noise;
     double mse[16], vb[16];
-} Drawn;
+} TestBatch;
 
-static Drawn *batch_make(const Config *c, int B) {
-    Drawn *b = (Drawn *)xcalloc(1, sizeof *b, "a batch");
+static TestBatch *batch_make(const Config *c, int B) {
+    TestBatch *b = (TestBatch *)xcalloc(1, sizeof *b, "a batch");
     schedule_make(&b->s, c, DIFFUSION_STEPS);
     b->count = (size_t)c->channels * c->image_size * c->image_size;
     b->x0 = (float *)xcalloc((size_t)B * b->count, sizeof(float), "a batch");
@@ -133,13 +133,13 @@ static Drawn *batch_make(const Config *c, int B) {
     return b;
 }
 
-static void batch_free(Drawn *b) {
+static void batch_free(TestBatch *b) {
     xfree(b->x0);
     xfree(b->noise);
     xfree(b);
 }
 
-static void case_loss(Model *m, Drawn *b, const Case *k, int first, int B, double scale) {
+static void case_loss(Model *m, TestBatch *b, const Case *k, int first, int B, double scale) {
     model_loss(m, &b->s, b->x0 + (size_t)first * b->count, b->noise + (size_t)first * b->count, k->t + first,
                k->y + first, B, k->n, k->m, scale, b->mse + first, b->vb + first);
 }
@@ -156,7 +156,7 @@ static void hold(const char *name, const real *data, int64_t count) {
     if (!strcmp(name, held_name)) memcpy(held_z, data, (size_t)count * sizeof *data);
 }
 
-static double held_loss(Model *m, Drawn *b, const Case *k, const real *base_out) {
+static double held_loss(Model *m, TestBatch *b, const Case *k, const real *base_out) {
     const Config *c = &m->config;
     Activations *a = &m->a;
     Solve solve = {.reuse = 1, .reuse_ready = 1};
@@ -179,7 +179,7 @@ static void test_gradient(const Case *k) {
     const double h = 1e-5, limit = 1e-6;
     Config c = case_config(k);
     Model *m = make_model(&c, k->B, k->m, 0, 1);
-    Drawn *b = batch_make(&c, k->B);
+    TestBatch *b = batch_make(&c, k->B);
     size_t out_count = (size_t)k->B * b->count * (c.learn_sigma ? 2 : 1);
     real *base_out = (real *)xcalloc(out_count, sizeof *base_out, "a test"), *w = m->memory[MODEL_WEIGHTS];
     held_z = (real *)xcalloc((size_t)k->B * (size_t)(config_tokens(&c) * c.width), sizeof *held_z, "a test");
@@ -244,7 +244,7 @@ static double relative_error(const real *a, const real *b, int64_t count) {
 
 static void test_memory_plans(const Case *k) {
     Config c = case_config(k);
-    Drawn *b = batch_make(&c, k->B);
+    TestBatch *b = batch_make(&c, k->B);
     Model *m[4] = {make_model(&c, k->B, k->m, 0, 1), make_model(&c, k->B, k->m, 1, 1),
                    make_model(&c, k->B + 1, k->m + 2, 0, 1), make_model(&c, 1, k->m, 1, 1)};
     for (int i = 0; i < 4; i++) {
@@ -268,7 +268,7 @@ static void test_memory_plans(const Case *k) {
 
 static void test_threads(const Case *k) {
     Config c = case_config(k);
-    Drawn *b = batch_make(&c, k->B);
+    TestBatch *b = batch_make(&c, k->B);
     Model *first = NULL;
     for (int threads = 1; threads <= 4; threads++) {
         set_threads(threads);
@@ -770,7 +770,10 @@ static void set_element(Tensor *t, float value) {
 static void put_nan(Tensor *t, int *count) { set_element(&t[*count - 1], NAN); }
 static void put_infinity(Tensor *t, int *count) { set_element(&t[*count - 1], -INFINITY); }
 static void leave_one_out(Tensor *t, int *count) { memmove(t + 1, t + 2, (size_t)(--*count - 1) * sizeof *t); }
-static void make_whole(Tensor *t, int *count) { t[*count - 1].dtype = U8, t[*count - 1].bytes /= 4; }
+static void make_whole(Tensor *t, int *count) {
+    Tensor *last = &t[*count - 1];
+    last->dtype = I64, last->bytes *= 2, last->data = changed;
+}
 static void turn(Tensor *t, int *count) { // (a,b) becomes (b,a)
     for (int i = 0; i < *count; i++)
         if (!strcmp(t[i].name, "final_layer.linear.weight")) {
@@ -804,7 +807,7 @@ static void test_weights(void) {
         {"NaN", NULL, NULL, "tensor final_layer.adaLN_modulation.1.bias holds nan at element 31", put_nan},
         {"infinity", NULL, NULL, "tensor final_layer.adaLN_modulation.1.bias holds -inf", put_infinity},
         {"a tensor is missing", NULL, NULL, "tensor x_embedder.proj.bias is missing", leave_one_out},
-        {"whole numbers", NULL, NULL, "tensor final_layer.adaLN_modulation.1.bias: is U8", make_whole},
+        {"whole numbers", NULL, NULL, "tensor final_layer.adaLN_modulation.1.bias: is I64", make_whole},
         {"a shape is turned", NULL, NULL, "tensor final_layer.linear.weight has the shape (16,12)", turn},
     };
     Case k = cases[0];

@@ -1,16 +1,26 @@
 #!/usr/bin/env python3
-"""Draws training logs or residual traces to a PNG, or puts grids of pictures side by side.
+"""Draws training logs, residual traces and the README's figures to a PNG, or puts grids of pictures side by side.
 
     python3 tools/plot.py runs/emoji/log.csv --out loss.png                        # one run
     python3 tools/plot.py runs/fpdm/log.csv runs/dit/log.csv --names FPDM,DiT --out loss.png
     python3 tools/plot.py trace.csv --out residuals.png                            # of sample_* --trace trace.csv
     python3 tools/plot.py fpdm.png dit.png --names FPDM,DiT --out both.png         # of sample_* --out
+    python3 tools/plot.py fixed_point cold.csv warm.csv --out fixed_point.png      # how the iteration settles
+    python3 tools/plot.py architecture --out architecture.png                      # the model as a diagram
 
 The first line of a file says what it is: a log of train_* has the columns step and loss, a trace has step, t, iteration
-and residual. Needs numpy, matplotlib and pillow.
+and residual. The traces of fixed_point are of one picture without guidance, first without, then with reuse:
+
+    ./sample_cpu --n 1 --cfg 1 --iters 16 --reuse 0 --trace cold.csv
+    ./sample_cpu --n 1 --cfg 1 --iters 16 --reuse 1 --trace warm.csv
+
+Needs numpy, matplotlib and pillow; fixed_point also torch and safetensors, because it samples the same picture with
+tools/reference.py to see z, and checks that the residuals of that z are those of the traces.
 """
 import argparse
 import csv
+import dataclasses
+import io
 import math
 import sys
 from pathlib import Path
@@ -22,6 +32,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.colors import LogNorm
+from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
@@ -173,6 +184,254 @@ def side_by_side(args):
     print(f"{args.out}: {', '.join(names)}")
 
 
+def sample_solutions(path, table, reuse):
+    """Samples the picture of a trace in PyTorch: z_0 ... z_K (K+1,T,D) of every timestep, and the picture (H,W,C)."""
+    try:  # here, as all else does without them
+        import reference
+        import torch
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        die(f"fixed_point needs torch and safetensors: {error}")
+
+    torch.set_num_threads(1)
+    try:
+        with safe_open(path, "pt") as file:
+            weights, metadata = {name: file.get_tensor(name).float().numpy() for name in file.keys()}, file.metadata()
+        fields = {f.name: f.type for f in dataclasses.fields(reference.Config) if f.name in metadata}
+        cfg = reference.Config(**{name: kind(metadata[name]) for name, kind in fields.items()})
+        model = reference.load_model(cfg, weights, torch.float32)
+    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
+        die(f"--weights {path}: {' '.join(str(error).split())[:200]}; give a weight file of train_*")
+    if not cfg.fixed_point:
+        die(f"--weights {path}: a DiT has no fixed point; give the weights of an FPDM")
+    solutions = []
+
+    def observed(x, t, y, n, m, z_0):
+        acts = {}
+        out, z = model(x, t, y, n, m, z_0, acts)
+        solutions.append(torch.cat([acts["pre"] if z_0 is None else z_0, *(acts[f"z.{k + 1}"] for k in range(m))]))
+        return out, z
+
+    shape = (1, cfg.channels, cfg.image_size, cfg.image_size)
+    noise = torch.from_numpy(reference.normal(math.prod(shape), 0, reference.X_T, 1)).view(shape)  # --seed 1
+    iterations = np.bincount(table["step"].astype(int)).tolist()
+    sampler = "flow" if cfg.prediction in ("flow", "x") else "ddim"
+    x = reference.sample(cfg, observed, noise, torch.tensor([0]), torch.zeros(len(iterations), *shape), sampler,
+                         len(iterations), iterations, reuse=reuse)
+    return [z.numpy() for z in solutions], np.clip(x[0, :3].permute(1, 2, 0).numpy() / 2 + 0.5, 0, 1)
+
+
+def read_solutions(path, weights, reuse):
+    """A trace, z of all its iterations, and the picture that was drawn."""
+    table = read_csv(path)
+    if "residual" not in table:
+        die(f"{path}: a log, not a trace; give what sample_* --trace wrote")
+    if table["step"][0] != 0 or not np.isin(np.diff(table["step"]), (0, 1)).all() or table["step"][-1] == 0:
+        die(f"{path}: want the trace of one run with two timesteps or more")
+    z, picture = sample_solutions(weights, table, reuse)
+    norm = lambda x: np.linalg.norm(x, axis=(1, 2))
+    residuals = np.concatenate([norm(np.diff(way, axis=0)) / norm(way[1:]) for way in z])
+    if not np.allclose(residuals, table["residual"], rtol=0.02, atol=1e-4):
+        die(f"{path}: not of this picture; write it by sample_* --weights {weights} --n 1 --cfg 1 --reuse {reuse:d}")
+    return table, z, picture
+
+
+def spread_out(points, count):
+    """Indices of `count` points: first the farthest from the mean, then always the farthest from those before."""
+    chosen = [np.linalg.norm(points - points.mean(0), axis=1).argmax()]
+    while len(chosen) < count:
+        chosen.append(np.linalg.norm(points[:, None] - points[chosen], axis=-1).min(1).argmax())
+    return chosen
+
+
+def plot_fixed_point(args):
+    """The residuals of a few timesteps, and at one of them the way of each token's z, in two principal components."""
+    if len(args.files) != 3:
+        die("fixed_point takes two traces of sample_*, without and with reuse; see --help")
+    (cold, cold_z, _), (warm, warm_z, picture) = (
+        read_solutions(path, args.weights, reuse) for reuse, path in enumerate(args.files[1:]))
+    figure = plt.figure(figsize=(9, 4.2))
+    grid = figure.add_gridspec(2, 3, width_ratios=[3.4, 3.9, 1.7], height_ratios=[1, 1.15])
+    lines, ways = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[:, 1])
+    image, near = figure.add_subplot(grid[0, 2]), figure.add_subplot(grid[1, 2])
+    styles = {"from h, the pre blocks' output": "-", "reuse: from the timestep before": "--"}
+
+    last = len(warm_z) - 1  # the first timestep has none before it
+    for step, colour in zip(np.unique(np.linspace(1, last, 4).round()), plt.cm.viridis(np.linspace(0, 0.8, 4))):
+        for table, style in zip((cold, warm), styles.values()):
+            rows = table["step"] == step
+            lines.plot(table["iteration"][rows], table["residual"][rows], style, color=colour, linewidth=1.5)
+        lines.plot([], [], color=colour, label=f"t = {table['t'][rows][0]:.0f}")
+    lines.set_yscale("log")
+    lines.set_xlabel("iteration k")
+    lines.set_ylabel("‖z$_k$ − z$_{k-1}$‖ / ‖z$_k$‖")
+    lines.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lines.grid(alpha=0.3)
+    lines.set_title("How far iteration k still moves z")
+    lines.legend(frameon=False, loc="lower left", fontsize=9)
+
+    step = len(cold_z) // 2
+    settled = cold_z[step][-1]
+    if len(settled) < 5 or len(cold_z[step]) < 4 or len(cold_z) != len(warm_z):
+        die("fixed_point: want two traces of equally many timesteps, 3 iterations at least each, and 5 tokens at least")
+    _, deviations, directions = np.linalg.svd(settled - settled.mean(0), full_matrices=False)
+    cold_way, warm_way = ((z[step] - settled.mean(0)) @ directions[:2].T for z in (cold_z, warm_z))  # (K+1,T,2)
+    chosen = spread_out(cold_way[-1], 5)
+    ways.plot(*cold_way.transpose(2, 0, 1), color="#ccc", linewidth=0.6)
+    ways.plot(*cold_way[-1].T, ".", color="#999", markersize=4)
+    patches = math.isqrt(len(settled))
+    size = len(picture) / patches
+    for token, colour in zip(chosen, COLOURS):
+        for axis in (ways, near) if token == chosen[2] else (ways,):
+            axis.plot(*cold_way[:, token].T, ".-", color=colour, linewidth=1.5, markersize=5, zorder=3)
+            axis.plot(*warm_way[:, token].T, ".--", color=colour, linewidth=1.5, markersize=5, zorder=3)
+            axis.plot(*warm_way[0, token], "s", color=colour, markersize=5, zorder=3)
+            axis.plot(*cold_way[-1, token], "*", color=colour, markeredgecolor="black", markersize=13, zorder=4)
+        corner = token % patches * size - 0.5, token // patches * size - 0.5
+        image.add_patch(plt.Rectangle(corner, size, size, fill=False, edgecolor=colour, linewidth=2.2))
+    t = cold["t"][cold["step"] == step][0]
+    ways.set_title(f"The way of each token's z, t = {t:.0f}")
+    ways.set_xlabel("first principal component")
+    ways.set_ylabel("second principal component")
+    ways.annotate("z$_0$ = h", cold_way[0].mean(0), (0.58, 0.75), textcoords="axes fraction",
+                  arrowprops={"arrowstyle": "->", "color": "#444"})
+    ways.set_aspect("equal", "datalim")
+    image.imshow(picture, interpolation="nearest")
+    image.set_title("tokens = patches", fontsize=9)
+    image.axis("off")
+
+    token, star = chosen[2], cold_way[-1, chosen[2]]
+    for k in (1, 2):
+        outward = cold_way[k, token] - star
+        near.annotate(f"z$_{k}$", cold_way[k, token], 9 * outward / np.linalg.norm(outward), textcoords="offset points",
+                      ha="center", va="center", fontsize=9)
+    reach = 1.7 * np.abs(np.concatenate([cold_way[1:, token], warm_way[:, token]]) - star).max()
+    near.set_xlim(star[0] - reach, star[0] + reach)
+    near.set_ylim(star[1] - reach, star[1] + reach)
+    near.set_aspect("equal")
+    near.set_xticks([])
+    near.set_yticks([])
+    near.set_title("green, close up", fontsize=9)
+    plt.setp(near.spines.values(), visible=True, color="#aaa")
+
+    handles = [plt.Line2D([], [], color="#444", linestyle=style) for style in styles.values()]
+    handles[1].set(marker="s", markevery=[0], markersize=5)
+    handles.append(plt.Line2D([], [], linestyle="", marker="*", color="#444", markersize=11))
+    figure.legend(handles, [*styles, "settled"], ncol=3, loc="lower center", frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    save_small(figure, args.out)
+    share = (deviations[:2]**2).sum() / (deviations**2).sum()
+    print(f"{args.out}: t = {t:.0f}; two components hold {100 * share:.0f} % of the settled tokens' variance")
+
+
+def box(axis, x, y, width, height, words, colour):
+    """A box around the words in its middle."""
+    axis.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, facecolor=colour, edgecolor="#444",
+                                  boxstyle="round,pad=0,rounding_size=0.06"))
+    axis.text(x, y, words, ha="center", va="center")
+
+
+def arrow(axis, *points, color="#444", linestyle="-"):
+    """A line through the points, with a head at the last."""
+    (x0, y0), (x, y) = points[-2:]
+    distance = math.hypot(x - x0, y - y0)
+    neck = x - 0.08 * (x - x0) / distance, y - 0.08 * (y - y0) / distance
+    axis.plot(*np.transpose(points[:-1] + (neck,)), color=color, linestyle=linestyle, linewidth=1.2, zorder=1)
+    axis.annotate("", (x, y), neck, arrowprops={"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "color": color})
+
+
+def plot_architecture(args):
+    """The model from left to right, its conditions above it, one iteration in detail below. Places are in inches."""
+    block, layer, given, free, graded, reused = "#cfe2f3", "#f3ecd8", "#d9eedb", "#ececec", "#fbe0c6", "#8e3a80"
+    figure = plt.figure(figsize=(9, 5.2))
+    axis = figure.add_axes([0, 0, 1, 1], xlim=(0, 9), ylim=(0, 5.2))
+    axis.axis("off")
+    say = lambda x, y, words, **style: axis.text(x, y, words, **{"ha": "center", "va": "center", **style})
+
+    # c = embed(t) + embed(y)
+    bus, total, row = 4.9, 4.4, 3.0  # heights of embed(y), of the sum, of the model
+    say(0.65, bus, "label y")
+    box(axis, 1.95, bus, 0.95, 0.36, "embed(y)", given)
+    box(axis, 5.55, total, 0.95, 0.36, "embed(t)", given)
+    say(6.74, total, "timestep t")
+    say(4.75, total, "+", bbox={"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": "#444"})
+    say(4.45, total, "c = embed(t) + embed(y)", ha="right")
+    arrow(axis, (1.0, bus), (1.475, bus))
+    arrow(axis, (2.425, bus), (8.0, bus), (8.0, row + 0.3))
+    arrow(axis, (7.2, bus), (7.2, row + 0.3))
+    arrow(axis, (1.95, bus - 0.18), (1.95, row + 0.3))
+    arrow(axis, (4.75, bus), (4.75, total + 0.15))
+    arrow(axis, (6.33, total), (6.025, total))
+    arrow(axis, (5.075, total), (4.89, total))
+
+    # the model
+    say(0.25, row, "x$_t$")
+    box(axis, 1.0, row, 0.8, 0.6, "patches\n→ tokens", layer)
+    box(axis, 1.95, row, 0.68, 0.6, "pre\nblocks", block)
+    box(axis, 7.2, row, 0.68, 0.6, "post\nblocks", block)
+    box(axis, 8.0, row, 0.68, 0.6, "final\nlayer", layer)
+    say(8.75, row, "out")
+    arrow(axis, (0.38, row), (0.6, row))
+    arrow(axis, (1.4, row), (1.61, row))
+    arrow(axis, (2.29, row), (3.08, row))
+    say(2.62, row + 0.12, "h")
+    say(3.22, row, "z$_0$")
+    say(6.42, row, "z$_{n+m}$")
+    arrow(axis, (6.66, row), (6.86, row))
+    arrow(axis, (7.54, row), (7.66, row))
+    arrow(axis, (8.34, row), (8.55, row))
+
+    # the iteration
+    inject, reuse = row - 0.65, row - 1.1
+    for left, words, colour in ((3.5, "n iterations\nwithout gradient", free),
+                                (4.8, "m iterations\nwith gradient", graded)):
+        axis.add_patch(plt.Rectangle((left, row - 0.42), 1.2, 1.36, color=colour, zorder=0))
+        say(left + 0.6, row + 0.74, words, fontsize=9)
+        say(left + 0.6, row, "···", fontweight="bold")
+        for x in (left + 0.25, left + 0.95):
+            box(axis, x, row, 0.3, 0.4, "f", block)
+            arrow(axis, (x, row + 0.47), (x, row + 0.2))
+            arrow(axis, (x, inject), (x, row - 0.2))
+    for stem in ([(4.75, total - 0.15), (4.75, row + 0.47)], [(3.75, row + 0.47), (5.75, row + 0.47)],
+                 [(2.5, row), (2.5, inject + 0.14)], [(2.83, inject), (5.75, inject)]):
+        axis.plot(*np.transpose(stem), color="#444", linewidth=1.2, zorder=1)
+    box(axis, 2.5, inject, 0.66, 0.28, "project", layer)
+    say(3.03, inject + 0.13, "inj")
+    arrow(axis, (3.36, row), (3.6, row))
+    arrow(axis, (4.6, row), (4.9, row))
+    arrow(axis, (5.9, row), (6.12, row))
+    arrow(axis, (6.42, row - 0.15), (6.42, reuse), (3.22, reuse), (3.22, row - 0.15), color=reused, linestyle="--")
+    say(4.82, reuse - 0.15, "reuse in sampling: the next timestep starts from this one's solution", color=reused)
+
+    # f
+    f = 0.75
+    box(axis, 4.5, 0.83, 8.7, 1.42, "", "#f7f9fc")
+    say(0.3, 1.35, "f: one iteration, with the same weights every time", ha="left")
+    say(0.75, f, "z$_{k-1}$ , inj")
+    box(axis, 2.1, f, 1.2, 0.5, "linear, gelu,\nlinear", layer)
+    box(axis, 4.35, f, 1.2, 0.5, "LayerNorm,\nattention", block)
+    box(axis, 6.55, f, 1.2, 0.5, "LayerNorm,\nMLP", block)
+    say(8.45, f, "z$_k$")
+    arrow(axis, (1.25, f), (1.5, f))
+    for left, middle, plus in ((2.7, 4.35, 5.4), (5.55, 6.55, 7.6)):
+        arrow(axis, (left, f), (middle - 0.6, f))
+        arrow(axis, (middle + 0.6, f), (plus - 0.15, f))
+        arrow(axis, (left + 0.15, f), (left + 0.15, f - 0.42), (plus, f - 0.42), (plus, f - 0.15))
+        say(plus, f, "+", bbox={"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": "#444"})
+        arrow(axis, (middle, 1.22), (middle, f + 0.25))
+        say(middle + 0.06, 1.13, "c: shift, scale, gate", ha="left", fontsize=9)
+    arrow(axis, (7.75, f), (8.25, f))
+    save_small(figure, args.out)
+    print(f"{args.out}: the architecture")
+
+
+def save_small(figure, path):
+    """A figure for the README: 1800 pixels across, 256 colours."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=200, format="png")
+    save(path, lambda: Image.open(drawn).convert("RGB").quantize(256).save(path, format="PNG", optimize=True))
+
+
 def save(path, write):
     try:
         write()
@@ -182,17 +441,22 @@ def save(path, write):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", help="log.csv of training runs, traces of sample_* --trace, or PNGs")
+    parser.add_argument("files", nargs="+", help="log.csv of training runs, traces of sample_* --trace, PNGs; "
+                        "or fixed_point and two traces; or architecture")
     parser.add_argument("--out", required=True, help="the PNG to write")
     parser.add_argument("--names", help="what to call the files, commas between (default: as they are called)")
     parser.add_argument("--columns", help="which columns of a log to draw, commas between (default: those that change)")
     parser.add_argument("--smooth", type=int, help="steps in the running mean (default: a fiftieth of the run)")
+    parser.add_argument("--weights", default="weights/shapes.safetensors", help="fixed_point: of which model")
     parser.add_argument("--title", help="over the picture")
     parser.error = lambda message: die(f"{message}; see --help")
     args = parser.parse_args()
 
-    if args.files[0].endswith(".png"):
-        side_by_side(args)
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+    first = args.files[0]
+    figure = {"fixed_point": plot_fixed_point, "architecture": plot_architecture}.get(first)
+    if figure or first.endswith(".png"):
+        (figure or side_by_side)(args)
         return
     tables = [read_csv(path) for path in args.files]
     paths = [Path(path).resolve() for path in args.files]
@@ -203,7 +467,6 @@ def main():
     if any(traces) and not all(traces):
         trace, log = args.files[traces.index(True)], args.files[traces.index(False)]
         die(f"{trace} is a trace and {log} a log; draw one kind at a time")
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
     plt.suptitle((plot_traces if all(traces) else plot_logs)(tables, names, args), fontweight="bold")
     plt.tight_layout()
     save(args.out, lambda: plt.savefig(args.out, dpi=120, format="png"))
