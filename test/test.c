@@ -1,4 +1,4 @@
-// Runs test cases (SPEC 5): safetensors files that hold a model and what must come out of it, computed in float64.
+// Runs test cases: safetensors files that hold a model and what must come out of it, computed in float64.
 //
 //   test_cpu [--dtype=fp32|bf16] [FILE ...]      without a file: all of test/cases; without --dtype: all that there are
 //
