@@ -208,13 +208,15 @@ static void sample_case(const Options *o) {
                           NULL,
                           0,
                           window,
-                          window ? atof(meta_text("mixing")) : 1};
+                          window ? atof(meta_text("mixing")) : 1,
+                          NULL};
     int64_t count;
     float *x = tensor_floats("x_T", &count), *z = tensor_floats("z", NULL),
           *want = tensor_floats("expect.sample", NULL);
     int *y = tensor_ints("y");
     Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "schedule");
     schedule_make(s, &o->model, steps);
+    if (st_meta(&file, "t_shift")) schedule_shift(s, atof(meta_text("t_shift")));
     Model *m = case_model(o, set.cfg != 1 ? 2 * B : B, 0, 0, set.window);
     sample_batch(m, s, &set, x, y, B, z, 0, 0);
     compare("expect.sample", x, want, count, SAMPLED, 0);
