@@ -414,6 +414,35 @@ def test_plot_side_by_side():
     fails("PNG", "plot.py", "first.png", "nothing.png", "--out", "c.png")
 
 
+def test_plot_strip():
+    tiles = rng.integers(0, 5, (4, 3, 12, 12, 3)).astype(np.uint8) * 50  # rows: x_t and x0 of two pictures; columns
+    strip = np.full((4 * 14 + 2, 3 * 14 + 2, 3), 230, np.uint8)
+    for row in range(4):
+        for column in range(3):
+            top, left = 2 + 14 * row, 2 + 14 * column
+            strip[top : top + 12, left : left + 12] = tiles[row, column]
+    Image.fromarray(strip).save("strip.png")
+    said, _ = run("plot.py", "strip.png", "--out", "a.gif")
+    assert said == "a.gif: 3 timesteps of 2 pictures\n", said
+    with Image.open("a.gif") as film:
+        assert film.n_frames >= 3 and film.info["loop"] == 0, film.n_frames
+        for column in range(3):
+            film.seek(column)
+            frame = np.asarray(film.convert("RGB")).astype(int)
+            assert frame.shape == (30, 30, 3), frame.shape
+            for picture in range(2):
+                for row in range(2):  # GIF: 256 colours
+                    got = frame[2 + 14 * row : 14 + 14 * row, 2 + 14 * picture : 14 + 14 * picture]
+                    error = np.abs(got - tiles[2 * picture + row, column]).mean()
+                    other = np.abs(got - tiles[2 * picture + 1 - row, column]).mean()
+                    assert error < 15 < other, (column, picture, row, error, other)
+    Image.fromarray(strip[:-14]).save("odd.png")
+    Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8)).save("noise.png")
+    for wrong in ("odd.png", "noise.png"):
+        fails("not a strip", "plot.py", wrong, "--out", "b.gif")
+    fails("--strip", "plot.py", "nothing.png", "--out", "b.gif")
+
+
 def plotted(*args):
     """plot.py in this process: the module, its figure, and what it printed."""
     if str(TOOLS) not in sys.path:
