@@ -38,7 +38,8 @@ test_gradient test_gradient_asan: test/test_unit.c test/test_files.h fpdm_cpu.c
 # The tests of fpdm.cu need a C++ compiler.
 EMU_TESTS := $(if $(shell command -v $(CXX)),test_emu test_kernels_emu)
 test: test_cpu test_unit test_gradient train_cpu sample_cpu bench_cpu $(EMU_TESTS)
-	@test/run.sh ./test_cpu ./test_unit ./test_gradient test/test_cli.sh "make -s shared" $(EMU_TESTS:%=./%)
+	@test/run.sh ./test_cpu test/test_cases.sh ./test_unit ./test_gradient test/test_cli.sh "make -s shared" \
+		$(if $(EMU_TESTS),"test/test_cases.sh emu") $(EMU_TESTS:%=./%)
 
 test_asan: test_cpu_asan test_unit_asan test_gradient_asan train_cpu_asan sample_cpu_asan bench_cpu_asan test_unit
 	@ASAN_OPTIONS=detect_leaks=0:exitcode=99 test/run.sh ./test_cpu_asan ./test_unit_asan ./test_gradient_asan \
