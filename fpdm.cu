@@ -1485,7 +1485,7 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
             RUN(next_step_kernel, 1, 256, 0, a->t, a->step, a->steps, 1, S, rows);
             if (!plain) {
                 CHECK(cudaStreamEndCapture(gpu.stream, &recorded));
-                CHECK(cudaGraphInstantiate(&graph->exec, recorded, 0));
+                CHECK(cudaGraphInstantiate(&graph->exec, recorded, NULL, NULL, 0));
                 CHECK(cudaGraphDestroy(recorded));
                 n_graphs++;
             }
@@ -1835,14 +1835,14 @@ __device__ inline void from_float(float *to, float x) { *to = x; }
 __device__ inline void from_float(bf16 *to, float x) { *to = __float2bfloat16_rn(x); }
 template <int V, typename T>
 __device__ inline void load(float (&x)[V], const T *p) {
-    Vec<T, V> vec = *reinterpret_cast<const Vec<T, V> *>(p);
+    Vec<T, V> vec = *static_cast<const Vec<T, V> *>(__builtin_assume_aligned(p, sizeof vec));
     EACH(i, V) x[i] = to_float(vec.v[i]);
 }
 template <int V, typename T>
 __device__ inline void store(T *p, const float (&x)[V]) {
     Vec<T, V> vec;
     EACH(i, V) from_float(&vec.v[i], x[i]);
-    *reinterpret_cast<Vec<T, V> *>(p) = vec;
+    *static_cast<Vec<T, V> *>(__builtin_assume_aligned(p, sizeof vec)) = vec;
 }
 template <int V, typename T>
 __device__ inline void add(float (&x)[V], const T *p) {

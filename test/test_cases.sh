@@ -13,7 +13,7 @@ trap 'cd /; rm -rf "$work"' EXIT
 export LC_ALL=C OMP_WAIT_POLICY=passive
 passed=0 failed=0
 
-# fails NAME PATTERN CASE SED: the copy that sed makes of CASE fails with a line like PATTERN; a good one after it passes
+# fails NAME PATTERN CASE SED: the copy that sed makes of CASE fails with a line like PATTERN, and a good one then passes
 fails() {
     local bad
     sed "$4" "$cases/$3.safetensors" > bad.safetensors
