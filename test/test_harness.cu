@@ -372,7 +372,7 @@ static void test_graph() {
     LAUNCH(add_number, 2, 64, 0, stream, x.p, n, a);
     LAUNCH(add_number, 2, 64, 0, stream, y.p, n, 1.0f);
     CHECK(cudaStreamEndCapture(stream, &graph));
-    CHECK(cudaGraphInstantiateWithFlags(&exec, graph, 0));
+    CHECK(cudaGraphInstantiate(&exec, graph, nullptr, nullptr, 0));
     CHECK(cudaGraphDestroy(graph));
     bool nothing_yet = y.get() == std::vector<float>(n, 0.0f);
     for (int i = 0; i < 3; i++) CHECK(cudaGraphLaunch(exec, stream));
