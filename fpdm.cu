@@ -723,9 +723,9 @@ typedef struct {
     bf16 *half_weights; // of the weights in use, for matmuls; laid out alike
     Params p, g;
     Activations a;
-    char *activations; // what `a` points into
-    size_t activation_bytes;
-    int B, m;                                                         // of the current forward pass
+    char *activations;                // what `a` points into
+    size_t activation_bytes, scratch; // from byte `scratch` on, nothing lasts longer than a forward and backward pass
+    int B, m;                         // of the current forward pass
     void (*probe)(const char *name, const real *data, int64_t count); // tests look at activations through this
 } Model;
 
@@ -1551,7 +1551,7 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
             RUN(next_step_kernel, 1, 256, 0, a->t, a->step, a->steps, 1, S, rows);
             if (!plain) {
                 CHECK(cudaStreamEndCapture(gpu.stream, &recorded));
-                CHECK(cudaGraphInstantiate(&graph->exec, recorded, 0));
+                CHECK(cudaGraphInstantiate(&graph->exec, recorded, NULL, NULL, 0));
                 CHECK(cudaGraphDestroy(recorded));
                 n_graphs++;
             }
@@ -1918,14 +1918,14 @@ __device__ inline void from_float(float *to, float x) { *to = x; }
 __device__ inline void from_float(bf16 *to, float x) { *to = __float2bfloat16_rn(x); }
 template <int V, typename T>
 __device__ inline void load(float (&x)[V], const T *p) {
-    Vec<T, V> vec = *reinterpret_cast<const Vec<T, V> *>(p);
+    Vec<T, V> vec = *static_cast<const Vec<T, V> *>(__builtin_assume_aligned(p, sizeof vec));
     EACH(i, V) x[i] = to_float(vec.v[i]);
 }
 template <int V, typename T>
 __device__ inline void store(T *p, const float (&x)[V]) {
     Vec<T, V> vec;
     EACH(i, V) from_float(&vec.v[i], x[i]);
-    *reinterpret_cast<Vec<T, V> *>(p) = vec;
+    *static_cast<Vec<T, V> *>(__builtin_assume_aligned(p, sizeof vec)) = vec;
 }
 template <int V, typename T>
 __device__ inline void add(float (&x)[V], const T *p) {
@@ -2590,6 +2590,19 @@ static size_t activations_point(Model *m, char *memory) {
     size_t F = sizeof(float), A = m->half ? sizeof(bf16) : F;
     int blocks = config_blocks(c), last = blocks + (c->fixed_point ? m->max_m : 0);
     const Layer *shared = NULL;
+    take_all(r, T * D * F, &a->pos);
+    take_all(r, DIFFUSION_STEPS * 256 * F, &a->time_table);
+    take_all(r, B * sizeof(int), &a->t, &a->y);
+    take_all(r, pixels * c->channels * F, &a->picture, &a->noise, &a->x_t);
+    take_all(r, B * sizeof(LossPlace), &a->places);
+    take_all(r, DIFFUSION_STEPS * sizeof(SampleStep), &a->steps);
+    take_all(r, sizeof(int), &a->step);
+    if (c->fixed_point) take_all(r, N * F, &a->reused);
+    if (c->fixed_point && m->window) {
+        take_all(r, 2 * (m->window + 1) * N * F, &a->history);
+        take_all(r, B * HISTORY * HISTORY * sizeof(double), &a->gram);
+    }
+    m->scratch = r->bytes;
     for (int l = 0; l <= last; l++) {
         Layer *at = &a->layer[l];
         float *x = a->layer[0].x;
@@ -2613,10 +2626,7 @@ static size_t activations_point(Model *m, char *memory) {
         take_all(r, N * A, &at->proj, &at->fc2);
         take_all(r, 4 * N * A, &at->fc1);
     }
-    take_all(r, T * D * F, &a->pos);
-    take_all(r, DIFFUSION_STEPS * 256 * F, &a->time_table);
-    take_all(r, B * sizeof(int), &a->t, &a->y);
-    take_all(r, pixels * c->channels * F, &a->picture, &a->noise, &a->x_t, &a->patches);
+    take_all(r, pixels * c->channels * F, &a->patches);
     take_all(r, pixels * config_out_channels(c) * F, &a->out, &a->patch_out);
     take_all(r, B * 256 * F, &a->time_freq);
     take_all(r, B * D * F, &a->time_hidden, &a->time_silu, &a->cond, &a->cond_pp, &a->cond_silu, &a->cond_pp_silu);
@@ -2629,16 +2639,9 @@ static size_t activations_point(Model *m, char *memory) {
     if (c->fixed_point) {
         take_all(r, N * A, &a->inj);
         take_all(r, 2 * N * F, &a->inj_part);
-        take_all(r, N * F, &a->reused);
         if (m->half) take_all(r, N * A, &a->z);
-        if (m->window) {
-            take_all(r, 2 * (m->window + 1) * N * F, &a->history);
-            take_all(r, B * HISTORY * HISTORY * sizeof(double), &a->gram);
-        }
     }
     take_all(r, (2 * B + NORM_BLOCKS) * sizeof(double), &a->sums);
-    take_all(r, DIFFUSION_STEPS * sizeof(SampleStep), &a->steps);
-    take_all(r, sizeof(int), &a->step);
     if (!m->training) return arena.bytes;
     take_all(r, N * F, &a->dx);
     take_all(r, N * A, &a->dnormed, &a->dbranch);
@@ -2651,7 +2654,6 @@ static size_t activations_point(Model *m, char *memory) {
     take_all(r, B * T * sizeof(float2), &a->stats);
     take_all(r, B * c->heads * T * F, &a->delta);
     take_all(r, pixels * config_out_channels(c) * F, &a->dout);
-    take_all(r, B * sizeof(LossPlace), &a->places);
     return arena.bytes;
 }
 
