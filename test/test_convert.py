@@ -11,11 +11,13 @@ diffusers are diffusers' own; those of DiT, SiT and the fixed-point paper, which
 from timm's parts, as theirs are. Needs torch, safetensors, pillow; diffusers and timm, or their tests are skipped.
 """
 import argparse
+import contextlib
 import copy
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from PIL import Image
 
 import convert
 import reference
@@ -47,20 +50,34 @@ def needs(package):
         raise Skip(f"needs the Python package {package}: pip install -r tools/requirements.txt")
 
 
+def call(tool, args):
+    """Exit status, standard output and standard error of a tool, in this process: importing torch takes seconds."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    argv, sys.argv = sys.argv, [tool, *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            __import__(tool[:-3]).main()
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        sys.argv = argv
+    return status, out.getvalue(), err.getvalue()
+
+
 def run(tool, *args):
     """Standard output of a tool that must succeed."""
-    done = subprocess.run([sys.executable, TOOLS / tool, *map(str, args)], capture_output=True, text=True)
-    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr.strip()}"
-    return done.stdout
+    status, out, err = call(tool, args)
+    assert not status, f"exit {status}: {err.strip()}"
+    return out
 
 
 def fails(words, tool, *args):
     """A tool that must fail: exit 1, one line on standard error with these words in it, and no file left behind."""
     before = sorted(Path().rglob("*"))
-    done = subprocess.run([sys.executable, TOOLS / tool, *map(str, args)], capture_output=True, text=True)
-    said = f"{tool} {' '.join(map(str, args))}: exit {done.returncode}, said {done.stderr.strip()[-400:]!r}"
-    assert done.returncode == 1, said
-    assert done.stderr.count("\n") == 1 and words in done.stderr, f"{said}; want one line with {words!r}"
+    status, _, err = call(tool, args)
+    said = f"{tool} {' '.join(map(str, args))}: exit {status}, said {err.strip()[-400:]!r}"
+    assert status == 1, said
+    assert err.count("\n") == 1 and words in err, f"{said}; want one line with {words!r}"
     assert sorted(Path().rglob("*")) == before, f"{said}; left a file behind"
 
 
@@ -375,7 +392,7 @@ def test_diffusers():
     assert json.loads(metadata["class_names"])[9] == "class 9" and metadata["time_embedding"] == "diffusers", metadata
     worst = check_against("a.safetensors", model, "diffusers", call_diffusers)
     run("convert.py", "a.safetensors", "--to", "diffusers", "--out", "back")
-    back = diffusers.DiTTransformer2DModel.from_pretrained("back")
+    back = diffusers.DiTTransformer2DModel.from_pretrained("back", low_cpu_mem_usage=False)
     same_bits(back.state_dict(), model.state_dict())
     known = lambda m: {k: v for k, v in m.config.items() if not k.startswith("_")}
     assert known(back) == known(model), (known(back), known(model))
@@ -406,7 +423,7 @@ def test_dit_to_diffusers():
     run("convert.py", "dit.pt", "--heads", 4, "--out", "a.safetensors")
     said = run("convert.py", "a.safetensors", "--to", "diffusers", "--out", "folder")
     percent = float(re.search(r"by up to (\S+) %", said)[1])
-    net = diffusers.DiTTransformer2DModel.from_pretrained("folder").double().eval()
+    net = diffusers.DiTTransformer2DModel.from_pretrained("folder", low_cpu_mem_usage=False).double().eval()
     t, y, x = torch.arange(1000), torch.zeros(1000, dtype=torch.long), torch.randn(1, 4, 8, 8)
     emb = net.transformer_blocks[0].norm1.emb
     there = emb(t, y, hidden_dtype=torch.float64) - emb.class_embedder(y)
@@ -491,6 +508,198 @@ def test_broken_diffusers():
     fails("empty/config.json", "convert.py", "empty", "--out", "a.safetensors")
     run("convert.py", save(published().state_dict()), "--heads", 4, "--from", "dit", "--out", "b.safetensors")
     fails("folder", "convert.py", "apart/diffusion_pytorch_model.safetensors", "--heads", 4, "--out", "a.safetensors")
+
+# ---- latents.py
+
+
+def make_pictures():
+    """Two classes of 16x16 pictures; one is not square, and its middle is what a centre crop keeps."""
+    rng = np.random.default_rng(3)
+    pictures = rng.integers(256, size=(5, 16, 16, 3), dtype=np.uint8)
+    for i, picture in enumerate(pictures):
+        os.makedirs(f"pictures/{'cat' if i < 3 else 'dog'}", exist_ok=True)
+        whole = np.pad(picture, ((0, 0), (4, 4), (0, 0))) if i == 4 else picture
+        Image.fromarray(whole).save(f"pictures/{'cat' if i < 3 else 'dog'}/{i}.png")
+    return pictures
+
+
+def make_vae(kind):
+    diffusers = needs("diffusers")
+    if kind == "AutoencoderKL":
+        vae = diffusers.AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+            block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, layers_per_block=1)
+    else:
+        vae = diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1))
+    torch.manual_seed(2)
+    for p in vae.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    vae.save_pretrained(kind)
+    return vae.eval()
+
+
+def vae_pictures(vae, latents):
+    with torch.no_grad():
+        x = vae.decode(torch.from_numpy(latents) / vae.config.scaling_factor).sample
+    return (127.5 * x + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def close(got, want, limit):
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert got.shape == want.shape and error < limit, f"{got.shape}, want {want.shape}; relative error {error}"
+
+
+def test_latents_kl():
+    vae, pictures = make_vae("AutoencoderKL"), make_pictures()
+    with torch.no_grad():
+        found = vae.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
+    common = ("latents.py", "encode", "pictures", "--vae", "AutoencoderKL", "--size", 16, "--batch", 2, "--dtype", "F32")
+    said = run(*common, "--out", "a.safetensors")
+    assert "x F32 (5, 4, 8, 8)" in said and "3 cat" in said, said
+    tensors, metadata = reference.load_file("a.safetensors")
+    close(tensors["x"], 0.18215 * found.mean.numpy(), 1e-5)
+    assert tensors["y"].tolist() == [0, 0, 0, 1, 1] and metadata["latent_scale"] == "0.18215", metadata
+    run(*common, "--sample", "--out", "b.safetensors")
+    drawn = (reference.load_file("b.safetensors")[0]["x"] / 0.18215 - found.mean.numpy()) / found.std.numpy()
+    assert abs(drawn.mean()) < 0.1 and abs(drawn.std() - 1) < 0.1, "not drawn from the distribution"
+    run(*common, "--flip", "--out", "c.safetensors")
+    flipped, metadata = reference.load_file("c.safetensors")
+    with torch.no_grad():
+        mirror = vae.encode(torch.from_numpy(pictures[:, :, ::-1].copy()).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean
+    close(flipped["x"], 0.18215 * np.concatenate([found.mean.numpy(), mirror.numpy()]), 1e-5)
+    assert flipped["y"].tolist() == 2 * [0, 0, 0, 1, 1]
+    run("latents.py", "decode", "a.safetensors", "--vae", "AutoencoderKL", "--batch", 3, "--out", "d.safetensors")
+    decoded, metadata = reference.load_file("d.safetensors")
+    want = vae_pictures(vae, tensors["x"])
+    assert np.abs(decoded["x"].astype(int) - want).max() <= 1 and decoded["y"].tolist() == [0, 0, 0, 1, 1]
+    assert json.loads(metadata["class_names"]) == ["cat", "dog"]
+    said = run("latents.py", "decode", "a.safetensors", "--vae", "AutoencoderKL", "--out", "d.png")
+    grid = np.asarray(Image.open("d.png")).astype(int)
+    assert grid.shape == (38, 56, 3) and np.abs(grid[20:36, 2:18] - want[3]).max() <= 1, grid.shape
+
+
+def test_latents_tiny():
+    vae, pictures = make_vae("AutoencoderTiny"), make_pictures()
+    os.makedirs("pipeline")
+    os.rename("AutoencoderTiny", "pipeline/vae")
+    for path in list(Path("pictures").glob("*/*")):  # all in one folder: unlabelled
+        path.rename(Path("pictures") / path.name)
+    for name in ("cat", "dog"):
+        os.rmdir(f"pictures/{name}")
+    common = ("--vae", "pipeline", "--batch", 2)
+    run("latents.py", "encode", "pictures", *common, "--size", 16, "--dtype", "F16", "--out", "a.safetensors")
+    tensors, metadata = reference.load_file("a.safetensors")
+    with torch.no_grad():
+        want = vae.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1).latents.numpy()
+    close(tensors["x"].astype(np.float32), want, 1e-3)
+    assert "y" not in tensors and metadata["latent_scale"] == "1.0" and tensors["x"].dtype == np.float16, metadata
+    run("latents.py", "decode", "a.safetensors", *common, "--out", "d.safetensors")
+    assert np.abs(reference.load_file("d.safetensors")[0]["x"].astype(int)
+                  - vae_pictures(vae, tensors["x"].astype(np.float32))).max() <= 1
+    fails("distribution", "latents.py", "encode", "pictures", *common, "--sample", "--out", "b.safetensors")
+
+
+def test_latents_model():
+    """From a folder of pictures to decoded samples, labelled and unlabelled, and what the evaluator makes of them."""
+    make_vae("AutoencoderKL")
+    rng = np.random.default_rng(4)
+    for name in ("a", "b"):
+        os.makedirs(f"pictures/{name}")
+        for i in range(30):
+            Image.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(f"pictures/{name}/{i}.png")
+    for source, classes in (("pictures", 2), ("pictures/a", 0)):
+        run("latents.py", "encode", source, "--vae", "AutoencoderKL", "--size", 16, "--out", "x.safetensors")
+        program("train_cpu", "--data", "x.safetensors", "--width", 16, "--heads", 2, "--patch", 2, "--steps", 4, "--batch", 8,
+                "--sample_steps", 2, "--out", f"run{classes}")
+        metadata = load(f"run{classes}/weights.safetensors")[1]
+        assert metadata["classes"] == str(classes) and metadata["latent_scale"] == "0.18215", metadata
+        said = program("sample_cpu", "--weights", f"run{classes}/weights.safetensors", "--n", 60, "--steps", 2, "--latents",
+                       f"drawn{classes}.safetensors", "--out", "latents.png")
+        assert f"latents.py decode drawn{classes}.safetensors --vae" in said, said
+        run("latents.py", "decode", f"drawn{classes}.safetensors", "--vae", "AutoencoderKL", "--out", f"d{classes}.safetensors")
+    run("data.py", "folder", "pictures", "--size", 16, "--out", "real.safetensors")
+    said = run("evaluate.py", "real.safetensors", "d2.safetensors")
+    assert re.search(r"d2\.safetensors .*\d", said), said
+
+
+def test_latents_broken():
+    make_vae("AutoencoderKL"), make_pictures()
+    encode = lambda *more: ("latents.py", "encode", "pictures", "--out", "a.safetensors", *more)
+    fails("no/config.json", *encode("--vae", "no"))
+    fails("--size 15", *encode("--vae", "AutoencoderKL", "--size", 15))
+    fails("pictures2: not a folder", "latents.py", "encode", "pictures2", "--vae", "AutoencoderKL", "--out", "a.safetensors",
+          "--size", 16)
+    fails("--device", *encode("--vae", "AutoencoderKL", "--device", "abacus"))
+    run(*encode("--vae", "AutoencoderKL", "--size", 16))
+    decode = lambda *more: ("latents.py", "decode", *more, "--vae", "AutoencoderKL")
+    fails("missing.safetensors", *decode("missing.safetensors", "--out", "a.png"))
+    fails("want a .png", *decode("a.safetensors", "--out", "a.jpg"))
+    reference.save_file({"x": np.ones((2, 3, 8, 8), np.float32)}, "three.safetensors", {})
+    fails("(N,4,H,W)", *decode("three.safetensors", "--out", "a.png"))
+    weights = Path("AutoencoderKL/diffusion_pytorch_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-50])
+    fails("--vae AutoencoderKL", *encode("--vae", "AutoencoderKL", "--size", 16))
+    Path("AutoencoderKL/config.json").write_text('{"_class_name": "UNet2DModel"}')
+    fails("is a UNet2DModel", *encode("--vae", "AutoencoderKL", "--size", 16))
+
+
+# ---- starting from weights, and ours in PyTorch
+
+
+def started(*options):
+    """The model's weights after a step of training that changes nothing, by name."""
+    program("train_cpu", *options, "--lr", 0, "--steps", 1, "--batch", 2, "--sample_steps", 2, "--out", "run")
+    tensors, metadata = reference.load_file("run/state.safetensors")
+    shutil.rmtree("run")
+    return {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}, metadata
+
+
+def test_init():
+    run("convert.py", save(published(channels=3).state_dict()), "--heads", 4, "--out", "dit.safetensors")
+    dit, _ = reference.load_file("dit.safetensors")
+    images = {"x": np.zeros((6, 8, 8, 3), np.uint8), "y": np.array([0, 1, 2, 0, 1, 2])}
+    reference.save_file(images, "three.safetensors", {})
+    got, metadata = started("--init", "dit.safetensors", "--image_size", 8)
+    assert got.keys() == dit.keys() and all((got[name] == dit[name]).all() for name in dit)
+    assert metadata["prediction"] == "eps" and metadata["learn_sigma"] == "1", metadata
+
+    table = "y_embedder.embedding_table.weight"
+    got, _ = started("--init", "dit.safetensors", "--data", "three.safetensors")
+    assert all((got[name] == dit[name]).all() for name in dit if name != table)
+    assert got[table].shape == (4, 32) and (got[table][3] == dit[table][10]).all(), "the row of no label is another"
+    fresh = reference.initial_weights(reference.Config(width=32, heads=4, classes=3, fixed_point=0, depth=1), 1)
+    assert np.allclose(got[table][:3], fresh[table][:3], 1e-6), "the other rows are not drawn as for a fresh start"
+
+    got, metadata = started("--init", "dit.safetensors", "--image_size", 8, "--fixed_point", 1, "--timestep_in_pre_post", 1)
+    fresh = reference.initial_weights(reference.Config.from_metadata(metadata), 1)
+    assert got.keys() == fresh.keys()
+    for name, value in got.items():
+        there = name.replace("blocks_pre.0", "blocks.0").replace("blocks_post.0", "blocks.2")
+        there = there.replace("block_fixed_point.", "blocks.1.")
+        want = dit.get(there, fresh[name])
+        assert (there in dit) != ("projection" in name), name
+        assert (value == want).all() if there in dit else np.allclose(value, want, 1e-6), name
+
+
+def test_readme():
+    """The README's script in Python draws what sample_cpu draws."""
+    script = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    if not script:
+        raise Skip("the README has no script")
+    script = script[1].replace('"tools"', repr(str(TOOLS))).replace('"weights/', f'"{ROOT}/weights/')
+    program("sample_cpu", "--weights", ROOT / "weights/shapes.safetensors", "--latents", "x.safetensors", "--out", "x.png")
+    there = {}
+    exec(script, there)
+    close(there["x"].numpy(), reference.load_file("x.safetensors")[0]["x"], 1e-4)
+    assert Image.open("pytorch.png").size == (240, 96)
+    weights = ROOT / "weights/emoji.safetensors"
+    program("sample_cpu", "--weights", weights, "--n", 6, "--steps", 3, "--iters", 6, "--latents", "x.safetensors", "--out",
+            "x.png")
+    script = script.split("sheet =")[0].replace("weights/shapes", "weights/emoji").replace("40", "6").replace("20", "3")
+    exec(script, there)
+    close(there["x"].numpy(), reference.load_file("x.safetensors")[0]["x"], 1e-4)
 
 
 def main():

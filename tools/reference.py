@@ -534,6 +534,12 @@ def normal(count, step, stream, seed):
     return elements(z.reshape(4, -1), count).astype(np.float32)
 
 
+def start_noise(cfg, n, seed):
+    """The noise (n,C,H,W) from which sample_* draws n pictures."""
+    shape = cfg.channels, cfg.image_size, cfg.image_size
+    return torch.from_numpy(np.stack([normal(math.prod(shape), i, X_T, seed).reshape(shape) for i in range(n)]))
+
+
 def initial_weights(cfg, seed):
     """The k-th parameter in the model's order draws from step k of its stream."""
     weights = {}
