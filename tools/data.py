@@ -22,8 +22,11 @@ import sys
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, features
+try:
+    import numpy as np
+    from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, features
+except ImportError as error:
+    sys.exit(f"data.py: needs the Python package {error.name}: pip install -r tools/requirements.txt")
 
 EMOJI_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI_GROUPS = "/usr/share/unicode/emoji/emoji-test.txt"

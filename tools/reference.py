@@ -17,12 +17,15 @@ import os
 import sys
 import zlib
 
-import numpy as np
-import safetensors
-import safetensors.numpy
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
+try:
+    import numpy as np
+    import safetensors
+    import safetensors.numpy
+    import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
+except ImportError as error:
+    sys.exit(f"reference.py: needs the Python package {error.name}: pip install -r tools/requirements.txt")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: the fields are the metadata of a weights file
