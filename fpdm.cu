@@ -105,7 +105,7 @@ static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch,
 // width 4D. With fixed_point 0 the model is plain DiT (arXiv:2212.09748): `depth` blocks in a row that all see cond.
 // =====================================================================================================================
 
-enum Prediction { PREDICT_EPS, PREDICT_V, PREDICT_FLOW };
+enum Prediction { PREDICT_EPS, PREDICT_V, PREDICT_FLOW, PREDICT_X };
 enum VWeight { V_WEIGHT_1, V_WEIGHT_P2 };
 enum { DIFFUSION_STEPS = 1000 };
 enum Arithmetic { COMPUTE_AUTO, COMPUTE_FP32, COMPUTE_BF16 }; // of --dtype
@@ -133,6 +133,9 @@ static size_t config_pixels(const Config *c) { return (size_t)c->channels * c->i
 static int config_tokens(const Config *c) { return (c->image_size / c->patch) * (c->image_size / c->patch); }
 static int config_out_channels(const Config *c) { return c->learn_sigma ? 2 * c->channels : c->channels; }
 static int config_blocks(const Config *c) { return c->fixed_point ? c->pre_depth + 1 + c->post_depth : c->depth; }
+static int config_straight(const Config *c) { // whether x_t is on the line (1-tau)·x0 + tau·noise, tau = t/1000
+    return c->prediction == PREDICT_FLOW || c->prediction == PREDICT_X;
+}
 static int config_iterations(const Config *c) { // default iterations per timestep
     int k = c->depth - c->pre_depth - c->post_depth;
     return k < 1 ? 1 : k;
@@ -580,6 +583,31 @@ __global__ void patches_kernel(float *tokens, float *pictures, int to_picture, i
         *at = pictures[i];
 }
 
+// pos (T,D): with w_i = 10000^(-i/(D/4)), the token at (row, column) gets [sin(column·w), cos(column·w), sin(row·w),
+// cos(row·w)]
+static void position_embedding(real *pos, int side, int D) {
+    int quarter = D / 4;
+    for (int t = 0; t < side * side; t++)
+        for (int i = 0; i < quarter; i++) {
+            double w = pow(10000, -(double)i / quarter), column = t % side * w, row = t / side * w;
+            real *at = pos + (size_t)t * D + i;
+            at[0] = (real)sin(column);
+            at[quarter] = (real)cos(column);
+            at[2 * quarter] = (real)sin(row);
+            at[3 * quarter] = (real)cos(row);
+        }
+}
+
+// table (1000,256): row t is cos(t·f), then sin(t·f), with f_i = 10000^(-i/128)
+static void time_embeddings(float *table) {
+    for (int t = 0; t < DIFFUSION_STEPS; t++)
+        for (int i = 0; i < 128; i++) {
+            double angle = t * exp(-log(10000) * i / 128);
+            table[t * 256 + i] = (float)cos(angle);
+            table[t * 256 + 128 + i] = (float)sin(angle);
+        }
+}
+
 // freq (B,256) = rows t of the table of embeddings of all timesteps
 __global__ void time_kernel(float *freq, const float *table, const int *t) {
     freq[blockIdx.x * 256 + threadIdx.x] = table[t[blockIdx.x] * 256 + threadIdx.x];
@@ -681,8 +709,8 @@ typedef struct {
     float *picture, *noise;   // (B,C,S,S) x0 in training, x in sampling
     struct LossPlace *places; // (B)
     struct SampleStep *steps; // (1000) in sampling order
-    int *step;
-    double *sums; // (B,2) or partial sums of the gradient norm
+    int *step;                // the place in them
+    double *sums;             // (B,2) or partial sums of the gradient norm
 } Activations;
 
 typedef struct { // a recorded training step of B pictures
@@ -1097,6 +1125,8 @@ static void model_backward(Model *m) {
 // =====================================================================================================================
 
 enum Sampler { SAMPLER_AUTO, SAMPLER_DDPM, SAMPLER_DDIM, SAMPLER_FLOW };
+enum TimestepSampling { T_UNIFORM, T_LOGIT_NORMAL };
+enum LearningRate { LR_CONSTANT, LR_LINEAR, LR_COSINE };
 enum Allocation { ALLOC_CONST, ALLOC_INC, ALLOC_DEC };
 enum Solver { SOLVER_PLAIN, SOLVER_ANDERSON };
 
@@ -1107,13 +1137,13 @@ typedef struct {
     const char *data, *export_to, *model_name, *out, *resume;
     int no_grad_iters[2], grad_iters[2];
     int batch, micro_batch, steps, warmup, ema_warmup, hflip, recompute, dtype, weights_dtype;
-    int save_every, sample_every, log_every, step;
-    double lr, weight_decay, grad_clip, ema, label_drop;
+    int save_every, sample_every, log_every, step, t_sampling, lr_schedule;
+    double lr, weight_decay, grad_clip, ema, label_drop, t_mean, t_std;
     uint64_t seed;
     // sampling
-    const char *weights, *labels, *iters, *latents, *trace;
+    const char *weights, *labels, *iters, *latents, *trace, *strip;
     int n, sampler, sample_steps, budget, alloc, reuse, solver, window, cfg_channels, show;
-    double eta, tol, mixing, cfg;
+    double eta, tol, mixing, cfg, t_shift;
     // benchmark
     int bench_n, bench_m, rounds, bench_gemm;
 } Options;
@@ -1126,7 +1156,11 @@ typedef struct {
     double alpha_bar[DIFFUSION_STEPS], alpha_bar_prev[DIFFUSION_STEPS]; // product of 1 - beta; prev is 1 at i = 0
     double log_beta[DIFFUSION_STEPS], log_var[DIFFUSION_STEPS]; // the variances between which the model interpolates
     double c1[DIFFUSION_STEPS], c2[DIFFUSION_STEPS];            // posterior mean = c1·x0 + c2·x_t
+    double tau[DIFFUSION_STEPS], dt[DIFFUSION_STEPS]; // flow: share of noise in x_t, and of it that a step takes
 } Schedule;
+
+// A model of x gives x0_hat; its velocity, what a model of flow gives, is (x0_hat - x_t)/x_tau (arXiv:2511.13720).
+static double x_tau(int t) { return t < DIFFUSION_STEPS / 20 ? 0.05 : t / (double)DIFFUSION_STEPS; }
 
 static void schedule_make(Schedule *s, const Config *c, int steps) {
     double alpha_bar[DIFFUSION_STEPS], product = 1;
@@ -1149,12 +1183,30 @@ static void schedule_make(Schedule *s, const Config *c, int steps) {
         s->log_var[i] = log(beta * (1 - prev) / (1 - ab));
         s->c1[i] = beta * sqrt(prev) / (1 - ab);
         s->c2[i] = (1 - prev) * sqrt(1 - beta) / (1 - ab);
+        s->tau[i] = c->prediction == PREDICT_X ? x_tau(s->t[i]) : s->t[i] / (double)DIFFUSION_STEPS;
+        s->dt[i] = 1.0 / steps;
     }
     s->log_var[0] = s->log_var[1]; // at i = 0 it would be log 0
 }
 
+// Other timesteps for models of flow and x. Those above are told t = 0 at the last step, when x_t still holds 1/S noise.
+// These are told what there is: step i goes from tau_i to tau_{i-1} and the last to 0, tau = shift·u/(1+(shift-1)·u) at
+// u = (i+1)/S (arXiv:2403.03206); a shift above 1 gives more of them to large t.
+static void schedule_shift(Schedule *s, double shift) {
+    double before = 0;
+    for (int i = 0; i < s->n; i++) {
+        double u = (i + 1.0) / s->n, tau = shift * u / (1 + (shift - 1) * u);
+        s->t[i] = (int)fmin(nearbyint(tau * DIFFUSION_STEPS), DIFFUSION_STEPS - 1);
+        s->tau[i] = tau;
+        s->dt[i] = tau - before;
+        before = tau;
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // What sampling spends: iterations can be moved between timesteps, and traded for more of them
+
+enum { STRIP = 4 }; // pictures that --strip shows
 
 typedef struct {
     int sampler, cfg_channels, reuse;
@@ -1164,17 +1216,18 @@ typedef struct {
     int64_t passes;   // Transformer-block passes per picture that were spent, counted up
     int window;       // of Anderson acceleration; 0: plain iteration
     double mixing;    // its beta
+    float *path;      // (steps+1,STRIP,C,S,S) of the first pictures, x before each timestep and at the end; or NULL
 } SampleSettings;
 
 // Which sampler suits the model; dies on one that does not.
 static int resolve_sampler(int sampler, const Config *c) {
-    int flow = c->prediction == PREDICT_FLOW;
+    int flow = config_straight(c);
     if (c->prediction == PREDICT_EPS && c->zero_terminal_snr)
         die("option --zero_terminal_snr: a model of eps cannot be sampled with it; train with --prediction v");
     if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
     if ((sampler == SAMPLER_FLOW) != flow)
         die("option --sampler: this model predicts %s; use --sampler auto",
-            flow ? "flow and needs the flow sampler" : "noise or v: ddpm or ddim");
+            flow ? "flow or x and needs the flow sampler" : "noise or v: ddpm or ddim");
     return sampler;
 }
 
@@ -1226,6 +1279,12 @@ static void plan_iterations(int iters[DIFFUSION_STEPS], const Options *o, const 
         if (iters[i] > 1000) die("option --budget: more than 1000 iterations in a timestep; lower it or raise --steps");
 }
 
+// Keeps x (B,C,S,S) of the first pictures, as it is before timestep `step`.
+static void path_keep(const SampleSettings *set, int step, const float *x, int first, int B, size_t count) {
+    if (set->path && first == 0)
+        memcpy(set->path + step * STRIP * count, x, (B < STRIP ? B : STRIP) * count * sizeof *x);
+}
+
 // All that sampling is told; `iters` is where its plan of iterations goes.
 static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options *o) {
     int window = o->solver == SOLVER_ANDERSON ? o->window : 0;
@@ -1240,7 +1299,10 @@ static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options 
                           NULL,
                           0,
                           window,
-                          o->mixing};
+                          o->mixing,
+                          NULL};
+    if (*o->strip && (set.sampler == SAMPLER_DDPM || (set.sampler == SAMPLER_DDIM && o->eta > 0)))
+        die("option --strip: the noise that a step adds hides the predicted x0: use --sampler ddim and --eta 0");
     return set;
 }
 
@@ -1265,13 +1327,14 @@ static void loss_places(LossPlace *places, const Schedule *s, const Config *c, c
     for (int b = 0; b < B; b++) {
         double ab = s->alpha_bar[t[b]], a = sqrt(ab), n = sqrt(1 - ab), tau = t[b] / (double)DIFFUSION_STEPS;
         LossPlace *p = &places[b];
-        int flow = c->prediction == PREDICT_FLOW, v = c->prediction == PREDICT_V;
+        int straight = config_straight(c), v = c->prediction == PREDICT_V, x = c->prediction == PREDICT_X;
         p->t = t[b];
-        p->keep = flow ? 1 - tau : a;
-        p->noise = flow ? tau : n;
-        p->target_x0 = flow ? 1 : v ? -n : 0;
-        p->target_noise = flow ? -1 : v ? a : 1;
+        p->keep = straight ? 1 - tau : a;
+        p->noise = straight ? tau : n;
+        p->target_x0 = straight ? 1 : v ? -n : 0;
+        p->target_noise = x ? 0 : straight ? -1 : v ? a : 1;
         p->weight = v && c->v_weight == V_WEIGHT_P2 ? ab / n * (1 - ab) : 1; // (x0-x0_hat)^2 = (1-ab)(v-out)^2
+        if (x) p->weight = 1 / (x_tau(t[b]) * x_tau(t[b]));                  // the velocity's error
         p->slip = v ? n : n / a;
         p->c1 = s->c1[t[b]];
         p->log_beta = s->log_beta[t[b]];
@@ -1279,7 +1342,7 @@ static void loss_places(LossPlace *places, const Schedule *s, const Config *c, c
     }
 }
 
-// x_t = sqrt(alpha_bar)·x0 + sqrt(1-alpha_bar)·noise, or for flow (1-tau)·x0 + tau·noise with tau = t/1000. All
+// x_t = sqrt(alpha_bar)·x0 + sqrt(1-alpha_bar)·noise, or for flow and x (1-tau)·x0 + tau·noise with tau = t/1000. All
 // (B,C,S,S), `count` a picture.
 __global__ void diffuse_kernel(float *x_t, int *t, const float *x0, const float *noise, const LossPlace *places,
                                size_t count) {
@@ -1434,8 +1497,9 @@ static void sample_steps(SampleStep *steps, const Schedule *s, const SampleSetti
         memset(p, 0, sizeof *p);
         p->t = s->t[i];
         if (set->sampler == SAMPLER_FLOW) {
-            p->of_x = 1;
-            p->of_out = 1.0 / s->n;
+            int of_x = c->prediction == PREDICT_X; // whose velocity is (out - x)/tau
+            p->of_out = of_x ? s->dt[i] / s->tau[i] : s->dt[i];
+            p->of_x = of_x ? 1 - p->of_out : 1;
         } else if (set->sampler == SAMPLER_DDPM) {
             p->of_x = s->c1[i] * x0_x + s->c2[i];
             p->of_out = s->c1[i] * x0_out;
@@ -1489,6 +1553,8 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
     for (int half = 0; half <= guided; half++) gpu_copy(a->x_t + half * B * count, a->picture, B * count * sizeof *x);
     RUN(next_step_kernel, 1, 256, 0, a->t, a->step, a->steps, 0, S, rows);
     for (int step = 0; step < S; step++) {
+        if (set->path) gpu_download(x, a->picture, B * count * sizeof *x);
+        path_keep(set, step, x, first, B, count);
         int i = S - 1 - step, iters = c->fixed_point ? set->iters[step] : 0;
         if (!z && steps[step].noisy)
             for (int b = 0; b < B; b++)
@@ -1526,6 +1592,7 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
             fprintf(set->trace, "%d,%d,%d,%.6g\n", step, s->t[i], k + 1, solve->residuals[k]);
     }
     gpu_download(x, a->picture, B * count * sizeof *x);
+    path_keep(set, S, x, first, B, count);
     for (int i = 0; i < n_graphs; i++) CHECK(cudaGraphExecDestroy(graphs[i].exec));
     xfree(graphs);
     xfree(steps);
@@ -1648,8 +1715,8 @@ static void anderson_forward(Model *m, float *z, int k, int window, double mixin
 // Part 3. Learning
 // =====================================================================================================================
 
-// AdamW (arXiv:1711.05101) with decoupled decay, the moving average (EMA) of the weights, and the bf16 copy
-// that the matmuls take, in one pass
+// AdamW (arXiv:1711.05101) with decoupled decay, the moving average (EMA) of the weights, and the bf16 copy that the
+// matmuls take, in one pass
 
 static void model_zero_gradients(Model *m) { gpu_zero(m->memory[MODEL_GRADS], (size_t)m->n_params * sizeof(real)); }
 
@@ -1722,6 +1789,22 @@ static Batch batch_create(int B, size_t pixels) {
     return b;
 }
 
+// A timestep from two random words: any, or t/1000 = sigmoid(t_mean + t_std·g) with g normal (arXiv:2403.03206)
+static int draw_timestep(const uint32_t word[2], const Options *o) {
+    if (o->t_sampling == T_UNIFORM) return (int)rng_below(word[0], DIFFUSION_STEPS);
+    double g = sqrt(-2 * log((word[0] + 0.5) * 0x1p-32)) * cos(6.283185307179586 * (word[1] + 0.5) * 0x1p-32);
+    return (int)fmin(floor(DIFFUSION_STEPS / (1 + exp(-(o->t_mean + o->t_std * g)))), DIFFUSION_STEPS - 1);
+}
+
+// The learning rate of a step: linear warm-up, then constant or falling to zero at o->steps
+static double learning_rate(const Options *o, int step) {
+    if (step < o->warmup) return o->lr * (step + 1) / o->warmup;
+    double done = (double)(step - o->warmup) / (o->steps - o->warmup);
+    return o->lr * (o->lr_schedule == LR_LINEAR   ? 1 - done
+                    : o->lr_schedule == LR_COSINE ? 0.5 * (1 + cos(3.141592653589793 * done))
+                                                  : 1);
+}
+
 // Pictures first..first+B-1 of a step: data, noise, and a timestep for each
 static void batch_draw(Batch *b, Dataset *data, const Options *o, int step, int first, int B) {
     size_t count = config_pixels(&o->model);
@@ -1730,7 +1813,7 @@ static void batch_draw(Batch *b, Dataset *data, const Options *o, int step, int 
     for (int i = 0; i < B; i++) {
         uint32_t word[4];
         philox(word, o->seed, (uint32_t)(first + i), (uint32_t)step, STREAM_T);
-        b->t[i] = (int)rng_below(word[0], DIFFUSION_STEPS);
+        b->t[i] = draw_timestep(word, o);
     }
 }
 
@@ -1763,7 +1846,7 @@ static Step train_step(Model *model, const Schedule *s, Dataset *data, Batch *b,
         *b = *spare, *spare = done;
     }
     did.norm = model_gradient_norm(model);
-    did.lr = o->lr * (step + 1 < o->warmup ? (double)(step + 1) / o->warmup : 1);
+    did.lr = learning_rate(o, step);
     double ema = o->ema_warmup ? fmin(o->ema, (1.0 + step) / (10.0 + step)) : o->ema;
     double clip = o->grad_clip > 0 && did.norm > o->grad_clip ? o->grad_clip / (did.norm + 1e-6) : 1;
     model_update(model, step + 1, did.lr, 0.9, 0.999, 1e-8, o->weight_decay, clip, ema);
@@ -2620,26 +2703,13 @@ static size_t params_bytes(const Model *m) {
     return (size_t)m->n_params * ((m->training ? 5 : 1) * sizeof(real) + (m->half ? sizeof(bf16) : 0));
 }
 
-// pos (T,D) and the embeddings of all timesteps, made once, in double
+// What is made once, in double: positions and timesteps
 static void model_tables(Model *m) {
-    int side = m->config.image_size / m->config.patch, D = m->config.width, quarter = D / 4;
+    int side = m->config.image_size / m->config.patch, D = m->config.width;
     float *pos = (float *)xcalloc((size_t)side * side * D, sizeof *pos, "tables");
     float *time = (float *)xcalloc(DIFFUSION_STEPS * 256, sizeof *time, "tables");
-    for (int t = 0; t < side * side; t++)
-        for (int i = 0; i < quarter; i++) {
-            double w = pow(10000, -(double)i / quarter), column = t % side * w, row = t / side * w;
-            float *at = pos + (size_t)t * D + i;
-            at[0] = (float)sin(column);
-            at[quarter] = (float)cos(column);
-            at[2 * quarter] = (float)sin(row);
-            at[3 * quarter] = (float)cos(row);
-        }
-    for (int t = 0; t < DIFFUSION_STEPS; t++)
-        for (int i = 0; i < 128; i++) {
-            double angle = t * exp(-log(10000) * i / 128);
-            time[t * 256 + i] = (float)cos(angle);
-            time[t * 256 + 128 + i] = (float)sin(angle);
-        }
+    position_embedding(pos, side, D);
+    time_embeddings(time);
     gpu_upload(m->a.pos, pos, (size_t)side * side * D * sizeof(float));
     gpu_upload(m->a.time_table, time, DIFFUSION_STEPS * 256 * sizeof(float));
     gpu_wait();
@@ -3357,7 +3427,8 @@ static const Option option_table[] = {
     {"classes", BENCH | WEIGHTS, OPT_INT, AT(model.classes), "10", 0, 1e6, "number of labels"},
     {"mlp_ratio", WEIGHTS, OPT_INT, AT(model.mlp_ratio), "4", 4, 4, ""},
     {"diffusion_steps", WEIGHTS, OPT_INT, AT(model.diffusion_steps), "1000", 1000, 1000, ""},
-    {"prediction", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.prediction), "flow", 0, 0, "eps|v|flow: what is predicted"},
+    {"prediction", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.prediction), "flow", 0, 0,
+     "eps|v|flow|x: what is predicted; x: the picture, trained and sampled as flow"},
     {"learn_sigma", MODEL, OPT_FLAG, AT(model.learn_sigma), "0", 0, 1, "1: predict the variance too (eps and v)"},
     {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1,
      "1: the last timestep is pure noise (needs v)"},
@@ -3369,6 +3440,12 @@ static const Option option_table[] = {
     {"steps", TRAIN, OPT_INT, AT(steps), "3000", 1, 2e9, "training steps"},
     {"lr", TRAIN, OPT_REAL, AT(lr), "2e-3", 0, 10, "learning rate of AdamW"},
     {"warmup", TRAIN, OPT_INT, AT(warmup), "100", 0, 2e9, "steps of linear warm-up"},
+    {"lr_schedule", TRAIN, OPT_CHOICE, AT(lr_schedule), "constant", 0, 0,
+     "constant|linear|cosine: the fall of lr after the warm-up, to zero at steps"},
+    {"t_sampling", TRAIN, OPT_CHOICE, AT(t_sampling), "uniform", 0, 0,
+     "uniform|logit_normal: timesteps trained on; logit_normal: t/1000 = sigmoid(t_mean + t_std g), g normal"},
+    {"t_mean", TRAIN, OPT_REAL, AT(t_mean), "0", -20, 20, "logit_normal: mean; above 0: more noise"},
+    {"t_std", TRAIN, OPT_REAL, AT(t_std), "1", 0, 20, "logit_normal: standard deviation"},
     {"weight_decay", TRAIN, OPT_REAL, AT(weight_decay), "0", 0, 10, "decay of AdamW"},
     {"grad_clip", TRAIN, OPT_REAL, AT(grad_clip), "1", 0, 1e9, "largest norm of the gradient; 0: any"},
     {"ema", TRAIN, OPT_REAL, AT(ema), "0.995", 0, 1, "decay of the moving average of the weights"},
@@ -3387,8 +3464,10 @@ static const Option option_table[] = {
     {"n", SAMPLE, OPT_INT, AT(n), "40", 1, 1e6, "number of pictures"},
     {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0, "numbers or class names, 3,7,heart; default: each in turn"},
     {"sampler", TRAIN | SAMPLE, OPT_CHOICE, AT(sampler), "auto", 0, 0,
-     "auto|ddpm|ddim|flow: auto: flow for flow models, ddim otherwise"},
+     "auto|ddpm|ddim|flow: auto: flow for models of flow or x, ddim otherwise"},
     {"steps", SAMPLE, OPT_INT, AT(sample_steps), "20", 2, 1000, "timesteps S"},
+    {"t_shift", TRAIN | SAMPLE, OPT_REAL, AT(t_shift), "0", 0, 100,
+     "flow, x: timesteps that match the noise left, more of them at large t above 1; 0: 0 to 999 evenly"},
     {"sample_steps", TRAIN, OPT_INT, AT(sample_steps), "20", 2, 1000, "timesteps of the sample grids"},
     {"eta", SAMPLE, OPT_REAL, AT(eta), "0", 0, 1, "noise of ddim: 0 none, 1 as much as ddpm"},
     {"iters", SAMPLE, OPT_TEXT, AT(iters), "", 0, 0, "iterations per timestep: one, or a list in sampling order"},
@@ -3405,6 +3484,8 @@ static const Option option_table[] = {
     {"batch", SAMPLE, OPT_INT, AT(batch), "40", 1, 1 << 20, "pictures at a time"},
     {"latents", SAMPLE, OPT_TEXT, AT(latents), "", 0, 0, "also write the result as a safetensors file"},
     {"trace", SAMPLE, OPT_TEXT, AT(trace), "", 0, 0, "write the residual of every iteration as CSV"},
+    {"strip", SAMPLE, OPT_TEXT, AT(strip), "", 0, 0,
+     "draw x_t and the predicted x0 of a few pictures into this PNG, a column a timestep"},
     {"show", TRAIN | SAMPLE, OPT_FLAG, AT(show), "0", 0, 1, "1: draw the pictures in the terminal"},
     {"seed", TRAIN | SAMPLE | BENCH, OPT_SEED, AT(seed), "1", 0, 0, "every random draw follows from it"},
     {"out", TRAIN, OPT_TEXT, AT(out), "out", 0, 0, "folder for weights, state, log and pictures"},
@@ -3560,8 +3641,9 @@ static void config_check(const Config *c, const char *where) {
         die("%s: image_size %d is not a multiple of patch %d", where, c->image_size, c->patch);
     if (c->width % c->heads) die("%s: width %d is not a multiple of heads %d", where, c->width, c->heads);
     if (c->width % 4) die("%s: width %d is not a multiple of 4", where, c->width);
-    if (c->learn_sigma && c->prediction == PREDICT_FLOW)
-        die("%s: learn_sigma 1 needs prediction eps or v, not flow", where);
+    if (c->learn_sigma && config_straight(c)) die("%s: learn_sigma 1 needs prediction eps or v, not flow or x", where);
+    if (c->zero_terminal_snr && c->prediction == PREDICT_X)
+        die("%s: zero_terminal_snr 1 needs prediction v, not x", where);
     double tokens = (double)c->image_size / c->patch * c->image_size / c->patch;
     if (tokens > 65536) die("%s: %g tokens per picture; at most 65536: use a larger patch", where, tokens);
 }
@@ -4015,6 +4097,33 @@ static void save_grid(const char *path, const float *x, int n, const Config *c, 
     xfree(rgb);
 }
 
+// The path (steps+1,STRIP,C,S,S) of `shown` pictures as PNG: of each a row of x_t and under it one of the x0 that the
+// model saw in it, a column for each timestep, 24 at most. A step is linear in x and x0, so that x0 follows from x before
+// and after it: flow gives x + dt·(x0 - x)/tau, ddim sqrt(prev)·x0 + sqrt(1-prev)·(x - sqrt(ab)·x0)/sqrt(1-ab).
+static void save_strip(const char *path, const float *x, const Schedule *s, const Config *c, int shown) {
+    size_t count = config_pixels(c);
+    int S = c->image_size, columns = s->n < 24 ? s->n : 24, zoom = S >= 64 ? 1 : S >= 32 ? 2 : 3, width, height;
+    float *tiles = (float *)xcalloc(2 * shown * columns * count, sizeof *tiles, "the strip");
+    for (int column = 0; column < columns; column++) {
+        int step = columns > 1 ? column * (s->n - 1) / (columns - 1) : 0, i = s->n - 1 - step;
+        double ab = s->alpha_bar[i], prev = s->alpha_bar_prev[i], of_x = sqrt((1 - prev) / (1 - ab));
+        double of_after = 1 / (sqrt(prev) - of_x * sqrt(ab)), of_before = -of_x * of_after; // ddim
+        if (config_straight(c)) of_after = s->tau[i] / s->dt[i], of_before = 1 - of_after;
+        for (int p = 0; p < shown; p++) {
+            const float *before = x + (step * STRIP + p) * count, *after = before + STRIP * count;
+            float *x_t = tiles + (2 * p * columns + column) * count, *x0 = x_t + columns * count;
+            for (size_t e = 0; e < count; e++) {
+                x_t[e] = before[e];
+                x0[e] = (float)(of_after * after[e] + of_before * before[e]);
+            }
+        }
+    }
+    uint8_t *rgb = picture_grid(tiles, 2 * shown * columns, c->channels, S, S, columns, zoom, 2, &width, &height);
+    png_write(path, rgb, width, height);
+    xfree(rgb);
+    xfree(tiles);
+}
+
 // What a training state consists of
 static const struct {
     const char *prefix;
@@ -4072,12 +4181,17 @@ static float *draw_pictures(const Options *o, Model *m, SampleSettings *set, con
     float *x = (float *)xcalloc(n * config_pixels(&m->config), sizeof *x, "pictures");
     Schedule s;
     schedule_make(&s, &m->config, o->sample_steps);
+    if (o->t_shift > 0 && config_straight(&m->config)) schedule_shift(&s, o->t_shift);
+    if (*o->strip) set->path = (float *)xcalloc((s.n + 1) * STRIP * config_pixels(&m->config), sizeof *x, "the strip");
     if (*o->trace) {
         set->trace = open_temp(o->trace);
         fprintf(set->trace, "step,t,iteration,residual\n");
     }
     sample_pictures(m, &s, set, x, y, n, o->seed);
     if (set->trace) commit_temp(set->trace, o->trace);
+    int at_a_time = set->cfg != 1 ? m->batch / 2 : m->batch, shown = n < at_a_time ? n : at_a_time;
+    if (set->path) save_strip(o->strip, set->path, &s, &m->config, shown < STRIP ? shown : STRIP);
+    xfree(set->path);
     return x;
 }
 

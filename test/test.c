@@ -1,4 +1,4 @@
-// Runs test cases (SPEC 5): safetensors files that hold a model and what must come out of it, computed in float64.
+// Runs test cases: safetensors files that hold a model and what must come out of it, computed in float64.
 //
 //   test_cpu [--dtype=fp32|bf16] [FILE ...]      without a file: all of test/cases; without --dtype: all that there are
 //
@@ -256,12 +256,14 @@ static void sample_case(const Options *o) {
                           NULL,
                           0,
                           window,
-                          window ? atof(meta_text("mixing")) : 1};
+                          window ? atof(meta_text("mixing")) : 1,
+                          NULL};
     size_t count = (size_t)B * config_pixels(&o->model);
     float *x = tensor_floats("x_T", count), *z = tensor_floats("z", (size_t)steps * count);
     int *y = tensor_ints("y", (size_t)B, o->model.classes);
     Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "schedule");
     schedule_make(s, &o->model, steps);
+    if (st_meta(&file, "t_shift")) schedule_shift(s, atof(meta_text("t_shift")));
     Model *m = case_model(o, set.cfg != 1 ? 2 * B : B, 0, 0, set.window);
     sample_batch(m, s, &set, x, y, B, z, 0, 0);
     compare("expect.sample", x, count, SAMPLED, 0);
