@@ -98,6 +98,7 @@ static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch,
 // =====================================================================================================================
 
 enum Prediction { PREDICT_EPS, PREDICT_V, PREDICT_FLOW, PREDICT_X };
+enum TimeEmbedding { TIME_DIT, TIME_SIT, TIME_DIFFUSERS };
 enum VWeight { V_WEIGHT_1, V_WEIGHT_P2 };
 enum { DIFFUSION_STEPS = 1000 };
 enum Arithmetic { COMPUTE_AUTO, COMPUTE_FP32, COMPUTE_BF16 }; // of --dtype
@@ -119,9 +120,16 @@ typedef struct {     // what a weight file's metadata says: the model and the di
     int zero_terminal_snr;
     int v_weight;        // enum VWeight
     int diffusion_steps; // always 1000
+    int time_embedding;  // enum TimeEmbedding
 } Config;
 
 static size_t config_pixels(const Config *c) { return (size_t)c->channels * c->image_size * c->image_size; }
+// Angle i of timestep t's embedding: t·f_i in DiT; SiT's time is 1 - t/1000, and diffusers' f_i is 10000^(-i/127).
+static double time_angle(const Config *c, int t, int i) {
+    double time = c->time_embedding == TIME_SIT ? 1 - t / 1000. : t;
+    return time * exp(-log(10000) * i / (c->time_embedding == TIME_DIFFUSERS ? 127 : 128));
+}
+
 static int config_tokens(const Config *c) { return (c->image_size / c->patch) * (c->image_size / c->patch); }
 static int config_out_channels(const Config *c) { return c->learn_sigma ? 2 * c->channels : c->channels; }
 static int config_blocks(const Config *c) { return c->fixed_point ? c->pre_depth + 1 + c->post_depth : c->depth; }
@@ -791,7 +799,7 @@ static void condition_forward(Model *m, const int *t, const int *y) {
     int B = m->B, D = c->width, blocks = config_blocks(c), pp = c->timestep_in_pre_post || !c->fixed_point;
     for (int b = 0; b < B; b++) {
         for (int i = 0; i < 128; i++) {
-            double angle = t[b] * exp(-log(10000) * i / 128);
+            double angle = time_angle(c, t[b], i);
             a->time_freq[b * 256 + i] = (real)cos(angle);
             a->time_freq[b * 256 + 128 + i] = (real)sin(angle);
         }
@@ -938,7 +946,7 @@ enum Solver { SOLVER_PLAIN, SOLVER_ANDERSON };
 typedef struct {
     Config model;
     // training
-    const char *data, *export_to, *model_name, *out, *resume;
+    const char *data, *export_to, *model_name, *out, *resume, *init;
     int no_grad_iters[2], grad_iters[2];
     int batch, micro_batch, steps, warmup, ema_warmup, hflip, recompute, dtype, weights_dtype;
     int save_every, sample_every, log_every, step, t_sampling, lr_schedule;
@@ -1097,7 +1105,7 @@ static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options 
                           o->cfg_channels,
                           o->reuse,
                           o->eta,
-                          o->cfg,
+                          o->model.classes ? o->cfg : 1, // without labels there is nothing to guide
                           o->tol,
                           iters,
                           NULL,
@@ -2415,7 +2423,9 @@ static const char **parse_class_names(const char *json, int *count) {
 
 enum { OPT_INT, OPT_SEED, OPT_REAL, OPT_TEXT, OPT_FLAG, OPT_RANGE, OPT_CHOICE };
 // Where an option is used. WEIGHTS: metadata of weight files; STATE: only in a training state; ONCE: never there.
-enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, STATE = 16, ONCE = 32, MODEL = TRAIN | BENCH | WEIGHTS };
+// ADDED: files from before it was there lack it, and mean its default.
+enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, STATE = 16, ONCE = 32, ADDED = 64 };
+enum { MODEL = TRAIN | BENCH | WEIGHTS };
 
 typedef struct {
     const char *name;
@@ -2454,6 +2464,8 @@ static const Option option_table[] = {
     {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1,
      "1: the last timestep is pure noise (needs v)"},
     {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0, "1|p2: weight of the v loss"},
+    {"time_embedding", TRAIN | WEIGHTS | ADDED, OPT_CHOICE, AT(model.time_embedding), "dit", 0, 0,
+     "dit|sit|diffusers: what the network sees of t, as those models have it"},
     {"no_grad_iters", TRAIN, OPT_RANGE, AT(no_grad_iters), "0,3", 0, 1000, "range of n: iterations without gradient"},
     {"grad_iters", TRAIN, OPT_RANGE, AT(grad_iters), "1,4", 1, 1000, "range of m: iterations with gradient"},
     {"batch", TRAIN | BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, "pictures per step"},
@@ -2477,6 +2489,8 @@ static const Option option_table[] = {
     {"dtype", TRAIN | SAMPLE | BENCH, OPT_CHOICE, AT(dtype), "auto", 0, 0,
      "auto|fp32|bf16: arithmetic; auto: fp32 on a CPU, bf16 on a GPU"},
     {"resume", TRAIN | ONCE, OPT_TEXT, AT(resume), "", 0, 0, "folder of a run to go on with"},
+    {"init", TRAIN | ONCE, OPT_TEXT, AT(init), "", 0, 0,
+     "weight file to start from, which also says the model; a DiT may start a fixed point: --fixed_point 1"},
     {"save_every", TRAIN, OPT_INT, AT(save_every), "1000", 1, 2e9, "steps between saves of weights and state"},
     {"sample_every", TRAIN, OPT_INT, AT(sample_every), "1000", 0, 2e9, "steps between sample grids; 0: at the end"},
     {"log_every", TRAIN, OPT_INT, AT(log_every), "50", 1, 2e9, "steps between progress lines"},
@@ -2688,6 +2702,7 @@ static void options_from_meta(Options *o, const SafeTensors *f, int use) {
     for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
         if (!(opt->use & use) || opt->use & ONCE) continue;
         const char *text = st_meta(f, opt->name);
+        if (!text && opt->use & ADDED) text = opt->initial;
         if (!text) die("%s'%s' is missing: is this a file of weights of this project?", where, opt->name);
         option_set(o, opt, opt->type == OPT_TEXT ? strdup(text) : text, where);
     }
@@ -3025,7 +3040,7 @@ static void shape_text(char *text, size_t size, const int64_t *shape, int ndim) 
 // Reads the tensors PREFIX + name into memory; dies with the names of file and tensor when one is missing or unfit.
 static void tensors_read(const SafeTensors *f, const ParamTensor *list, int count, const char *prefix, float *memory) {
     for (const ParamTensor *p = list; p < list + count; p++) {
-        char name[100], want[200], got[200];
+        char name[160], want[200], got[200];
         snprintf(name, sizeof name, "%s%s", prefix, p->name);
         const Tensor *t = st_find(f, name);
         if (!t) die("%s: tensor %s is missing: this is not a file of this model", f->path, name);
@@ -3315,16 +3330,108 @@ static void resume_settings(Options *o, SafeTensors *state, int argc, char **arg
     if (o->step >= o->steps) die("option --steps: %s is at step %d already; ask for more", path, o->step);
 }
 
+// The model of --init, then the command line over it, which may only make a fixed point of a DiT; opens the file and
+// returns its model.
+static Config init_settings(Options *o, SafeTensors *f, int argc, char **argv, const char *about) {
+    Config asked = o->model; // by the command line, or else by default
+    if (*o->resume) die("option --init: a run that goes on has weights; leave out --init or --resume");
+    st_open(f, o->init);
+    options_from_meta(o, f, WEIGHTS);
+    Config from = o->model;
+    options_parse(o, TRAIN, argc, argv, about);
+    if (o->model.fixed_point && !from.fixed_point) {
+        o->model.pre_depth = asked.pre_depth;
+        o->model.post_depth = asked.post_depth;
+        o->model.timestep_in_pre_post = asked.timestep_in_pre_post;
+        if (asked.pre_depth + asked.post_depth > from.depth)
+            die("option --init: %s has %d blocks; lower --pre_depth or --post_depth", o->init, from.depth);
+    }
+    return from;
+}
+
+// Dies unless the run's model, which by now knows its data, can start from the model `from` of --init. Only labels may
+// differ.
+static void init_check(const Options *o, const Config *from) {
+    Options start = *o;
+    start.model = *from;
+    start.model.classes = o->model.classes;
+    if (o->model.fixed_point && !from->fixed_point) {
+        start.model.fixed_point = 1;
+        start.model.pre_depth = o->model.pre_depth;
+        start.model.post_depth = o->model.post_depth;
+        start.model.timestep_in_pre_post = o->model.timestep_in_pre_post;
+    }
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
+        char have[4096], want[4096];
+        if (!(opt->use & WEIGHTS)) continue;
+        option_text(have, sizeof have, &start, opt);
+        option_text(want, sizeof want, o, opt);
+        if (strcmp(have, want))
+            die("option --init: %s has %s %s, this run %s; they must be the same", o->init, opt->name, have, want);
+    }
+}
+
+// Where the file of --init has a tensor: under its name, or a fixed point's in a DiT, whose first blocks become pre,
+// its last post, and a middle one the one that is iterated. Renames it; 0 if there is none.
+static int init_source(ParamTensor *t, const Config *from, const Config *c) {
+    int block = 0, used = 0, post = !strncmp(t->name, "blocks_post.", 12);
+    char inside[sizeof t->name];
+    if (from->fixed_point == c->fixed_point) return 1;
+    if (!strncmp(t->name, "block_fixed_point.", 18))
+        block = from->depth / 2, used = 17;
+    else if (post || !strncmp(t->name, "blocks_pre.", 11))
+        sscanf(t->name, "%*[a-z_].%d%n", &block, &used);
+    else
+        return strncmp(t->name, "block_", 6) != 0;
+    if (post) block += from->depth - c->post_depth;
+    snprintf(inside, sizeof inside, "%s", t->name + used);
+    snprintf(t->name, sizeof t->name, "blocks.%d%.60s", block, inside);
+    return 1;
+}
+
+// Puts the weights of --init over `values`, which are drawn as for a fresh start. Of a label table for other classes
+// the row "no label" is kept.
+static void init_read(float *values, const Model *m, const SafeTensors *f, const Config *from) {
+    const Config *c = &m->config;
+    ParamTensor *found = (ParamTensor *)xcalloc(m->n_tensors, sizeof *found, "the list of tensors");
+    int count = 0, relabelled = from->classes != c->classes, D = c->width;
+    for (int i = 0; i < m->n_tensors; i++) {
+        ParamTensor t = m->tensors[i];
+        if (relabelled && !strcmp(t.name, "y_embedder.embedding_table.weight")) {
+            float *no_label = values + t.offset + (int64_t)c->classes * D;
+            t.offset = 0;
+            t.shape[0] = from->classes + 1;
+            t.count = t.shape[0] * D;
+            float *table = (float *)xcalloc(t.count, sizeof *table, "the label table");
+            tensors_read(f, &t, 1, "", table);
+            memcpy(no_label, table + t.count - D, D * sizeof *table);
+            xfree(table);
+        } else if (init_source(&t, from, c))
+            found[count++] = t;
+    }
+    tensors_read(f, found, count, "", values);
+    xfree(found);
+    printf("init: %s", f->path);
+    if (from->fixed_point != c->fixed_point)
+        printf(", a DiT of %d blocks: the first %d, the last %d, and number %d as the fixed point's", from->depth,
+               c->pre_depth, c->post_depth, from->depth / 2);
+    if (relabelled)
+        printf("; labels: %d there, %d here: their rows are drawn anew, that of no label is kept", from->classes,
+               c->classes);
+    printf("\n");
+}
+
 static int train_main(int argc, char **argv) {
     static const char about[] =
         "Trains a fixed-point diffusion model (or DiT) on pictures; writes weights, state, log and samples into --out.";
     Options options, *o = &options;
-    Config *c = &o->model;
+    Config *c = &o->model, from;
     char path[PATH_MAX];
-    SafeTensors state;
+    SafeTensors state, start;
     Dataset data;
     options_default(o, TRAIN);
     options_parse(o, TRAIN, argc, argv, about);
+    if (*o->init) from = init_settings(o, &start, argc, argv, about);
     if (*o->resume) resume_settings(o, &state, argc, argv, about);
     int dtype = compute_dtype(o->dtype),
         micro = o->micro_batch && o->micro_batch < o->batch ? o->micro_batch : o->batch;
@@ -3334,6 +3441,7 @@ static int train_main(int argc, char **argv) {
     c->image_size = data.size;
     c->channels = data.channels;
     c->classes = data.classes;
+    if (*o->init) init_check(o, &from);
     config_check(c, *o->resume ? state.path : "options");
     if (*o->export_to) return export_data(o, &data);
     resolve_sampler(o->sampler, c);
@@ -3358,6 +3466,10 @@ static int train_main(int argc, char **argv) {
     } else {
         float *values = (float *)xcalloc(m->n_params, sizeof *values, "initial weights");
         params_init(values, m->tensors, m->n_tensors, o->seed);
+        if (*o->init) {
+            init_read(values, m, &start, &from);
+            st_close(&start);
+        }
         model_upload(m, MODEL_WEIGHTS, values);
         model_upload(m, MODEL_EMA, values);
         xfree(values);
@@ -3393,20 +3505,24 @@ static int sample_main(int argc, char **argv) {
     st_open(&f, o->weights);
     options_from_meta(o, &f, WEIGHTS);
     const char *class_json = st_meta(&f, "class_names"), **names = parse_class_names(class_json, &named);
+    const char *latent_scale = st_meta(&f, "latent_scale");
     if (names && named != c->classes)
         die("%s: metadata class_names has %d names for %d classes", o->weights, named, c->classes);
     int *y = (int *)xcalloc(n, sizeof *y, "labels");
     SampleSettings set = sample_settings(iters, o);
     parse_labels(y, n, o->labels, c->classes, names);
-    Model *m = model_create(c, o->cfg != 1 ? 2 * B : B, 0, 0, 0, set.window, dtype);
+    Model *m = model_create(c, set.cfg != 1 ? 2 * B : B, 0, 0, 0, set.window, dtype);
     model_load(m, MODEL_WEIGHTS, &f, "");
     double begin = now_ms();
     float *x = draw_pictures(o, m, &set, y, n);
     double seconds = (now_ms() - begin) / 1000;
-    if (*o->latents) save_pictures(o->latents, x, y, n, c, class_json, st_meta(&f, "latent_scale"));
+    if (*o->latents) save_pictures(o->latents, x, y, n, c, class_json, latent_scale);
     save_grid(o->out, x, n, c, o->show);
     printf("%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s\n", n, seconds, o->sample_steps,
-           (long long)set.passes, o->cfg != 1 ? " (and as many for guidance)" : "", o->out);
+           (long long)set.passes, set.cfg != 1 ? " (and as many for guidance)" : "", o->out);
+    if (latent_scale)
+        printf("%s shows three channels of latents; pictures: %spython3 tools/latents.py decode %s --vae FOLDER\n",
+               o->out, *o->latents ? "" : "--latents FILE, then ", *o->latents ? o->latents : "FILE");
     return 0;
 }
 
