@@ -38,7 +38,7 @@ test_gradient test_gradient_asan: test/test_unit.c test/test_files.h fpdm_cpu.c
 # The tests of fpdm.cu need a C++ compiler.
 EMU_TESTS := $(if $(shell command -v $(CXX)),test_harness test_emu test_kernels_emu)
 test: test_cpu test_unit test_gradient train_cpu sample_cpu bench_cpu $(EMU_TESTS)
-	@test/run.sh ./test_cpu test/test_cases.sh ./test_unit ./test_gradient test/test_cli.sh "make -s shared" \
+	@test/run.sh ./test_cpu test/test_cases.sh ./test_unit ./test_gradient test/test_cli.sh "make -s shared" test/test_make.sh \
 		$(if $(EMU_TESTS),"test/test_cases.sh emu" ./test_harness "make -s kernels")
 
 test_asan: test_cpu_asan test_unit_asan test_gradient_asan train_cpu_asan sample_cpu_asan bench_cpu_asan test_unit
@@ -66,20 +66,32 @@ help:
 clean:
 	rm -f $(foreach s,cpu gpu emu,train_$s sample_$s bench_$s test_$s test_kernels_$s) test_unit test_gradient *_asan
 
-.PHONY: all help clean test test_asan shared races spills compiler kernels
+.PHONY: nvcc all help clean test test_asan shared races spills compiler kernels
 
 # ---------------------------------------------------------------------------------------------------------------------
 # fpdm.cu. With a GPU at hand, for that one; otherwise for all that this nvcc knows of the list, and as PTX for later ones.
 
 NVCC ?= $(or $(shell command -v nvcc),/usr/local/cuda/bin/nvcc)
 CODES = $(shell $(NVCC) --list-gpu-code)
-GPU_HERE = $(filter $(patsubst sm_%,%,$(CODES)),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&1 | head -n 1 | tr -d .))
+CAPABILITY = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&1 | head -n 1 | grep '^[0-9.]*$$')
+GPU_HERE = $(filter $(patsubst sm_%,%,$(CODES)),$(subst .,,$(CAPABILITY)))
 ARCHS ?= $(or $(patsubst 90,90a,$(GPU_HERE)),$(foreach a,80 86 89 90a 100 120,$(if $(filter sm_$(a:a=),$(CODES)),$(a))))
 GENCODE = $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
 	$(if $(GPU_HERE),,-gencode arch=compute_80,code=compute_80)
 HOST := -Wall,-Wextra,$(OPENMP)
 NVCC_FLAGS = -x cu -std=c++17 -O3 --threads 2 $(GENCODE) $(WERROR:%=% all-warnings) -Xcompiler $(HOST)
 EMU = $(CXX) -x c++ -std=c++17 -Wno-unknown-pragmas $(WARN) $(TEST) $(if $(filter %_asan,$@),$(SANITIZE),-O1)
+
+# One line for what is missing: a compiler, a newer one, a newer GPU
+nvcc:
+	@release=$$($(NVCC) --version 2>&1 | sed -n 's/.*release \([0-9.]*\),.*/\1/p'); set -- $$(echo "$$release" | tr . ' '); \
+	if [ -z "$$release" ]; then wrong="no CUDA compiler at $(NVCC); install CUDA 11.4 or newer, or say make NVCC=..."; \
+	elif [ $$(($$1 * 100 + $$2)) -lt 1104 ]; then wrong="$(NVCC) is of CUDA $$release; this needs 11.4 or newer"; \
+	elif [ "$(firstword $(subst ., ,$(CAPABILITY)) 8)" -lt 8 ]; then \
+		wrong="this GPU has compute capability $(CAPABILITY); the program needs 8.0 (Ampere) or newer"; \
+	else exit 0; fi; echo "error: $$wrong; train_cpu needs none of this" >&2; exit 1
+
+train_gpu sample_gpu bench_gpu test_gpu test_kernels_gpu test_harness_gpu test_report_gpu: | nvcc
 
 train_gpu sample_gpu: fpdm.cu
 	$(NVCC) $(NVCC_FLAGS) -DPROGRAM=$(if $(filter train%,$@),TRAIN,SAMPLE) $< -o $@

@@ -312,6 +312,8 @@ static void gpu_zero(void *p, size_t bytes);
 static void gpu_copy(void *to, const void *from, size_t bytes);
 static void gpu_upload(void *device, const void *host, size_t bytes);
 static void gpu_download(void *host, const void *device, size_t bytes); // waits for all that comes before it
+static void graph_begin(void); // what follows is recorded instead of done, until
+static cudaGraphExec_t graph_end(void);
 
 #define CHECK(call) check(call, #call)
 
@@ -719,6 +721,13 @@ typedef struct {
     double *sums;             // (B,2) or partial sums of the gradient norm
 } Activations;
 
+typedef struct { // a recorded training step of B pictures
+    int B, n, m;
+    double scale;
+    cudaGraphExec_t exec;
+} StepGraph;
+enum { MAX_GRAPHS = 512 };
+
 enum Kind { MODEL_WEIGHTS, MODEL_GRADS, MODEL_ADAM_M, MODEL_ADAM_V, MODEL_EMA };
 typedef struct {
     Config config;
@@ -735,6 +744,10 @@ typedef struct {
     size_t activation_bytes, scratch; // from byte `scratch` on, nothing lasts longer than a forward and backward pass
     int B, m;                         // of the current forward pass
     void (*probe)(const char *name, const real *data, int64_t count); // tests look at activations through this
+    struct LossPlace *places;                                         // (batch), the host's; where the losses go
+    double *mse, *vb;
+    StepGraph *graphs; // MAX_GRAPHS of them
+    int n_graphs;
 } Model;
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1400,28 +1413,44 @@ __global__ void loss_kernel(double *sums, float *dout, const float *out, const f
 }
 
 // Forward, loss and backward of B pictures; the gradient of `scale`·(sum of their losses) is added to the model's
-// gradients. x0, noise (B,C,S,S); t, y (B); n and m iterations without and with gradient. Fills mse and vb (B).
+// gradients. x0, noise (B,C,S,S); t, y (B); n and m iterations without and with gradient. Fills mse and vb (B). All of
+// these belong to the model until model_wait. What the GPU does is hundreds of kernels, and in small models they would
+// take longer to launch than to run: the first time that sizes, n and m occur, they are recorded as a CUDA graph.
 static void model_loss(Model *model, const Schedule *s, const float *x0, const float *noise, const int *t, const int *y,
                        int B, int n, int m, double scale, double *mse, double *vb) {
     const Config *c = &model->config;
     Activations *a = &model->a;
-    size_t count = (size_t)c->channels * c->image_size * c->image_size;
-    LossPlace *places = (LossPlace *)xcalloc((size_t)B, sizeof *places, "a batch");
-    double *sums = (double *)xcalloc(2 * (size_t)B, sizeof *sums, "a batch");
-    loss_places(places, s, c, t, B);
-    gpu_upload(a->places, places, (size_t)B * sizeof *places);
+    size_t count = config_pixels(c);
+    loss_places(model->places, s, c, t, B);
+    gpu_upload(a->places, model->places, (size_t)B * sizeof *model->places);
     gpu_upload(a->picture, x0, B * count * sizeof *x0);
     gpu_upload(a->noise, noise, B * count * sizeof *noise);
     gpu_upload(a->y, y, (size_t)B * sizeof *y);
-    RUN(diffuse_kernel, dim3((unsigned)ceil_div(count, 256), B), 256, 0, a->x_t, a->t, a->picture, a->noise, a->places,
-        count);
-    model_forward(model, B, n, m, NULL);
-    RUN(loss_kernel, B, 512, 32 * sizeof(double), a->sums, a->dout, a->out, a->picture, a->noise, a->places,
-        c->learn_sigma, scale, count);
-    model_backward(model);
-    gpu_download(sums, a->sums, 2 * (size_t)B * sizeof *sums);
-    for (int b = 0; b < B; b++) mse[b] = sums[2 * b], vb[b] = sums[2 * b + 1];
-    xfree(places);
+    model->mse = mse, model->vb = vb;
+    StepGraph *graph = model->graphs, *end = graph + model->n_graphs;
+    while (graph < end && (graph->B != B || graph->n != n || graph->m != m || graph->scale != scale)) graph++;
+    int record = graph == end && model->n_graphs < MAX_GRAPHS && !model->probe; // a probe waits for the GPU
+    if (graph == end) {
+        if (record) graph_begin();
+        RUN(diffuse_kernel, dim3((unsigned)ceil_div(count, 256), B), 256, 0, a->x_t, a->t, a->picture, a->noise,
+            a->places, count);
+        model_forward(model, B, n, m, NULL);
+        RUN(loss_kernel, B, 512, 32 * sizeof(double), a->sums, a->dout, a->out, a->picture, a->noise, a->places,
+            c->learn_sigma, scale, count);
+        model_backward(model);
+        if (!record) return;
+        *graph = {B, n, m, scale, graph_end()};
+        model->n_graphs++;
+    }
+    model->B = B;
+    CHECK(cudaGraphLaunch(graph->exec, gpu.stream));
+}
+
+// Until model_loss is done
+static void model_wait(Model *m) {
+    double *sums = (double *)xcalloc(2 * (size_t)m->B, sizeof *sums, "a batch");
+    gpu_download(sums, m->a.sums, 2 * (size_t)m->B * sizeof *sums);
+    for (int b = 0; b < m->B; b++) m->mse[b] = sums[2 * b], m->vb[b] = sums[2 * b + 1];
     xfree(sums);
 }
 
@@ -1549,18 +1578,15 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
         int record = graph == graphs + n_graphs,
             plain = solve->want_residual && c->fixed_point; // those wait for the GPU
         if (record || plain) {
-            cudaGraph_t recorded;
             graph->iters = iters;
             graph->reuse_ready = solve->reuse_ready;
-            if (!plain) CHECK(cudaStreamBeginCapture(gpu.stream, cudaStreamCaptureModeRelaxed));
+            if (!plain) graph_begin();
             model_forward(model, rows, iters, 0, solve);
             RUN(sample_step_kernel, dim3((unsigned)ceil_div(count, 256), B), 256, 0, a->picture, a->x_t, a->out,
                 a->noise, a->steps, a->step, set->cfg, guided_count, count, out_count, B);
             RUN(next_step_kernel, 1, 256, 0, a->t, a->step, a->steps, 1, S, rows);
             if (!plain) {
-                CHECK(cudaStreamEndCapture(gpu.stream, &recorded));
-                CHECK(cudaGraphInstantiate(&graph->exec, recorded, NULL, NULL, 0));
-                CHECK(cudaGraphDestroy(recorded));
+                graph->exec = graph_end();
                 n_graphs++;
             }
         }
@@ -1805,9 +1831,10 @@ typedef struct { // what a step did: a row of the log
 } Step;
 
 // Step number `step` (from 0): draws n and m, sums the gradient over the batch, `micro` pictures at a time, and updates
-// the weights.
-static Step train_step(Model *model, const Schedule *s, Dataset *data, Batch *b, const Options *o, int step,
-                       int micro) {
+// the weights. *b holds the step's first pictures; while a GPU works on some, the next are drawn, and in the end those
+// that the next step begins with. `spare` is the room for that.
+static Step train_step(Model *model, const Schedule *s, Dataset *data, Batch *b, Batch *spare, const Options *o,
+                       int step, int micro) {
     Step did = {0, 0, 0, 0, 0, 0};
     uint32_t word[4];
     philox(word, o->seed, 0, (uint32_t)step, STREAM_NM);
@@ -1815,10 +1842,16 @@ static Step train_step(Model *model, const Schedule *s, Dataset *data, Batch *b,
     did.m = o->grad_iters[0] + (int)rng_below(word[1], o->grad_iters[1] - o->grad_iters[0] + 1);
     model_zero_gradients(model);
     for (int first = 0; first < o->batch; first += micro) {
-        int B = o->batch - first < micro ? o->batch - first : micro;
-        batch_draw(b, data, o, step, first, B);
+        int B = o->batch - first < micro ? o->batch - first : micro, left = o->batch - first - B;
         model_loss(model, s, b->x0, b->noise, b->t, b->y, B, did.n, did.m, 1.0 / o->batch, b->mse, b->vb);
+        if (left)
+            batch_draw(spare, data, o, step, first + B, left < micro ? left : micro);
+        else if (step + 1 < o->steps)
+            batch_draw(spare, data, o, step + 1, 0, micro);
+        model_wait(model);
         for (int i = 0; i < B; i++) did.mse += b->mse[i] / o->batch, did.vb += b->vb[i] / o->batch;
+        Batch done = *b;
+        *b = *spare, *spare = done;
     }
     did.norm = model_gradient_norm(model);
     did.lr = learning_rate(o, step);
@@ -1847,12 +1880,14 @@ static void run_pictures(Run *run);                           // a grid of sampl
 // Goes on from step o->step until o->steps are done or the user stops.
 static void train(Run *run) {
     Options *o = run->o;
-    Batch batch = batch_create(run->micro, config_pixels(&o->model));
+    size_t pixels = config_pixels(&o->model);
+    Batch batch = batch_create(run->micro, pixels), spare = batch_create(run->micro, pixels);
     Schedule schedule;
     schedule_make(&schedule, &o->model, DIFFUSION_STEPS);
+    batch_draw(&batch, run->data, o, o->step, 0, run->micro);
     while (o->step < o->steps && !interrupted) {
         double begin = now_ms();
-        Step did = train_step(run->model, &schedule, run->data, &batch, o, o->step, run->micro);
+        Step did = train_step(run->model, &schedule, run->data, &batch, &spare, o, o->step, run->micro);
         o->step++;
         run_report(run, &did, now_ms() - begin);
         int last = o->step == o->steps;
@@ -2734,6 +2769,8 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     if (training) params_point(&m->g, config, m->memory[MODEL_GRADS], NULL);
     m->activations = (char *)gpu_malloc(m->activation_bytes, "activations");
     activations_point(m, m->activations);
+    m->places = (LossPlace *)xcalloc((size_t)batch, sizeof *m->places, "the model");
+    m->graphs = (StepGraph *)xcalloc(MAX_GRAPHS, sizeof *m->graphs, "the model");
     workspace_reserve(workspace_size);
     model_tables(m);
     return m;
@@ -2744,6 +2781,9 @@ static void model_free(Model *m) {
     for (int kind = 0; kind < 5; kind++) gpu_free(m->memory[kind], (size_t)m->n_params * sizeof(real));
     gpu_free(m->half_weights, (size_t)m->n_params * sizeof(bf16));
     gpu_free(m->activations, m->activation_bytes);
+    for (int i = 0; i < m->n_graphs; i++) CHECK(cudaGraphExecDestroy(m->graphs[i].exec));
+    xfree(m->graphs);
+    xfree(m->places);
     xfree(m->a.layer);
     xfree(m->tensors);
     xfree(m);
@@ -2819,6 +2859,17 @@ static void gpu_upload(void *device, const void *host, size_t bytes) {
 static void gpu_download(void *host, const void *device, size_t bytes) {
     CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, gpu.stream));
     gpu_wait();
+}
+
+static void graph_begin(void) { CHECK(cudaStreamBeginCapture(gpu.stream, cudaStreamCaptureModeRelaxed)); }
+
+static cudaGraphExec_t graph_end(void) {
+    cudaGraph_t recorded;
+    cudaGraphExec_t exec;
+    CHECK(cudaStreamEndCapture(gpu.stream, &recorded));
+    CHECK(cudaGraphInstantiate(&exec, recorded, NULL, NULL, 0)); // in the form that CUDA 11.4 to 13 share
+    CHECK(cudaGraphDestroy(recorded));
+    return exec;
 }
 
 static void gpu_copy(void *to, const void *from, size_t bytes) {

@@ -1216,7 +1216,8 @@ static void loss_forward_backward(double *mse, double *vb, real *dout, const rea
 }
 
 // Forward, loss and backward of B pictures; the gradient of `scale`·(sum of their losses) is added to the model's
-// gradients. x0, noise (B,C,S,S); t, y (B); n and m iterations without and with gradient. Fills mse and vb (B).
+// gradients. x0, noise (B,C,S,S); t, y (B); n and m iterations without and with gradient. Fills mse and vb (B). All of
+// these belong to the model until model_wait.
 static void model_loss(Model *model, const Schedule *s, const float *x0, const float *noise, const int *t, const int *y,
                        int B, int n, int m, double scale, double *mse, double *vb) {
     const Config *c = &model->config;
@@ -1226,6 +1227,9 @@ static void model_loss(Model *model, const Schedule *s, const float *x0, const f
     loss_forward_backward(mse, vb, a->dout, a->out, x0, noise, a->x_t, t, s, c, scale, B);
     model_backward(model);
 }
+
+// Until model_loss is done: here it is when it returns, but a GPU may be at work still.
+static void model_wait(Model *m) { (void)m; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Sampling
@@ -1472,9 +1476,10 @@ typedef struct { // what a step did: a row of the log
 } Step;
 
 // Step number `step` (from 0): draws n and m, sums the gradient over the batch, `micro` pictures at a time, and updates
-// the weights.
-static Step train_step(Model *model, const Schedule *s, Dataset *data, Batch *b, const Options *o, int step,
-                       int micro) {
+// the weights. *b holds the step's first pictures; while a GPU works on some, the next are drawn, and in the end those
+// that the next step begins with. `spare` is the room for that.
+static Step train_step(Model *model, const Schedule *s, Dataset *data, Batch *b, Batch *spare, const Options *o,
+                       int step, int micro) {
     Step did = {0, 0, 0, 0, 0, 0};
     uint32_t word[4];
     philox(word, o->seed, 0, (uint32_t)step, STREAM_NM);
@@ -1482,10 +1487,16 @@ static Step train_step(Model *model, const Schedule *s, Dataset *data, Batch *b,
     did.m = o->grad_iters[0] + (int)rng_below(word[1], o->grad_iters[1] - o->grad_iters[0] + 1);
     model_zero_gradients(model);
     for (int first = 0; first < o->batch; first += micro) {
-        int B = o->batch - first < micro ? o->batch - first : micro;
-        batch_draw(b, data, o, step, first, B);
+        int B = o->batch - first < micro ? o->batch - first : micro, left = o->batch - first - B;
         model_loss(model, s, b->x0, b->noise, b->t, b->y, B, did.n, did.m, 1.0 / o->batch, b->mse, b->vb);
+        if (left)
+            batch_draw(spare, data, o, step, first + B, left < micro ? left : micro);
+        else if (step + 1 < o->steps)
+            batch_draw(spare, data, o, step + 1, 0, micro);
+        model_wait(model);
         for (int i = 0; i < B; i++) did.mse += b->mse[i] / o->batch, did.vb += b->vb[i] / o->batch;
+        Batch done = *b;
+        *b = *spare, *spare = done;
     }
     did.norm = model_gradient_norm(model);
     did.lr = learning_rate(o, step);
@@ -1514,12 +1525,14 @@ static void run_pictures(Run *run);                           // a grid of sampl
 // Goes on from step o->step until o->steps are done or the user stops.
 static void train(Run *run) {
     Options *o = run->o;
-    Batch batch = batch_create(run->micro, config_pixels(&o->model));
+    size_t pixels = config_pixels(&o->model);
+    Batch batch = batch_create(run->micro, pixels), spare = batch_create(run->micro, pixels);
     Schedule schedule;
     schedule_make(&schedule, &o->model, DIFFUSION_STEPS);
+    batch_draw(&batch, run->data, o, o->step, 0, run->micro);
     while (o->step < o->steps && !interrupted) {
         double begin = now_ms();
-        Step did = train_step(run->model, &schedule, run->data, &batch, o, o->step, run->micro);
+        Step did = train_step(run->model, &schedule, run->data, &batch, &spare, o, o->step, run->micro);
         o->step++;
         run_report(run, &did, now_ms() - begin);
         int last = o->step == o->steps;

@@ -187,6 +187,7 @@ static void forward_case(const Options *o) {
     m->probe = compare_activation;
     model_zero_gradients(m);
     model_loss(m, s, x0, noise, t, y, B, n, iterations, 1.0 / B, mse, vb);
+    model_wait(m);
     for (int b = 0; b < B; b++) mse[b] += vb[b];
     compare_losses(mse, B);
     compare_params(m, MODEL_GRADS, "grad.");
@@ -224,6 +225,7 @@ static void train_case(const Options *o) {
         size_t at = count * (size_t)k;
         model_zero_gradients(m);
         model_loss(m, s, x0 + at, noise + at, t + k * B, y + k * B, B, n, iterations, 1.0 / B, mse, vb);
+        model_wait(m);
         for (int b = 0; b < B; b++) loss[k] += (mse[b] + vb[b]) / B;
         double norm = model_gradient_norm(m);
         model_update(m, k + 1, lr, beta1, beta2, eps, decay, clip > 0 && norm > clip ? clip / (norm + 1e-6) : 1, ema);
