@@ -54,7 +54,7 @@ static double peak_once(int reps) {
 
 // Peak rate of fused multiply-adds, then every matmul of the model in its three forms.
 static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
-    (void)dtype;
+    int half = dtype == COMPUTE_BF16;
     double peak = 0;
     for (int i = 0; i < 20; i++) peak = fmax(peak, peak_once(1000000));
     printf("peak_gflops %.1f GFLOP/s\n", peak);
@@ -69,9 +69,9 @@ static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
             int N = shapes[i][0], K = shapes[i][1];
             for (int r = -1; r < rounds; r++) {
                 double begin = now_ms();
-                if (form == 0) linear_forward(out, in, w, NULL, M, K, N);
-                if (form == 1) gemm(in, K, out, N, 1, w, K, 1, NULL, 0, M, K, N);
-                if (form == 2) gemm(w, K, out, 1, N, in, K, 1, NULL, 1, N, K, M);
+                if (form == 0) linear_forward(half, out, in, w, NULL, M, K, N);
+                if (form == 1) linear_input_backward(half, in, out, w, M, K, N);
+                if (form == 2) gemm(half, w, K, out, 1, N, in, K, 1, w, K, N, K, M);
                 if (r >= 0) times[r] = now_ms() - begin;
             }
             static const char *const forms[] = {"forward", "dx", "dw"};
