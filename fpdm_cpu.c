@@ -1842,7 +1842,8 @@ static void gemm_thread(Gemm *g, int thread, int threads) {
 static void gemm(int half, real *C, size_t ldc, const real *A, size_t ars, size_t acs, const real *B, size_t brs,
                  size_t bcs, const real *from, size_t ldf, int M, int N, int K) {
     Gemm g = {half, C, A, B, from, ldc, ars, acs, brs, bcs, ldf, M, N, K, 0, gemm_b, 0};
-    if (acs == 1 && brs == 1 && 2 * M < N && 2 * M < K) // few rows: C^T = B^T.A^T packs them, and reads B in place
+    // Few rows: C^T = B^T.A^T packs those few instead of all of B, which is read in place (in fp32).
+    if (acs == 1 && brs == 1 && M <= 128 && 2 * M < N && 2 * M < K)
         g.flip = 1, g.A = B, g.B = A, g.ars = bcs, g.bcs = ars, g.M = N, g.N = M;
 #ifdef _OPENMP
     if ((double)M * N * K > 5e5 && !omp_in_parallel()) { // less work than starting the threads costs
@@ -1956,7 +1957,7 @@ static size_t activations_point(Model *m, real *memory) {
     return arena.count;
 }
 
-// The arithmetic that --dtype asks for; dies when this program does not have it.
+// The arithmetic that --dtype asks for
 static int compute_dtype(int dtype) { return dtype == COMPUTE_BF16 ? COMPUTE_BF16 : COMPUTE_FP32; }
 
 // A model with room for `batch` pictures and, for training, `max_m` gradient iterations, for sampling Anderson
