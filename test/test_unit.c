@@ -450,7 +450,11 @@ static void test_anderson(void) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Matmul against the sum that it stands for; in bf16, of operands rounded to nearest even
 
-static double rounded(real x, int half) { return half ? bf16_to_float(float_to_bf16((float)x)) : x; }
+static double rounded(real x, int half) {
+    int exponent;
+    double fraction = frexp(x, &exponent);
+    return half ? ldexp(rint(fraction * 256), exponent - 8) : x;
+}
 
 static void test_gemm(int half, int rounds, int largest) {
     enum { NOTHING, BIAS, ITSELF, MATRIX }; // what is added
