@@ -289,7 +289,7 @@ enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: ear
 // The GPU, opened by the first model
 static struct {
     int ready, sms;      // sms: streaming multiprocessors
-    int wgmma;           // whether large products in bf16 go through Hopper's own instructions
+    int wgmma;           // on Hopper: whether large products go through matmul_wgmma; 2: all in bf16
     cudaStream_t stream; // everything happens in this one, in order
     size_t allocated;    // bytes of device memory that this program holds
 } gpu;
@@ -1826,6 +1826,7 @@ __device__ inline void cp_async_wait() {
 }
 
 #if HOPPER
+static decltype(&cuTensorMapEncodeTiled) box_map_encode; // of the driver, which nothing is linked to
 // What only Hopper has, compute capability 9.0: see matmul_wgmma.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 static __device__ int has_wgmma = 1;
@@ -1853,12 +1854,24 @@ __device__ inline void barrier_wait(uint64_t *barrier, int parity) {
                      : "r"(shared_address(barrier)), "r"(parity)
                      : "memory");
 }
-__device__ inline void cluster_sync() { // all threads of all blocks of the cluster
+__device__ inline void cluster_sync() { // all threads of both blocks
     asm volatile("barrier.cluster.arrive; barrier.cluster.wait;" ::: "memory");
 }
+__device__ inline void fence_async() { // barriers and shared memory as this thread has written them, before others look
+    asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
+}
+// A warpgroup's registers a thread from here on: what one gives up, others may take.
+template <int N>
+__device__ inline void registers_down() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+__device__ inline void registers_up() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
 
-// One thread starts a copy of the box at (row, col) of a matrix to shared memory, in the blocks of the cluster that are set
-// in `blocks`: to the same place in each, where it counts its bytes at the same barrier.
+// One thread starts a copy of the box at (row, col) of a matrix to shared memory, which counts its bytes at the barrier;
+// _pair: to the same place in both blocks of a cluster, at the same barrier of each.
 __device__ inline void box_load(bf16 *tile, const CUtensorMap *map, int row, int col, uint64_t *barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
@@ -1866,11 +1879,11 @@ __device__ inline void box_load(bf16 *tile, const CUtensorMap *map, int row, int
         "l"(map), "r"(col), "r"(row), "r"(shared_address(barrier))
         : "memory");
 }
-__device__ inline void box_load(bf16 *tile, const CUtensorMap *map, int row, int col, uint64_t *barrier, int blocks) {
+__device__ inline void box_load_pair(bf16 *tile, const CUtensorMap *map, int row, int col, uint64_t *barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
         "[%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(tile)),
-        "l"(map), "r"(col), "r"(row), "r"(shared_address(barrier)), "h"((uint16_t)blocks)
+        "l"(map), "r"(col), "r"(row), "r"(shared_address(barrier)), "h"((uint16_t)3)
         : "memory");
 }
 
@@ -1969,36 +1982,35 @@ __device__ inline T block_sum(T x, T *shared) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The matrix product
 
-// Which row of `add`, or which picture's gate, belongs to a row of the product
+// Which row of `add`, or which picture's gate, goes with a row of the product
 template <int EPI>
-__device__ inline int shared_row(const Matmul &g, int row) {
+__device__ inline int row_of_other(const Matmul &g, int row) {
     return EPI == EPI_GATED ? row / g.tokens : EPI < EPI_GATED && g.add ? row % g.add_rows : 0;
 }
 
-// Takes a part of the product to where it belongs: rows row0, row0 + hop ..., and of each V neighbours from col on, which
-// product(v, i) gives for row i; shared[i] is its shared_row. Everything is loaded before anything is computed or stored,
-// so that the loads wait side by side. A: type of activations
+// Takes a part of the product to where it belongs: rows row0, row0 + hop, ..., and of each V neighbours from col on, which
+// product(v, i) gives for row i; other[i] is its row_of_other. Everything is loaded before anything is computed or
+// stored, so that all loads are under way at once. A: type of activations
 template <int EPI, typename A, int ROWS, int V, typename F>
-__device__ inline void epilogue(const Matmul &g, int row0, int hop, const int (&shared)[ROWS], int col, F product) {
+__device__ inline void epilogue(const Matmul &g, int row0, int hop, const int (&other)[ROWS], int col, F product) {
     typedef typename std::conditional<EPI == EPI_STORE || EPI == EPI_GELU || EPI == EPI_DGELU, A, float>::type Out;
     float bias[V] = {}, x[ROWS][V] = {}, y[ROWS][V] = {}, slope;
+    auto place = [&](int row) { return (size_t)row * (EPI == EPI_WEIGHT ? g.ldc : g.N) + col; };
     if (EPI < EPI_DGELU && g.bias) load(bias, g.bias + col);
     EACH(i, ROWS) {
-        int row = row0 + i * hop;
-        size_t at = (size_t)row * (EPI == EPI_WEIGHT ? g.ldc : g.N) + col;
-        if (row >= g.M) break;
-        if (EPI < EPI_GATED && g.add) load(x[i], g.add + (size_t)shared[i] * g.N + col);
-        if (EPI == EPI_GATED) load(x[i], g.gate + (size_t)shared[i] * g.gate_stride + col);
+        size_t at = place(row0 + i * hop);
+        if (row0 + i * hop >= g.M) break;
+        if (EPI < EPI_GATED && g.add) load(x[i], g.add + (size_t)other[i] * g.N + col);
+        if (EPI == EPI_GATED) load(x[i], g.gate + (size_t)other[i] * g.gate_stride + col);
         if (EPI == EPI_GATED) load(y[i], g.residual + at);
         if (EPI == EPI_DGELU) load(x[i], (const A *)g.pre + at);
         if (EPI == EPI_DGELU && g.sum) load(y[i], g.sum + at);
         if (EPI == EPI_WEIGHT && !g.overwrite) load(x[i], (const float *)g.out + at);
     }
     EACH(i, ROWS) {
-        int row = row0 + i * hop;
-        size_t at = (size_t)row * (EPI == EPI_WEIGHT ? g.ldc : g.N) + col;
-        if (row >= g.M) break;
         float v[V];
+        size_t at = place(row0 + i * hop);
+        if (row0 + i * hop >= g.M) break;
         product(v, i);
         if (EPI == EPI_DGELU) {
             EACH(j, V) {
@@ -2008,53 +2020,46 @@ __device__ inline void epilogue(const Matmul &g, int row0, int hop, const int (&
             }
             store((A *)g.copy + at, x[i]);
             if (g.sum) store(g.sum + at, y[i]);
-        }
-        if (EPI < EPI_DGELU) {
+        } else {
             EACH(j, V) v[j] += bias[j] + (EPI == EPI_GATED ? 0 : x[i][j]);
         }
         if ((EPI == EPI_GELU || EPI == EPI_GATED) && g.pre) store((A *)g.pre + at, v);
-        if (EPI == EPI_GELU) {
-            EACH(j, V) v[j] = gelu(v[j], &slope);
+        EACH(j, V) {
+            if (EPI == EPI_GELU) v[j] = gelu(v[j], &slope);
+            if (EPI == EPI_GATED) v[j] = y[i][j] + x[i][j] * v[j];
         }
-        if (EPI == EPI_GATED) {
-            EACH(j, V) v[j] = y[i][j] + x[i][j] * v[j];
-            if (g.copy) store((A *)g.copy + at, v);
-        }
-        if (EPI == EPI_WEIGHT) {
-            EACH(j, V) v[j] += x[i][j];
-        }
+        if (EPI == EPI_GATED && g.copy) store((A *)g.copy + at, v);
         store((Out *)g.out + at, v);
     }
 }
 
-// The same for 16 rows and 32·CHUNKS columns of bf16's product, which a warp holds as results of mma, acc[j] at column
-// 8·j. They go through `stage` in shared memory, so that a lane gets neighbours and the warp's accesses to memory fill
-// whole sectors of 32 bytes. What a lane writes there and reads lies in banks of its own: rows are 8 banks apart, and in
-// every second four rows, neighbouring fours of columns change places.
+// The same for 16 rows and 32·CHUNKS columns that a warp holds as results of mma, acc[j] at column 8·j. They go through
+// shared memory, `stage`, so that a lane gets neighbours and the warp's accesses to memory fill sectors of 32 bytes: 8 to
+// a lane where all is bf16, 4 where fp32 comes with it. What a lane writes and reads there lies in banks of its own: rows
+// are 8 banks apart, and in every second four rows, every two fours of columns change places.
 template <int EPI, int CHUNKS>
 __device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, int col0, const float (*acc)[4]) {
     constexpr int V = EPI == EPI_STORE || EPI == EPI_GELU ? 8 : 4, ROWS = 16 / V, STRIDE = 32 * CHUNKS + 8;
     int lane = threadIdx.x % 32, row = V == 8 ? lane / 4 % 2 * 4 + lane / 8 : lane / 8, col = lane % (32 / V) * V;
-    int shared[ROWS];
+    int other[ROWS];
     stage += threadIdx.x / 32 * 16 * STRIDE;
-    EACH(i, ROWS) shared[i] = shared_row<EPI>(g, row0 + row + i * V);
+    EACH(i, ROWS) other[i] = row_of_other<EPI>(g, row0 + row + i * V);
     EACH(i, 8 * CHUNKS) {
         int r = lane / 4 + i % 2 * 8, c = i / 2 * 8 + lane % 4 * 2;
         *(float2 *)(stage + r * STRIDE + (c ^ (r & 4))) = make_float2(acc[i / 2][i % 2 * 2], acc[i / 2][i % 2 * 2 + 1]);
     }
     __syncwarp();
-#pragma unroll 1
-    for (int chunk = 0; chunk < CHUNKS; chunk++) { // 32 columns, V rows at a time
+#pragma unroll 1                                  // saves registers
+    for (int c = col; c < 32 * CHUNKS; c += 32) { // V rows at a time
         auto product = [&](float(&v)[V], int i) {
             int r = row + i * V;
             EACH(part, V / 4) {
                 float four[4];
-                load(four, stage + r * STRIDE + ((32 * chunk + col + 4 * part) ^ (r & 4)));
+                load(four, stage + r * STRIDE + ((c + 4 * part) ^ (r & 4)));
                 EACH(j, 4) v[4 * part + j] = four[j];
             }
         };
-        int c = col0 + 32 * chunk + col;
-        if (c < g.N) epilogue<EPI, bf16, ROWS, V>(g, row0 + row, V, shared, c, product);
+        if (col0 + c < g.N) epilogue<EPI, bf16, ROWS, V>(g, row0 + row, V, other, col0 + c, product);
     }
     __syncwarp(); // before the next results take the place of these
 }
@@ -2153,132 +2158,128 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g) {
             }
         }
     }
-    __syncthreads(); // the ring is free: each warp stages its results there
+    __syncthreads(); // the ring is free: warps stage their results there
     EACH(i, MI) {
         int row = m0 + wm + 16 * i;
         warp_epilogue<EPI, NI / 4>(g, (float *)shared, row, n0 + wn, acc[i]);
         EACH(half, 2) {
-            row += half * 8 + (half ? 0 : lane / 4);
-            if (!sum_rows || lane % 4 || row >= g.M) continue;
-            float sum = row_sums[EPI == EPI_WEIGHT ? i : 0][2 * half];
-            g.db[row] = g.overwrite ? sum : g.db[row] + sum;
+            int r = row + 8 * half + lane / 4;
+            if (sum_rows && lane % 4 == 0 && r < g.M)
+                g.db[r] = row_sums[EPI == EPI_WEIGHT ? i : 0][2 * half] + (g.overwrite ? 0 : g.db[r]);
         }
     }
 }
 
 #if HOPPER
 // The same product on Hopper, whose tensor cores are half as fast again as mma.sync can drive them, by wgmma: the four
-// warps of a warpgroup together start a product of 64 rows, whose operands the tensor cores fetch from shared memory by
-// themselves; the warps hold the sums and nothing else. Three things follow from that speed.
+// warps of a warpgroup start a product of 64 rows together; the tensor cores fetch both operands from shared memory by
+// themselves, and the warps hold the sums and nothing else. Three things follow from that speed.
 //   - Copying must cost the multiplying warps nothing. One thread of a third warpgroup, the producer, asks the copy engine
 //     (TMA) for boxes of a matrix, which it swizzles, and fills with zeros outside of the matrix. Two barriers for each
-//     buffer of the ring pass it to and fro: `full` when its bytes have arrived, `empty` when they have been multiplied.
+//     buffer of the ring pass it to and fro: `full` when its bytes have come, `empty` when they have been multiplied.
 //   - Nor must the epilogue: at K = 1152 the tensor cores need 8 us for a tile, about what its results take to memory. So
-//     both warpgroups have tiles of their own, and one multiplies while the other stores. 192 sums a thread are
-//     why the producer gives registers away. A block stays for many tiles, and its producer runs on into the next.
-//   - A 128x192 tile reads 53 bytes a cycle at full speed; the L2 cache has about 35 for each multiprocessor. So blocks come
-//     in pairs, clusters, with tiles above each other: each copies half of the tile of b to both, which makes it 37.
+//     two warpgroups have tiles in turn, and one multiplies while the other stores (`order` passes the turn). Their 192
+//     sums a thread are why the producer gives registers away. Blocks stay for many tiles; the copies run on into the
+//     next.
+//   - At full speed a tile of 128x192 takes in 53 bytes a cycle, and the L2 cache gives a multiprocessor about 35. So blocks
+//     come in pairs, clusters, with tiles above each other: each copies half of the tile of b into both, 37 bytes a cycle.
+// 192 divides the widths of S, B and XL. Of L's 1024 it wastes a ninth; a tile of 128 would need 48 bytes a cycle.
 enum { WG_M = 128, WG_N = 192, WG_K = 64, WG_STAGES = 4, WG_THREADS = 3 * 128 };
-enum { WG_A = WG_M * WG_K, WG_B = WG_N * WG_K, WG_ONES = 8 * WG_K, WG_PANEL = 64 * WG_K }; // elements
-enum { WG_STAGED = 8 * 16 * (96 + 8) };
-enum { WG_SHARED = 2 * (WG_STAGES * (WG_A + WG_B) + WG_ONES) + 4 * WG_STAGED + 8 * (2 * WG_STAGES + 2) };
+enum { WG_A = WG_M * WG_K, WG_B = WG_N * WG_K, WG_PANEL = 64 * WG_K, WG_ONES = 8 * WG_K, WG_STAGE = 8 * 16 * (96 + 8) };
+enum { WG_SHARED = 2 * (WG_STAGES * (WG_A + WG_B) + WG_ONES) + 4 * WG_STAGE + 8 * (2 * WG_STAGES + 2) };
 
 template <bool TA, bool TB, int EPI>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WG_THREADS, 1)
-    matmul_wgmma(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
-                 const __grid_constant__ Matmul whole, int splits) {
+    matmul_wgmma(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b, Matmul g,
+                 int splits) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     SHARED_DYNAMIC(bf16, shared);
     bf16 *ones = shared + WG_STAGES * (WG_A + WG_B);
     float *stage = (float *)(ones + WG_ONES);
-    uint64_t *full = (uint64_t *)(stage + WG_STAGED), *empty = full + WG_STAGES, *order = empty + WG_STAGES;
-    int group = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int rank = blockIdx.x % 2, n_tiles = (whole.N + WG_N - 1) / WG_N,
-        tiles = (whole.M + 2 * WG_M - 1) / (2 * WG_M) * n_tiles;
-    int at = 0; // the place in the ring of the next step, counted on over all tiles
-    if (threadIdx.x == 0)
-        for (int i = 0; i < WG_STAGES; i++) {
-            barrier_init(full + i, 1);
-            barrier_init(empty + i, 8); // a warpgroup's warps, in both blocks
-            if (i < 2) barrier_init(order + i, 4);
-        }
+    uint64_t *full = (uint64_t *)(stage + WG_STAGE), *empty = full + WG_STAGES, *order = empty + WG_STAGES;
+    int group = threadIdx.x / 128, lane = threadIdx.x % 32, rank = blockIdx.x % 2;
+    int n_tiles = (g.N + WG_N - 1) / WG_N, tiles = (g.M + 2 * WG_M - 1) / (2 * WG_M) * n_tiles; // of both blocks
+    int m0, n0, k0, steps, at = 0; // at: the step's place in the ring, counted on over all tiles
+    auto go_to = [&](int unit) {   // a split of a tile; neighbours share rows of a in the cache
+        m0 = (unit % tiles / n_tiles * 2 + rank) * WG_M, n0 = unit % n_tiles * WG_N;
+        k0 = unit / tiles * g.k_chunk, steps = (min(g.K - k0, g.k_chunk) + WG_K - 1) / WG_K;
+    };
     for (int i = threadIdx.x; i < WG_ONES / 2; i += WG_THREADS) ((uint32_t *)ones)[i] = 0x3F803F80u;
-    asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::
-                     : "memory"); // seen by TMA, wgmma
+    for (int i = 0; i < WG_STAGES && threadIdx.x == 0; i++) {
+        barrier_init(full + i, 1);
+        barrier_init(empty + i, 2 * 4); // a warpgroup's warps, in both blocks
+        if (i < 2) barrier_init(order + i, 4);
+    }
+    fence_async(); // the copy engine and the tensor cores see what has been written here
     cluster_sync();
     if (group == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        registers_down<24>();
         for (int unit = blockIdx.x / 2; threadIdx.x % 128 == 0 && unit < tiles * splits; unit += gridDim.x / 2) {
-            int m0 = (unit % tiles / n_tiles * 2 + rank) * WG_M, n0 = unit % n_tiles * WG_N;
-            int k_end = min(whole.K, (unit / tiles + 1) * whole.k_chunk);
-            for (int k = unit / tiles * whole.k_chunk; k < k_end; k += WG_K, at++) {
+            go_to(unit);
+            for (int k = k0; k < k0 + steps * WG_K; k += WG_K, at++) {
                 int i = at % WG_STAGES;
-                bf16 *ta = shared + i * (WG_A + WG_B), *tb = ta + WG_A;
+                bf16 *a = shared + i * (WG_A + WG_B), *b = a + WG_A;
                 barrier_wait(empty + i, at / WG_STAGES % 2 ^ 1);
                 barrier_expect(full + i, 2 * (WG_A + WG_B));
-                for (int j = 0; j < (TA ? WG_M / 64 : 1); j++)
-                    box_load(ta + j * WG_PANEL, &map_a, TA ? k : m0, TA ? m0 + 64 * j : k, full + i);
-                if (TB)
-                    for (int j = 0; j < WG_N / 64; j++)
-                        box_load(tb + j * WG_PANEL + rank * WG_PANEL / 2, &map_b, k + rank * WG_K / 2, n0 + 64 * j,
-                                 full + i, 3);
-                else
-                    box_load(tb + rank * WG_B / 2, &map_b, n0 + rank * WG_N / 2, k, full + i, 3);
+                if (!TA) box_load(a, &map_a, m0, k, full + i);
+                for (int j = 0; TA && j < WG_M / 64; j++) box_load(a + j * WG_PANEL, &map_a, k, m0 + 64 * j, full + i);
+                if (!TB) box_load_pair(b + rank * WG_B / 2, &map_b, n0 + rank * WG_N / 2, k, full + i);
+                for (int j = 0; TB && j < WG_N / 64; j++)
+                    box_load_pair(b + j * WG_PANEL + rank * WG_PANEL / 2, &map_b, k + rank * WG_K / 2, n0 + 64 * j,
+                                  full + i);
             }
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        registers_up<240>();
         for (int unit = blockIdx.x / 2, turn = 0; unit < tiles * splits; unit += gridDim.x / 2, turn++) {
-            int m0 = (unit % tiles / n_tiles * 2 + rank) * WG_M, n0 = unit % n_tiles * WG_N;
-            int k = unit / tiles * whole.k_chunk, steps = (min(whole.K - k, whole.k_chunk) + WG_K - 1) / WG_K;
+            go_to(unit);
             if (turn % 2 != group) { // the other warpgroup's
                 at += steps;
                 continue;
             }
-            Matmul g = whole;
-            if (EPI == EPI_WEIGHT) weight_split(&g, unit / tiles);
-            bool sum_rows = EPI == EPI_WEIGHT && g.db && n0 == 0;
             float acc[2][WG_N / 8][4] = {};
-            auto release = [&](int i) { // both blocks' copies to this place waited for it
-                if (lane < 2) barrier_arrive(empty + i % WG_STAGES, lane);
-            };
+            Matmul part = g;
+            if (EPI == EPI_WEIGHT) weight_split(&part, unit / tiles);
             auto multiply = [&](auto with_sums) {
                 constexpr bool SUMS = decltype(with_sums)::value;
                 float row_sums[2][4] = {};
+                auto release = [&](int i) { // both blocks' next copies to this place wait for it
+                    if (lane < 2) barrier_arrive(empty + i % WG_STAGES, lane);
+                };
                 for (int step = 0; step < steps; step++, at++) {
-                    const bf16 *tiles_here = shared + at % WG_STAGES * (WG_A + WG_B);
-                    uint64_t a = wgmma_tile(tiles_here), b = wgmma_tile(tiles_here + WG_A);
+                    const bf16 *here = shared + at % WG_STAGES * (WG_A + WG_B);
+                    uint64_t a = wgmma_tile(here), b = wgmma_tile(here + WG_A);
                     barrier_wait(full + at % WG_STAGES, at / WG_STAGES % 2);
                     wgmma_fence();
-                    EACH(j, WG_K / 16) { // 16 k further are 32 bytes, or 16 rows
+                    EACH(j, WG_K / 16) { // 16 k on are 32 bytes, or 16 rows; 64 m on are 64 rows, or a panel
                         EACH(half, 2) {
-                            uint64_t aj = a + half * (WG_PANEL * 2 / 16) + j * (TA ? 128 : 2);
+                            uint64_t aj = a + half * (2 * WG_PANEL / 16) + j * (TA ? 128 : 2);
                             wgmma<TA, TB>(acc[half], aj, b + j * (TB ? 128 : 2));
                             if (SUMS) wgmma<TA>(row_sums[half], aj, wgmma_tile(ones));
                         }
                     }
                     wgmma_commit();
-                    wgmma_wait<1>();
+                    wgmma_wait<1>(); // the step before has been multiplied
                     if (step > 0) release(at - 1);
                 }
-                if (lane == 0) barrier_arrive(order + (group ^ 1), rank); // the other warpgroup's products may follow
+                if (lane == 0) barrier_arrive(order + (group ^ 1), rank);
                 wgmma_wait<0>();
                 release(at - 1);
                 EACH(i, 4) {
-                    int row = m0 + i / 2 * 64 + i % 2 * 8 + warp % 4 * 16 + lane / 4;
+                    int row = m0 + i / 2 * 64 + threadIdx.x % 128 / 32 * 16 + i % 2 * 8 + lane / 4;
                     if (SUMS && lane % 4 == 0 && row < g.M)
-                        g.db[row] = row_sums[i / 2][i % 2 * 2] + (g.overwrite ? 0 : g.db[row]);
+                        part.db[row] = row_sums[i / 2][i % 2 * 2] + (g.overwrite ? 0 : part.db[row]);
                 }
             };
-            barrier_wait(order + group,
-                         (turn + 1) / 2 % 2 ^ 1); // until the products of the turn before have been started
-            if (sum_rows)
+            barrier_wait(order + group, (turn + 1) / 2 % 2 ^ 1); // the other's products have been started
+            if (EPI == EPI_WEIGHT && g.db && n0 == 0)            // two loops: wgmma does not overlap around a branch
                 multiply(std::true_type());
             else
                 multiply(std::false_type());
-            EACH(i, 4)
-                warp_epilogue<EPI, 3>(g, stage, m0 + i / 2 * 64 + warp % 4 * 16, n0 + i % 2 * 96,
-                                      acc[i / 2] + i % 2 * 12);
+            EACH(i, 4) {
+                int row = m0 + i / 2 * 64 + threadIdx.x % 128 / 32 * 16, col = i % 2 * 96;
+                warp_epilogue<EPI, 3>(part, stage, row, n0 + col, acc[i / 2] + col / 8);
+            }
         }
     }
     cluster_sync(); // the other block may still arrive at barriers here
@@ -2287,24 +2288,26 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WG_THREADS, 1)
 
 // What the copy engine must know of a matrix (rows,cols; row stride ld) to copy boxes of (box,64) from it
 static CUtensorMap box_map(const void *p, int rows, int cols, int ld, int box) {
-    static decltype(&cuTensorMapEncodeTiled) encode; // from the driver, which is not linked
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    if (!encode)
-        CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000, cudaEnableDefault,
-                                               &found));
-#else
-    if (!encode) CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", (void **)&encode, cudaEnableDefault, &found));
-#endif
     CUtensorMap map;
     cuuint64_t sizes[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, stride = 2 * (cuuint64_t)ld;
     cuuint32_t boxes[2] = {64, (cuuint32_t)box}, steps[2] = {1, 1};
-    if (!encode || encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)p, sizes, &stride, boxes, steps,
-                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
-        die("CUDA: no tensor map of a matrix %dx%d; install a newer driver, or set FPDM_WGMMA=0", rows, cols);
+    if (box_map_encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)p, sizes, &stride, boxes, steps,
+                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+        die("CUDA: no tensor map for a matrix %dx%d; set FPDM_WGMMA=0 in the environment", rows, cols);
     return map;
 }
+
+template <bool TA, bool TB, int EPI>
+static void launch_wgmma(const Matmul &g, int tiles, int splits) {
+    CUtensorMap a = TA ? box_map(g.a, g.K, g.M, g.lda, WG_K) : box_map(g.a, g.M, g.K, g.lda, WG_M);
+    CUtensorMap b = TB ? box_map(g.b, g.K, g.N, g.ldb, WG_K / 2) : box_map(g.b, g.N, g.K, g.ldb, WG_N / 2);
+    int pairs = imin(tiles * splits, (gpu.sms + 1) / 2);
+    RUN((matmul_wgmma<TA, TB, EPI>), 2 * pairs, WG_THREADS, WG_SHARED, a, b, g, splits);
+}
+#else
+template <bool TA, bool TB, int EPI>
+static void launch_wgmma(const Matmul &, int, int) {}
 #endif
 
 // The same product in fp32 with plain multiply-adds (tensor cores would round to tf32, which misses 1e-5). A block
@@ -2363,15 +2366,15 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g) {
     bool fours = !((g.N | g.ldc) % 4 || ((uintptr_t)g.out | (uintptr_t)g.bias) % 16); // all else lies at such places
     EACH(half, 2) {
         int row = m0 + ty + 4 * half, col = n0 + tx;
-        const int shared[4] = {shared_row<EPI>(g, row), shared_row<EPI>(g, row + 1), shared_row<EPI>(g, row + 2),
-                               shared_row<EPI>(g, row + 3)};
+        int other[4];
+        EACH(i, 4) other[i] = row_of_other<EPI>(g, row + i);
         auto four = [&](float(&v)[4], int i) {
             EACH(j, 4) v[j] = acc[half][i][j];
         };
-        if (fours && col < g.N) epilogue<EPI, float, 4, 4>(g, row, 1, shared, col, four);
+        if (fours && col < g.N) epilogue<EPI, float, 4, 4>(g, row, 1, other, col, four);
         EACH(j, 4) {
             auto one = [&](float(&v)[1], int i) { v[0] = acc[half][i][j]; };
-            if (!fours && col + j < g.N) epilogue<EPI, float, 4, 1>(g, row, 1, shared, col + j, one);
+            if (!fours && col + j < g.N) epilogue<EPI, float, 4, 1>(g, row, 1, other, col + j, one);
         }
     }
     EACH(i, 8) {
@@ -2418,13 +2421,12 @@ static void workspace_reserve(size_t count) {
 // batch has tokens, and its result small: it is split where that fills the GPU better, as far as the workspace reaches.
 template <bool TA, bool TB, int EPI>
 static void matmul(int half, Matmul g) {
-    size_t m128 = ceil_div(g.M, 128), n128 = ceil_div(g.N, 128), m256 = ceil_div(g.M, 256), n192 = ceil_div(g.N, 192);
-    int large = half && (EPI == EPI_WEIGHT ? g.M >= 128 && g.N >= 128 : m128 * n128 >= (size_t)gpu.sms);
-    int wgmma = large && gpu.wgmma && (EPI == EPI_WEIGHT || 2 * m256 * n192 >= (size_t)gpu.sms);
+    size_t large_tiles = ceil_div(g.M, 128) * ceil_div(g.N, 128), pairs = ceil_div(g.M, 256) * ceil_div(g.N, 192);
+    int large = half && (EPI == EPI_WEIGHT ? g.M >= 128 && g.N >= 128 : large_tiles >= (size_t)gpu.sms);
+    int wgmma = half && (gpu.wgmma > 1 || (gpu.wgmma && large && (EPI == EPI_WEIGHT || 2 * pairs >= (size_t)gpu.sms)));
     int tile = large ? 128 : 64, step = wgmma ? 64 : half ? (int)BK : (int)F32_BK, splits = 1;
-    int slots = wgmma ? (gpu.sms + 1) / 2 : gpu.sms * (large ? 2 : 4);
-    dim3 grid((unsigned)(wgmma ? m256 * n192
-                               : ceil_div(g.N, tile) * ceil_div(g.M, tile))); // neighbours share rows of a in the cache
+    int slots = wgmma ? (gpu.sms + 1) / 2 : gpu.sms * (large ? 2 : 4); // tiles that the GPU works on at once
+    dim3 grid((unsigned)(wgmma ? pairs : ceil_div(g.N, tile) * ceil_div(g.M, tile))); // neighbours share rows of a
     Matmul whole = g;
     if (EPI == EPI_WEIGHT) { // the fewest splits within 5 % of the best use of all multiprocessors
         double best = 0;
@@ -2439,18 +2441,12 @@ static void matmul(int half, Matmul g) {
         g.out = workspace.memory, g.ldc = g.N, g.overwrite = 1;
         if (g.db) g.db = workspace.memory + splits * (size_t)g.M * g.N;
     }
-#if HOPPER
-    if (wgmma) {
-        CUtensorMap a = TA ? box_map(g.a, g.K, g.M, g.lda, WG_K) : box_map(g.a, g.M, g.K, g.lda, WG_M);
-        CUtensorMap b = TB ? box_map(g.b, g.K, g.N, g.ldb, WG_K / 2) : box_map(g.b, g.N, g.K, g.ldb, WG_N / 2);
-        unsigned blocks = 2 * imin((int)grid.x * splits, slots);
-        RUN((matmul_wgmma<TA, TB, EPI>), blocks, WG_THREADS, WG_SHARED, a, b, g, splits);
-    } else
-#endif
-        if (!half)
+    if (!half)
         RUN((matmul_fp32<TA, TB, EPI>), grid, 128, 2 * F32_BK * F32_ROW * sizeof(float), g);
     else if constexpr (TA || EPI != EPI_WEIGHT) { // conditioning alone adds to an input's gradient, in fp32
-        if (large)
+        if (wgmma)
+            launch_wgmma<TA, TB, EPI>(g, (int)grid.x, splits);
+        else if (large)
             RUN((matmul_bf16<128, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 128 * BK * sizeof(bf16), g);
         else
             RUN((matmul_bf16<64, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 64 * BK * sizeof(bf16), g);
@@ -3016,9 +3012,17 @@ static void gpu_open(void) {
             info.minor);
     gpu.sms = info.multiProcessorCount;
 #if HOPPER
-    const char *wanted = getenv("FPDM_WGMMA"); // 0: as on other GPUs
+    const char *wanted = getenv("FPDM_WGMMA"); // as gpu.wgmma; 0: what other GPUs do
     CHECK(cudaMemcpyFromSymbol(&gpu.wgmma, has_wgmma, sizeof gpu.wgmma));
-    gpu.wgmma &= !wanted || strcmp(wanted, "0");
+    if (gpu.wgmma && wanted) gpu.wgmma = atoi(wanted);
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&box_map_encode, 12000, cudaEnableDefault,
+                                           &found));
+#else
+    CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", (void **)&box_map_encode, cudaEnableDefault, &found));
+#endif
+    if (!box_map_encode) gpu.wgmma = 0;
 #endif
     CHECK(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
     gpu.ready = 1;
