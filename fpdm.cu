@@ -565,20 +565,31 @@ __global__ void silu_kernel(float *out, const float *x, const float *dout, int c
     if (i < count) out[i] = dout ? dout[i] * silu_slope(x[i]) : silu(x[i]);
 }
 
-// Between pictures (B,C,S,S) and tokens (B,T,C·p·p): a thread a pixel. A patch is (channel, row, column), as the patch
-// layer wants it, or with channel_last (row, column, channel), as the final layer gives it.
-__global__ void patches_kernel(float *tokens, float *pictures, int to_picture, int channel_last, int B, int C, int S,
-                               int p) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (size_t)B * C * S * S) return;
-    int column = i % S, row = i / S % S, c = i / S / S % C, side = S / p;
-    size_t b = i / S / S / C, token = (b * side + row / p) * side + column / p;
-    int within = row % p * p + column % p;
-    float *at = tokens + token * C * p * p + (channel_last ? within * C + c : c * p * p + within);
-    if (to_picture)
-        pictures[i] = *at;
-    else
-        *at = pictures[i];
+// Between pictures (B,C,S,S) and tokens (B,T,C·p·p). A patch is (channel, row, column), as the patch layer wants it, or
+// with channel_last (row, column, channel), as the final layer gives it. A block moves W tokens that lie side by side, by
+// way of shared memory: on both sides, neighbouring threads have neighbouring addresses.
+enum { PATCH_FLOATS = 4096 }; // the most that a block moves, or else one token
+__global__ void patches_kernel(float *tokens, float *pictures, int to_picture, int channel_last, int C, int S, int p,
+                               int W) {
+    SHARED_DYNAMIC(float, strip);
+    int side = S / p, strips = (side + W - 1) / W, row = blockIdx.x / strips, first = blockIdx.x % strips * W;
+    int columns = min(W, side - first) * p, count = columns * C * p; // row: of tokens, counted over all pictures
+    tokens += ((size_t)row * side + first) * C * p * p;
+    pictures += ((size_t)row / side * C * S + row % side * p) * S + first * p;
+    for (int i = threadIdx.x; i < count && to_picture; i += blockDim.x) strip[i] = tokens[i];
+    if (to_picture) __syncthreads();
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        int column = i % columns, r = i / columns % p, c = i / columns / p, within = r * p + column % p;
+        float *there = strip + column / p * C * p * p + (channel_last ? within * C + c : c * p * p + within);
+        float *here = pictures + ((size_t)c * S + r) * S + column;
+        if (to_picture)
+            *here = *there;
+        else
+            *there = *here;
+    }
+    if (to_picture) return;
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += blockDim.x) tokens[i] = strip[i];
 }
 
 // freq (B,256) = rows t of the table of embeddings of all timesteps
@@ -791,9 +802,10 @@ static void linear_backward(Model *m, Act *dx, real *dw, real *db, const Act *dy
 
 // Between pictures and tokens in patches: see the kernel
 static void move_patches(Model *m, float *tokens, float *pictures, int to_picture, int channel_last, int C) {
-    int S = m->config.image_size;
-    RUN(patches_kernel, (unsigned)ceil_div((size_t)m->B * C * S * S, 256), 256, 0, tokens, pictures, to_picture,
-        channel_last, m->B, C, S, m->config.patch);
+    int S = m->config.image_size, p = m->config.patch, side = S / p;
+    int W = imin(side, PATCH_FLOATS / (C * p * p) > 1 ? PATCH_FLOATS / (C * p * p) : 1);
+    RUN(patches_kernel, (unsigned)(m->B * side * ceil_div(side, W)), 256, W * C * p * p * sizeof(float), tokens,
+        pictures, to_picture, channel_last, C, S, p, W);
 }
 
 static float bf16_to_float(uint16_t h); // from Part 5
@@ -2923,6 +2935,8 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     if (hd % 8 || hd > 128)
         die("heads %d: head size %d; the GPU program needs a multiple of 8, at most 128; or use the CPU program",
             config->heads, hd);
+    if (config->patch * config->patch * config_out_channels(config) > 24576) // patches_kernel's shared memory
+        die("patch %d: the GPU program takes at most 24576 numbers in a patch; or use the CPU program", config->patch);
     if (batch > 65535) die("%d pictures at a time; the GPU program takes at most 65535: lower --batch", batch);
     Model *m = (Model *)xcalloc(1, sizeof *m, "the model");
     m->config = *config;
