@@ -1841,6 +1841,7 @@ __device__ inline void cp_async_wait() {
 static decltype(&cuTensorMapEncodeTiled) box_map_encode; // of the driver, which nothing is linked to
 // What only Hopper has, compute capability 9.0: see matmul_wgmma.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define IN_PAIRS __cluster_dims__(2, 1, 1)
 static __device__ int has_wgmma = 1;
 
 // A barrier in shared memory is passed once in a phase: when `count` arrivals have happened, and all bytes have come that
@@ -1938,6 +1939,7 @@ __device__ inline uint64_t wgmma_tile(const bf16 *tile) {
            (uint64_t)1 << 62; // 1: 128-byte swizzle
 }
 #else
+#define IN_PAIRS
 static __device__ int has_wgmma = 0;
 #endif
 #endif
@@ -2201,7 +2203,7 @@ enum { WG_A = WG_M * WG_K, WG_B = WG_N * WG_K, WG_PANEL = 64 * WG_K, WG_ONES = 8
 enum { WG_SHARED = 2 * (WG_STAGES * (WG_A + WG_B) + WG_ONES) + 4 * WG_STAGE + 8 * (2 * WG_STAGES + 2) };
 
 template <bool TA, bool TB, int EPI>
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(WG_THREADS, 1)
+__global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
     matmul_wgmma(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b, Matmul g,
                  int splits) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
