@@ -245,6 +245,8 @@ static void test_anderson(int half, int B, int side, int D, int window) {
 
 int main(void) {
     gpu_open();
+    int hopper = gpu.wgmma;
+    gpu.wgmma = 0; // first what every GPU does
     workspace_reserve(1 << 18);
     for (int half = 0; half < 2; half++) {
         test_matmul(half, 300, 136, 200);
@@ -258,6 +260,13 @@ int main(void) {
         int sizes[][3] = {{1, 1, 8}, {100, 2, 24}, {65, 1, 40}, {64, 1, 64}, {130, 1, 72}, {70, 1, 96}, {200, 1, 128}, {1024, 1, 8}};
         for (auto &s : sizes) test_attention(half, 2, s[0], s[1], s[2]);
         if (half) test_attention(half, 2, 20, 1, 16, 1024); // weights of columns beyond the last would overflow
+    }
+    for (int sms : {1, 6, 132}) { // then Hopper's product: less than a tile, ragged ones, several a block, split sums
+        if (!hopper) break;
+        gpu.wgmma = 2, gpu.sms = sms;
+        test_matmul(1, 24, 8, 16);
+        test_matmul(1, 520, 392, 328);
+        test_matmul(1, 1536, 200, 72);
     }
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;
