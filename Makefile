@@ -36,9 +36,10 @@ test_gradient test_gradient_asan: test/test_unit.c test/test_files.h fpdm_cpu.c
 	$(CPU) $(TEST) -DREAL=double $< -o $@ -lm
 
 # The tests of fpdm.cu need a C++ compiler.
-EMU_TESTS := $(if $(shell command -v $(CXX)),test_emu test_kernels_emu)
+EMU_TESTS := $(if $(shell command -v $(CXX)),test_harness test_emu test_kernels_emu)
 test: test_cpu test_unit test_gradient train_cpu sample_cpu bench_cpu $(EMU_TESTS)
-	@test/run.sh ./test_cpu ./test_unit ./test_gradient test/test_cli.sh "make -s shared" $(EMU_TESTS:%=./%)
+	@test/run.sh ./test_cpu test/test_cases.sh ./test_unit ./test_gradient test/test_cli.sh "make -s shared" test/test_make.sh \
+		$(if $(EMU_TESTS),"test/test_cases.sh emu" ./test_harness "make -s kernels")
 
 test_asan: test_cpu_asan test_unit_asan test_gradient_asan train_cpu_asan sample_cpu_asan bench_cpu_asan test_unit
 	@ASAN_OPTIONS=detect_leaks=0:exitcode=99 test/run.sh ./test_cpu_asan ./test_unit_asan ./test_gradient_asan \
@@ -58,26 +59,39 @@ help:
 	@echo "report_gpu                       checks and measures fpdm.cu on this machine's GPU: test/results/GPU.md"
 	@echo "train_gpu sample_gpu bench_gpu   the programs for NVIDIA GPUs (nvcc); test_gpu, test_kernels_gpu: their tests"
 	@echo "train_emu sample_emu bench_emu   the same on a CPU, through test/cuda_emu.h; test_emu, test_kernels_emu, races"
+	@echo "kernels                          runs those tests and lists which kernels they launched"
 	@echo "compiler                         what nvcc says of the kernels: test/results/compiler.md"
 	@echo "spills                           compiles fpdm.cu for every architecture; fails if a kernel spills registers"
 
 clean:
 	rm -f $(foreach s,cpu gpu emu,train_$s sample_$s bench_$s test_$s test_kernels_$s) test_unit test_gradient *_asan
 
-.PHONY: all help clean test test_asan shared races spills compiler
+.PHONY: nvcc all help clean test test_asan shared races spills compiler kernels
 
 # ---------------------------------------------------------------------------------------------------------------------
 # fpdm.cu. With a GPU at hand, for that one; otherwise for all that this nvcc knows of the list, and as PTX for later ones.
 
 NVCC ?= $(or $(shell command -v nvcc),/usr/local/cuda/bin/nvcc)
 CODES = $(shell $(NVCC) --list-gpu-code)
-GPU_HERE = $(filter $(patsubst sm_%,%,$(CODES)),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&1 | head -n 1 | tr -d .))
+CAPABILITY = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&1 | head -n 1 | grep '^[0-9.]*$$')
+GPU_HERE = $(filter $(patsubst sm_%,%,$(CODES)),$(subst .,,$(CAPABILITY)))
 ARCHS ?= $(or $(patsubst 90,90a,$(GPU_HERE)),$(foreach a,80 86 89 90a 100 120,$(if $(filter sm_$(a:a=),$(CODES)),$(a))))
 GENCODE = $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
 	$(if $(GPU_HERE),,-gencode arch=compute_80,code=compute_80)
 HOST := -Wall,-Wextra,$(OPENMP)
 NVCC_FLAGS = -x cu -std=c++17 -O3 --threads 2 $(GENCODE) $(WERROR:%=% all-warnings) -Xcompiler $(HOST)
 EMU = $(CXX) -x c++ -std=c++17 -Wno-unknown-pragmas $(WARN) $(TEST) $(if $(filter %_asan,$@),$(SANITIZE),-O1)
+
+# One line for what is missing: a compiler, a newer one, a newer GPU
+nvcc:
+	@release=$$($(NVCC) --version 2>&1 | sed -n 's/.*release \([0-9.]*\),.*/\1/p'); set -- $$(echo "$$release" | tr . ' '); \
+	if [ -z "$$release" ]; then wrong="no CUDA compiler at $(NVCC); install CUDA 11.4 or newer, or say make NVCC=..."; \
+	elif [ $$(($$1 * 100 + $$2)) -lt 1104 ]; then wrong="$(NVCC) is of CUDA $$release; this needs 11.4 or newer"; \
+	elif [ "$(firstword $(subst ., ,$(CAPABILITY)) 8)" -lt 8 ]; then \
+		wrong="this GPU has compute capability $(CAPABILITY); the program needs 8.0 (Ampere) or newer"; \
+	else exit 0; fi; echo "error: $$wrong; train_cpu needs none of this" >&2; exit 1
+
+train_gpu sample_gpu bench_gpu test_gpu test_kernels_gpu test_harness_gpu test_report_gpu: | nvcc
 
 train_gpu sample_gpu: fpdm.cu
 	$(NVCC) $(NVCC_FLAGS) -DPROGRAM=$(if $(filter train%,$@),TRAIN,SAMPLE) $< -o $@
@@ -103,6 +117,21 @@ train_emu sample_emu: fpdm.cu test/cuda_emu.cpp test/cuda_emu.h
 
 bench_emu: test/bench.c fpdm.cu test/cuda_emu.cpp test/cuda_emu.h
 	$(EMU) -DGPU $< test/cuda_emu.cpp -o $@
+
+# The harness itself; test_harness_gpu: whether it and a GPU agree
+test_harness test_harness_asan: test/test_harness.cu fpdm.cu test/cuda_emu.cpp test/cuda_emu.h
+	$(EMU) $< test/cuda_emu.cpp -o $@
+
+test_harness_gpu: test/test_harness.cu fpdm.cu
+	$(NVCC) $(NVCC_FLAGS),$(TEST) -diag-suppress 177 $< -o $@
+
+# Runs the tests of fpdm.cu; then every kernel that fpdm.cu can launch, and how often the tests did: never is a failure.
+kernels: test_emu test_kernels_emu
+	@rm -f kernels.tmp
+	@EMU_KERNELS=kernels.tmp test/run.sh ./test_emu ./test_kernels_emu
+	@awk -F ': ' '{ n[$$1] += $$2 } END { for (k in n) print k ": " n[k] " launches" (n[k] ? "" : "  FAIL") }' kernels.tmp | sort
+	@! awk -F ': ' '{ n[$$1] += $$2 } END { for (k in n) if (!n[k]) print k }' kernels.tmp | grep . > /dev/null
+	@rm -f kernels.tmp
 
 # All that can be checked and measured on a machine with a GPU: test/results/GPU.md. REPORT: options of the report.
 report_gpu:

@@ -107,7 +107,8 @@ static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch,
 // width 4D. With fixed_point 0 the model is plain DiT (arXiv:2212.09748): `depth` blocks in a row that all see cond.
 // =====================================================================================================================
 
-enum Prediction { PREDICT_EPS, PREDICT_V, PREDICT_FLOW };
+enum Prediction { PREDICT_EPS, PREDICT_V, PREDICT_FLOW, PREDICT_X };
+enum TimeEmbedding { TIME_DIT, TIME_SIT, TIME_DIFFUSERS };
 enum VWeight { V_WEIGHT_1, V_WEIGHT_P2 };
 enum { DIFFUSION_STEPS = 1000 };
 enum Arithmetic { COMPUTE_AUTO, COMPUTE_FP32, COMPUTE_BF16 }; // of --dtype
@@ -129,12 +130,22 @@ typedef struct {     // what a weight file's metadata says: the model and the di
     int zero_terminal_snr;
     int v_weight;        // enum VWeight
     int diffusion_steps; // always 1000
+    int time_embedding;  // enum TimeEmbedding
 } Config;
 
 static size_t config_pixels(const Config *c) { return (size_t)c->channels * c->image_size * c->image_size; }
+// Angle i of timestep t's embedding: t·f_i in DiT; SiT's time is 1 - t/1000, and diffusers' f_i is 10000^(-i/127).
+static double time_angle(const Config *c, int t, int i) {
+    double time = c->time_embedding == TIME_SIT ? 1 - t / 1000. : t;
+    return time * exp(-log(10000) * i / (c->time_embedding == TIME_DIFFUSERS ? 127 : 128));
+}
+
 static int config_tokens(const Config *c) { return (c->image_size / c->patch) * (c->image_size / c->patch); }
 static int config_out_channels(const Config *c) { return c->learn_sigma ? 2 * c->channels : c->channels; }
 static int config_blocks(const Config *c) { return c->fixed_point ? c->pre_depth + 1 + c->post_depth : c->depth; }
+static int config_straight(const Config *c) { // whether x_t is on the line (1-tau)·x0 + tau·noise, tau = t/1000
+    return c->prediction == PREDICT_FLOW || c->prediction == PREDICT_X;
+}
 static int config_iterations(const Config *c) { // default iterations per timestep
     int k = c->depth - c->pre_depth - c->post_depth;
     return k < 1 ? 1 : k;
@@ -304,6 +315,8 @@ static void gpu_zero(void *p, size_t bytes);
 static void gpu_copy(void *to, const void *from, size_t bytes);
 static void gpu_upload(void *device, const void *host, size_t bytes);
 static void gpu_download(void *host, const void *device, size_t bytes); // waits for all that comes before it
+static void graph_begin(void); // what follows is recorded instead of done, until
+static cudaGraphExec_t graph_end(void);
 
 #define CHECK(call) check(call, #call)
 
@@ -592,6 +605,31 @@ __global__ void patches_kernel(float *tokens, float *pictures, int to_picture, i
     for (int i = threadIdx.x; i < count; i += blockDim.x) tokens[i] = strip[i];
 }
 
+// pos (T,D): with w_i = 10000^(-i/(D/4)), the token at (row, column) gets [sin(column·w), cos(column·w), sin(row·w),
+// cos(row·w)]
+static void position_embedding(real *pos, int side, int D) {
+    int quarter = D / 4;
+    for (int t = 0; t < side * side; t++)
+        for (int i = 0; i < quarter; i++) {
+            double w = pow(10000, -(double)i / quarter), column = t % side * w, row = t / side * w;
+            real *at = pos + (size_t)t * D + i;
+            at[0] = (real)sin(column);
+            at[quarter] = (real)cos(column);
+            at[2 * quarter] = (real)sin(row);
+            at[3 * quarter] = (real)cos(row);
+        }
+}
+
+// table (1000,256): row t is the cosines, then the sines, of the timestep's angles
+static void time_embeddings(float *table, const Config *c) {
+    for (int t = 0; t < DIFFUSION_STEPS; t++)
+        for (int i = 0; i < 128; i++) {
+            double angle = time_angle(c, t, i);
+            table[t * 256 + i] = (float)cos(angle);
+            table[t * 256 + 128 + i] = (float)sin(angle);
+        }
+}
+
 // freq (B,256) = rows t of the table of embeddings of all timesteps
 __global__ void time_kernel(float *freq, const float *table, const int *t) {
     freq[blockIdx.x * 256 + threadIdx.x] = table[t[blockIdx.x] * 256 + threadIdx.x];
@@ -693,9 +731,16 @@ typedef struct {
     float *picture, *noise;   // (B,C,S,S) x0 in training, x in sampling
     struct LossPlace *places; // (B)
     struct SampleStep *steps; // (1000) in sampling order
-    int *step;
-    double *sums; // (B,2) or partial sums of the gradient norm
+    int *step;                // the place in them
+    double *sums;             // (B,2) or partial sums of the gradient norm
 } Activations;
+
+typedef struct { // a recorded training step of B pictures
+    int B, n, m;
+    double scale;
+    cudaGraphExec_t exec;
+} StepGraph;
+enum { MAX_GRAPHS = 512 };
 
 enum Kind { MODEL_WEIGHTS, MODEL_GRADS, MODEL_ADAM_M, MODEL_ADAM_V, MODEL_EMA };
 typedef struct {
@@ -709,10 +754,14 @@ typedef struct {
     bf16 *half_weights; // of the weights in use, for matmuls; laid out alike
     Params p, g;
     Activations a;
-    char *activations; // what `a` points into
-    size_t activation_bytes;
-    int B, m;                                                         // of the current forward pass
+    char *activations;                // what `a` points into
+    size_t activation_bytes, scratch; // from byte `scratch` on, nothing lasts longer than a forward and backward pass
+    int B, m;                         // of the current forward pass
     void (*probe)(const char *name, const real *data, int64_t count); // tests look at activations through this
+    struct LossPlace *places;                                         // (batch), the host's; where the losses go
+    double *mse, *vb;
+    StepGraph *graphs; // MAX_GRAPHS of them
+    int n_graphs;
 } Model;
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1099,6 +1148,8 @@ static void model_backward(Model *m) {
 // =====================================================================================================================
 
 enum Sampler { SAMPLER_AUTO, SAMPLER_DDPM, SAMPLER_DDIM, SAMPLER_FLOW };
+enum TimestepSampling { T_UNIFORM, T_LOGIT_NORMAL };
+enum LearningRate { LR_CONSTANT, LR_LINEAR, LR_COSINE };
 enum Allocation { ALLOC_CONST, ALLOC_INC, ALLOC_DEC };
 enum Solver { SOLVER_PLAIN, SOLVER_ANDERSON };
 
@@ -1106,16 +1157,16 @@ enum Solver { SOLVER_PLAIN, SOLVER_ANDERSON };
 typedef struct {
     Config model;
     // training
-    const char *data, *export_to, *model_name, *out, *resume;
+    const char *data, *export_to, *model_name, *out, *resume, *init;
     int no_grad_iters[2], grad_iters[2];
     int batch, micro_batch, steps, warmup, ema_warmup, hflip, recompute, dtype, weights_dtype;
-    int save_every, sample_every, log_every, step;
-    double lr, weight_decay, grad_clip, ema, label_drop;
+    int save_every, sample_every, log_every, step, t_sampling, lr_schedule;
+    double lr, weight_decay, grad_clip, ema, label_drop, t_mean, t_std;
     uint64_t seed;
     // sampling
-    const char *weights, *labels, *iters, *latents, *trace;
+    const char *weights, *labels, *iters, *latents, *trace, *strip;
     int n, sampler, sample_steps, budget, alloc, reuse, solver, window, cfg_channels, show;
-    double eta, tol, mixing, cfg;
+    double eta, tol, mixing, cfg, t_shift;
     // benchmark
     int bench_n, bench_m, rounds, bench_gemm;
 } Options;
@@ -1128,7 +1179,11 @@ typedef struct {
     double alpha_bar[DIFFUSION_STEPS], alpha_bar_prev[DIFFUSION_STEPS]; // product of 1 - beta; prev is 1 at i = 0
     double log_beta[DIFFUSION_STEPS], log_var[DIFFUSION_STEPS]; // the variances between which the model interpolates
     double c1[DIFFUSION_STEPS], c2[DIFFUSION_STEPS];            // posterior mean = c1·x0 + c2·x_t
+    double tau[DIFFUSION_STEPS], dt[DIFFUSION_STEPS]; // flow: share of noise in x_t, and of it that a step takes
 } Schedule;
+
+// A model of x gives x0_hat; its velocity, what a model of flow gives, is (x0_hat - x_t)/x_tau (arXiv:2511.13720).
+static double x_tau(int t) { return t < DIFFUSION_STEPS / 20 ? 0.05 : t / (double)DIFFUSION_STEPS; }
 
 static void schedule_make(Schedule *s, const Config *c, int steps) {
     double alpha_bar[DIFFUSION_STEPS], product = 1;
@@ -1151,12 +1206,30 @@ static void schedule_make(Schedule *s, const Config *c, int steps) {
         s->log_var[i] = log(beta * (1 - prev) / (1 - ab));
         s->c1[i] = beta * sqrt(prev) / (1 - ab);
         s->c2[i] = (1 - prev) * sqrt(1 - beta) / (1 - ab);
+        s->tau[i] = c->prediction == PREDICT_X ? x_tau(s->t[i]) : s->t[i] / (double)DIFFUSION_STEPS;
+        s->dt[i] = 1.0 / steps;
     }
     s->log_var[0] = s->log_var[1]; // at i = 0 it would be log 0
 }
 
+// Other timesteps for models of flow and x. Those above are told t = 0 at the last step, when x_t still holds 1/S noise.
+// These are told what there is: step i goes from tau_i to tau_{i-1} and the last to 0, tau = shift·u/(1+(shift-1)·u) at
+// u = (i+1)/S (arXiv:2403.03206); a shift above 1 gives more of them to large t.
+static void schedule_shift(Schedule *s, double shift) {
+    double before = 0;
+    for (int i = 0; i < s->n; i++) {
+        double u = (i + 1.0) / s->n, tau = shift * u / (1 + (shift - 1) * u);
+        s->t[i] = (int)fmin(nearbyint(tau * DIFFUSION_STEPS), DIFFUSION_STEPS - 1);
+        s->tau[i] = tau;
+        s->dt[i] = tau - before;
+        before = tau;
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // What sampling spends: iterations can be moved between timesteps, and traded for more of them
+
+enum { STRIP = 4 }; // pictures that --strip shows
 
 typedef struct {
     int sampler, cfg_channels, reuse;
@@ -1166,17 +1239,18 @@ typedef struct {
     int64_t passes;   // Transformer-block passes per picture that were spent, counted up
     int window;       // of Anderson acceleration; 0: plain iteration
     double mixing;    // its beta
+    float *path;      // (steps+1,STRIP,C,S,S) of the first pictures, x before each timestep and at the end; or NULL
 } SampleSettings;
 
 // Which sampler suits the model; dies on one that does not.
 static int resolve_sampler(int sampler, const Config *c) {
-    int flow = c->prediction == PREDICT_FLOW;
+    int flow = config_straight(c);
     if (c->prediction == PREDICT_EPS && c->zero_terminal_snr)
         die("option --zero_terminal_snr: a model of eps cannot be sampled with it; train with --prediction v");
     if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
     if ((sampler == SAMPLER_FLOW) != flow)
         die("option --sampler: this model predicts %s; use --sampler auto",
-            flow ? "flow and needs the flow sampler" : "noise or v: ddpm or ddim");
+            flow ? "flow or x and needs the flow sampler" : "noise or v: ddpm or ddim");
     return sampler;
 }
 
@@ -1228,6 +1302,12 @@ static void plan_iterations(int iters[DIFFUSION_STEPS], const Options *o, const 
         if (iters[i] > 1000) die("option --budget: more than 1000 iterations in a timestep; lower it or raise --steps");
 }
 
+// Keeps x (B,C,S,S) of the first pictures, as it is before timestep `step`.
+static void path_keep(const SampleSettings *set, int step, const float *x, int first, int B, size_t count) {
+    if (set->path && first == 0)
+        memcpy(set->path + step * STRIP * count, x, (B < STRIP ? B : STRIP) * count * sizeof *x);
+}
+
 // All that sampling is told; `iters` is where its plan of iterations goes.
 static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options *o) {
     int window = o->solver == SOLVER_ANDERSON ? o->window : 0;
@@ -1236,13 +1316,16 @@ static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options 
                           o->cfg_channels,
                           o->reuse,
                           o->eta,
-                          o->cfg,
+                          o->model.classes ? o->cfg : 1, // without labels there is nothing to guide
                           o->tol,
                           iters,
                           NULL,
                           0,
                           window,
-                          o->mixing};
+                          o->mixing,
+                          NULL};
+    if (*o->strip && (set.sampler == SAMPLER_DDPM || (set.sampler == SAMPLER_DDIM && o->eta > 0)))
+        die("option --strip: the noise that a step adds hides the predicted x0: use --sampler ddim and --eta 0");
     return set;
 }
 
@@ -1267,13 +1350,14 @@ static void loss_places(LossPlace *places, const Schedule *s, const Config *c, c
     for (int b = 0; b < B; b++) {
         double ab = s->alpha_bar[t[b]], a = sqrt(ab), n = sqrt(1 - ab), tau = t[b] / (double)DIFFUSION_STEPS;
         LossPlace *p = &places[b];
-        int flow = c->prediction == PREDICT_FLOW, v = c->prediction == PREDICT_V;
+        int straight = config_straight(c), v = c->prediction == PREDICT_V, x = c->prediction == PREDICT_X;
         p->t = t[b];
-        p->keep = flow ? 1 - tau : a;
-        p->noise = flow ? tau : n;
-        p->target_x0 = flow ? 1 : v ? -n : 0;
-        p->target_noise = flow ? -1 : v ? a : 1;
+        p->keep = straight ? 1 - tau : a;
+        p->noise = straight ? tau : n;
+        p->target_x0 = straight ? 1 : v ? -n : 0;
+        p->target_noise = x ? 0 : straight ? -1 : v ? a : 1;
         p->weight = v && c->v_weight == V_WEIGHT_P2 ? ab / n * (1 - ab) : 1; // (x0-x0_hat)^2 = (1-ab)(v-out)^2
+        if (x) p->weight = 1 / (x_tau(t[b]) * x_tau(t[b]));                  // the velocity's error
         p->slip = v ? n : n / a;
         p->c1 = s->c1[t[b]];
         p->log_beta = s->log_beta[t[b]];
@@ -1281,7 +1365,7 @@ static void loss_places(LossPlace *places, const Schedule *s, const Config *c, c
     }
 }
 
-// x_t = sqrt(alpha_bar)·x0 + sqrt(1-alpha_bar)·noise, or for flow (1-tau)·x0 + tau·noise with tau = t/1000. All
+// x_t = sqrt(alpha_bar)·x0 + sqrt(1-alpha_bar)·noise, or for flow and x (1-tau)·x0 + tau·noise with tau = t/1000. All
 // (B,C,S,S), `count` a picture.
 __global__ void diffuse_kernel(float *x_t, int *t, const float *x0, const float *noise, const LossPlace *places,
                                size_t count) {
@@ -1344,28 +1428,44 @@ __global__ void loss_kernel(double *sums, float *dout, const float *out, const f
 }
 
 // Forward, loss and backward of B pictures; the gradient of `scale`·(sum of their losses) is added to the model's
-// gradients. x0, noise (B,C,S,S); t, y (B); n and m iterations without and with gradient. Fills mse and vb (B).
+// gradients. x0, noise (B,C,S,S); t, y (B); n and m iterations without and with gradient. Fills mse and vb (B). All of
+// these belong to the model until model_wait. What the GPU does is hundreds of kernels, and in small models they would
+// take longer to launch than to run: the first time that sizes, n and m occur, they are recorded as a CUDA graph.
 static void model_loss(Model *model, const Schedule *s, const float *x0, const float *noise, const int *t, const int *y,
                        int B, int n, int m, double scale, double *mse, double *vb) {
     const Config *c = &model->config;
     Activations *a = &model->a;
-    size_t count = (size_t)c->channels * c->image_size * c->image_size;
-    LossPlace *places = (LossPlace *)xcalloc((size_t)B, sizeof *places, "a batch");
-    double *sums = (double *)xcalloc(2 * (size_t)B, sizeof *sums, "a batch");
-    loss_places(places, s, c, t, B);
-    gpu_upload(a->places, places, (size_t)B * sizeof *places);
+    size_t count = config_pixels(c);
+    loss_places(model->places, s, c, t, B);
+    gpu_upload(a->places, model->places, (size_t)B * sizeof *model->places);
     gpu_upload(a->picture, x0, B * count * sizeof *x0);
     gpu_upload(a->noise, noise, B * count * sizeof *noise);
     gpu_upload(a->y, y, (size_t)B * sizeof *y);
-    RUN(diffuse_kernel, dim3((unsigned)ceil_div(count, 256), B), 256, 0, a->x_t, a->t, a->picture, a->noise, a->places,
-        count);
-    model_forward(model, B, n, m, NULL);
-    RUN(loss_kernel, B, 512, 32 * sizeof(double), a->sums, a->dout, a->out, a->picture, a->noise, a->places,
-        c->learn_sigma, scale, count);
-    model_backward(model);
-    gpu_download(sums, a->sums, 2 * (size_t)B * sizeof *sums);
-    for (int b = 0; b < B; b++) mse[b] = sums[2 * b], vb[b] = sums[2 * b + 1];
-    xfree(places);
+    model->mse = mse, model->vb = vb;
+    StepGraph *graph = model->graphs, *end = graph + model->n_graphs;
+    while (graph < end && (graph->B != B || graph->n != n || graph->m != m || graph->scale != scale)) graph++;
+    int record = graph == end && model->n_graphs < MAX_GRAPHS && !model->probe; // a probe waits for the GPU
+    if (graph == end) {
+        if (record) graph_begin();
+        RUN(diffuse_kernel, dim3((unsigned)ceil_div(count, 256), B), 256, 0, a->x_t, a->t, a->picture, a->noise,
+            a->places, count);
+        model_forward(model, B, n, m, NULL);
+        RUN(loss_kernel, B, 512, 32 * sizeof(double), a->sums, a->dout, a->out, a->picture, a->noise, a->places,
+            c->learn_sigma, scale, count);
+        model_backward(model);
+        if (!record) return;
+        *graph = {B, n, m, scale, graph_end()};
+        model->n_graphs++;
+    }
+    model->B = B;
+    CHECK(cudaGraphLaunch(graph->exec, gpu.stream));
+}
+
+// Until model_loss is done
+static void model_wait(Model *m) {
+    double *sums = (double *)xcalloc(2 * (size_t)m->B, sizeof *sums, "a batch");
+    gpu_download(sums, m->a.sums, 2 * (size_t)m->B * sizeof *sums);
+    for (int b = 0; b < m->B; b++) m->mse[b] = sums[2 * b], m->vb[b] = sums[2 * b + 1];
     xfree(sums);
 }
 
@@ -1420,8 +1520,9 @@ static void sample_steps(SampleStep *steps, const Schedule *s, const SampleSetti
         memset(p, 0, sizeof *p);
         p->t = s->t[i];
         if (set->sampler == SAMPLER_FLOW) {
-            p->of_x = 1;
-            p->of_out = 1.0 / s->n;
+            int of_x = c->prediction == PREDICT_X; // whose velocity is (out - x)/tau
+            p->of_out = of_x ? s->dt[i] / s->tau[i] : s->dt[i];
+            p->of_x = of_x ? 1 - p->of_out : 1;
         } else if (set->sampler == SAMPLER_DDPM) {
             p->of_x = s->c1[i] * x0_x + s->c2[i];
             p->of_out = s->c1[i] * x0_out;
@@ -1475,6 +1576,8 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
     for (int half = 0; half <= guided; half++) gpu_copy(a->x_t + half * B * count, a->picture, B * count * sizeof *x);
     RUN(next_step_kernel, 1, 256, 0, a->t, a->step, a->steps, 0, S, rows);
     for (int step = 0; step < S; step++) {
+        if (set->path) gpu_download(x, a->picture, B * count * sizeof *x);
+        path_keep(set, step, x, first, B, count);
         int i = S - 1 - step, iters = c->fixed_point ? set->iters[step] : 0;
         if (!z && steps[step].noisy)
             for (int b = 0; b < B; b++)
@@ -1490,18 +1593,15 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
         int record = graph == graphs + n_graphs,
             plain = solve->want_residual && c->fixed_point; // those wait for the GPU
         if (record || plain) {
-            cudaGraph_t recorded;
             graph->iters = iters;
             graph->reuse_ready = solve->reuse_ready;
-            if (!plain) CHECK(cudaStreamBeginCapture(gpu.stream, cudaStreamCaptureModeRelaxed));
+            if (!plain) graph_begin();
             model_forward(model, rows, iters, 0, solve);
             RUN(sample_step_kernel, dim3((unsigned)ceil_div(count, 256), B), 256, 0, a->picture, a->x_t, a->out,
                 a->noise, a->steps, a->step, set->cfg, guided_count, count, out_count, B);
             RUN(next_step_kernel, 1, 256, 0, a->t, a->step, a->steps, 1, S, rows);
             if (!plain) {
-                CHECK(cudaStreamEndCapture(gpu.stream, &recorded));
-                CHECK(cudaGraphInstantiate(&graph->exec, recorded, 0));
-                CHECK(cudaGraphDestroy(recorded));
+                graph->exec = graph_end();
                 n_graphs++;
             }
         }
@@ -1515,6 +1615,7 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
             fprintf(set->trace, "%d,%d,%d,%.6g\n", step, s->t[i], k + 1, solve->residuals[k]);
     }
     gpu_download(x, a->picture, B * count * sizeof *x);
+    path_keep(set, S, x, first, B, count);
     for (int i = 0; i < n_graphs; i++) CHECK(cudaGraphExecDestroy(graphs[i].exec));
     xfree(graphs);
     xfree(steps);
@@ -1637,8 +1738,8 @@ static void anderson_forward(Model *m, float *z, int k, int window, double mixin
 // Part 3. Learning
 // =====================================================================================================================
 
-// AdamW (arXiv:1711.05101) with decoupled decay, the moving average (EMA) of the weights, and the bf16 copy
-// that the matmuls take, in one pass
+// AdamW (arXiv:1711.05101) with decoupled decay, the moving average (EMA) of the weights, and the bf16 copy that the
+// matmuls take, in one pass
 
 static void model_zero_gradients(Model *m) { gpu_zero(m->memory[MODEL_GRADS], (size_t)m->n_params * sizeof(real)); }
 
@@ -1711,6 +1812,22 @@ static Batch batch_create(int B, size_t pixels) {
     return b;
 }
 
+// A timestep from two random words: any, or t/1000 = sigmoid(t_mean + t_std·g) with g normal (arXiv:2403.03206)
+static int draw_timestep(const uint32_t word[2], const Options *o) {
+    if (o->t_sampling == T_UNIFORM) return (int)rng_below(word[0], DIFFUSION_STEPS);
+    double g = sqrt(-2 * log((word[0] + 0.5) * 0x1p-32)) * cos(6.283185307179586 * (word[1] + 0.5) * 0x1p-32);
+    return (int)fmin(floor(DIFFUSION_STEPS / (1 + exp(-(o->t_mean + o->t_std * g)))), DIFFUSION_STEPS - 1);
+}
+
+// The learning rate of a step: linear warm-up, then constant or falling to zero at o->steps
+static double learning_rate(const Options *o, int step) {
+    if (step < o->warmup) return o->lr * (step + 1) / o->warmup;
+    double done = (double)(step - o->warmup) / (o->steps - o->warmup);
+    return o->lr * (o->lr_schedule == LR_LINEAR   ? 1 - done
+                    : o->lr_schedule == LR_COSINE ? 0.5 * (1 + cos(3.141592653589793 * done))
+                                                  : 1);
+}
+
 // Pictures first..first+B-1 of a step: data, noise, and a timestep for each
 static void batch_draw(Batch *b, Dataset *data, const Options *o, int step, int first, int B) {
     size_t count = config_pixels(&o->model);
@@ -1719,7 +1836,7 @@ static void batch_draw(Batch *b, Dataset *data, const Options *o, int step, int 
     for (int i = 0; i < B; i++) {
         uint32_t word[4];
         philox(word, o->seed, (uint32_t)(first + i), (uint32_t)step, STREAM_T);
-        b->t[i] = (int)rng_below(word[0], DIFFUSION_STEPS);
+        b->t[i] = draw_timestep(word, o);
     }
 }
 
@@ -1729,9 +1846,10 @@ typedef struct { // what a step did: a row of the log
 } Step;
 
 // Step number `step` (from 0): draws n and m, sums the gradient over the batch, `micro` pictures at a time, and updates
-// the weights.
-static Step train_step(Model *model, const Schedule *s, Dataset *data, Batch *b, const Options *o, int step,
-                       int micro) {
+// the weights. *b holds the step's first pictures; while a GPU works on some, the next are drawn, and in the end those
+// that the next step begins with. `spare` is the room for that.
+static Step train_step(Model *model, const Schedule *s, Dataset *data, Batch *b, Batch *spare, const Options *o,
+                       int step, int micro) {
     Step did = {0, 0, 0, 0, 0, 0};
     uint32_t word[4];
     philox(word, o->seed, 0, (uint32_t)step, STREAM_NM);
@@ -1739,13 +1857,19 @@ static Step train_step(Model *model, const Schedule *s, Dataset *data, Batch *b,
     did.m = o->grad_iters[0] + (int)rng_below(word[1], o->grad_iters[1] - o->grad_iters[0] + 1);
     model_zero_gradients(model);
     for (int first = 0; first < o->batch; first += micro) {
-        int B = o->batch - first < micro ? o->batch - first : micro;
-        batch_draw(b, data, o, step, first, B);
+        int B = o->batch - first < micro ? o->batch - first : micro, left = o->batch - first - B;
         model_loss(model, s, b->x0, b->noise, b->t, b->y, B, did.n, did.m, 1.0 / o->batch, b->mse, b->vb);
+        if (left)
+            batch_draw(spare, data, o, step, first + B, left < micro ? left : micro);
+        else if (step + 1 < o->steps)
+            batch_draw(spare, data, o, step + 1, 0, micro);
+        model_wait(model);
         for (int i = 0; i < B; i++) did.mse += b->mse[i] / o->batch, did.vb += b->vb[i] / o->batch;
+        Batch done = *b;
+        *b = *spare, *spare = done;
     }
     did.norm = model_gradient_norm(model);
-    did.lr = o->lr * (step + 1 < o->warmup ? (double)(step + 1) / o->warmup : 1);
+    did.lr = learning_rate(o, step);
     double ema = o->ema_warmup ? fmin(o->ema, (1.0 + step) / (10.0 + step)) : o->ema;
     double clip = o->grad_clip > 0 && did.norm > o->grad_clip ? o->grad_clip / (did.norm + 1e-6) : 1;
     model_update(model, step + 1, did.lr, 0.9, 0.999, 1e-8, o->weight_decay, clip, ema);
@@ -1771,12 +1895,14 @@ static void run_pictures(Run *run);                           // a grid of sampl
 // Goes on from step o->step until o->steps are done or the user stops.
 static void train(Run *run) {
     Options *o = run->o;
-    Batch batch = batch_create(run->micro, config_pixels(&o->model));
+    size_t pixels = config_pixels(&o->model);
+    Batch batch = batch_create(run->micro, pixels), spare = batch_create(run->micro, pixels);
     Schedule schedule;
     schedule_make(&schedule, &o->model, DIFFUSION_STEPS);
+    batch_draw(&batch, run->data, o, o->step, 0, run->micro);
     while (o->step < o->steps && !interrupted) {
         double begin = now_ms();
-        Step did = train_step(run->model, &schedule, run->data, &batch, o, o->step, run->micro);
+        Step did = train_step(run->model, &schedule, run->data, &batch, &spare, o, o->step, run->micro);
         o->step++;
         run_report(run, &did, now_ms() - begin);
         int last = o->step == o->steps;
@@ -1957,14 +2083,14 @@ __device__ inline void from_float(float *to, float x) { *to = x; }
 __device__ inline void from_float(bf16 *to, float x) { *to = __float2bfloat16_rn(x); }
 template <int V, typename T>
 __device__ inline void load(float (&x)[V], const T *p) {
-    Vec<T, V> vec = *reinterpret_cast<const Vec<T, V> *>(p);
+    Vec<T, V> vec = *static_cast<const Vec<T, V> *>(__builtin_assume_aligned(p, alignof(decltype(vec))));
     EACH(i, V) x[i] = to_float(vec.v[i]);
 }
 template <int V, typename T>
 __device__ inline void store(T *p, const float (&x)[V]) {
     Vec<T, V> vec;
     EACH(i, V) from_float(&vec.v[i], x[i]);
-    *reinterpret_cast<Vec<T, V> *>(p) = vec;
+    *static_cast<Vec<T, V> *>(__builtin_assume_aligned(p, alignof(decltype(vec)))) = vec;
 }
 // Two floats as the two bf16 of a register, x in the low half
 __device__ inline uint32_t pack_bf16(float x, float y) {
@@ -2822,6 +2948,19 @@ static size_t activations_point(Model *m, char *memory) {
     size_t F = sizeof(float), A = m->half ? sizeof(bf16) : F;
     int blocks = config_blocks(c), last = blocks + (c->fixed_point ? m->max_m : 0);
     const Layer *shared = NULL;
+    take_all(r, T * D * F, &a->pos);
+    take_all(r, DIFFUSION_STEPS * 256 * F, &a->time_table);
+    take_all(r, B * sizeof(int), &a->t, &a->y);
+    take_all(r, pixels * c->channels * F, &a->picture, &a->noise, &a->x_t);
+    take_all(r, B * sizeof(LossPlace), &a->places);
+    take_all(r, DIFFUSION_STEPS * sizeof(SampleStep), &a->steps);
+    take_all(r, sizeof(int), &a->step);
+    if (c->fixed_point) take_all(r, N * F, &a->reused);
+    if (c->fixed_point && m->window) {
+        take_all(r, 2 * (m->window + 1) * N * F, &a->history);
+        take_all(r, B * HISTORY * HISTORY * sizeof(double), &a->gram);
+    }
+    m->scratch = r->bytes;
     for (int l = 0; l <= last; l++) {
         Layer *at = &a->layer[l];
         float *x = a->layer[0].x;
@@ -2845,10 +2984,7 @@ static size_t activations_point(Model *m, char *memory) {
         take_all(r, N * A, &at->proj, &at->fc2);
         take_all(r, 4 * N * A, &at->fc1);
     }
-    take_all(r, T * D * F, &a->pos);
-    take_all(r, DIFFUSION_STEPS * 256 * F, &a->time_table);
-    take_all(r, B * sizeof(int), &a->t, &a->y);
-    take_all(r, pixels * c->channels * F, &a->picture, &a->noise, &a->x_t, &a->patches);
+    take_all(r, pixels * c->channels * F, &a->patches);
     take_all(r, pixels * config_out_channels(c) * F, &a->out, &a->patch_out);
     take_all(r, B * 256 * F, &a->time_freq);
     take_all(r, B * D * F, &a->time_hidden, &a->time_silu, &a->cond, &a->cond_pp, &a->cond_silu, &a->cond_pp_silu);
@@ -2861,16 +2997,9 @@ static size_t activations_point(Model *m, char *memory) {
     if (c->fixed_point) {
         take_all(r, N * A, &a->inj);
         take_all(r, 2 * N * F, &a->inj_part);
-        take_all(r, N * F, &a->reused);
         if (m->half) take_all(r, N * A, &a->z);
-        if (m->window) {
-            take_all(r, 2 * (m->window + 1) * N * F, &a->history);
-            take_all(r, B * HISTORY * HISTORY * sizeof(double), &a->gram);
-        }
     }
     take_all(r, (2 * B + NORM_BLOCKS) * sizeof(double), &a->sums);
-    take_all(r, DIFFUSION_STEPS * sizeof(SampleStep), &a->steps);
-    take_all(r, sizeof(int), &a->step);
     if (!m->training) return arena.bytes;
     take_all(r, N * F, &a->dx);
     take_all(r, N * A, &a->dnormed, &a->dbranch);
@@ -2883,7 +3012,6 @@ static size_t activations_point(Model *m, char *memory) {
     take_all(r, B * T * sizeof(float2), &a->stats);
     take_all(r, B * c->heads * T * F, &a->delta);
     take_all(r, pixels * config_out_channels(c) * F, &a->dout);
-    take_all(r, B * sizeof(LossPlace), &a->places);
     return arena.bytes;
 }
 
@@ -2898,26 +3026,13 @@ static size_t params_bytes(const Model *m) {
     return (size_t)m->n_params * ((m->training ? 5 : 1) * sizeof(real) + (m->half ? sizeof(bf16) : 0));
 }
 
-// pos (T,D) and the embeddings of all timesteps, made once, in double
+// What is made once, in double: positions and timesteps
 static void model_tables(Model *m) {
-    int side = m->config.image_size / m->config.patch, D = m->config.width, quarter = D / 4;
+    int side = m->config.image_size / m->config.patch, D = m->config.width;
     float *pos = (float *)xcalloc((size_t)side * side * D, sizeof *pos, "tables");
     float *time = (float *)xcalloc(DIFFUSION_STEPS * 256, sizeof *time, "tables");
-    for (int t = 0; t < side * side; t++)
-        for (int i = 0; i < quarter; i++) {
-            double w = pow(10000, -(double)i / quarter), column = t % side * w, row = t / side * w;
-            float *at = pos + (size_t)t * D + i;
-            at[0] = (float)sin(column);
-            at[quarter] = (float)cos(column);
-            at[2 * quarter] = (float)sin(row);
-            at[3 * quarter] = (float)cos(row);
-        }
-    for (int t = 0; t < DIFFUSION_STEPS; t++)
-        for (int i = 0; i < 128; i++) {
-            double angle = t * exp(-log(10000) * i / 128);
-            time[t * 256 + i] = (float)cos(angle);
-            time[t * 256 + 128 + i] = (float)sin(angle);
-        }
+    position_embedding(pos, side, D);
+    time_embeddings(time, &m->config);
     gpu_upload(m->a.pos, pos, (size_t)side * side * D * sizeof(float));
     gpu_upload(m->a.time_table, time, DIFFUSION_STEPS * 256 * sizeof(float));
     gpu_wait();
@@ -2971,6 +3086,8 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     if (training) params_point(&m->g, config, m->memory[MODEL_GRADS], NULL);
     m->activations = (char *)gpu_malloc(m->activation_bytes, "activations");
     activations_point(m, m->activations);
+    m->places = (LossPlace *)xcalloc((size_t)batch, sizeof *m->places, "the model");
+    m->graphs = (StepGraph *)xcalloc(MAX_GRAPHS, sizeof *m->graphs, "the model");
     workspace_reserve(workspace_size);
     model_tables(m);
     return m;
@@ -2981,6 +3098,9 @@ static void model_free(Model *m) {
     for (int kind = 0; kind < 5; kind++) gpu_free(m->memory[kind], (size_t)m->n_params * sizeof(real));
     gpu_free(m->half_weights, (size_t)m->n_params * sizeof(bf16));
     gpu_free(m->activations, m->activation_bytes);
+    for (int i = 0; i < m->n_graphs; i++) CHECK(cudaGraphExecDestroy(m->graphs[i].exec));
+    xfree(m->graphs);
+    xfree(m->places);
     xfree(m->a.layer);
     xfree(m->tensors);
     xfree(m);
@@ -3069,6 +3189,17 @@ static void gpu_upload(void *device, const void *host, size_t bytes) {
 static void gpu_download(void *host, const void *device, size_t bytes) {
     CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, gpu.stream));
     gpu_wait();
+}
+
+static void graph_begin(void) { CHECK(cudaStreamBeginCapture(gpu.stream, cudaStreamCaptureModeRelaxed)); }
+
+static cudaGraphExec_t graph_end(void) {
+    cudaGraph_t recorded;
+    cudaGraphExec_t exec;
+    CHECK(cudaStreamEndCapture(gpu.stream, &recorded));
+    CHECK(cudaGraphInstantiate(&exec, recorded, NULL, NULL, 0)); // in the form that CUDA 11.4 to 13 share
+    CHECK(cudaGraphDestroy(recorded));
+    return exec;
 }
 
 static void gpu_copy(void *to, const void *from, size_t bytes) {
@@ -3601,7 +3732,9 @@ static const char **parse_class_names(const char *json, int *count) {
 
 enum { OPT_INT, OPT_SEED, OPT_REAL, OPT_TEXT, OPT_FLAG, OPT_RANGE, OPT_CHOICE };
 // Where an option is used. WEIGHTS: metadata of weight files; STATE: only in a training state; ONCE: never there.
-enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, STATE = 16, ONCE = 32, MODEL = TRAIN | BENCH | WEIGHTS };
+// ADDED: files from before it was there lack it, and mean its default.
+enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, STATE = 16, ONCE = 32, ADDED = 64 };
+enum { MODEL = TRAIN | BENCH | WEIGHTS };
 
 typedef struct {
     const char *name;
@@ -3634,11 +3767,14 @@ static const Option option_table[] = {
     {"classes", BENCH | WEIGHTS, OPT_INT, AT(model.classes), "10", 0, 1e6, "number of labels"},
     {"mlp_ratio", WEIGHTS, OPT_INT, AT(model.mlp_ratio), "4", 4, 4, ""},
     {"diffusion_steps", WEIGHTS, OPT_INT, AT(model.diffusion_steps), "1000", 1000, 1000, ""},
-    {"prediction", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.prediction), "flow", 0, 0, "eps|v|flow: what is predicted"},
+    {"prediction", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.prediction), "flow", 0, 0,
+     "eps|v|flow|x: what is predicted; x: the picture, trained and sampled as flow"},
     {"learn_sigma", MODEL, OPT_FLAG, AT(model.learn_sigma), "0", 0, 1, "1: predict the variance too (eps and v)"},
     {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1,
      "1: the last timestep is pure noise (needs v)"},
     {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0, "1|p2: weight of the v loss"},
+    {"time_embedding", TRAIN | WEIGHTS | ADDED, OPT_CHOICE, AT(model.time_embedding), "dit", 0, 0,
+     "dit|sit|diffusers: what the network sees of t, as those models have it"},
     {"no_grad_iters", TRAIN, OPT_RANGE, AT(no_grad_iters), "0,3", 0, 1000, "range of n: iterations without gradient"},
     {"grad_iters", TRAIN, OPT_RANGE, AT(grad_iters), "1,4", 1, 1000, "range of m: iterations with gradient"},
     {"batch", TRAIN | BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, "pictures per step"},
@@ -3646,6 +3782,12 @@ static const Option option_table[] = {
     {"steps", TRAIN, OPT_INT, AT(steps), "3000", 1, 2e9, "training steps"},
     {"lr", TRAIN, OPT_REAL, AT(lr), "2e-3", 0, 10, "learning rate of AdamW"},
     {"warmup", TRAIN, OPT_INT, AT(warmup), "100", 0, 2e9, "steps of linear warm-up"},
+    {"lr_schedule", TRAIN, OPT_CHOICE, AT(lr_schedule), "constant", 0, 0,
+     "constant|linear|cosine: the fall of lr after the warm-up, to zero at steps"},
+    {"t_sampling", TRAIN, OPT_CHOICE, AT(t_sampling), "uniform", 0, 0,
+     "uniform|logit_normal: timesteps trained on; logit_normal: t/1000 = sigmoid(t_mean + t_std g), g normal"},
+    {"t_mean", TRAIN, OPT_REAL, AT(t_mean), "0", -20, 20, "logit_normal: mean; above 0: more noise"},
+    {"t_std", TRAIN, OPT_REAL, AT(t_std), "1", 0, 20, "logit_normal: standard deviation"},
     {"weight_decay", TRAIN, OPT_REAL, AT(weight_decay), "0", 0, 10, "decay of AdamW"},
     {"grad_clip", TRAIN, OPT_REAL, AT(grad_clip), "1", 0, 1e9, "largest norm of the gradient; 0: any"},
     {"ema", TRAIN, OPT_REAL, AT(ema), "0.995", 0, 1, "decay of the moving average of the weights"},
@@ -3656,6 +3798,8 @@ static const Option option_table[] = {
     {"dtype", TRAIN | SAMPLE | BENCH, OPT_CHOICE, AT(dtype), "auto", 0, 0,
      "auto|fp32|bf16: arithmetic; auto: fp32 on a CPU, bf16 on a GPU"},
     {"resume", TRAIN | ONCE, OPT_TEXT, AT(resume), "", 0, 0, "folder of a run to go on with"},
+    {"init", TRAIN | ONCE, OPT_TEXT, AT(init), "", 0, 0,
+     "weight file to start from, which also says the model; a DiT may start a fixed point: --fixed_point 1"},
     {"save_every", TRAIN, OPT_INT, AT(save_every), "1000", 1, 2e9, "steps between saves of weights and state"},
     {"sample_every", TRAIN, OPT_INT, AT(sample_every), "1000", 0, 2e9, "steps between sample grids; 0: at the end"},
     {"log_every", TRAIN, OPT_INT, AT(log_every), "50", 1, 2e9, "steps between progress lines"},
@@ -3664,8 +3808,10 @@ static const Option option_table[] = {
     {"n", SAMPLE, OPT_INT, AT(n), "40", 1, 1e6, "number of pictures"},
     {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0, "numbers or class names, 3,7,heart; default: each in turn"},
     {"sampler", TRAIN | SAMPLE, OPT_CHOICE, AT(sampler), "auto", 0, 0,
-     "auto|ddpm|ddim|flow: auto: flow for flow models, ddim otherwise"},
+     "auto|ddpm|ddim|flow: auto: flow for models of flow or x, ddim otherwise"},
     {"steps", SAMPLE, OPT_INT, AT(sample_steps), "20", 2, 1000, "timesteps S"},
+    {"t_shift", TRAIN | SAMPLE, OPT_REAL, AT(t_shift), "0", 0, 100,
+     "flow, x: timesteps that match the noise left, more of them at large t above 1; 0: 0 to 999 evenly"},
     {"sample_steps", TRAIN, OPT_INT, AT(sample_steps), "20", 2, 1000, "timesteps of the sample grids"},
     {"eta", SAMPLE, OPT_REAL, AT(eta), "0", 0, 1, "noise of ddim: 0 none, 1 as much as ddpm"},
     {"iters", SAMPLE, OPT_TEXT, AT(iters), "", 0, 0, "iterations per timestep: one, or a list in sampling order"},
@@ -3682,6 +3828,8 @@ static const Option option_table[] = {
     {"batch", SAMPLE, OPT_INT, AT(batch), "40", 1, 1 << 20, "pictures at a time"},
     {"latents", SAMPLE, OPT_TEXT, AT(latents), "", 0, 0, "also write the result as a safetensors file"},
     {"trace", SAMPLE, OPT_TEXT, AT(trace), "", 0, 0, "write the residual of every iteration as CSV"},
+    {"strip", SAMPLE, OPT_TEXT, AT(strip), "", 0, 0,
+     "draw x_t and the predicted x0 of a few pictures into this PNG, a column a timestep"},
     {"show", TRAIN | SAMPLE, OPT_FLAG, AT(show), "0", 0, 1, "1: draw the pictures in the terminal"},
     {"seed", TRAIN | SAMPLE | BENCH, OPT_SEED, AT(seed), "1", 0, 0, "every random draw follows from it"},
     {"out", TRAIN, OPT_TEXT, AT(out), "out", 0, 0, "folder for weights, state, log and pictures"},
@@ -3837,8 +3985,9 @@ static void config_check(const Config *c, const char *where) {
         die("%s: image_size %d is not a multiple of patch %d", where, c->image_size, c->patch);
     if (c->width % c->heads) die("%s: width %d is not a multiple of heads %d", where, c->width, c->heads);
     if (c->width % 4) die("%s: width %d is not a multiple of 4", where, c->width);
-    if (c->learn_sigma && c->prediction == PREDICT_FLOW)
-        die("%s: learn_sigma 1 needs prediction eps or v, not flow", where);
+    if (c->learn_sigma && config_straight(c)) die("%s: learn_sigma 1 needs prediction eps or v, not flow or x", where);
+    if (c->zero_terminal_snr && c->prediction == PREDICT_X)
+        die("%s: zero_terminal_snr 1 needs prediction v, not x", where);
     double tokens = (double)c->image_size / c->patch * c->image_size / c->patch;
     if (tokens > 65536) die("%s: %g tokens per picture; at most 65536: use a larger patch", where, tokens);
 }
@@ -3862,6 +4011,7 @@ static void options_from_meta(Options *o, const SafeTensors *f, int use) {
     for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
         if (!(opt->use & use) || opt->use & ONCE) continue;
         const char *text = st_meta(f, opt->name);
+        if (!text && opt->use & ADDED) text = opt->initial;
         if (!text) die("%s'%s' is missing: is this a file of weights of this project?", where, opt->name);
         option_set(o, opt, opt->type == OPT_TEXT ? strdup(text) : text, where);
     }
@@ -4199,7 +4349,7 @@ static void shape_text(char *text, size_t size, const int64_t *shape, int ndim) 
 // Reads the tensors PREFIX + name into memory; dies with the names of file and tensor when one is missing or unfit.
 static void tensors_read(const SafeTensors *f, const ParamTensor *list, int count, const char *prefix, float *memory) {
     for (const ParamTensor *p = list; p < list + count; p++) {
-        char name[100], want[200], got[200];
+        char name[160], want[200], got[200];
         snprintf(name, sizeof name, "%s%s", prefix, p->name);
         const Tensor *t = st_find(f, name);
         if (!t) die("%s: tensor %s is missing: this is not a file of this model", f->path, name);
@@ -4292,6 +4442,33 @@ static void save_grid(const char *path, const float *x, int n, const Config *c, 
     xfree(rgb);
 }
 
+// The path (steps+1,STRIP,C,S,S) of `shown` pictures as PNG: of each a row of x_t and under it one of the x0 that the
+// model saw in it, a column for each timestep, 24 at most. A step is linear in x and x0, so that x0 follows from x before
+// and after it: flow gives x + dt·(x0 - x)/tau, ddim sqrt(prev)·x0 + sqrt(1-prev)·(x - sqrt(ab)·x0)/sqrt(1-ab).
+static void save_strip(const char *path, const float *x, const Schedule *s, const Config *c, int shown) {
+    size_t count = config_pixels(c);
+    int S = c->image_size, columns = s->n < 24 ? s->n : 24, zoom = S >= 64 ? 1 : S >= 32 ? 2 : 3, width, height;
+    float *tiles = (float *)xcalloc(2 * shown * columns * count, sizeof *tiles, "the strip");
+    for (int column = 0; column < columns; column++) {
+        int step = columns > 1 ? column * (s->n - 1) / (columns - 1) : 0, i = s->n - 1 - step;
+        double ab = s->alpha_bar[i], prev = s->alpha_bar_prev[i], of_x = sqrt((1 - prev) / (1 - ab));
+        double of_after = 1 / (sqrt(prev) - of_x * sqrt(ab)), of_before = -of_x * of_after; // ddim
+        if (config_straight(c)) of_after = s->tau[i] / s->dt[i], of_before = 1 - of_after;
+        for (int p = 0; p < shown; p++) {
+            const float *before = x + (step * STRIP + p) * count, *after = before + STRIP * count;
+            float *x_t = tiles + (2 * p * columns + column) * count, *x0 = x_t + columns * count;
+            for (size_t e = 0; e < count; e++) {
+                x_t[e] = before[e];
+                x0[e] = (float)(of_after * after[e] + of_before * before[e]);
+            }
+        }
+    }
+    uint8_t *rgb = picture_grid(tiles, 2 * shown * columns, c->channels, S, S, columns, zoom, 2, &width, &height);
+    png_write(path, rgb, width, height);
+    xfree(rgb);
+    xfree(tiles);
+}
+
 // What a training state consists of
 static const struct {
     const char *prefix;
@@ -4349,12 +4526,17 @@ static float *draw_pictures(const Options *o, Model *m, SampleSettings *set, con
     float *x = (float *)xcalloc(n * config_pixels(&m->config), sizeof *x, "pictures");
     Schedule s;
     schedule_make(&s, &m->config, o->sample_steps);
+    if (o->t_shift > 0 && config_straight(&m->config)) schedule_shift(&s, o->t_shift);
+    if (*o->strip) set->path = (float *)xcalloc((s.n + 1) * STRIP * config_pixels(&m->config), sizeof *x, "the strip");
     if (*o->trace) {
         set->trace = open_temp(o->trace);
         fprintf(set->trace, "step,t,iteration,residual\n");
     }
     sample_pictures(m, &s, set, x, y, n, o->seed);
     if (set->trace) commit_temp(set->trace, o->trace);
+    int at_a_time = set->cfg != 1 ? m->batch / 2 : m->batch, shown = n < at_a_time ? n : at_a_time;
+    if (set->path) save_strip(o->strip, set->path, &s, &m->config, shown < STRIP ? shown : STRIP);
+    xfree(set->path);
     return x;
 }
 
@@ -4457,16 +4639,108 @@ static void resume_settings(Options *o, SafeTensors *state, int argc, char **arg
     if (o->step >= o->steps) die("option --steps: %s is at step %d already; ask for more", path, o->step);
 }
 
+// The model of --init, then the command line over it, which may only make a fixed point of a DiT; opens the file and
+// returns its model.
+static Config init_settings(Options *o, SafeTensors *f, int argc, char **argv, const char *about) {
+    Config asked = o->model; // by the command line, or else by default
+    if (*o->resume) die("option --init: a run that goes on has weights; leave out --init or --resume");
+    st_open(f, o->init);
+    options_from_meta(o, f, WEIGHTS);
+    Config from = o->model;
+    options_parse(o, TRAIN, argc, argv, about);
+    if (o->model.fixed_point && !from.fixed_point) {
+        o->model.pre_depth = asked.pre_depth;
+        o->model.post_depth = asked.post_depth;
+        o->model.timestep_in_pre_post = asked.timestep_in_pre_post;
+        if (asked.pre_depth + asked.post_depth > from.depth)
+            die("option --init: %s has %d blocks; lower --pre_depth or --post_depth", o->init, from.depth);
+    }
+    return from;
+}
+
+// Dies unless the run's model, which by now knows its data, can start from the model `from` of --init. Only labels may
+// differ.
+static void init_check(const Options *o, const Config *from) {
+    Options start = *o;
+    start.model = *from;
+    start.model.classes = o->model.classes;
+    if (o->model.fixed_point && !from->fixed_point) {
+        start.model.fixed_point = 1;
+        start.model.pre_depth = o->model.pre_depth;
+        start.model.post_depth = o->model.post_depth;
+        start.model.timestep_in_pre_post = o->model.timestep_in_pre_post;
+    }
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
+        char have[4096], want[4096];
+        if (!(opt->use & WEIGHTS)) continue;
+        option_text(have, sizeof have, &start, opt);
+        option_text(want, sizeof want, o, opt);
+        if (strcmp(have, want))
+            die("option --init: %s has %s %s, this run %s; they must be the same", o->init, opt->name, have, want);
+    }
+}
+
+// Where the file of --init has a tensor: under its name, or a fixed point's in a DiT, whose first blocks become pre,
+// its last post, and a middle one the one that is iterated. Renames it; 0 if there is none.
+static int init_source(ParamTensor *t, const Config *from, const Config *c) {
+    int block = 0, used = 0, post = !strncmp(t->name, "blocks_post.", 12);
+    char inside[sizeof t->name];
+    if (from->fixed_point == c->fixed_point) return 1;
+    if (!strncmp(t->name, "block_fixed_point.", 18))
+        block = from->depth / 2, used = 17;
+    else if (post || !strncmp(t->name, "blocks_pre.", 11))
+        sscanf(t->name, "%*[a-z_].%d%n", &block, &used);
+    else
+        return strncmp(t->name, "block_", 6) != 0;
+    if (post) block += from->depth - c->post_depth;
+    snprintf(inside, sizeof inside, "%s", t->name + used);
+    snprintf(t->name, sizeof t->name, "blocks.%d%.60s", block, inside);
+    return 1;
+}
+
+// Puts the weights of --init over `values`, which are drawn as for a fresh start. Of a label table for other classes
+// the row "no label" is kept.
+static void init_read(float *values, const Model *m, const SafeTensors *f, const Config *from) {
+    const Config *c = &m->config;
+    ParamTensor *found = (ParamTensor *)xcalloc(m->n_tensors, sizeof *found, "the list of tensors");
+    int count = 0, relabelled = from->classes != c->classes, D = c->width;
+    for (int i = 0; i < m->n_tensors; i++) {
+        ParamTensor t = m->tensors[i];
+        if (relabelled && !strcmp(t.name, "y_embedder.embedding_table.weight")) {
+            float *no_label = values + t.offset + (int64_t)c->classes * D;
+            t.offset = 0;
+            t.shape[0] = from->classes + 1;
+            t.count = t.shape[0] * D;
+            float *table = (float *)xcalloc(t.count, sizeof *table, "the label table");
+            tensors_read(f, &t, 1, "", table);
+            memcpy(no_label, table + t.count - D, D * sizeof *table);
+            xfree(table);
+        } else if (init_source(&t, from, c))
+            found[count++] = t;
+    }
+    tensors_read(f, found, count, "", values);
+    xfree(found);
+    printf("init: %s", f->path);
+    if (from->fixed_point != c->fixed_point)
+        printf(", a DiT of %d blocks: the first %d, the last %d, and number %d as the fixed point's", from->depth,
+               c->pre_depth, c->post_depth, from->depth / 2);
+    if (relabelled)
+        printf("; labels: %d there, %d here: their rows are drawn anew, that of no label is kept", from->classes,
+               c->classes);
+    printf("\n");
+}
+
 static int train_main(int argc, char **argv) {
     static const char about[] =
         "Trains a fixed-point diffusion model (or DiT) on pictures; writes weights, state, log and samples into --out.";
     Options options, *o = &options;
-    Config *c = &o->model;
+    Config *c = &o->model, from;
     char path[PATH_MAX];
-    SafeTensors state;
+    SafeTensors state, start;
     Dataset data;
     options_default(o, TRAIN);
     options_parse(o, TRAIN, argc, argv, about);
+    if (*o->init) from = init_settings(o, &start, argc, argv, about);
     if (*o->resume) resume_settings(o, &state, argc, argv, about);
     int dtype = compute_dtype(o->dtype),
         micro = o->micro_batch && o->micro_batch < o->batch ? o->micro_batch : o->batch;
@@ -4476,6 +4750,7 @@ static int train_main(int argc, char **argv) {
     c->image_size = data.size;
     c->channels = data.channels;
     c->classes = data.classes;
+    if (*o->init) init_check(o, &from);
     config_check(c, *o->resume ? state.path : "options");
     if (*o->export_to) return export_data(o, &data);
     resolve_sampler(o->sampler, c);
@@ -4500,6 +4775,10 @@ static int train_main(int argc, char **argv) {
     } else {
         float *values = (float *)xcalloc(m->n_params, sizeof *values, "initial weights");
         params_init(values, m->tensors, m->n_tensors, o->seed);
+        if (*o->init) {
+            init_read(values, m, &start, &from);
+            st_close(&start);
+        }
         model_upload(m, MODEL_WEIGHTS, values);
         model_upload(m, MODEL_EMA, values);
         xfree(values);
@@ -4535,20 +4814,24 @@ static int sample_main(int argc, char **argv) {
     st_open(&f, o->weights);
     options_from_meta(o, &f, WEIGHTS);
     const char *class_json = st_meta(&f, "class_names"), **names = parse_class_names(class_json, &named);
+    const char *latent_scale = st_meta(&f, "latent_scale");
     if (names && named != c->classes)
         die("%s: metadata class_names has %d names for %d classes", o->weights, named, c->classes);
     int *y = (int *)xcalloc(n, sizeof *y, "labels");
     SampleSettings set = sample_settings(iters, o);
     parse_labels(y, n, o->labels, c->classes, names);
-    Model *m = model_create(c, o->cfg != 1 ? 2 * B : B, 0, 0, 0, set.window, dtype);
+    Model *m = model_create(c, set.cfg != 1 ? 2 * B : B, 0, 0, 0, set.window, dtype);
     model_load(m, MODEL_WEIGHTS, &f, "");
     double begin = now_ms();
     float *x = draw_pictures(o, m, &set, y, n);
     double seconds = (now_ms() - begin) / 1000;
-    if (*o->latents) save_pictures(o->latents, x, y, n, c, class_json, st_meta(&f, "latent_scale"));
+    if (*o->latents) save_pictures(o->latents, x, y, n, c, class_json, latent_scale);
     save_grid(o->out, x, n, c, o->show);
     printf("%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s\n", n, seconds, o->sample_steps,
-           (long long)set.passes, o->cfg != 1 ? " (and as many for guidance)" : "", o->out);
+           (long long)set.passes, set.cfg != 1 ? " (and as many for guidance)" : "", o->out);
+    if (latent_scale)
+        printf("%s shows three channels of latents; pictures: %spython3 tools/latents.py decode %s --vae FOLDER\n",
+               o->out, *o->latents ? "" : "--latents FILE, then ", *o->latents ? o->latents : "FILE");
     return 0;
 }
 

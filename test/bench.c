@@ -208,6 +208,7 @@ int main(int argc, char **argv) {
         double begin = now_ms();
         model_zero_gradients(m);
         model_loss(m, &s, b.x0, b.noise, b.t, b.y, B, n, iterations, 1.0 / B, b.mse, b.vb);
+        model_wait(m);
         double norm = model_gradient_norm(m);
         model_update(m, round + 2, 1e-4, 0.9, 0.999, 1e-8, 0, norm > 1 ? 1 / norm : 1, 0.9999);
         if (round >= 0) times[round] = now_ms() - begin;
@@ -219,7 +220,7 @@ int main(int argc, char **argv) {
     printf("train_peak_mb %.1f MB\n", peak_memory());
 
     int iters[] = {n + 1, n + 1, n + 1, n + 1};
-    SampleSettings set = {resolve_sampler(SAMPLER_AUTO, c), 3, 1, 0, 1, 0, iters, NULL, 0, 0, 1};
+    SampleSettings set = {resolve_sampler(SAMPLER_AUTO, c), 3, 1, 0, 1, 0, iters, NULL, 0, 0, 1, NULL};
     schedule_make(&s, c, 4);
     for (int round = 0; round < o->rounds; round++) {
         double begin = now_ms();

@@ -4,8 +4,9 @@
 
 #include <algorithm>
 #include <cstdarg>
-#include <ctime>
+#include <list>
 #include <map>
+#include <memory>
 #include <new>
 #include <string>
 #include <utility>
@@ -31,6 +32,8 @@ uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 unsigned emu::order = getenv("EMU_ORDER") ? unsigned(strtoul(getenv("EMU_ORDER"), nullptr, 10)) : 0;
 unsigned char *emu::dynamic_shared = nullptr;
+void (*emu::before_kernel)(const char *kernel) = nullptr;
+const bool emu::roughly = getenv("EMU_ROUGH") && atoi(getenv("EMU_ROUGH"));
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Fibers
@@ -153,7 +156,7 @@ struct Operation { // what a thread can wait for
 struct Copy { // a cp.async in flight
     unsigned char *to;
     const unsigned char *from; // null: zeros
-    int bytes, group;
+    int group;
     unsigned char data[16]; // the source when the copy was issued
 };
 
@@ -166,7 +169,7 @@ struct Thread {
     int line;                 // and where in the source
     const void *in[2];        // an ldmatrix's address or mma's a and b
     void *out;                // and where the result goes
-    uint64_t value;           // what a vote or shuffle gives and gets
+    uint64_t value;           // what a shuffle gives and gets
     unsigned source;          // and from which lane
     std::vector<Copy> copies; // in flight, oldest first
     int group;                // what cp_async_commit closes next
@@ -176,6 +179,7 @@ Thread threads[MAX_THREADS], *in_place[MAX_THREADS], *current = nullptr;
 unsigned waiting[MAX_THREADS / 32];            // by warp, a bit per lane: waits for an operation of the warp
 unsigned ready[MAX_THREADS / 32], ready_warps; // a bit per place, and per 32 places: can run
 unsigned thread_count, barrier_count;
+uint64_t random_state; // of everything that EMU_ORDER shuffles in a launch
 size_t dynamic_bytes = 0;
 const char *kernel_name = nullptr; // null between launches
 const std::function<void()> *kernel_body = nullptr;
@@ -231,10 +235,24 @@ unsigned next_bit(unsigned mask, unsigned p) {
     return unsigned(__builtin_ctz(after ? after : mask));
 }
 
+unsigned random_below(unsigned n) {
+    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+    return unsigned(random_state >> 33) % n;
+}
+
+unsigned random_bit(unsigned mask) {
+    for (unsigned skip = random_below(unsigned(__builtin_popcount(mask))); skip > 0; skip--) mask &= mask - 1;
+    return unsigned(__builtin_ctz(mask));
+}
+
 // The thread that runs after t: of the same warp as long as any can run, so that a warp gets as far ahead of the others
-// as it can, and races show. Null when all have returned.
+// as it can, and races show; in shuffled order, after a wait, of any warp. Null when all have returned.
 Thread *next_thread(const Thread &t) {
     unsigned warp = t.place / 32;
+    if (emu::order > 1 && ready_warps && t.waits != &RETURNED) {
+        warp = random_bit(ready_warps);
+        return in_place[warp * 32 + random_bit(ready[warp])];
+    }
     if (ready[warp]) return in_place[warp * 32 + next_bit(ready[warp], t.place % 32)];
     if (ready_warps) {
         warp = next_bit(ready_warps, warp);
@@ -325,19 +343,13 @@ void emu::barrier(int line) {
         if (threads[i].line != line)
             fail("waits at the __syncthreads of line %d, but others at that of line %d", line, threads[i].line);
     for (unsigned i = 0; i < thread_count; i++) set_ready(threads[i], true);
-    run_thread(in_place[0]);
+    run_thread(emu::order > 1 ? next_thread(t) : in_place[0]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Votes and shuffles
+// Shuffles
 
 namespace {
-
-void complete_vote(Thread *lanes, unsigned mask) {
-    unsigned votes = 0;
-    for (unsigned m = mask; m; m &= m - 1) votes |= unsigned(lanes[__builtin_ctz(m)].value) << __builtin_ctz(m);
-    for (unsigned m = mask; m; m &= m - 1) lanes[__builtin_ctz(m)].value = votes;
-}
 
 void complete_shuffle(Thread *lanes, unsigned mask) {
     uint64_t values[32];
@@ -351,17 +363,11 @@ void complete_shuffle(Thread *lanes, unsigned mask) {
     for (unsigned m = mask; m; m &= m - 1) lanes[__builtin_ctz(m)].value = values[lanes[__builtin_ctz(m)].source];
 }
 
-const Operation SYNC_WARP{"__syncwarp", nullptr}, VOTE{"a vote", complete_vote}, SHUFFLE{"a shuffle", complete_shuffle};
+const Operation SYNC_WARP{"__syncwarp", nullptr}, SHUFFLE{"a shuffle", complete_shuffle};
 
 } // namespace
 
 void emu::sync_warp(unsigned mask, int line) { warp_operation(SYNC_WARP, mask, line); }
-
-unsigned emu::ballot(unsigned mask, bool vote, int line) {
-    current->value = vote;
-    warp_operation(VOTE, mask, line);
-    return unsigned(current->value);
-}
 
 // A lane whose source is outside of its group gets its own value; XOR may read from an earlier group.
 uint64_t emu::shuffle(unsigned mask, uint64_t value, Source source, int x, int width, int line) {
@@ -456,91 +462,114 @@ void emu::redzone(const void *p, size_t bytes) {
     found->redzones.push_back({static_cast<const char *>(p), bytes});
 }
 
+void emu::spoil(void *p, size_t bytes) {
+    if (!is_device(p, bytes)) fail("spoil: %p, %zu bytes, is not device memory", p, bytes);
+    DeviceAccess access;
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(p, bytes);
+#endif
+    memset(p, 0xff, bytes);
+    DeviceAccess::set(true); // the gaps are closed again
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
-// Tensor cores and asynchronous copies. Layouts: PTX ISA, "Matrix fragments for mma.m16n8k16" and "m16n8k8", "ldmatrix".
-// With g = lane / 4 and q = lane % 4, a register for an 8x8 tile of 16-bit numbers holds elements (g, 2q), in its low
-// half, and (g, 2q + 1).
+// Tensor cores and asynchronous copies. Layouts: PTX ISA, "Matrix fragments for mma.m16n8k16" and "ldmatrix". With
+// g = lane / 4 and q = lane % 4, a register for an 8x8 tile of 16-bit numbers holds elements (g, 2q), in its low half,
+// and (g, 2q + 1).
 
 namespace {
 
 // The eight rows of tile i are at the addresses that lanes 8i to 8i + 7 give; .trans hands out the transposed tile.
-template <int TILES, bool TRANS>
+template <bool TRANS>
 void complete_ldmatrix(Thread *lanes, unsigned) {
-    uint16_t tile[TILES][8][8];
-    for (int i = 0; i < TILES * 8; i++) memcpy(tile[i / 8][i % 8], lanes[i].in[0], 16);
+    uint16_t tile[4][8][8];
+    for (int i = 0; i < 32; i++) memcpy(tile[i / 8][i % 8], lanes[i].in[0], 16);
     for (int lane = 0; lane < 32; lane++)
-        for (int i = 0, g = lane / 4, q = lane % 4 * 2; i < TILES; i++) {
+        for (int i = 0, g = lane / 4, q = lane % 4 * 2; i < 4; i++) {
             uint32_t low = TRANS ? tile[i][q][g] : tile[i][g][q], high = TRANS ? tile[i][q + 1][g] : tile[i][g][q + 1];
             static_cast<uint32_t *>(lanes[lane].out)[i] = low | high << 16;
         }
 }
 
-// A register of A or B holds PER numbers: two bf16 or one tf32. A's registers are its quarters: upper left, lower left,
-// upper right, lower right; B's are its upper and lower half, and there g is the column; D's are in rows g and g + 8.
-template <int PER>
+// sum + the dot product of eight numbers as tensor cores do it at their roughest (Fasi, Higham, Mikaitis and Pranesh
+// 2021): every term is cut off where the last bit of the largest stands, and so is their sum.
+float truncated_sum(float sum, const float *a, const float (*b)[8], int column) {
+    double terms[9] = {sum}, largest = std::fabs(sum), total = 0;
+    for (int k = 0; k < 8; k++) terms[k + 1] = double(a[k]) * b[k][column];
+    for (double t : terms) largest = std::max(largest, std::fabs(t));
+    if (!(largest > 1e-30 && largest < 1e30)) { // nothing to align, or nothing that makes sense
+        for (double t : terms) total += t;
+        return float(total);
+    }
+    auto cut = [](double x, double like) {
+        double unit = std::ldexp(1.0, std::ilogb(like) - 23);
+        return std::trunc(x / unit) * unit;
+    };
+    for (double t : terms) total += cut(t, largest);
+    return total == 0 ? 0 : float(cut(total, total));
+}
+
+// A's registers are its quarters: upper left, lower left, upper right, lower right; B's are its upper and lower half,
+// and there g is the column; D's are in rows g and g + 8.
 void complete_mma(Thread *lanes, unsigned) {
     typedef float Row __attribute__((vector_size(32)));
-    constexpr int K = 8 * PER;
-    auto number = [](uint32_t r, int i) {
-        return emu::bits<float>(PER == 1 ? r & ~0x1fffu : i ? r & ~0xffffu : r << 16);
-    };
-    alignas(32) float a[16][K], b[K][8], d[16][8];
+    auto number = [](uint32_t r, int i) { return emu::bits<float>(i ? r & ~0xffffu : r << 16); };
+    alignas(32) float a[16][16], b[16][8], d[16][8];
     for (int lane = 0; lane < 32; lane++) {
         const uint32_t *ra = static_cast<const uint32_t *>(lanes[lane].in[0]);
         const uint32_t *rb = static_cast<const uint32_t *>(lanes[lane].in[1]);
-        for (int i = 0, g = lane / 4, q = lane % 4 * PER; i < PER; i++) {
-            for (int r = 0; r < 4; r++) a[g + r % 2 * 8][q + i + r / 2 * (K / 2)] = number(ra[r], i);
-            for (int r = 0; r < 2; r++) b[q + i + r * (K / 2)][g] = number(rb[r], i);
+        for (int i = 0, g = lane / 4, q = lane % 4 * 2; i < 2; i++) {
+            for (int r = 0; r < 4; r++) a[g + r % 2 * 8][q + i + r / 2 * 8] = number(ra[r], i);
+            for (int r = 0; r < 2; r++) b[q + i + r * 8][g] = number(rb[r], i);
         }
     }
-    for (int row = 0; row < 16; row++) {
+    for (int row = 0; row < 16 && !emu::roughly; row++) {
         Row sum = {};
-        for (int k = 0; k < K; k++) sum += a[row][k] * *reinterpret_cast<const Row *>(b[k]);
+        for (int k = 0; k < 16; k++) sum += a[row][k] * *reinterpret_cast<const Row *>(b[k]);
         memcpy(d[row], &sum, sizeof sum);
     }
     for (int lane = 0; lane < 32; lane++)
-        for (int i = 0; i < 4; i++)
-            static_cast<float *>(lanes[lane].out)[i] += d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+        for (int i = 0; i < 4; i++) {
+            float &out = static_cast<float *>(lanes[lane].out)[i];
+            int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+            if (emu::roughly)
+                for (int k = 0; k < 16; k += 8) out = truncated_sum(out, a[row] + k, b + k, column);
+            else
+                out += d[row][column];
+        }
 }
 
-const Operation LDMATRIX[2][3] = { // of 1, 2 and 4 tiles
-    {{"ldmatrix_x1", complete_ldmatrix<1, false>},
-     {"ldmatrix_x2", complete_ldmatrix<2, false>},
-     {"ldmatrix_x4", complete_ldmatrix<4, false>}},
-    {{"ldmatrix_x1_trans", complete_ldmatrix<1, true>},
-     {"ldmatrix_x2_trans", complete_ldmatrix<2, true>},
-     {"ldmatrix_x4_trans", complete_ldmatrix<4, true>}}};
-const Operation MMA_BF16{"mma_bf16", complete_mma<2>}, MMA_TF32{"mma_tf32", complete_mma<1>};
+const Operation LDMATRIX[2] = {{"ldmatrix_x4", complete_ldmatrix<false>},
+                               {"ldmatrix_x4_trans", complete_ldmatrix<true>}};
+const Operation MMA{"mma_bf16", complete_mma};
 
 } // namespace
 
-void emu::ldmatrix(uint32_t *r, const void *smem, int tiles, bool trans, int line) {
-    const Operation &operation = LDMATRIX[trans][tiles / 2];
-    if (int(current->number % 32) < tiles * 8) check_shared(operation.name, smem, 16, line);
+void emu::ldmatrix(uint32_t *r, const void *smem, bool trans, int line) {
+    check_shared(LDMATRIX[trans].name, smem, 16, line);
     current->in[0] = smem;
     current->out = r;
-    warp_operation(operation, ALL_LANES, line);
+    warp_operation(LDMATRIX[trans], ALL_LANES, line);
 }
 
-void emu::mma(float *d, const uint32_t *a, const uint32_t *b, bool bf16, int line) {
+void emu::mma(float *d, const uint32_t *a, const uint32_t *b, int line) {
     current->in[0] = a;
     current->in[1] = b;
     current->out = d;
-    warp_operation(bf16 ? MMA_BF16 : MMA_TF32, ALL_LANES, line);
+    warp_operation(MMA, ALL_LANES, line);
 }
 
 // Until cp_async_wait brings the data the target is NaN: neither what was there nor what will be there can be used.
-void emu::cp_async(void *smem, const void *gmem, bool valid, int bytes, int line) {
-    size_t size = size_t(bytes);
-    check_shared("cp_async", smem, size, line);
-    if (uintptr_t(gmem) % size) fail("cp_async, line %d: source %p is not aligned to %d bytes", line, gmem, bytes);
-    if (valid && !is_device(gmem, size)) fail("cp_async, line %d: source %p is not device memory", line, gmem);
-    Copy copy{static_cast<unsigned char *>(smem), nullptr, bytes, current->group, {}};
+void emu::cp_async(void *smem, const void *gmem, bool valid, int line) {
+    check_shared("cp_async", smem, 16, line);
+    if (uintptr_t(gmem) % 16) fail("cp_async, line %d: source %p is not aligned to 16 bytes", line, gmem);
+    if (valid && !is_device(gmem, 16)) fail("cp_async, line %d: source %p is not device memory", line, gmem);
+    Copy copy{static_cast<unsigned char *>(smem), nullptr, current->group, {}};
     if (valid) {
         copy.from = static_cast<const unsigned char *>(gmem);
-        memcpy(copy.data, gmem, size);
+        memcpy(copy.data, gmem, 16);
     }
-    memset(smem, 0xff, size);
+    memset(smem, 0xff, 16);
     current->copies.push_back(copy);
 }
 
@@ -551,11 +580,11 @@ void emu::cp_async_wait(int keep, int line) {
     size_t landed = 0;
     for (; landed < copies.size() && copies[landed].group < current->group - keep; landed++) {
         const Copy &copy = copies[landed];
-        if (std::any_of(copy.to, copy.to + copy.bytes, [](unsigned char c) { return c != 0xff; }))
+        if (std::any_of(copy.to, copy.to + 16, [](unsigned char c) { return c != 0xff; }))
             fail("cp_async_wait, line %d: a target was written while its copy was in flight", line);
-        if (copy.from && memcmp(copy.from, copy.data, size_t(copy.bytes)))
+        if (copy.from && memcmp(copy.from, copy.data, 16))
             fail("cp_async_wait, line %d: a source was written while its copy was in flight", line);
-        memcpy(copy.to, copy.data, size_t(copy.bytes));
+        memcpy(copy.to, copy.data, 16);
     }
     copies.erase(copies.begin(), copies.begin() + long(landed));
 }
@@ -563,19 +592,19 @@ void emu::cp_async_wait(int keep, int line) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Launches
 
+typedef std::list<std::function<void()>> Work;
 struct EmuGraph {
-    std::vector<std::function<void()>> work;
+    Work work;
 };
 struct EmuStream {
-    EmuGraph *capture; // null: runs at once
-};
-struct EmuEvent {
-    double seconds;
+    std::unique_ptr<EmuGraph> capture; // null unless the stream captures
+    Work work;                         // not done yet
 };
 
 namespace {
 
-int captures = 0; // streams that capture
+EmuStream default_stream;
+std::vector<EmuStream *> streams = {&default_stream};
 cudaError_t last_error = cudaSuccess;
 std::map<const void *, size_t> shared_limits; // of kernels, as set by cudaFuncSetAttribute
 
@@ -584,30 +613,53 @@ cudaError_t result(cudaError_t error) {
     return error;
 }
 
-// What may not happen during a capture.
-cudaError_t synchronous() { return result(captures ? cudaErrorStreamCaptureUnsupported : cudaSuccess); }
+bool capturing() {
+    return std::any_of(streams.begin(), streams.end(), [](EmuStream *s) { return s->capture != nullptr; });
+}
+
+// Does what the stream has to do; null: what all have. Refused during a capture.
+cudaError_t finish(EmuStream *only) {
+    if (capturing()) return result(cudaErrorStreamCaptureUnsupported);
+    DeviceAccess access;
+    for (EmuStream *stream : streams)
+        for (; (!only || stream == only) && !stream->work.empty(); stream->work.pop_front()) stream->work.front()();
+    return cudaSuccess;
+}
 
 // The numbers below n in the order that is asked for.
-std::vector<unsigned> ordered(unsigned n, uint64_t *random) {
+std::vector<unsigned> ordered(unsigned n) {
     std::vector<unsigned> list(n);
     for (unsigned i = 0; i < n; i++) list[i] = emu::order == 1 ? n - 1 - i : i;
-    for (unsigned i = n; emu::order > 1 && i > 1; i--) {
-        *random = *random * 6364136223846793005u + 1442695040888963407u;
-        std::swap(list[i - 1], list[(*random >> 33) % i]);
-    }
+    for (unsigned i = n; emu::order > 1 && i > 1; i--) std::swap(list[i - 1], list[random_below(i)]);
     return list;
+}
+
+// Kernels by name, with the number of their launches
+std::map<std::string, long> &kernels() {
+    static std::map<std::string, long> map;
+    return map;
+}
+
+void write_kernels() {
+    FILE *file = fopen(getenv("EMU_KERNELS"), "a");
+    if (!file) return perror(getenv("EMU_KERNELS"));
+    for (auto &[name, launches] : kernels()) fprintf(file, "%s: %ld\n", name.c_str(), launches);
+    fclose(file);
 }
 
 } // namespace
 
+// `name` is a compiler's name of a function with the kernel as argument: it ends in "K = NAME]".
+long *emu::register_kernel(const char *name) {
+    if (kernels().empty() && getenv("EMU_KERNELS")) atexit(write_kernels);
+    std::string text = strstr(name, "K = ") + 4;
+    return &kernels()[text.substr(0, text.size() - 1)];
+}
+
 void emu::submit(cudaStream_t stream, std::function<void()> work) {
-    if (stream && stream->capture) {
-        stream->capture->work.push_back(std::move(work));
-        return;
-    }
-    if (captures && !stream) fail("work for the default stream while another stream is captured");
-    DeviceAccess access;
-    work();
+    if (!stream && capturing()) fail("work for the default stream while another stream is captured");
+    if (!stream) stream = &default_stream;
+    (stream->capture ? stream->capture->work : stream->work).push_back(std::move(work));
 }
 
 void emu::check_launch(const Grid &grid, const void *kernel) {
@@ -628,7 +680,8 @@ void emu::run(const Grid &grid, const std::function<void()> &thread) {
 #if EMU_FILLS_STATIC_SHARED
     if (!static_shared) dl_iterate_phdr(find_static_shared, nullptr);
 #endif
-    uint64_t random = order;
+    if (before_kernel) before_kernel(grid.name);
+    random_state = order;
     gridDim = grid.blocks;
     blockDim = grid.threads;
     kernel_name = grid.name;
@@ -637,8 +690,8 @@ void emu::run(const Grid &grid, const std::function<void()> &thread) {
     dynamic_bytes = grid.shared;
     thread_count = blockDim.x * blockDim.y * blockDim.z;
     unsigned place = 0;
-    for (unsigned warp : ordered((thread_count + 31) / 32, &random)) {
-        for (unsigned lane : ordered(std::min(32u, thread_count - warp * 32), &random)) {
+    for (unsigned warp : ordered((thread_count + 31) / 32)) {
+        for (unsigned lane : ordered(std::min(32u, thread_count - warp * 32))) {
             Thread &t = threads[warp * 32 + lane];
             t.number = warp * 32 + lane;
             t.index = {t.number % blockDim.x, t.number / blockDim.x % blockDim.y, t.number / blockDim.x / blockDim.y};
@@ -647,7 +700,7 @@ void emu::run(const Grid &grid, const std::function<void()> &thread) {
         }
         place = (place + 31) / 32 * 32; // the last warp of the block may be short, and stand anywhere in the order
     }
-    for (unsigned block : ordered(gridDim.x * gridDim.y * gridDim.z, &random)) {
+    for (unsigned block : ordered(gridDim.x * gridDim.y * gridDim.z)) {
         blockIdx = {block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y};
         std::fill(dynamic_shared, dynamic_shared + dynamic_bytes, 0xff);
         std::fill(static_shared, static_shared + static_bytes, 0xff);
@@ -663,7 +716,6 @@ void emu::run(const Grid &grid, const std::function<void()> &thread) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The runtime
 
-cudaError_t cudaPeekAtLastError() { return last_error; }
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 const char *cudaGetErrorString(cudaError_t error) {
     if (error == cudaSuccess) return "no error";
@@ -673,9 +725,9 @@ const char *cudaGetErrorString(cudaError_t error) {
     return "unknown error";
 }
 
-cudaError_t cudaSetDevice(int device) { return result(device ? cudaErrorInvalidValue : cudaSuccess); }
 cudaError_t cudaGetDeviceCount(int *count) { return *count = 1, cudaSuccess; }
-cudaError_t cudaDeviceSynchronize() { return synchronous(); }
+cudaError_t cudaDriverGetVersion(int *version) { return *version = 13000, cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() { return finish(nullptr); }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
     *properties = {};
     snprintf(properties->name, sizeof properties->name, "CPU (cuda_emu)");
@@ -690,7 +742,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
     properties->maxThreadsPerMultiProcessor = 1536;
     properties->regsPerBlock = 65536;
     properties->l2CacheSize = 1 << 20;
-    return cudaSetDevice(device);
+    return result(device ? cudaErrorInvalidValue : cudaSuccess);
 }
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
     *total = TOTAL_MEMORY;
@@ -703,30 +755,23 @@ cudaError_t emu::set_attribute(const void *kernel, cudaFuncAttribute attribute, 
     shared_limits[kernel] = std::max(DEFAULT_SHARED, size_t(value));
     return cudaSuccess;
 }
-cudaError_t emu::max_blocks(int *n, int block, size_t shared) {
-    *n = std::min(1536 / block, int((MAX_SHARED + 1024) / (shared + 1024)));
-    return cudaSuccess;
-}
-
 // Each allocation is one of malloc's, so that AddressSanitizer sees its ends.
-void *emu::allocate(size_t bytes, bool device, cudaError_t *error) {
-    void *p = nullptr;
-    *error = device ? synchronous() : cudaSuccess;
-    if (*error != cudaSuccess || !bytes) return nullptr;
-    if ((device && bytes > TOTAL_MEMORY - allocated) || posix_memalign(&p, 256, bytes)) {
-        *error = result(cudaErrorMemoryAllocation);
-        return nullptr;
-    }
-    memset(p, 0xff, bytes);
-    if (!device) return p;
+cudaError_t emu::allocate(void **p, size_t bytes) {
+    *p = nullptr;
+    if (capturing()) return result(cudaErrorStreamCaptureUnsupported);
+    if (!bytes) return cudaSuccess;
+    if (bytes > TOTAL_MEMORY - allocated || posix_memalign(p, 256, bytes)) return result(cudaErrorMemoryAllocation);
+    memset(*p, 0xff, bytes);
     DeviceAccess access;
-    allocations[static_cast<char *>(p)] = {bytes, {}};
+    allocations[static_cast<char *>(*p)] = {bytes, {}};
     allocated += bytes;
-    return p;
+    return cudaSuccess;
 }
 cudaError_t cudaFree(void *p) {
     auto found = allocations.find(static_cast<char *>(p));
-    if (!p || found == allocations.end()) return result(p ? cudaErrorInvalidValue : synchronous());
+    if (p && found == allocations.end()) return result(cudaErrorInvalidValue);
+    cudaError_t error = finish(nullptr);
+    if (!p || error != cudaSuccess) return error;
     found->second.redzones.clear();
     allocated -= found->second.bytes;
     DeviceAccess access; // opened with it, and closed without
@@ -734,17 +779,25 @@ cudaError_t cudaFree(void *p) {
     free(p);
     return cudaSuccess;
 }
-cudaError_t cudaFreeHost(void *p) { return free(p), cudaSuccess; }
 
+// A host buffer that is copied from must stay as it is until the stream is waited for. (Drivers copy what is not pinned
+// at once, but the documentation does not promise it.)
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
-    auto check = [bytes](const char *what, const void *p, bool device) {
+    auto check = [&](const char *what, const void *p, bool device) {
         if (device ? !emu::is_device(p, bytes) : emu::is_device(p, 0))
             fail("cudaMemcpy %s %p, %zu bytes: not %s memory", what, p, bytes, device ? "device" : "host");
+        if (!device && stream && stream->capture) fail("cudaMemcpyAsync %s the host in a graph", what);
     };
     if (!bytes) return cudaSuccess;
     check("to", to, kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice);
     check("from", from, kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice);
-    emu::submit(stream, [=] { memmove(to, from, bytes); });
+    std::string before;
+    if (kind == cudaMemcpyHostToDevice) before.assign(static_cast<const char *>(from), bytes);
+    emu::submit(stream, [=] {
+        if (kind == cudaMemcpyHostToDevice && memcmp(from, before.data(), bytes))
+            fail("cudaMemcpyAsync from %p, %zu bytes: changed before the stream was waited for", from, bytes);
+        memmove(to, from, bytes);
+    });
     return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream) {
@@ -754,59 +807,40 @@ cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t strea
     return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
-    return captures ? synchronous() : cudaMemcpyAsync(to, from, bytes, kind, nullptr);
+    if (capturing()) return result(cudaErrorStreamCaptureUnsupported);
+    cudaError_t error = cudaMemcpyAsync(to, from, bytes, kind, nullptr);
+    return error == cudaSuccess ? finish(&default_stream) : error;
 }
-cudaError_t cudaMemset(void *p, int value, size_t bytes) {
-    return captures ? synchronous() : cudaMemsetAsync(p, value, bytes, nullptr);
-}
-cudaError_t emu::copy_to_symbol(void *symbol, size_t size, const void *from, size_t bytes) {
-    if (captures || bytes > size) return result(cudaErrorInvalidValue);
-    memcpy(symbol, from, bytes);
-    return cudaSuccess;
-}
+cudaError_t cudaMemset(void *p, int value, size_t bytes) { return cudaMemsetAsync(p, value, bytes, nullptr); }
 
-cudaError_t cudaStreamCreate(cudaStream_t *stream) { return *stream = new EmuStream{nullptr}, cudaSuccess; }
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) { return cudaStreamCreate(stream); }
-cudaError_t cudaStreamDestroy(cudaStream_t stream) { return delete stream, cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return synchronous(); }
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
-cudaError_t cudaEventCreate(cudaEvent_t *event) { return *event = new EmuEvent{0}, cudaSuccess; }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) { return cudaEventCreate(event); }
-cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return synchronous(); }
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-    emu::submit(stream, [event] {
-        timespec now;
-        timespec_get(&now, TIME_UTC);
-        event->seconds = double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
-    });
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
+    streams.push_back(*stream = new EmuStream);
     return cudaSuccess;
 }
-cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) {
-    *milliseconds = float(1e3 * (end->seconds - start->seconds));
-    return cudaSuccess;
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    cudaError_t error = finish(stream);
+    streams.erase(std::find(streams.begin(), streams.end(), stream));
+    delete stream;
+    return error;
 }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return finish(stream ? stream : &default_stream); }
 
 // A graph is the list of the work that its stream was given, with the arguments as they were then.
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     if (!stream || stream->capture) return result(cudaErrorStreamCaptureUnsupported);
-    stream->capture = new EmuGraph;
-    captures++;
+    stream->capture = std::make_unique<EmuGraph>();
     return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
     if (!stream || !stream->capture) return result(cudaErrorInvalidValue);
-    *graph = std::exchange(stream->capture, nullptr);
-    captures--;
+    *graph = stream->capture.release();
     return cudaSuccess;
 }
-cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long) {
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, void *, char *, size_t) {
     return *exec = new EmuGraph(*graph), cudaSuccess;
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
-    emu::submit(stream, [exec] {
-        for (auto &work : exec->work) work();
-    });
+    for (auto &work : exec->work) emu::submit(stream, work);
     return cudaSuccess;
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }

@@ -2,43 +2,46 @@
 //
 //     g++ -x c++ -std=c++17 -O3 -Wall -Wextra -Wshadow -Wno-unknown-pragmas fpdm.cu test/cuda_emu.cpp    (or clang++)
 //     ... -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined    to check every access
-//     EMU_ORDER=0|1|N ./program      blocks, warps and lanes run forward, backward, or shuffled with seed N
+//     EMU_ORDER=0|1|N ./program      blocks, warps and lanes run forward, backward, or shuffled with seed N, and then
+//                                    whoever waits makes room for a random one that need not
+//     EMU_ROUGH=1 ./program          tensor cores truncate their sums and fast functions err by up to 2 ulp
+//     EMU_KERNELS=FILE ./program     appends to FILE each kernel that the program can launch, and how often it did
 //
 // It is also the first port of fpdm.cu: a new accelerator has to give a meaning to the same names.
-//   1. the language: __global__ __device__ __shared__ ..., threadIdx, float4, __nv_bfloat16, __expf, integer atomics
-//   2. what the threads of a block do together: __syncthreads, __syncwarp, shuffles, votes
+//   1. the language: __global__ __device__ __shared__ ..., threadIdx, float2, __nv_bfloat16, exp2f
+//   2. what the threads of a block do together: __syncthreads, __syncwarp, shuffles
 //   3. what stands in fpdm.cu as PTX under #ifdef __CUDACC__, here under the same names:
-//        ldmatrix_x1 _x2 _x4 and _x1_trans ... (uint32_t *r, const void *smem)     8x8 tiles of 16 bits to registers
+//        ldmatrix_x4, ldmatrix_x4_trans (uint32_t *r, const void *smem)            8x8 tiles of 16 bits to registers
 //        mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2])            d += a b, 16x8 += 16x16 * 16x8
-//        mma_tf32(float d[4], const uint32_t a[4], const uint32_t b[2])            d += a b, 16x8 += 16x8 * 8x8
-//        uint32_t to_tf32(float)                                                   rounds to tf32
-//        cp_async4 _8 _16 (void *smem, const void *gmem, bool valid)               zeros if not valid
+//        cp_async16(void *smem, const void *gmem, bool valid)                      zeros if not valid
 //        cp_async_commit(), cp_async_wait<N>()                                     all but the N newest groups landed
 //   4. two macros, for what is not C++:
 //        LAUNCH(kernel, grid, block, smem_bytes, stream, arguments...)             LAUNCH((kernel<A, B>), ...)
 //        SHARED_DYNAMIC(type, name);                                               type *name = dynamic shared memory
-//   5. the runtime: cudaMalloc, cudaMemcpyAsync, streams, events, graphs: the last section of this file
-// test/test_harness.cu shows all of them, with the PTX, and checks them here and on a GPU.
+//   5. the runtime: cudaMalloc, cudaMemcpyAsync, streams, graphs: the last section of this file
+// test/test_harness.cu shows all of them, and checks them here and on a GPU.
 //
 // Each thread of a block is a fiber: a stack of its own and a switch of a dozen instructions. A fiber runs until it has
 // to wait; the last lane to arrive at an operation of its warp does it for all 32. A thread that never waits needs no
 // switch: a kernel without synchronisation is a loop. Blocks run one after another: for two cores, run two processes.
+// What goes into a stream runs as late as it may: when the host waits for that stream.
 //
 // Reported, with kernel, block, thread and line, then abort():
-//   - a barrier, shuffle, vote, ldmatrix or mma that part of the threads do not reach, or reach on another line or with
+//   - a barrier, shuffle, ldmatrix or mma that part of the threads do not reach, or reach on another line or with
 //     another mask; a shuffle from a lane outside the mask
 //   - cp.async and ldmatrix out of shared or device memory or misaligned; a copy nobody waits for; a source or target
 //     that is written while the copy is in flight
+//   - a pointer that __builtin_assume_aligned is wrong about
 //   - a kernel's pointer argument, or a cudaMemcpy, that is not of the right memory or too long; launch limits
-//   - with AddressSanitizer: accesses outside of an allocation, of dynamic or static __shared__ memory, and host code
-//     that touches device memory. Tensors that share an allocation need emu::redzone(p, bytes) in gaps between them
-//   - with UndefinedBehaviorSanitizer: misaligned vector loads
+//   - a host buffer that changes before the stream of its copy is waited for; one that goes into a graph
+//   - with AddressSanitizer: accesses outside of an allocation, of dynamic or static __shared__ memory, host code that
+//     touches device memory, host buffers that are freed while a copy needs them. Tensors that share an allocation need
+//     emu::redzone(p, bytes) in gaps between them
 // Made visible: fresh device and shared memory and the target of a copy in flight are NaN (all bits set; static
 // __shared__ only without sanitizers); a race between threads of a kernel makes results differ between orders.
-// Not seen: host pointers inside a struct argument; missing waits between streams (every call finishes at once);
-// lack of __threadfence; bank conflicts, and speed. Fast intrinsics are exact here: a GPU's __expf errs by some 1e-6.
-// Not there: waiting on another block or warp through memory, float atomics, cooperative groups, textures, __half,
-// `extern __shared__` (use SHARED_DYNAMIC), launches from several host threads, other thread_local variables.
+// Not seen: host pointers inside a struct argument; lack of __threadfence; bank conflicts, and speed.
+// Not there: what fpdm.cu does not use, among it waiting on another block or warp through memory, atomics, events,
+// textures, `extern __shared__` (use SHARED_DYNAMIC), launches from several host threads, thread_local variables.
 
 #ifndef CUDA_EMU_H
 #define CUDA_EMU_H
@@ -76,14 +79,13 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
-#define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define SHARED_DYNAMIC(type, name) type *name = reinterpret_cast<type *>(emu::dynamic_shared)
 #define LAUNCH(kernel, grid, block, smem, stream, ...) \
-    emu::launch(#kernel, kernel, grid, block, smem, stream)(__VA_ARGS__)
+    emu::launch<(kernel)>(kernel, grid, block, smem, stream)(__VA_ARGS__)
+#define __builtin_assume_aligned(p, bytes) emu::aligned(p, bytes)
 
 #define EMU_VECTORS(T, name2, name4)                       \
     struct alignas(8) name2 {                              \
@@ -122,14 +124,12 @@ EMU_MIN_MAX(min, std::fmin, <)
 EMU_MIN_MAX(max, std::fmax, >)
 
 // Macros, because the C library declares some of these names itself.
+#define expf(x) emu::rough(expf(x))
+#define exp2f(x) emu::rough(exp2f(x))
+#define log2f(x) emu::rough(log2f(x))
 #define __expf(x) expf(x)
-#define __logf(x) logf(x)
-#define __log2f(x) log2f(x)
-#define __powf(x, y) powf(x, y)
-#define __sinf(x) sinf(x)
-#define __cosf(x) cosf(x)
-#define __tanhf(x) tanhf(x)
-#define rsqrtf(x) (1.0f / sqrtf(x))
+#define __fdividef(x, y) emu::rough((x) / (y))
+#define rsqrtf(x) emu::rough(1.0f / sqrtf(x))
 
 namespace emu {
 template <typename To, typename From>
@@ -139,21 +139,21 @@ inline To bits(From from) {
     memcpy(&to, &from, sizeof to);
     return to;
 }
-inline float rounded(volatile float a) { return a; } // no compiler may fuse what this holds into a multiply-add
+extern const bool roughly; // EMU_ROUGH
+// x, or a number within 2 units in its last place that follows from it
+inline float rough(float x) {
+    if (!roughly || !(std::fabs(x) > 1e-30f && std::fabs(x) < 1e30f)) return x;
+    uint32_t u = bits<uint32_t>(x);
+    return bits<float>(u + (u * 2654435769u >> 16) % 5 - 2);
+}
+[[noreturn]] __attribute__((format(printf, 1, 2), cold)) void fail(const char *format, ...); // what and where; aborts
+inline void *aligned(const void *p, size_t bytes, int line = __builtin_LINE()) {
+    if (uintptr_t(p) % bytes) fail("line %d: %p is not aligned to %zu bytes", line, p, bytes);
+    return const_cast<void *>(p);
+}
 } // namespace emu
 
-inline float __fmul_rn(float a, float b) { return emu::rounded(a * b); }
-inline float __fadd_rn(float a, float b) { return emu::rounded(a + b); }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __frcp_rn(float a) { return 1.0f / a; }
-inline float __fsqrt_rn(float a) { return sqrtf(a); }
-inline float __saturatef(float a) { return fminf(fmaxf(a, 0.0f), 1.0f); }
-inline int __float2int_rn(float a) { return int(lrintf(a)); }
-inline int __popc(unsigned a) { return __builtin_popcount(a); }
-inline int __clz(int a) { return a ? __builtin_clz(unsigned(a)) : 32; }
-inline int __ffs(int a) { return __builtin_ffs(a); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline int __float_as_int(float a) { return emu::bits<int>(a); }
 inline unsigned __float_as_uint(float a) { return emu::bits<unsigned>(a); }
 inline float __int_as_float(int a) { return emu::bits<float>(a); }
@@ -204,20 +204,18 @@ inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short a) { return emu::bits<_
 
 namespace emu {
 
-extern unsigned order;                // EMU_ORDER; a test may set it between launches
-extern unsigned char *dynamic_shared; // of the block that runs
+extern unsigned order;                            // EMU_ORDER; a test may set it between launches
+extern unsigned char *dynamic_shared;             // of the block that runs
+extern void (*before_kernel)(const char *kernel); // unless null, called before each kernel runs
 constexpr unsigned ALL_LANES = 0xffffffffu;
 enum Source { INDEX, UP, DOWN, XOR }; // how a shuffle finds the lane to read
 
-// Only a bug comes here: says what and where, and aborts.
-[[noreturn]] __attribute__((format(printf, 1, 2), cold)) void fail(const char *format, ...);
 void barrier(int line);
 void sync_warp(unsigned mask, int line);
-unsigned ballot(unsigned mask, bool vote, int line);
 uint64_t shuffle(unsigned mask, uint64_t value, Source source, int x, int width, int line);
-void ldmatrix(uint32_t *r, const void *smem, int tiles, bool trans, int line);
-void mma(float *d, const uint32_t *a, const uint32_t *b, bool bf16, int line);
-void cp_async(void *smem, const void *gmem, bool valid, int bytes, int line);
+void ldmatrix(uint32_t *r, const void *smem, bool trans, int line);
+void mma(float *d, const uint32_t *a, const uint32_t *b, int line);
+void cp_async(void *smem, const void *gmem, bool valid, int line);
 void cp_async_commit();
 void cp_async_wait(int keep, int line);
 
@@ -230,22 +228,11 @@ inline T shuffle_bits(unsigned mask, T value, Source source, int x, int width, i
     memcpy(&value, &word, sizeof value);
     return value;
 }
-template <typename T>
-struct Identity {
-    using type = T; // a parameter of this type takes no part in deduction
-};
-
 } // namespace emu
 
 #define EMU_LINE int line = __builtin_LINE()
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-[[noreturn]] inline void __trap() { emu::fail("__trap()"); }
 inline void __syncthreads(EMU_LINE) { emu::barrier(line); }
 inline void __syncwarp(unsigned mask = emu::ALL_LANES, EMU_LINE) { emu::sync_warp(mask, line); }
-inline unsigned __ballot_sync(unsigned mask, int vote, EMU_LINE) { return emu::ballot(mask, vote, line); }
-inline int __any_sync(unsigned mask, int vote, EMU_LINE) { return emu::ballot(mask, vote, line) != 0; }
-inline int __all_sync(unsigned mask, int vote, EMU_LINE) { return emu::ballot(mask, vote, line) == mask; }
 #define EMU_SHUFFLE(name, source)                                            \
     template <typename T>                                                    \
     inline T name(unsigned mask, T value, int x, int width = 32, EMU_LINE) { \
@@ -256,51 +243,18 @@ EMU_SHUFFLE(__shfl_up_sync, emu::UP)
 EMU_SHUFFLE(__shfl_down_sync, emu::DOWN)
 EMU_SHUFFLE(__shfl_xor_sync, emu::XOR)
 
-inline void ldmatrix_x1(uint32_t *r, const void *smem, EMU_LINE) { emu::ldmatrix(r, smem, 1, false, line); }
-inline void ldmatrix_x2(uint32_t *r, const void *smem, EMU_LINE) { emu::ldmatrix(r, smem, 2, false, line); }
-inline void ldmatrix_x4(uint32_t *r, const void *smem, EMU_LINE) { emu::ldmatrix(r, smem, 4, false, line); }
-inline void ldmatrix_x1_trans(uint32_t *r, const void *smem, EMU_LINE) { emu::ldmatrix(r, smem, 1, true, line); }
-inline void ldmatrix_x2_trans(uint32_t *r, const void *smem, EMU_LINE) { emu::ldmatrix(r, smem, 2, true, line); }
-inline void ldmatrix_x4_trans(uint32_t *r, const void *smem, EMU_LINE) { emu::ldmatrix(r, smem, 4, true, line); }
-inline void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2], EMU_LINE) { emu::mma(d, a, b, true, line); }
-inline void mma_tf32(float d[4], const uint32_t a[4], const uint32_t b[2], EMU_LINE) { emu::mma(d, a, b, false, line); }
-inline uint32_t to_tf32(float a) { // to nearest, ties away from zero
-    return std::isfinite(a) ? (emu::bits<uint32_t>(a) + 0x1000u) & ~0x1fffu : emu::bits<uint32_t>(a);
-}
-inline void cp_async4(void *smem, const void *gmem, bool valid, EMU_LINE) { emu::cp_async(smem, gmem, valid, 4, line); }
-inline void cp_async8(void *smem, const void *gmem, bool valid, EMU_LINE) { emu::cp_async(smem, gmem, valid, 8, line); }
-inline void cp_async16(void *smem, const void *gmem, bool valid, EMU_LINE) {
-    emu::cp_async(smem, gmem, valid, 16, line);
-}
+inline void ldmatrix_x4(uint32_t *r, const void *smem, EMU_LINE) { emu::ldmatrix(r, smem, false, line); }
+inline void ldmatrix_x4_trans(uint32_t *r, const void *smem, EMU_LINE) { emu::ldmatrix(r, smem, true, line); }
+inline void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2], EMU_LINE) { emu::mma(d, a, b, line); }
+inline void cp_async16(void *smem, const void *gmem, bool valid, EMU_LINE) { emu::cp_async(smem, gmem, valid, line); }
 inline void cp_async_commit() { emu::cp_async_commit(); }
 template <int N>
 inline void cp_async_wait(EMU_LINE) {
     emu::cp_async_wait(N, line);
 }
 
-// On integers alone: sums of floats in the order of arrival do not repeat.
-#define EMU_ATOMIC(name, change)                                          \
-    template <typename T>                                                 \
-    inline T name(T *p, typename emu::Identity<T>::type v) {              \
-        static_assert(std::is_integral_v<T>, "atomics are for integers"); \
-        T old = *p;                                                       \
-        *p = T(change);                                                   \
-        return old;                                                       \
-    }
-EMU_ATOMIC(atomicAdd, old + v)
-EMU_ATOMIC(atomicSub, old - v)
-EMU_ATOMIC(atomicMin, old < v ? old : v)
-EMU_ATOMIC(atomicMax, old > v ? old : v)
-EMU_ATOMIC(atomicOr, old | v)
-EMU_ATOMIC(atomicAnd, 0 | (v & old)) // so written for clang-format
-EMU_ATOMIC(atomicExch, v)
-template <typename T>
-inline T atomicCAS(T *p, typename emu::Identity<T>::type old, typename emu::Identity<T>::type v) {
-    return atomicExch(p, *p == old ? v : *p);
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
-// The runtime: every call is done when it returns, except what a stream captures into a graph
+// The runtime: streams keep their work until the host waits for it
 
 enum cudaError_t {
     cudaSuccess = 0,
@@ -315,13 +269,13 @@ enum cudaMemcpyKind {
     cudaMemcpyDeviceToHost = 2,
     cudaMemcpyDeviceToDevice = 3
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaStreamCaptureMode {
     cudaStreamCaptureModeGlobal,
     cudaStreamCaptureModeThreadLocal,
     cudaStreamCaptureModeRelaxed
 };
-enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
+enum { cudaStreamNonBlocking = 1 };
 
 struct cudaDeviceProp { // what exists of it
     char name[256];
@@ -330,46 +284,34 @@ struct cudaDeviceProp { // what exists of it
     int l2CacheSize;
 };
 struct EmuStream;
-struct EmuEvent;
 struct EmuGraph;
 using cudaStream_t = EmuStream *;
-using cudaEvent_t = EmuEvent *;
 using cudaGraph_t = EmuGraph *;
 using cudaGraphExec_t = EmuGraph *;
 
 cudaError_t cudaGetLastError();
-cudaError_t cudaPeekAtLastError();
 const char *cudaGetErrorString(cudaError_t error);
 
-cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDeviceCount(int *count);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device);
+cudaError_t cudaDriverGetVersion(int *version);
 cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total);
 
 cudaError_t cudaFree(void *p);
-cudaError_t cudaFreeHost(void *p);
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind);
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream = nullptr);
 cudaError_t cudaMemset(void *p, int value, size_t bytes);
 cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream = nullptr);
 
-cudaError_t cudaStreamCreate(cudaStream_t *stream);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
-cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags = 0);
-cudaError_t cudaEventCreate(cudaEvent_t *event);
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags);
-cudaError_t cudaEventDestroy(cudaEvent_t event);
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = nullptr);
-cudaError_t cudaEventSynchronize(cudaEvent_t event);
-cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end);
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph);
-cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags = 0);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, void *, char *, size_t);
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream);
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
@@ -383,14 +325,21 @@ struct Grid {
 };
 
 void redzone(const void *p, size_t bytes); // forbids a part of an allocation (with AddressSanitizer)
+void spoil(void *p, size_t bytes);         // makes device memory NaN, now
 bool is_device(const void *p, size_t bytes);
-void *allocate(size_t bytes, bool device, cudaError_t *error);
-cudaError_t copy_to_symbol(void *symbol, size_t size, const void *from, size_t bytes);
+cudaError_t allocate(void **p, size_t bytes);
 cudaError_t set_attribute(const void *kernel, cudaFuncAttribute attribute, int value);
-cudaError_t max_blocks(int *n, int block, size_t shared);
 void check_launch(const Grid &grid, const void *kernel);
-void submit(cudaStream_t stream, std::function<void()> work); // does it, or adds it to what the stream captures
+void submit(cudaStream_t stream, std::function<void()> work); // to the stream, or to what it captures
 void run(const Grid &grid, const std::function<void()> &thread);
+long *register_kernel(const char *name); // a place to count the launches of a kernel that the program has
+
+// A kernel with its template arguments. Every one that the program's text can launch registers at the start.
+template <auto K>
+struct Kernel {
+    static const char *name() { return __PRETTY_FUNCTION__; }
+    static inline long *launches = register_kernel(name());
+};
 
 template <typename... P>
 struct Launch {
@@ -413,11 +362,11 @@ struct Launch {
     }
 };
 
-template <typename... P>
-inline Launch<P...> launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
-                           cudaStream_t s) {
-    Grid g{name, grid, block, shared};
+template <auto K, typename... P>
+inline Launch<P...> launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t s) {
+    Grid g{Kernel<K>::name(), grid, block, shared};
     check_launch(g, reinterpret_cast<const void *>(kernel));
+    ++*Kernel<K>::launches;
     return {kernel, g, s};
 }
 
@@ -425,27 +374,11 @@ inline Launch<P...> launch(const char *name, void (*kernel)(P...), dim3 grid, di
 
 template <typename T>
 inline cudaError_t cudaMalloc(T **p, size_t bytes) {
-    cudaError_t error;
-    *p = static_cast<T *>(emu::allocate(bytes, true, &error));
-    return error;
-}
-template <typename T>
-inline cudaError_t cudaMallocHost(T **p, size_t bytes) {
-    cudaError_t error;
-    *p = static_cast<T *>(emu::allocate(bytes, false, &error));
-    return error;
-}
-template <typename T>
-inline cudaError_t cudaMemcpyToSymbol(T &symbol, const void *from, size_t bytes) {
-    return emu::copy_to_symbol(&symbol, sizeof symbol, from, bytes);
+    return emu::allocate(reinterpret_cast<void **>(p), bytes);
 }
 template <typename... P>
 inline cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
     return emu::set_attribute(reinterpret_cast<const void *>(kernel), attribute, value);
-}
-template <typename... P>
-inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, void (*)(P...), int block, size_t shared) {
-    return emu::max_blocks(n, block, shared);
 }
 
 #endif

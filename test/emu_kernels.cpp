@@ -1,7 +1,8 @@
-// Tests the kernels of fpdm.cu one by one at sizes that the cases of test/cases do not reach: large tiles, split sums, ragged
-// edges, every head size, many tokens. Expected values are computed here, in double, from the same rounded inputs.
+// Tests the kernels of fpdm.cu one by one at sizes that the cases of test/cases do not reach: large tiles, every number of
+// splits, several waves, ragged edges, every head size, many tokens; as if on 3 multiprocessors and on an H100's 132, by
+// which kernels and splits are chosen. Expected values are computed here, in double, from the same rounded inputs.
 //
-//   make test_emu      builds and runs it without a GPU;  nvcc -x cu ... test/emu_kernels.cpp: on a GPU
+//   make test_kernels_emu     without a GPU;  make test_kernels_gpu: on one;  make kernels: which kernels tests launch
 
 #include "../fpdm.cu"
 #include <vector>
@@ -56,13 +57,17 @@ static void test_matmul(int half, int M, int N, int K) {
     char text[100];
     double output = half ? 3e-3 : 1e-6, exact = half ? 2e-6 : 1e-6; // results in bf16; in fp32
     Floats x = random_floats((size_t)M * K, 1, half), w = random_floats((size_t)N * 2 * K, 2, half, 0.1f);
-    Floats dy = random_floats((size_t)M * N, 3, half), b = random_floats(N, 4, 0), add = random_floats((size_t)M * N, 5, 0);
+    Floats dy = random_floats((size_t)M * N, 3, half), b = random_floats(N, 4, 0),
+           add = random_floats((size_t)M * N, 5, 0);
     Floats gate = random_floats((size_t)M * N, 6, 0), pre = random_floats((size_t)M * K, 8, half);
-    Floats dw0 = random_floats((size_t)N * 2 * K, 9, 0), db0 = random_floats(N, 10, 0), sum0 = random_floats((size_t)M * K, 11, 0);
-    void *gx = on_gpu(x, half), *gw = on_gpu(w, half), *gdy = on_gpu(dy, half), *gb = on_gpu(b, 0), *gadd = on_gpu(add, 0);
+    Floats dw0 = random_floats((size_t)N * 2 * K, 9, 0), db0 = random_floats(N, 10, 0),
+           sum0 = random_floats((size_t)M * K, 11, 0);
+    void *gx = on_gpu(x, half), *gw = on_gpu(w, half), *gdy = on_gpu(dy, half), *gb = on_gpu(b, 0),
+         *gadd = on_gpu(add, 0);
     void *ggate = on_gpu(gate, 0), *gpre = on_gpu(pre, half), *gdw = on_gpu(dw0, 0), *gdb = on_gpu(db0, 0);
     void *gsum = on_gpu(sum0, 0), *y = gpu_malloc((size_t)M * N * 4, ""), *y2 = gpu_malloc((size_t)M * N * 4, "");
-    void *y3 = gpu_malloc((size_t)M * N * 4, ""), *dx = gpu_malloc((size_t)M * K * 4, ""), *dx2 = gpu_malloc((size_t)M * K * 4, "");
+    void *y3 = gpu_malloc((size_t)M * N * 4, ""), *dx = gpu_malloc((size_t)M * K * 4, ""),
+         *dx2 = gpu_malloc((size_t)M * K * 4, "");
     const void *right = (const char *)gw + K * (half ? 2 : 4);
     int add_rows = M / 2, tokens = M / 2;
 
@@ -97,7 +102,7 @@ static void test_matmul(int half, int M, int N, int K) {
         }
     }
     auto name = [&](const char *what) {
-        snprintf(text, sizeof text, "%s %s %dx%dx%d", half ? "bf16" : "fp32", what, M, N, K);
+        snprintf(text, sizeof text, "%s %s %dx%dx%d on %d", half ? "bf16" : "fp32", what, M, N, K, gpu.sms);
         return text;
     };
     Matmul g = linear(y, gx, right, 2 * K, (float *)gb, M, K, N);
@@ -121,6 +126,13 @@ static void test_matmul(int half, int M, int N, int K) {
     expect(name("gated, copy"), from_gpu(y3, (size_t)M * N, half), gated, output);
     matmul<false, true, EPI_STORE>(half, linear_input(dx, gdy, right, 2 * K, M, K, N));
     expect(name("input gradient"), from_gpu(dx, (size_t)M * K, half), product, output);
+    matmul<false, true, EPI_FLOAT>(half, linear_input(dx, gdy, right, 2 * K, M, K, N));
+    expect(name("input gradient, fp32 result"), from_gpu(dx, (size_t)M * K, 0), product, exact);
+    if (!half) { // conditioning's way
+        matmul<false, true, EPI_WEIGHT>(half, linear_input(dx, gdy, right, 2 * K, M, K, N));
+        for (double &p : product) p *= 2;
+        expect(name("input gradient, added"), from_gpu(dx, (size_t)M * K, 0), product, exact);
+    }
     g = linear_input(dx, gdy, right, 2 * K, M, K, N);
     g.pre = gpre;
     g.copy = dx2;
@@ -133,6 +145,34 @@ static void test_matmul(int half, int M, int N, int K) {
     expect(name("weight gradient"), from_gpu(gdw, (size_t)N * 2 * K, 0), dw, exact);
     expect(name("bias gradient"), from_gpu(gdb, N, 0), db, exact);
     void *all[] = {gx, gw, gdy, gb, gadd, ggate, gpre, gdw, gdb, gsum, y, y2, y3, dx, dx2};
+    for (void *p : all) gpu_free(p, 0);
+}
+
+// A weight gradient dw (N,K) and bias gradient over M rows, and the number of parts that its sums were split into: each
+// is a piece of the workspace, which holds nothing else.
+static void test_splits(int half, int M, int N, int K, int splits) {
+    char text[100];
+    Floats x = random_floats((size_t)M * K, 1, half), dy = random_floats((size_t)M * N, 3, half);
+    void *gx = on_gpu(x, half), *gdy = on_gpu(dy, half);
+    float *dw = (float *)gpu_malloc((size_t)N * K * 4, ""), *db = (float *)gpu_malloc((size_t)N * 4, "");
+    std::vector<double> want((size_t)N * K), want_db(N);
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < N; j++) {
+            double g = dy[(size_t)i * N + j];
+            want_db[j] += g;
+            for (int k = 0; k < K; k++) want[(size_t)j * K + k] += g * x[(size_t)i * K + k];
+        }
+    gpu_zero(dw, (size_t)N * K * 4), gpu_zero(db, (size_t)N * 4);
+    CHECK(cudaMemsetAsync(workspace.memory, 0xff, workspace.count * sizeof(float), gpu.stream));
+    linear_weight(half, dw, K, db, gdy, gx, M, K, N);
+    size_t written = 0, part = (size_t)N * K + N;
+    for (float f : from_gpu(workspace.memory, workspace.count, 0)) written += !isnan(f);
+    snprintf(text, sizeof text, "%s weight gradient %dx%d of %d rows, %zu splits", half ? "bf16" : "fp32", N, K, M,
+             written ? written / part : 1);
+    double limit = written == (splits > 1 ? splits * part : 0) ? 2e-6 : -1; // no error is that small
+    expect(text, from_gpu(dw, (size_t)N * K, 0), want, limit);
+    expect("  bias gradient", from_gpu(db, N, 0), want_db, limit);
+    void *all[] = {gx, gdy, dw, db};
     for (void *p : all) gpu_free(p, 0);
 }
 
@@ -151,7 +191,8 @@ static void test_attention(int half, int B, int T, int H, int hd, float apart = 
         for (int h = 0; h < H; h++) {
             const float *q = &qkv[(size_t)b * T * 3 * D + h * hd], *k = q + D, *v = k + D;
             const float *go = &dout[(size_t)b * T * D + h * hd];
-            double *o = &out[(size_t)b * T * D + h * hd], *dq = &dqkv[(size_t)b * T * 3 * D + h * hd], *dk = dq + D, *dv = dk + D;
+            double *o = &out[(size_t)b * T * D + h * hd], *dq = &dqkv[(size_t)b * T * 3 * D + h * hd], *dk = dq + D,
+                   *dv = dk + D;
             for (int i = 0; i < T; i++) {
                 double sum = 0, dot = 0;
                 for (int j = 0; j < T; j++) {
@@ -161,7 +202,8 @@ static void test_attention(int half, int B, int T, int H, int hd, float apart = 
                 }
                 for (int j = 0; j < T; j++) p[(size_t)i * T + j] /= sum;
                 for (int j = 0; j < T; j++)
-                    for (int d = 0; d < hd; d++) o[(size_t)i * D + d] += p[(size_t)i * T + j] * v[(size_t)j * 3 * D + d];
+                    for (int d = 0; d < hd; d++)
+                        o[(size_t)i * D + d] += p[(size_t)i * T + j] * v[(size_t)j * 3 * D + d];
                 for (int d = 0; d < hd; d++) dot += o[(size_t)i * D + d] * go[(size_t)i * D + d];
                 for (int j = 0; j < T; j++) {
                     double dp = 0;
@@ -175,9 +217,11 @@ static void test_attention(int half, int B, int T, int H, int hd, float apart = 
                 }
             }
         }
-    Act *gqkv = (Act *)on_gpu(qkv, half), *gdout = (Act *)on_gpu(dout, half), *gout = (Act *)gpu_malloc((size_t)B * T * D * 4, "");
+    Act *gqkv = (Act *)on_gpu(qkv, half), *gdout = (Act *)on_gpu(dout, half),
+        *gout = (Act *)gpu_malloc((size_t)B * T * D * 4, "");
     Act *gdqkv = (Act *)gpu_malloc((size_t)B * T * 3 * D * 4, "");
-    float *lse = (float *)gpu_malloc((size_t)B * H * T * 4, ""), *delta = (float *)gpu_malloc((size_t)B * H * T * 4, "");
+    float *lse = (float *)gpu_malloc((size_t)B * H * T * 4, ""),
+          *delta = (float *)gpu_malloc((size_t)B * H * T * 4, "");
     attention_forward(half, gout, lse, gqkv, B, T, D, H);
     attention_backward(half, gdqkv, delta, gdout, gout, lse, gqkv, B, T, D, H);
     Floats got = from_gpu(gdqkv, (size_t)B * T * 3 * D, half);
@@ -188,7 +232,8 @@ static void test_attention(int half, int B, int T, int H, int hd, float apart = 
         std::vector<double> want;
         for (size_t i = 0; i < got.size(); i++)
             if (i / D % 3 == (size_t)part) some.push_back(got[i]), want.push_back(dqkv[i]);
-        snprintf(text, sizeof text, "%s attention, %d tokens, %d heads of %d, d%c", half ? "bf16" : "fp32", T, H, hd, "qkv"[part]);
+        snprintf(text, sizeof text, "%s attention, %d tokens, %d heads of %d, d%c", half ? "bf16" : "fp32", T, H, hd,
+                 "qkv"[part]);
         expect(text, some, want, limit);
     }
     void *all[] = {gqkv, gdout, gout, gdqkv, lse, delta};
@@ -203,11 +248,13 @@ static void test_anderson(int half, int B, int side, int D, int window) {
     m.config.image_size = side, m.config.patch = 1, m.config.width = D;
     m.B = B, m.half = half;
     size_t count = (size_t)side * side * D, N = B * count;
-    m.a.history = (float *)gpu_malloc(2 * (window + 1) * N * 4, ""), m.a.gram = (double *)gpu_malloc((size_t)B * HISTORY * HISTORY * 8, "");
+    m.a.history = (float *)gpu_malloc(2 * (window + 1) * N * 4, ""),
+    m.a.gram = (double *)gpu_malloc((size_t)B * HISTORY * HISTORY * 8, "");
     std::vector<Floats> z, g;
     for (int k = 1; k <= 6; k++) {
         z.push_back(random_floats(N, 30 + k, 0)), g.push_back(k == 6 ? z.back() : random_floats(N, 40 + k, 0));
-        for (size_t i = 0; i < N && k > 1 && k < 6; i++) g[k - 1][i] += 0.7f * (g[k - 2][i] - z[k - 2][i]); // not orthogonal
+        for (size_t i = 0; i < N && k > 1 && k < 6; i++)
+            g[k - 1][i] += 0.7f * (g[k - 2][i] - z[k - 2][i]); // not orthogonal
         int first = k > window + 1 ? k - window - 1 : 0, n = k - first, last = k == 5;
         std::vector<double> want(N);
         for (int b = 0; b < B; b++) {
@@ -216,7 +263,8 @@ static void test_anderson(int half, int B, int side, int D, int window) {
                 A[i][n] = A[n][i] = 1;
                 for (int j = 0; j < n; j++)
                     for (size_t e = b * count; e < (b + 1) * count; e++)
-                        A[i][j] += ((double)g[first + i][e] - z[first + i][e]) * ((double)g[first + j][e] - z[first + j][e]);
+                        A[i][j] +=
+                            ((double)g[first + i][e] - z[first + i][e]) * ((double)g[first + j][e] - z[first + j][e]);
             }
             A[n][n + 1] = 1; // column n+1: the right side
             for (int c = 0; c <= n; c++) {
@@ -235,7 +283,8 @@ static void test_anderson(int half, int B, int side, int D, int window) {
         float *x = (float *)on_gpu(g.back(), 0);
         m.a.z_before = (float *)on_gpu(z.back(), 0), m.a.z = half ? (Act *)gpu_malloc(N * 2, "") : NULL;
         anderson_forward(&m, x, k, window, last ? 1 : 0.7);
-        snprintf(text, sizeof text, "%s anderson, %d of %zu, window %d, iteration %d", half ? "bf16" : "fp32", B, count, window, k);
+        snprintf(text, sizeof text, "%s anderson, %d of %zu, window %d, iteration %d", half ? "bf16" : "fp32", B, count,
+                 window, k);
         expect(text, from_gpu(x, N, 0), want, 1e-6);
         if (half) expect("  its copy", from_gpu(m.a.z, N, 1), want, 3e-3);
         gpu_free(x, 0), gpu_free(m.a.z_before, 0), gpu_free(m.a.z, 0);
@@ -243,30 +292,62 @@ static void test_anderson(int half, int B, int side, int D, int window) {
     gpu_free(m.a.history, 0), gpu_free(m.a.gram, 0);
 }
 
+static void test_residual(int B, int side, int D) {
+    Model m = {};
+    m.B = B;
+    size_t count = (size_t)side * side * D;
+    Floats z = random_floats(B * count, 61, 0), before = random_floats(B * count, 62, 0);
+    float *gz = (float *)on_gpu(z, 0);
+    m.a.z_before = (float *)on_gpu(before, 0), m.a.sums = (double *)gpu_malloc(2 * B * sizeof(double), "");
+    double want = 0;
+    for (int b = 0; b < B; b++) {
+        double change = 0, norm = 0;
+        for (size_t i = b * count; i < (b + 1) * count; i++)
+            change += pow((double)z[i] - before[i], 2), norm += pow(z[i], 2);
+        want += sqrt(change / norm) / B;
+    }
+    expect("residual", {(float)residual_of(&m, gz, count)}, {want}, 1e-7);
+    gpu_free(gz, 0), gpu_free(m.a.z_before, 0), gpu_free(m.a.sums, 0);
+}
+
 int main(void) {
     gpu_open();
     int hopper = gpu.wgmma;
     gpu.wgmma = 0; // first what every GPU does
-    workspace_reserve(1 << 18);
+    for (int sms : {3, 132}) {
+        gpu.sms = sms;
+        workspace_reserve(1 << 20);
+        for (int half = 0; half < 2; half++) {
+            test_matmul(half, 300, 136, 200);
+            test_matmul(half, 130, 264, 128);
+            test_matmul(half, 1030, 136, 144);
+            test_matmul(half, 24, 8, 16);
+            if (!half) test_matmul(half, 10, 3, 12);
+            test_anderson(half, 3, 2, 8, 3);
+            test_anderson(half, 2, 7, 40, 1);
+            test_anderson(half, 1, 5, 64, 8);
+            if (sms == 3) test_splits(half, 4104, 64, 64, 12);
+            for (int s = 1; sms == 132 && s <= 16; s++) test_splits(half, 256 * s + 8, 24, 16, s);
+        }
+    }
+    test_matmul(1, 1536, 1408, 40); // 132 large tiles of y, of dx; 276, which is more than a wave
+    test_matmul(1, 1536, 40, 1408);
+    test_matmul(1, 2944, 1536, 24);
+    for (int s : {1, 2, 7, 16}) test_splits(1, 256 * s + 8, 136, 144, s);
     for (int half = 0; half < 2; half++) {
-        test_matmul(half, 300, 136, 200);
-        test_matmul(half, 130, 264, 128);
-        test_matmul(half, 1030, 136, 144);
-        test_matmul(half, 24, 8, 16);
-        if (!half) test_matmul(half, 10, 3, 12);
-        test_anderson(half, 3, 2, 8, 3);
-        test_anderson(half, 2, 7, 40, 1);
-        test_anderson(half, 1, 5, 64, 8);
-        int sizes[][3] = {{1, 1, 8}, {100, 2, 24}, {65, 1, 40}, {64, 1, 64}, {130, 1, 72}, {70, 1, 96}, {200, 1, 128}, {1024, 1, 8}};
+        int sizes[][3] = {{1, 1, 8},    {100, 2, 24}, {65, 1, 40},   {64, 1, 64},
+                          {130, 1, 72}, {70, 1, 96},  {200, 1, 128}, {1024, 1, 8}};
         for (auto &s : sizes) test_attention(half, 2, s[0], s[1], s[2]);
         if (half) test_attention(half, 2, 20, 1, 16, 1024); // weights of columns beyond the last would overflow
     }
+    test_residual(3, 5, 40);
     for (int sms : {1, 6, 132}) { // then Hopper's product: less than a tile, ragged ones, several a block, split sums
         if (!hopper) break;
         gpu.wgmma = 2, gpu.sms = sms;
         test_matmul(1, 24, 8, 16);
         test_matmul(1, 520, 392, 328);
         test_matmul(1, 1536, 200, 72);
+        test_splits(1, 1800, 136, 144, 7);
     }
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;

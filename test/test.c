@@ -1,9 +1,12 @@
-// Runs test cases (SPEC 5): safetensors files that hold a model and what must come out of it, computed in float64.
+// Runs test cases: safetensors files that hold a model and what must come out of it, computed in float64.
 //
 //   test_cpu [--dtype=fp32|bf16] [FILE ...]      without a file: all of test/cases; without --dtype: all that there are
 //
 // One line for each expected tensor: name, relative L2 error, limit, ok or FAIL; last `N passed, N failed` over the
-// cases. The program under test is included whole: fpdm_cpu.c, or with -DGPU fpdm.cu, whose interface is the same.
+// cases in each type. A case runs with and without recomputation, and in fpdm.cu, which chooses its kernels by the
+// number of multiprocessors, with several numbers of those. It fails when its file has a tensor that was not used, and
+// when anything ends the program: cases run in a child process, and the next one follows.
+// The program under test is included whole: fpdm_cpu.c, or with -DGPU fpdm.cu, whose interface is the same.
 
 #ifdef GPU
 #include "../fpdm.cu"
@@ -13,21 +16,72 @@ enum { LAST_DTYPE = COMPUTE_BF16 };
 enum { LAST_DTYPE = COMPUTE_FP32 };
 #endif
 #include <dirent.h>
-#ifndef RECOMPUTE
-#define RECOMPUTE 0
+#include <sys/wait.h>
+
+static const struct {
+    int recompute;
+    int sms; // multiprocessors: few; an H100's; 1, which takes the largest tiles for everything
+} runs[] = {{0, 3},
+#ifdef GPU
+            {0, 132},
 #endif
+            {1, 1}};
+enum { RUNS = sizeof runs / sizeof *runs };
 
 enum { OUTPUT, LOSS, GRADIENT, ACTIVATION, SAMPLED };
-static int dtype, case_failed, compared; // dtype: of the arithmetic, COMPUTE_FP32 or COMPUTE_BF16
+static int dtype, recompute, case_failed; // dtype: of the arithmetic, COMPUTE_FP32 or COMPUTE_BF16
+static SafeTensors file;                  // the case being run
+static char *used;                        // which of its tensors were read as inputs, or compared
 static double loosest(int what, int half) {
     if (half) return what == GRADIENT || what == ACTIVATION ? 6e-2 : 3e-2;
     return what == GRADIENT || what == ACTIVATION ? 1e-4 : 1e-5;
 }
 
-// Prints and counts one comparison. `scale` is the norm to divide by when it is larger than want's own.
-static void compare(const char *name, const float *got, const float *want, int64_t count, int what, double scale) {
+static const Tensor *find_tensor(const char *name) {
+    const Tensor *t = st_find(&file, name);
+    if (!t) die("%s: tensor %s is missing", file.path, name);
+    return t;
+}
+
+static int is_expected(const char *name) {
+    static const char *const prefixes[] = {"expect.", "grad.", "final.", "ema.", "act."};
+    for (int i = 0; i < 5; i++)
+        if (!strncmp(name, prefixes[i], strlen(prefixes[i]))) return 1;
+    return 0;
+}
+
+// The values of a tensor, which must have `count` elements. Inputs count as used; what is expected does once compared.
+static float *tensor_floats(const char *name, size_t count) {
+    const Tensor *t = find_tensor(name);
+    if ((size_t)t->count != count)
+        die("%s: tensor %s has %lld elements; want %zu", file.path, name, (long long)t->count, count);
+    float *values = (float *)xcalloc(count, sizeof *values, name);
+    st_to_float(&file, t, values);
+    if (!is_expected(name)) used[t - file.tensors] = 1;
+    return values;
+}
+
+// The same of whole numbers 0..last
+static int *tensor_ints(const char *name, size_t count, int last) {
+    const Tensor *t = find_tensor(name);
+    if (t->dtype != I64 || (size_t)t->count != count)
+        die("%s: tensor %s: want %zu elements of type I64", file.path, name, count);
+    int *values = (int *)xcalloc(count, sizeof *values, name);
+    for (size_t i = 0; i < count; i++) {
+        int64_t v;
+        memcpy(&v, (const char *)t->data + 8 * i, 8);
+        if (v < 0 || v > last) die("%s: tensor %s: %lld is not in 0..%d", file.path, name, (long long)v, last);
+        values[i] = (int)v;
+    }
+    used[t - file.tensors] = 1;
+    return values;
+}
+
+// Compares `got` with the tensor of that name. `scale` is the norm to divide by when larger than the tensor's own.
+static void compare(const char *name, const float *got, size_t count, int what, double scale) {
+    float *want = tensor_floats(name, count);
     double error = 0, norm = 0, limit = loosest(what, dtype == COMPUTE_BF16);
-    for (int64_t i = 0; i < count; i++) {
+    for (size_t i = 0; i < count; i++) {
         error += ((double)got[i] - want[i]) * ((double)got[i] - want[i]);
         norm += (double)want[i] * want[i];
     }
@@ -36,35 +90,23 @@ static void compare(const char *name, const float *got, const float *want, int64
     int ok = relative <= limit; // false for NaN
     printf("  %-50s %.2e  limit %.0e  %s\n", name, relative, limit, ok ? "ok" : "FAIL");
     case_failed |= !ok;
-    compared++;
-}
-
-static SafeTensors file; // the case being run
-static float *tensor_floats(const char *name, int64_t *count) {
-    const Tensor *t = st_find(&file, name);
-    if (!t) die("%s: tensor %s is missing", file.path, name);
-    float *values = (float *)xcalloc((size_t)t->count, sizeof *values, name);
-    st_to_float(&file, t, values);
-    if (count) *count = t->count;
-    return values;
-}
-
-static int *tensor_ints(const char *name) {
-    const Tensor *t = st_find(&file, name);
-    if (!t || t->dtype != I64) die("%s: tensor %s is missing or not I64", file.path, name);
-    int *values = (int *)xcalloc((size_t)t->count, sizeof *values, name);
-    for (int64_t i = 0; i < t->count; i++) {
-        int64_t v;
-        memcpy(&v, (const char *)t->data + 8 * i, 8);
-        values[i] = (int)v;
-    }
-    return values;
+    used[find_tensor(name) - file.tensors] = 1;
+    xfree(want);
 }
 
 static const char *meta_text(const char *key) {
     const char *text = st_meta(&file, key);
     if (!text) die("%s: metadata '%s' is missing", file.path, key);
     return text;
+}
+
+static double tensor_norm(const char *name) {
+    size_t count = (size_t)find_tensor(name)->count;
+    float *values = tensor_floats(name, count);
+    double norm = 0;
+    for (size_t i = 0; i < count; i++) norm += (double)values[i] * values[i];
+    xfree(values);
+    return sqrt(norm);
 }
 
 // Compares what the model has of `kind` with the tensors PREFIX + name. The key bias gets no gradient in exact
@@ -76,21 +118,14 @@ static void compare_params(Model *m, int kind, const char *prefix) {
         const ParamTensor *p = &m->tensors[i];
         char name[120], weight[120];
         snprintf(name, sizeof name, "%s%s", prefix, p->name);
-        if (!st_find(&file, name)) die("%s: tensor %s is missing", file.path, name);
-        float *want = tensor_floats(name, NULL);
-        double norm = 0, scale = 0;
-        for (int64_t e = 0; e < p->count; e++) norm += (double)want[e] * want[e];
         snprintf(weight, sizeof weight, "%s", name);
         char *bias = strstr(weight, ".bias");
-        if (kind == MODEL_GRADS && bias && norm < 1e-18) {
+        double scale = 0;
+        if (kind == MODEL_GRADS && bias && tensor_norm(name) < 1e-9) {
             memcpy(bias, ".weight", 8);
-            int64_t count;
-            float *w = tensor_floats(weight, &count);
-            for (int64_t e = 0; e < count; e++) scale += (double)w[e] * w[e];
-            xfree(w);
+            scale = tensor_norm(weight);
         }
-        compare(name, values + p->offset, want, p->count, GRADIENT, sqrt(scale));
-        xfree(want);
+        compare(name, values + p->offset, (size_t)p->count, GRADIENT, scale);
     }
     xfree(values);
 }
@@ -102,37 +137,48 @@ static void compare_activation(const char *name, const real *data, int64_t count
         name = "expect.output";
     else if (!st_find(&file, name))
         return;
-    int64_t expected;
-    float *want = tensor_floats(name, &expected), *got = (float *)xcalloc((size_t)count, sizeof *got, name);
-    if (expected != count) die("%s: tensor %s has the wrong size", file.path, name);
+    float *got = (float *)xcalloc((size_t)count, sizeof *got, name);
     for (int64_t i = 0; i < count; i++) got[i] = (float)data[i];
-    compare(name, got, want, count, output ? OUTPUT : ACTIVATION, 0);
-    xfree(want);
+    compare(name, got, (size_t)count, output ? OUTPUT : ACTIVATION, 0);
     xfree(got);
 }
 
+#ifdef CUDA_EMU_H
+// At the start of every forward pass, where time_kernel stands, nothing of the one before may still be of use.
+static Model *spoiled;
+static void spoil_scratch(const char *kernel) {
+    if (strstr(kernel, "time_kernel"))
+        emu::spoil(spoiled->activations + spoiled->scratch, spoiled->activation_bytes - spoiled->scratch);
+}
+#endif
+
 static Model *case_model(const Options *o, int batch, int max_m, int training, int window) {
-    Model *m = model_create(&o->model, batch, max_m, RECOMPUTE, training, window, dtype);
+    Model *m = model_create(&o->model, batch, max_m, recompute, training, window, dtype);
     float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
     tensors_read(&file, m->tensors, m->n_tensors, "", values);
+    for (int i = 0; i < m->n_tensors; i++) used[find_tensor(m->tensors[i].name) - file.tensors] = 1;
     model_upload(m, MODEL_WEIGHTS, values);
     if (training) model_upload(m, MODEL_EMA, values);
     xfree(values);
+#ifdef CUDA_EMU_H
+    spoiled = m;
+    emu::before_kernel = spoil_scratch;
+#endif
     return m;
 }
 
 static void compare_losses(const double *loss, int count) {
-    float *want = tensor_floats("expect.loss", NULL), *got = (float *)xcalloc((size_t)count, sizeof *got, "losses");
+    float *got = (float *)xcalloc((size_t)count, sizeof *got, "losses");
     for (int i = 0; i < count; i++) got[i] = (float)loss[i];
-    compare("expect.loss", got, want, count, LOSS, 0);
-    xfree(want);
+    compare("expect.loss", got, (size_t)count, LOSS, 0);
     xfree(got);
 }
 
 static void forward_case(const Options *o) {
-    int B = (int)st_find(&file, "x0")->shape[0], n = atoi(meta_text("n")), iterations = atoi(meta_text("m"));
-    float *x0 = tensor_floats("x0", NULL), *noise = tensor_floats("noise", NULL);
-    int *t = tensor_ints("t"), *y = tensor_ints("y");
+    int B = (int)find_tensor("x0")->shape[0], n = atoi(meta_text("n")), iterations = atoi(meta_text("m"));
+    size_t count = (size_t)B * config_pixels(&o->model);
+    float *x0 = tensor_floats("x0", count), *noise = tensor_floats("noise", count);
+    int *t = tensor_ints("t", (size_t)B, DIFFUSION_STEPS - 1), *y = tensor_ints("y", (size_t)B, o->model.classes);
     Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "schedule");
     double *mse = (double *)xcalloc((size_t)B, sizeof *mse, "losses"),
            *vb = (double *)xcalloc((size_t)B, sizeof *vb, "losses");
@@ -141,6 +187,7 @@ static void forward_case(const Options *o) {
     m->probe = compare_activation;
     model_zero_gradients(m);
     model_loss(m, s, x0, noise, t, y, B, n, iterations, 1.0 / B, mse, vb);
+    model_wait(m);
     for (int b = 0; b < B; b++) mse[b] += vb[b];
     compare_losses(mse, B);
     compare_params(m, MODEL_GRADS, "grad.");
@@ -150,14 +197,14 @@ static void forward_case(const Options *o) {
 }
 
 static void train_case(const Options *o) {
-    int steps = atoi(meta_text("steps")), B = (int)st_find(&file, "x0")->shape[1], largest = 1;
+    int steps = atoi(meta_text("steps")), B = (int)find_tensor("x0")->shape[1], largest = 1;
     double lr = atof(meta_text("lr")), beta1 = atof(meta_text("beta1")), beta2 = atof(meta_text("beta2"));
     double eps = atof(meta_text("adam_eps")), decay = atof(meta_text("weight_decay")),
            clip = atof(meta_text("grad_clip"));
     double ema = atof(meta_text("ema_decay"));
-    int64_t count;
-    float *x0 = tensor_floats("x0", &count), *noise = tensor_floats("noise", NULL);
-    int *t = tensor_ints("t"), *y = tensor_ints("y");
+    size_t rows = (size_t)steps * (size_t)B, count = (size_t)B * config_pixels(&o->model);
+    float *x0 = tensor_floats("x0", steps * count), *noise = tensor_floats("noise", steps * count);
+    int *t = tensor_ints("t", rows, DIFFUSION_STEPS - 1), *y = tensor_ints("y", rows, o->model.classes);
     Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "schedule");
     double *mse = (double *)xcalloc((size_t)B, sizeof *mse, "losses"),
            *vb = (double *)xcalloc((size_t)B, sizeof *vb, "losses");
@@ -175,9 +222,10 @@ static void train_case(const Options *o) {
         int n = atoi(meta_text(key));
         snprintf(key, sizeof key, "m.%d", k + base);
         int iterations = atoi(meta_text(key));
-        int64_t at = count / steps * k;
+        size_t at = count * (size_t)k;
         model_zero_gradients(m);
         model_loss(m, s, x0 + at, noise + at, t + k * B, y + k * B, B, n, iterations, 1.0 / B, mse, vb);
+        model_wait(m);
         for (int b = 0; b < B; b++) loss[k] += (mse[b] + vb[b]) / B;
         double norm = model_gradient_norm(m);
         model_update(m, k + 1, lr, beta1, beta2, eps, decay, clip > 0 && norm > clip ? clip / (norm + 1e-6) : 1, ema);
@@ -191,7 +239,7 @@ static void train_case(const Options *o) {
 }
 
 static void sample_case(const Options *o) {
-    int steps = atoi(meta_text("steps")), iters[DIFFUSION_STEPS], B = (int)st_find(&file, "x_T")->shape[0];
+    int steps = atoi(meta_text("steps")), iters[DIFFUSION_STEPS], B = (int)find_tensor("x_T")->shape[0];
     const char *list = o->model.fixed_point ? meta_text("iters") : "1";
     for (int i = 0; i < steps; i++) {
         iters[i] = atoi(list);
@@ -208,19 +256,20 @@ static void sample_case(const Options *o) {
                           NULL,
                           0,
                           window,
-                          window ? atof(meta_text("mixing")) : 1};
-    int64_t count;
-    float *x = tensor_floats("x_T", &count), *z = tensor_floats("z", NULL),
-          *want = tensor_floats("expect.sample", NULL);
-    int *y = tensor_ints("y");
+                          window ? atof(meta_text("mixing")) : 1,
+                          NULL};
+    size_t count = (size_t)B * config_pixels(&o->model);
+    float *x = tensor_floats("x_T", count), *z = tensor_floats("z", (size_t)steps * count);
+    int *y = tensor_ints("y", (size_t)B, o->model.classes);
     Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "schedule");
     schedule_make(s, &o->model, steps);
+    if (st_meta(&file, "t_shift")) schedule_shift(s, atof(meta_text("t_shift")));
     Model *m = case_model(o, set.cfg != 1 ? 2 * B : B, 0, 0, set.window);
     sample_batch(m, s, &set, x, y, B, z, 0, 0);
-    compare("expect.sample", x, want, count, SAMPLED, 0);
+    compare("expect.sample", x, count, SAMPLED, 0);
     model_free(m);
-    void *all[] = {x, z, want, y, s};
-    for (int i = 0; i < 5; i++) xfree(all[i]);
+    void *all[] = {x, z, y, s};
+    for (int i = 0; i < 4; i++) xfree(all[i]);
 }
 
 // 1 when the case passed
@@ -229,8 +278,8 @@ static int run_case(const char *path) {
     options_default(&o, TRAIN);
     st_open(&file, path);
     options_from_meta(&o, &file, WEIGHTS);
-    printf("%s%s\n", path, dtype == COMPUTE_BF16 ? " in bf16" : "");
-    case_failed = compared = 0;
+    used = (char *)xcalloc((size_t)file.n_tensors, 1, "a case");
+    case_failed = 0;
     const char *kind = meta_text("case");
     if (!strcmp(kind, "forward"))
         forward_case(&o);
@@ -240,20 +289,33 @@ static int run_case(const char *path) {
         sample_case(&o);
     else
         die("%s: metadata 'case': '%s' is not forward, train or sample", path, kind);
+    for (int i = 0; i < file.n_tensors; i++) {
+        const char *name = file.tensors[i].name;
+        if (used[i] || !strcmp(name, "pos_embed")) continue;
+        printf("  %-50s %s  FAIL\n", name, is_expected(name) ? "not compared" : "unknown in a case of this kind");
+        case_failed = 1;
+    }
+    xfree(used);
     st_close(&file);
-    return !case_failed && compared;
+    return !case_failed;
 }
 
 static int by_string(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
 
+// What the child process with the runs and its parent both see
+typedef struct {
+    int ready, next;  // the program has what it needs; the run that is under way
+    int good, passed; // runs of this case in this type; all cases in all types
+} Progress;
+
 int main(int argc, char **argv) {
-    int passed = 0, failed = 0, count = 0, only = 0;
+    int only = 0, count = 0, first = COMPUTE_FP32, last = LAST_DTYPE;
     char **paths = NULL;
     setvbuf(stdout, NULL, _IOLBF, 0);
     if (argc > 1 && !strncmp(argv[1], "--dtype=", 8)) {
-        int choice = choice_index("auto|fp32|bf16", argv[1] + 8);
-        if (choice < 0) die("option --dtype: '%s' is not fp32 or bf16", argv[1] + 8);
-        only = compute_dtype(choice);
+        only = choice_index("auto|fp32|bf16", argv[1] + 8);
+        if (only < COMPUTE_FP32) die("option --dtype: '%s' is not fp32 or bf16", argv[1] + 8);
+        first = last = only;
         argv++, argc--;
     }
     for (int i = 1; i < argc; i++) {
@@ -271,13 +333,43 @@ int main(int argc, char **argv) {
     }
     if (folder) closedir(folder);
     if (argc == 1) qsort(paths, (size_t)count, sizeof *paths, by_string);
-    for (int i = 0; i < count; i++)
-        for (dtype = only ? only : COMPUTE_FP32; dtype <= (only ? only : LAST_DTYPE); dtype++) {
-            if (run_case(paths[i]))
-                passed++;
-            else
-                failed++;
+
+    int per_case = RUNS * (last - first + 1), total = count * per_case;
+    Progress *p = (Progress *)mmap(NULL, sizeof *p, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) die("no memory: %s", strerror(errno));
+    while (p->next < total) { // a child does as many runs as it survives
+        fflush(NULL);
+        pid_t child = fork();
+        if (child < 0) die("cannot start a process: %s", strerror(errno));
+        if (child == 0) {
+            compute_dtype(first);
+            p->ready = 1;
+            dup2(1, 2); // why a run ended stands among its lines
+            for (; p->next < total; p->next++) {
+                int run = p->next % RUNS;
+                dtype = first + p->next % per_case / RUNS;
+                recompute = runs[run].recompute;
+                printf("%s%s%s", paths[p->next / per_case], dtype == COMPUTE_BF16 ? " in bf16" : "",
+                       recompute ? ", recompute" : "");
+#ifdef GPU
+                gpu.sms = runs[run].sms;
+                printf(", multiprocessors: %d", gpu.sms);
+#endif
+                printf("\n");
+                p->good = (run ? p->good : 0) + run_case(paths[p->next / per_case]);
+                p->passed += p->good == RUNS;
+            }
+            exit(0);
         }
-    printf("%d passed, %d failed\n", passed, failed);
-    return failed > 0 || !passed;
+        int status;
+        while (waitpid(child, &status, 0) < 0 && errno == EINTR) continue;
+        if (!p->ready) return 1;
+        if (p->next == total) break;
+        printf("  ended the program with %s %d  FAIL\n", WIFSIGNALED(status) ? "signal" : "exit status",
+               WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
+        p->good = -RUNS;
+        p->next++;
+    }
+    printf("%d passed, %d failed\n", p->passed, total / RUNS - p->passed);
+    return p->passed < total / RUNS || !total;
 }

@@ -96,6 +96,15 @@ check "train: micro-batches: the same loss" awk -F, 'FNR == 2 { loss[n++] = $2 }
     END { exit !(n == 2 && (loss[0] / loss[1] - 1) ^ 2 < 1e-12) }' six/log.csv micro/log.csv
 runs "train: warm-up" "$train" $small --steps 5 --warmup 4 --lr 1e-3 --out warm
 check "train: warm-up: learning rates" [ "$(echo $(column warm/log.csv 6))" = "0.00025 0.0005 0.00075 0.001 0.001" ]
+runs "train: linear schedule" "$train" $small --steps 5 --warmup 1 --lr 1e-3 --lr_schedule linear --out linear
+check "train: linear schedule: learning rates" \
+    [ "$(echo $(column linear/log.csv 6))" = "0.001 0.001 0.00075 0.0005 0.00025" ]
+runs "train: cosine schedule" "$train" $small --steps 4 --lr 1e-3 --lr_schedule cosine --out cosine
+check "train: cosine schedule: learning rates" \
+    [ "$(echo $(column cosine/log.csv 6))" = "0.001 0.000853553 0.0005 0.000146447" ]
+runs "train: logit-normal timesteps" "$train" $small --steps 2 --t_sampling logit_normal --t_mean 1 --out logit
+check "train: logit-normal timesteps: another loss" \
+    differ <(sed -n 3p six/log.csv | cut -d, -f2) <(sed -n 3p logit/log.csv | cut -d, -f2) # the first is of zeros
 runs "train: --name=value, a flag without value" "$train" $small --steps=1 --hflip --show --out=flags
 check "train: --show draws half blocks" grep -q $'\x1b\[38;2;[0-9]*;[0-9]*;[0-9]*m.*\xe2\x96\x80' out
 
@@ -112,6 +121,10 @@ printf '3,9,9,0,1,1,1,1,1,1\n4,9' >> crashed/log.csv # steps after the last save
 runs "resume: after a crash" "$train" --resume crashed --steps 6
 check "resume: after a crash: same bytes" same six/weights.safetensors crashed/weights.safetensors
 check "resume: after a crash: log" cmp <(cut -d, -f1-8 six/log.csv) <(cut -d, -f1-8 crashed/log.csv)
+runs "resume: a schedule: two steps of four" "$train" $small --steps 2 --lr 1e-3 --lr_schedule cosine --out half
+runs "resume: a schedule: to four" "$train" --resume half --steps 4
+check "resume: a schedule: falls to zero at the new end" \
+    same <(column half/log.csv 6 | tail -n 2) <(column cosine/log.csv 6 | tail -n 2)
 runs "resume: a model by its name" "$train" --model S/4 --image_size 8 --width 24 --heads 3 --steps 1 --batch 2 \
     --sample_steps 2 --out named
 runs "resume: a model by its name: goes on" "$train" --resume named --steps 2
@@ -163,6 +176,8 @@ runs "train: plain DiT, eps" \
     "$train" $small --fixed_point 0 --depth 2 --prediction eps --learn_sigma 1 --steps 2 --out dit
 runs "train: v" "$train" $small --prediction v --zero_terminal_snr 1 --v_weight p2 --timestep_in_pre_post 1 \
     --pre_depth 2 --post_depth 0 --steps 2 --out v
+runs "train: x" "$train" $small --prediction x --timestep_in_pre_post 1 --steps 2 --out x
+runs "train: x, DiT" "$train" $small --prediction x --fixed_point 0 --depth 2 --steps 2 --out x_dit
 runs "train: bfloat16 weights" "$train" $small --weights_dtype bf16 --steps 2 --out bf16
 runs "train: bfloat16 weights are half as large" "$unit" tensors bf16/weights.safetensors
 check "train: bfloat16 weights, every tensor" [ "$(grep -vc " BF16 " out)" = 0 ]
@@ -177,6 +192,28 @@ floats='{"__metadata__":{"latent_scale":"0.18215"},"x":{"dtype":"F32","shape":[6
 st latents.safetensors "$floats" head -c 6144 /dev/zero
 runs "train: a dataset of latents, unlabelled" "$train" $small --data latents.safetensors --steps 2 --out latents
 check "train: their scale is in the weights" grep -aq '"latent_scale":"0.18215"' latents/weights.safetensors
+
+# ---- Starting from weights. Without learning and averaging they come out as they went in.
+
+still="--lr 0 --ema 1 --ema_warmup 0 --sample_every 0 --batch 6 --sample_steps 2"
+runs "init" "$train" --init six/weights.safetensors $still --steps 1 --out init
+check "init: the same bytes" same six/weights.safetensors init/weights.safetensors
+runs "init: of a DiT" "$train" --init dit/weights.safetensors $still --steps 1 --out init_dit
+check "init: of a DiT: the same bytes" same dit/weights.safetensors init_dit/weights.safetensors
+runs "init: goes on" "$train" --resume init --steps 2
+check "init: goes on: the same bytes" same six/weights.safetensors init/weights.safetensors
+runs "init: other labels" \
+    "$train" --init six/weights.safetensors --data images.safetensors $still --steps 1 --out relabelled
+check "init: other labels: says so" says "labels: 10 there, 2 here: their rows are drawn anew, that of no label is kept"
+runs "init: other labels: sample" \
+    "$sample" --weights relabelled/weights.safetensors --n 2 --steps 2 --labels white --out a.png
+runs "init: a fixed point from a DiT" "$train" --init dit/weights.safetensors --fixed_point 1 --pre_depth 2 \
+    --post_depth 0 $still --steps 1 --out born
+check "init: a fixed point from a DiT: says how" says "a DiT of 2 blocks: the first 2, the last 0, and number 1 as the"
+runs "init: a fixed point from a DiT: sample" "$sample" --weights born/weights.safetensors --n 1 --steps 2 --out a.png
+runs "train: how SiT sees the time" "$train" $small --time_embedding sit --steps 6 --out sit
+check "train: how SiT sees the time: other losses" differ <(column sit/log.csv 2) <(column six/log.csv 2)
+check "train: how SiT sees the time: is in the weights" grep -aq '"time_embedding":"sit"' sit/weights.safetensors
 
 # ---- Sampling
 
@@ -244,6 +281,22 @@ runs "sample: bfloat16 weights" "$sample" --weights bf16/weights.safetensors --n
 runs "sample: class names of the data" \
     "$sample" --weights images/weights.safetensors --labels white --n 1 --steps 2 --out a.png
 runs "sample: 4 channels, unlabelled" "$sample" --weights latents/weights.safetensors --n 1 --steps 2 --out a.png
+check "sample: unlabelled: nothing to guide" says " 16 block passes per picture: a.png"
+check "sample: latents: says how to decode them" says "^a.png shows three channels of latents; .*latents.py decode FILE"
+runs "sample: x" "$sample" --weights x/weights.safetensors --n 3 --steps 3 --budget 12 --latents x.safetensors --out a.png
+check "sample: x: passes" says " 12 block passes"
+runs "sample: x, DiT" "$sample" --weights x_dit/weights.safetensors --n 3 --steps 3 --out a.png
+runs "sample: shifted timesteps" "$sample" $weights --n 2 --steps 4 --iters 1 --t_shift 3 --trace shift.csv --out a.png
+check "sample: shifted timesteps: where they are" [ "$(echo $(column shift.csv 2))" = "999 900 750 500" ]
+for kind in x x_dit six v; do
+    runs "sample: strip of $kind" "$sample" --weights $kind/weights.safetensors --n 5 --batch 2 --steps 3 --strip $kind.png \
+        --out a.png
+    runs "sample: strip of $kind: decodes" "$unit" png $kind.png
+    check "sample: strip of $kind: two pictures in two rows, three columns" says "^80 106 "
+done
+runs "sample: strip: no more than 24 columns" "$sample" $weights --n 1 --steps 40 --iters 1 --strip a.png --out b.png
+runs "sample: strip: decodes" "$unit" png a.png
+check "sample: strip: 24 columns" says "^626 54 "
 runs "sample: --show" "$sample" $weights --n 1 --steps 2 --show --out a.png
 check "sample: --show draws half blocks" says $'\xe2\x96\x80'
 
@@ -260,12 +313,13 @@ runs "bench: without matmuls" "$bench" --width 32 --heads 2 --image_size 8 --bat
 
 for option in data image_size model width heads depth patch fixed_point pre_depth post_depth timestep_in_pre_post \
     no_grad_iters grad_iters prediction learn_sigma zero_terminal_snr v_weight batch micro_batch steps lr warmup \
-    weight_decay grad_clip ema ema_warmup label_drop hflip seed recompute dtype out resume save_every sample_every \
+    lr_schedule t_sampling t_mean t_std weight_decay grad_clip ema ema_warmup label_drop hflip seed recompute dtype out \
+    resume init time_embedding save_every sample_every \
     log_every; do
     echo "  --$option "
 done > train_options
 for option in weights n labels seed sampler steps eta iters budget alloc reuse tol solver window mixing cfg \
-    cfg_channels out latents trace show; do
+    cfg_channels t_shift out latents trace strip show; do
     echo "  --$option "
 done > sample_options
 for option in model width heads depth patch batch n m rounds; do echo "  --$option "; done > bench_options
@@ -292,7 +346,7 @@ refuses "option: a word for a number" "option --lr: 'fast' is not a number" "$tr
 refuses "option: NaN" "option --lr: 'nan' is not a number" "$train" --lr nan
 refuses "option: half a number" "option --steps: '3x'" "$train" --steps 3x
 refuses "option: a fraction" "option --steps: '1.5' is not a whole number" "$train" --steps 1.5
-refuses "option: unknown word" "option --prediction: 'x0' is not one of eps\|v\|flow" "$train" --prediction x0
+refuses "option: unknown word" "option --prediction: 'x0' is not one of eps\|v\|flow\|x" "$train" --prediction x0
 refuses "option: range upside down" "option --grad_iters: '4,2'" "$train" --grad_iters 4,2
 refuses "option: range from 0" "option --grad_iters: '0,2'" "$train" --grad_iters 0,2
 refuses "option: range of three" "option --no_grad_iters: '1,2,3'" "$train" --no_grad_iters 1,2,3
@@ -303,6 +357,19 @@ refuses "option: model without patch" "option --model: 'S'" "$train" --model S
 refuses "option: patch" "image_size 9 is not a multiple of patch 2" "$train" --image_size 9 --patch 2 --out no
 refuses "option: heads" "width 32 is not a multiple of heads 3" "$train" --width 32 --heads 3 --out no
 refuses "option: variance and flow" "learn_sigma" "$train" --learn_sigma 1 --out no
+refuses "option: variance and x" "learn_sigma 1 needs prediction eps or v" "$train" --prediction x --learn_sigma 1 --out no
+refuses "option: zero SNR and x" "zero_terminal_snr 1 needs prediction v, not x" \
+    "$train" --prediction x --zero_terminal_snr 1 --out no
+refuses "option: schedule" "option --lr_schedule: 'step' is not one of constant\|linear\|cosine" "$train" --lr_schedule step
+refuses "option: kind of timesteps" "option --t_sampling: 'normal' is not one of" "$train" --t_sampling normal
+refuses "option: mean of the timesteps" "option --t_mean: '30' is not a number from -20 to 20" "$train" --t_mean 30
+refuses "option: deviation of the timesteps" "option --t_std: '-1' is not a number from 0" "$train" --t_std=-1
+refuses "option: shift" "option --t_shift: '-1' is not a number from 0 to 100" "$sample" --t_shift=-1
+refuses "option: strip of a noisy sampler" "option --strip" "$sample" --weights v/weights.safetensors --sampler ddpm \
+    --strip no.png --out no.png
+refuses "option: strip of noisy ddim" "option --strip" "$sample" --weights v/weights.safetensors --eta 0.5 --strip no.png \
+    --out no.png
+refuses "option: sampler of x" "option --sampler" "$sample" --weights x/weights.safetensors --sampler ddim --out no.png
 refuses "option: zero SNR and eps" "zero_terminal_snr" "$train" --prediction eps --zero_terminal_snr 1 --out no
 refuses "option: sampler while training" "option --sampler" "$train" --sampler ddim --out no
 refuses "option: batch beyond memory" "memory|MB|lower --batch" "$train" --batch 1048576 --image_size 256 --width 1024 --out mem
@@ -326,6 +393,21 @@ refuses "option: no mixing" "option --mixing: '0' is not a number from 0.01 to 2
 refuses "option: label too large" "option --labels: '11'" "$sample" $weights --labels 0,11 --out no.png
 refuses "option: label negative" "option --labels: '-1'" "$sample" $weights --labels=-1 --out no.png
 refuses "option: unknown class" "option --labels: 'hart'" "$sample" $weights --labels hart --out no.png
+
+from="--init six/weights.safetensors --out no"
+refuses "init: width" "init: six/weights.safetensors has width 32, this run 64" "$train" $from --width 64
+refuses "init: prediction" "has prediction flow, this run v" "$train" $from --prediction v
+refuses "init: size of the pictures" "has image_size 8, this run 12" "$train" $from --image_size 12
+refuses "init: channels" "has channels 3, this run 4" "$train" $from --data latents.safetensors
+refuses "init: time" "has time_embedding dit, this run sit" "$train" $from --time_embedding sit
+refuses "init: a DiT from a fixed point" "has fixed_point 1, this run 0" "$train" $from --fixed_point 0
+refuses "init: too few blocks" "dit/weights.safetensors has 2 blocks" \
+    "$train" --init dit/weights.safetensors --fixed_point 1 --pre_depth 2 --post_depth 1 --out no
+refuses "init: and resume" "leave out --init or --resume" "$train" --init six/weights.safetensors --resume six --steps 9
+refuses "init: no such file" "gone.safetensors" "$train" --init gone.safetensors --out no
+refuses "init: a dataset" "images.safetensors: metadata 'image_size' is missing" \
+    "$train" --init images.safetensors --out no
+refuses "init: a state" "tensor .* is missing" "$train" --init six/state.safetensors $small --out no
 
 # ---- What must be refused: files
 

@@ -414,6 +414,87 @@ def test_plot_side_by_side():
     fails("PNG", "plot.py", "first.png", "nothing.png", "--out", "c.png")
 
 
+def test_sample_strip():
+    """The strip of sample_cpu against the same sampling in PyTorch: x_t and the x0 that each prediction stands for."""
+    try:
+        import torch
+    except ImportError:
+        raise Skip("needs torch") from None
+    if str(TOOLS) not in sys.path:
+        sys.path.insert(0, str(TOOLS))
+    import reference
+
+    subprocess.run(["make", "-s", "sample_cpu"], cwd=TOOLS.parent, check=True)
+    S, n = 4, 2
+    for case, shift in (("sample_x_reuse", 0), ("sample_x_reuse", 2), ("sample_flow_reuse", 0), ("sample_flow_reuse", 1),
+                        ("sample_v_zero_snr_ddim", 0), ("sample_ddim_reuse", 0)):
+        path = TOOLS.parent / "test" / "cases" / (case + ".safetensors")
+        done = subprocess.run([TOOLS.parent / "sample_cpu", "--weights", path, "--n", str(n), "--steps", str(S), "--iters",
+                               "2", "--cfg", "1", "--reuse", "0", "--seed", "7", "--t_shift", str(shift), "--strip", "s.png",
+                               "--out", "g.png"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        strip = np.asarray(Image.open("s.png")).astype(int)
+
+        contents, metadata = reference.load_file(path)
+        fields = reference.dataclasses.fields(reference.Config)
+        cfg = reference.Config(**{f.name: f.type(metadata[f.name]) for f in fields if f.name in metadata})
+        model = reference.FPDM(cfg).double()
+        model.load_state_dict({k: torch.from_numpy(contents[k]) for k in model.state_dict()})
+        positions = [round(i * 999 / (S - 1)) for i in range(S)]
+        edges = [shift * i / (S + (shift - 1) * i) for i in range(S + 1)] if shift else [i / S for i in range(S + 1)]
+        ab = reference.Schedule.training(cfg).ab[torch.tensor(positions)].tolist()
+        noise = [reference.normal(cfg.channels * cfg.image_size**2, b, reference.X_T, 7) for b in range(n)]
+        x = torch.tensor(np.stack(noise)).double().view(n, cfg.channels, cfg.image_size, cfg.image_size)
+        for column, i in enumerate(reversed(range(S))):
+            t = min(round(1000 * edges[i + 1]), 999) if shift else positions[i]
+            tau = edges[i + 1] if shift else t / 1000
+            with torch.no_grad():
+                out, _ = model(x, torch.full((n,), t), torch.arange(n) % cfg.classes, 0, 2)
+            a, b = ab[i] ** 0.5, (1 - ab[i]) ** 0.5
+            x0 = {"x": out, "flow": x + tau * out, "v": a * x - b * out, "eps": (x - b * out) / a}[cfg.prediction]
+            for picture in range(n):
+                for row, want in enumerate((x[picture], x0[picture])):
+                    top, left = 2 + (2 * picture + row) * (3 * cfg.image_size + 2), 2 + column * (3 * cfg.image_size + 2)
+                    got = strip[top : top + 3 * cfg.image_size : 3, left : left + 3 * cfg.image_size : 3]
+                    want = np.floor(np.clip(127.5 * want.permute(1, 2, 0).numpy() + 128, 0, 255))
+                    assert np.abs(got - want).max() <= 1, (case, shift, column, picture, row, np.abs(got - want).max())
+            if cfg.prediction in ("x", "flow"):
+                velocity = (x0 - x) / max(tau, 0 if shift else 0.05) if cfg.prediction == "x" else out
+                x = x + (edges[i + 1] - edges[i]) * velocity
+            else:
+                before = ab[i - 1] if i else 1.0
+                x = before**0.5 * x0 + (1 - before) ** 0.5 * (x - a * x0) / b
+
+
+def test_plot_strip():
+    tiles = rng.integers(0, 5, (4, 3, 12, 12, 3)).astype(np.uint8) * 50  # rows: x_t and x0 of two pictures; columns
+    strip = np.full((4 * 14 + 2, 3 * 14 + 2, 3), 230, np.uint8)
+    for row in range(4):
+        for column in range(3):
+            top, left = 2 + 14 * row, 2 + 14 * column
+            strip[top : top + 12, left : left + 12] = tiles[row, column]
+    Image.fromarray(strip).save("strip.png")
+    said, _ = run("plot.py", "strip.png", "--out", "a.gif")
+    assert said == "a.gif: 3 timesteps of 2 pictures\n", said
+    with Image.open("a.gif") as film:
+        assert film.n_frames >= 3 and film.info["loop"] == 0, film.n_frames
+        for column in range(3):
+            film.seek(column)
+            frame = np.asarray(film.convert("RGB")).astype(int)
+            assert frame.shape == (30, 30, 3), frame.shape
+            for picture in range(2):
+                for row in range(2):  # GIF: 256 colours
+                    got = frame[2 + 14 * row : 14 + 14 * row, 2 + 14 * picture : 14 + 14 * picture]
+                    error = np.abs(got - tiles[2 * picture + row, column]).mean()
+                    other = np.abs(got - tiles[2 * picture + 1 - row, column]).mean()
+                    assert error < 15 < other, (column, picture, row, error, other)
+    Image.fromarray(strip[:-14]).save("odd.png")
+    Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8)).save("noise.png")
+    for wrong in ("odd.png", "noise.png"):
+        fails("not a strip", "plot.py", wrong, "--out", "b.gif")
+    fails("--strip", "plot.py", "nothing.png", "--out", "b.gif")
+
+
 def plotted(*args):
     """plot.py in this process: the module, its figure, and what it printed."""
     if str(TOOLS) not in sys.path:

@@ -62,9 +62,11 @@ static const Case cases[] = { // model: fixed point, pre, post, time in both; lo
     {"v, zero SNR", 1, 0, 1, 0, PREDICT_V, V_WEIGHT_1, 1, 1, 4, 2, 3, 8, 2, 2, 3, 0, 2, {999, 998, 0}, {2, 0, 1}},
     {"flow, no pre, no post", 1, 0, 0, 0, PREDICT_FLOW, 0, 0, 0, 6, 2, 3, 24, 3, 3, 2, 0, 3, {999, 111}, {1, 0}},
     {"flow, no labels, one token", 1, 2, 1, 1, PREDICT_FLOW, 0, 0, 0, 3, 3, 4, 12, 1, 0, 1, 4, 1, {250}, {0}},
+    {"x, 9 tokens", 1, 1, 1, 1, PREDICT_X, 0, 0, 0, 9, 3, 3, 16, 2, 3, 3, 1, 2, {999, 0, 120}, {1, 3, 2}},
     {"144 tokens", 1, 0, 1, 0, PREDICT_EPS, 0, 0, 0, 12, 1, 1, 8, 1, 1, 1, 1, 1, {800}, {1}},
     {"DiT eps, variance", 0, 2, 0, 0, PREDICT_EPS, 0, 1, 0, 6, 2, 3, 16, 2, 3, 3, 1, 1, {0, 300, 800}, {1, 3, 3}},
     {"DiT flow", 0, 3, 0, 0, PREDICT_FLOW, 0, 0, 0, 5, 1, 1, 8, 2, 2, 2, 0, 1, {1, 900}, {0, 2}},
+    {"DiT x", 0, 2, 0, 0, PREDICT_X, 0, 0, 0, 4, 2, 1, 12, 3, 2, 2, 0, 1, {49, 400}, {2, 1}},
 };
 // clang-format on
 enum { N_CASES = sizeof cases / sizeof *cases };
@@ -306,7 +308,7 @@ static void test_sampling_batches(const Case *k, int sampler, double eta, double
     schedule_make(s, &c, STEPS);
     for (int b = 0; b < PICTURES; b++) y[b] = b % (c.classes + 1);
     for (int batch = 1; batch <= PICTURES; batch += batch < 3 ? 1 : 2) {
-        SampleSettings set = {sampler, 2, 1, eta, cfg, 0, iters, NULL, 0, window, 0.8};
+        SampleSettings set = {sampler, 2, 1, eta, cfg, 0, iters, NULL, 0, window, 0.8, NULL};
         Model *m = model_create(&c, cfg != 1 ? 2 * batch : batch, 0, 0, 0, window, COMPUTE_FP32);
         random_weights(m);
         sample_pictures(m, s, &set, batch == 1 ? want : got, y, PICTURES, 3);
@@ -582,6 +584,20 @@ static void test_schedule(void) {
     for (int i = 1; i < DIFFUSION_STEPS; i++)
         falls &= s->alpha_bar[i] < s->alpha_bar[i - 1] && !isnan(s->log_var[i]) && !isnan(s->log_beta[i]);
     CHECK("schedule: zero terminal SNR", falls);
+    for (double shift = 0.25; shift < 9;
+         shift *= 2) { // the ratio of noise to picture is `shift` times that of even steps
+        double sum = 0;
+        int ratio = 1, matches = 1;
+        schedule_make(s, &c, 7);
+        schedule_shift(s, shift);
+        for (int i = 0; i < 7; i++) {
+            double tau = s->tau[i], expected = shift * (i + 1) / (6 - i);
+            ratio &= i == 6 ? tau == 1 : fabs(tau / (1 - tau) / expected - 1) < 1e-9;
+            sum += s->dt[i];
+            matches &= fabs(sum - tau) < 1e-12 && (s->t[i] == 999 || fabs(s->t[i] - 1000 * tau) <= 0.5);
+        }
+        check(ratio && matches && s->t[6] == 999, "schedule: shifted by %g", shift);
+    }
     xfree(s);
 }
 
@@ -683,6 +699,50 @@ static void labels_of_two(const char *list) {
     static const char *const names[] = {"cat", "dog"};
     int y[8];
     parse_labels(y, 8, list, 2, names);
+}
+
+// Timesteps drawn from a logit-normal distribution, and the learning rate of a step
+static void test_timesteps_and_rates(void) {
+    enum { DRAWS = 100000 };
+    static Options o;
+    double worst = 0, below[9] = {0};
+    options_default(&o, TRAIN);
+    o.t_sampling = T_LOGIT_NORMAL;
+    o.t_mean = 0.4;
+    o.t_std = 1.3;
+    for (uint32_t i = 0; i < DRAWS; i++) {
+        uint32_t word[4];
+        philox(word, 3, i, 0, STREAM_T);
+        int t = draw_timestep(word, &o);
+        for (int k = 0; k < 9; k++) below[k] += t < 100 * (k + 1);
+    }
+    for (int k = 0; k < 9; k++) { // P(t < 1000 p) = Phi((logit p - mean)/std)
+        double p = 0.1 * (k + 1), normal = 0.5 * erfc((0.4 - log(p / (1 - p))) / 1.3 / sqrt(2));
+        worst = fmax(worst, fabs(below[k] / DRAWS - normal));
+    }
+    check(worst < 0.006, "timesteps: logit-normal: distribution function, error %.4f", worst);
+    uint32_t low[4] = {0, 0, 0, 0}, high[4] = {0, 0x80000000u, 0, 0};
+    o.t_std = 20;
+    CHECK("timesteps: logit-normal: both ends", draw_timestep(low, &o) == 999 && draw_timestep(high, &o) == 0);
+    o.t_std = 0;
+    o.t_mean = 1;
+    CHECK("timesteps: logit-normal: no deviation", draw_timestep(low, &o) == 731);
+
+    o.lr = 2, o.warmup = 10, o.steps = 110;
+    int rises = 1, same = 1, line = 1, wave = 1;
+    for (int schedule = LR_CONSTANT; schedule <= LR_COSINE; schedule++) {
+        o.lr_schedule = schedule;
+        for (int step = 0; step < 10; step++) rises &= fabs(learning_rate(&o, step) - 0.2 * (step + 1)) < 1e-12;
+        for (int step = 10; step < 110; step++) {
+            double lr = learning_rate(&o, step), done = (step - 10) / 100.0;
+            if (schedule == LR_CONSTANT) same &= lr == 2;
+            if (schedule == LR_LINEAR) line &= fabs(lr - 2 * (1 - done)) < 1e-12;
+            if (schedule == LR_COSINE) wave &= fabs(lr - 2 * pow(cos(done * 1.5707963267948966), 2)) < 1e-12;
+        }
+    }
+    check(rises && same && line && wave, "learning rate: warm-up, constant, linear, cosine");
+    o.warmup = 200; // longer than the run
+    CHECK("learning rate: a warm-up that never ends", learning_rate(&o, 109) == 2 * 110 / 200.0);
 }
 
 static void test_options(void) {
@@ -795,7 +855,7 @@ static void test_weights(void) {
         {"a negative width", "width", "-8", "metadata width: '-8'", NULL},
         {"a huge width", "width", "1e300", "metadata width: '1e300'", NULL},
         {"no number", "heads", "many", "metadata heads: 'many'", NULL},
-        {"an unknown prediction", "prediction", "x0", "metadata prediction: 'x0' is not one of eps|v|flow", NULL},
+        {"an unknown prediction", "prediction", "x0", "metadata prediction: 'x0' is not one of eps|v|flow|x", NULL},
         {"too many blocks", "pre_depth", "33", "metadata pre_depth: '33'", NULL},
         {"heads do not divide the width", "heads", "3", "metadata: width 16 is not a multiple of heads 3", NULL},
         {"too many tokens", "image_size", "4096", "tokens per picture", NULL},
@@ -1145,6 +1205,7 @@ int main(int argc, char **argv) {
         test_weights();
         test_datasets();
         test_plan();
+        test_timesteps_and_rates();
         test_options();
         test_png();
         rmdir(test_folder);

@@ -18,6 +18,7 @@ each with its first call's time and its peak memory; for --mode attention the at
 the fastest of everything that it offers for the step: fused AdamW, foreach EMA and clipping.
 """
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -335,6 +336,9 @@ def main():
     option("--process", help=argparse.SUPPRESS)
     parser.error = lambda message: die(f"{message}; see --help")
     args = parser.parse_args()
+    for package in ("torch", "numpy", "safetensors"):
+        if importlib.util.find_spec(package) is None:
+            die(f"needs the Python package {package}: pip install -r tools/requirements.txt")
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if args.process:
         return torch_process(args)
@@ -344,7 +348,7 @@ def main():
     probe = "import torch; print(torch.__version__)"
     version = subprocess.run([sys.executable, "-c", probe], stdout=subprocess.PIPE, text=True).stdout.strip()
     if not version:
-        die(f"{sys.executable} has no torch; run this with a Python that has, or pip install torch")
+        die(f"{sys.executable} cannot import torch; its own message is above")
     contenders = [Torch("torch-eager", args)]
     if int(version.split(".")[0]) >= 2 and not args.no_compile:
         contenders.append(Torch("torch-compiled", args))

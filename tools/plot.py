@@ -5,6 +5,7 @@
     python3 tools/plot.py runs/fpdm/log.csv runs/dit/log.csv --names FPDM,DiT --out loss.png
     python3 tools/plot.py trace.csv --out residuals.png                            # of sample_* --trace trace.csv
     python3 tools/plot.py fpdm.png dit.png --names FPDM,DiT --out both.png         # of sample_* --out
+    python3 tools/plot.py strip.png --out sampling.gif                             # of sample_* --strip strip.png
     python3 tools/plot.py fixed_point cold.csv warm.csv --out fixed_point.png      # how the iteration settles
     python3 tools/plot.py architecture --out architecture.png                      # the model as a diagram
 
@@ -25,16 +26,19 @@ import math
 import sys
 from pathlib import Path
 
-import matplotlib
+try:
+    import matplotlib
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib import font_manager
-from matplotlib.colors import LogNorm
-from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from matplotlib import font_manager
+    from matplotlib.colors import LogNorm
+    from matplotlib.patches import FancyBboxPatch
+    from matplotlib.ticker import MaxNLocator
+    from PIL import Image, ImageDraw, ImageFont
+except ImportError as error:
+    sys.exit(f"plot.py: needs the Python package {error.name}: pip install -r tools/requirements.txt")
 
 PANELS = {  # what of a log is drawn, where the file has it
     "loss": "loss",
@@ -182,6 +186,34 @@ def side_by_side(args):
         left += picture.width + gap
     save(args.out, lambda: row.save(args.out, format="PNG", optimize=True))
     print(f"{args.out}: {', '.join(names)}")
+
+
+def animate(args):
+    """A strip as GIF: a frame for each of its columns, the pictures beside each other, x_t above the predicted x0."""
+    try:
+        strip = Image.open(args.files[0]).convert("RGB")
+    except OSError as error:
+        die(f"{error}; give a strip of sample_* --strip")
+    pixels = np.asarray(strip)
+    light = [(pixels == 230).all(axis=(axis, 2)) for axis in (1, 0)]  # the gaps, of whole rows and columns
+    tops, lefts = ([i for i in range(1, len(gap)) if gap[i - 1] and not gap[i]] for gap in light)
+    side = int(np.argmax(light[0][2:])) or 1
+    if len(args.files) > 1 or len(tops) % 2 or not lefts or strip.size != tuple(
+            n * (side + 2) + 2 for n in (len(lefts), len(tops))):
+        die(f"{args.files[0]}: this is not a strip; make one with sample_* --strip")
+    frames = []
+    for left in lefts + lefts[-1:] * 7:  # the last one stays
+        frame = Image.new("RGB", (len(tops) // 2 * (side + 2) + 2, 2 * side + 6), (230, 230, 230))
+        for i, top in enumerate(tops):
+            frame.paste(strip.crop((left, top, left + side, top + side)), (2 + i // 2 * (side + 2), 2 + i % 2 * (side + 2)))
+        frames.append(frame)
+    colours = frames[-1].quantize(256 - 64).getpalette()[: 3 * 192] + frames[0].quantize(64).getpalette()[: 3 * 64]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette((colours + 768 * [0])[:768])
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    save(args.out, lambda: frames[0].save(args.out, format="GIF", save_all=True, append_images=frames[1:], duration=150,
+                                          loop=0))
+    print(f"{args.out}: {len(lefts)} timesteps of {len(tops) // 2} pictures")
 
 
 def sample_solutions(path, table, reuse):
@@ -443,7 +475,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", help="log.csv of training runs, traces of sample_* --trace, PNGs; "
                         "or fixed_point and two traces; or architecture")
-    parser.add_argument("--out", required=True, help="the PNG to write")
+    parser.add_argument("--out", required=True, help="the PNG to write, or of a strip the GIF")
     parser.add_argument("--names", help="what to call the files, commas between (default: as they are called)")
     parser.add_argument("--columns", help="which columns of a log to draw, commas between (default: those that change)")
     parser.add_argument("--smooth", type=int, help="steps in the running mean (default: a fiftieth of the run)")
@@ -456,7 +488,7 @@ def main():
     first = args.files[0]
     figure = {"fixed_point": plot_fixed_point, "architecture": plot_architecture}.get(first)
     if figure or first.endswith(".png"):
-        (figure or side_by_side)(args)
+        (figure or (animate if args.out.endswith(".gif") else side_by_side))(args)
         return
     tables = [read_csv(path) for path in args.files]
     paths = [Path(path).resolve() for path in args.files]

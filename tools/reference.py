@@ -17,12 +17,15 @@ import os
 import sys
 import zlib
 
-import numpy as np
-import safetensors
-import safetensors.numpy
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
+try:
+    import numpy as np
+    import safetensors
+    import safetensors.numpy
+    import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
+except ImportError as error:
+    sys.exit(f"reference.py: needs the Python package {error.name}: pip install -r tools/requirements.txt")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: the fields are the metadata of a weights file
@@ -45,17 +48,25 @@ class Config:
     pre_depth: int = 1
     post_depth: int = 1
     timestep_in_pre_post: int = 0
-    prediction: str = "eps"  # eps, v or flow
+    prediction: str = "eps"  # eps, v, flow or x
     zero_terminal_snr: int = 0
     v_weight: str = "p2"  # p2 or 1
     diffusion_steps: int = 1000
+    time_embedding: str = "dit"  # dit, sit or diffusers
 
     @property
     def out_channels(self):
         return self.channels * (2 if self.learn_sigma else 1)
 
     def metadata(self):
-        return {k: str(v) for k, v in dataclasses.asdict(self).items()}
+        fields = dataclasses.asdict(self)
+        if self.time_embedding == "dit":  # what a file without it means
+            del fields["time_embedding"]
+        return {k: str(v) for k, v in fields.items()}
+
+    @classmethod
+    def from_metadata(cls, metadata):
+        return cls(**{f.name: f.type(metadata[f.name]) for f in dataclasses.fields(cls) if f.name in metadata})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,13 +165,16 @@ class PatchEmbedder(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, kind="dit"):
         super().__init__()
+        self.kind = kind
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        f = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64, device=t.device) / 128)
-        angle = t.double().unsqueeze(1) * f
+        i = torch.arange(128, dtype=torch.float64, device=t.device)
+        f = torch.exp(-math.log(10000) * i / (127 if self.kind == "diffusers" else 128))
+        time = 1 - t.double() / 1000 if self.kind == "sit" else t.double()
+        angle = time.unsqueeze(1) * f
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp[0].weight.dtype))
 
 
@@ -190,7 +204,7 @@ class FPDM(nn.Module):
         blocks = lambda count: nn.ModuleList(Block(D, cfg.heads, cfg.mlp_ratio) for _ in range(count))
         self.register_buffer("pos", position_embedding(D, cfg.image_size // cfg.patch), persistent=False)
         self.x_embedder = PatchEmbedder(cfg.channels, D, cfg.patch)
-        self.t_embedder = TimestepEmbedder(D)
+        self.t_embedder = TimestepEmbedder(D, cfg.time_embedding)
         self.y_embedder = LabelEmbedder(cfg.classes, D)
         if cfg.fixed_point:
             self.blocks_pre = blocks(cfg.pre_depth)
@@ -268,8 +282,15 @@ def anderson(history, mixing):
 
 def load_model(cfg, weights, dtype):
     model = FPDM(cfg).to(dtype)
-    model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
+    model.load_state_dict({k: torch.as_tensor(v) for k, v in weights.items()})
     return model
+
+
+def load_weights(path, dtype=torch.float32):
+    """Configuration and model of a weight file, whatever its dtype."""
+    with safetensors.safe_open(path, "pt") as f:
+        cfg = Config.from_metadata(f.metadata())
+        return cfg, load_model(cfg, {k: f.get_tensor(k) for k in f.keys()}, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,9 +366,11 @@ def diffusion_loss(cfg, s, model, x0, noise, t, y, n=0, m=1, acts=None):
     sqrt((1-ab)/ab)·error. At small t the two are close: their float32 difference would have lost most of its digits.
     """
     per_sample = lambda e: e.flatten(1).mean(1)
-    if cfg.prediction == "flow":
+    if cfg.prediction in ("flow", "x"):
         tau = (t.double() / cfg.diffusion_steps).to(x0.dtype).view(-1, 1, 1, 1)
         out, _ = model((1 - tau) * x0 + tau * noise, t, y, n, m, acts=acts)
+        if cfg.prediction == "x":  # the error of the velocity (x0 - x_t)/tau
+            return per_sample(((out - x0) / tau.clamp(min=0.05)) ** 2), out
         return per_sample((x0 - noise - out) ** 2), out
 
     a, b = at(s.ab.sqrt(), t, x0), at((1 - s.ab).sqrt(), t, x0)
@@ -412,10 +435,16 @@ def sampling_positions(diffusion_steps, steps):
 
 @torch.no_grad()
 def sample(cfg, model, x, y, z_noise, sampler, steps, iters, eta=0.0, cfg_scale=1.0, cfg_channels=3, reuse=False,
-           **solver):
-    """x (B,C,H,W) noise -> sample. z_noise (steps,B,C,H,W); iters: iterations of each step, first the largest t. solver:
-    window and mixing of Anderson acceleration."""
+           t_shift=0.0, **solver):
+    """x (B,C,H,W) noise -> sample. z_noise (steps,B,C,H,W); iters: iterations of each step, first the largest t. t_shift:
+    0, or for flow and x timesteps that match the noise in x. solver: window and mixing of Anderson acceleration."""
     C, B, positions = cfg.channels, len(x), sampling_positions(cfg.diffusion_steps, steps)
+    tau = [max(t / cfg.diffusion_steps, 0.05) for t in positions]
+    dt = [1 / steps] * steps
+    if t_shift:
+        edges = [t_shift * i / (steps + (t_shift - 1) * i) for i in range(steps + 1)]  # of the noise's share
+        tau, dt = edges[1:], [after - before for before, after in zip(edges, edges[1:])]
+        positions = [min(round(cfg.diffusion_steps * t), cfg.diffusion_steps - 1) for t in tau]
     s = Schedule(Schedule.training(cfg).ab[torch.tensor(positions)])
     solution = None
     for k, i in enumerate(reversed(range(steps))):
@@ -433,7 +462,7 @@ def sample(cfg, model, x, y, z_noise, sampler, steps, iters, eta=0.0, cfg_scale=
 
         pred, t = out[:, :C], full(i, B)
         if sampler == "flow":
-            x = x + pred / steps
+            x = x + dt[i] * ((pred - x) / tau[i] if cfg.prediction == "x" else pred)
             continue
         x0_hat = predict_x0(cfg, s, x, t, pred)
         if sampler == "ddpm":
@@ -508,6 +537,12 @@ def normal(count, step, stream, seed):
     return elements(z.reshape(4, -1), count).astype(np.float32)
 
 
+def start_noise(cfg, n, seed):
+    """The noise (n,C,H,W) from which sample_* draws n pictures."""
+    shape = cfg.channels, cfg.image_size, cfg.image_size
+    return torch.from_numpy(np.stack([normal(math.prod(shape), i, X_T, seed).reshape(shape) for i in range(n)]))
+
+
 def initial_weights(cfg, seed):
     """The k-th parameter in the model's order draws from step k of its stream."""
     weights = {}
@@ -559,6 +594,23 @@ class Data:
         return x.float(), y
 
 
+def draw_timesteps(words, diffusion_steps, args):
+    """uniform: word 0 below diffusion_steps. logit_normal: tau = sigmoid of a normal number of words 0 and 1."""
+    if args.t_sampling == "uniform":
+        return below(words[0], diffusion_steps)
+    u, angle = uniform(words[0]), 2 * np.pi * uniform(words[1])
+    logit = args.t_mean + args.t_std * np.sqrt(-2 * np.log(u)) * np.cos(angle)
+    return np.minimum(diffusion_steps - 1, np.floor(diffusion_steps / (1 + np.exp(-logit)))).astype(np.int64)
+
+
+def learning_rate(args, step):
+    """Linear warm-up, then constant or falling to zero at args.steps."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = (step - args.warmup) / (args.steps - args.warmup)
+    return args.lr * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_schedule]
+
+
 def command_train(args):
     """Trains with the draws of train_cpu and train_gpu; log.csv is to agree with theirs up to rounding."""
     dtype = getattr(torch, args.dtype)
@@ -581,7 +633,7 @@ def command_train(args):
         for step in range(args.steps):
             draw = lambda stream, count: philox(np.arange(count), step, stream, args.seed)
             x0, y = data.load(step)
-            t = torch.from_numpy(below(draw(TIME, B)[0], cfg.diffusion_steps))
+            t = torch.from_numpy(draw_timesteps(draw(TIME, B), cfg.diffusion_steps, args))
             noise = torch.from_numpy(normal(x0.numel(), step, NOISE, args.seed)).view(x0.shape)
             y[torch.from_numpy(uniform(draw(DROP, B)[0]) < args.label_drop)] = cfg.classes
             words = draw(ITERATIONS, 1)
@@ -589,7 +641,7 @@ def command_train(args):
             m = m_low + int(below(words[1], m_high - m_low + 1)[0])
 
             decay = min(args.ema, (1 + step) / (10 + step)) if args.ema_warmup else args.ema
-            optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
+            optimizer.param_groups[0]["lr"] = learning_rate(args, step)
             batch = x0.to(dtype), noise.to(dtype), t, y
             loss, norm = training_step(cfg, s, model, ema, optimizer, *batch, n, m, args.grad_clip, decay)
             log.write("%d,%.9g,%d,%d\n" % (step, loss, n, m))
@@ -739,6 +791,9 @@ def case_table():
     add("forward_v_zero_snr_p2", tiny(**p(0, 0), **zero), t=[999, 998, 20], n=0, m=2)
     flow = dict(prediction="flow", timestep_in_pre_post=1)
     add("forward_flow_pre3_post0", tiny(**p(3, 0), **flow), t=[0, 512, 999], n=1, m=1)
+    odd = dict(prediction="x", image_size=9, patch=3, heads=1)  # 9 tokens; tau is clamped below t = 50
+    add("forward_x_tokens9_acts", tiny(**p(1, 1), **odd, classes=1), t=[0, 49, 51, 999, 730], n=1, m=2)
+    add("forward_x_dit_gray", tiny(**dit(2), prediction="x", channels=1), t=[50, 3, 640], n=0, m=1)
     add("forward_dit_sigma", tiny(**dit(1), **latent, learn_sigma=1), t=[0, 300, 1], n=0, m=1)
     add("forward_dit_head72_tokens9", tiny(**dit(1), image_size=6, width=72, heads=1), t=[640, 2], n=0, m=1)
     add("forward_dit_head64", tiny(**dit(1), width=64, heads=1), t=[980, 55], n=0, m=1)
@@ -747,6 +802,8 @@ def case_table():
     add("forward_tokens49_patch1_acts", tiny(**p(0, 0), image_size=7, patch=1, channels=1), t=[60, 300], n=1, m=2)
     one = dict(image_size=8, patch=8, channels=1, classes=1)
     add("forward_token1_patch8_class1", tiny(**p(0, 0), **one), t=[130, 999, 4], n=1, m=2, y=[0, 1, 0])
+    add("forward_dit_flow_sit_time", tiny(**dit(1), prediction="flow", time_embedding="sit"), t=[0, 999, 321], n=0, m=1)
+    add("forward_diffusers_time", tiny(**p(0, 0), time_embedding="diffusers"), t=[999, 5], n=1, m=1)
     many = dict(**latent, classes=1000, learn_sigma=1)
     add("forward_classes1000_sigma", tiny(**p(0, 0), **many), t=[10, 700, 350], n=1, m=1, y=[999, 1000, 0])
 
@@ -759,6 +816,10 @@ def case_table():
     add("train_dit_flow", tiny(**dit(1), prediction="flow"), B=2, n=[0] * 5, m=[1] * 5, grad_clip=100.0, **settings,
         beta1=0.8, beta2=0.95, ema_decay=0.75, weight_decay=0.03)
 
+    add("train_x_decay", tiny(**p(0, 1), **odd, timestep_in_pre_post=1), B=3, n=n, m=m, weight_decay=0.05, lr=3e-3,
+        adam_eps=1e-2)  # the velocity's error is up to 400 times as large
+    add("train_x_dit_clip", tiny(**dit(1), prediction="x"), B=2, n=[0] * 5, m=[1] * 5, grad_clip=3.0, **settings)
+
     # Samplers
     sigma = dict(learn_sigma=1)
     add("sample_ddpm", tiny(**p(2, 1), timestep_in_pre_post=1), B=2, sampler="ddpm", steps=4, iters="3")
@@ -769,6 +830,17 @@ def case_table():
     add("sample_flow_reuse", tiny(**p(0, 0), prediction="flow"), B=2, sampler="flow", steps=4, iters="2", reuse=1)
     add("sample_flow_guided_2_steps", tiny(**p(1, 0), prediction="flow"), B=1, sampler="flow", steps=2, iters="3,1",
         cfg_scale=2.5)
+    add("sample_x_reuse", tiny(**p(1, 1), prediction="x", timestep_in_pre_post=1), B=2, sampler="flow", steps=6,
+        iters="3,2,2,1,1,2", reuse=1)
+    add("sample_x_guided_3of4", tiny(**p(0, 1), **latent, prediction="x"), B=2, sampler="flow", steps=23, iters="1",
+        cfg_scale=3.0)
+    add("sample_x_dit_guided_odd", tiny(**dit(2), **odd), B=3, sampler="flow", steps=3, iters="1", cfg_scale=1.5)
+    add("sample_x_shift_reuse", tiny(**p(1, 1), **odd), B=2, sampler="flow", steps=5, iters="2,1,2,1,1", reuse=1,
+        t_shift=2.5)
+    add("sample_flow_shift_guided", tiny(**dit(1), prediction="flow"), B=1, sampler="flow", steps=3, iters="1",
+        cfg_scale=2.0, t_shift=0.7)
+    add("sample_x_anderson_reuse", tiny(**p(1, 0), **odd), B=1, sampler="flow", steps=4, iters="4,3,3,2", reuse=1,
+        window=2, mixing=0.9)
     add("sample_ddpm_sigma_guided_3of4", tiny(**p(1, 1), **latent, **sigma), B=2, sampler="ddpm", steps=4, iters="2",
         cfg_scale=4.0)
     add("sample_ddim_guided_all_reuse", tiny(**p(0, 0), **latent, timestep_in_pre_post=1), B=2, sampler="ddim", steps=5,
@@ -894,7 +966,7 @@ def main():
     train.add_argument("--model", help="S/2 ... XL/8, instead of depth, width, heads and patch")
     for field in dataclasses.fields(Config):  # the image's and the classes' come from the data
         if field.name not in ("image_size", "channels", "classes", "mlp_ratio", "diffusion_steps"):
-            choices = {"prediction": ("eps", "v", "flow"), "v_weight": ("p2", "1")}.get(field.name)
+            choices = {"prediction": ("eps", "v", "flow", "x"), "v_weight": ("p2", "1")}.get(field.name)
             train.add_argument("--" + field.name, type=field.type, default=field.default, choices=choices)
     train.add_argument("--no_grad_iters", type=pair, default=(0, 10), metavar="LOW,HIGH")
     train.add_argument("--grad_iters", type=pair, default=(1, 12), metavar="LOW,HIGH")
@@ -902,6 +974,10 @@ def main():
     train.add_argument("--steps", type=int, default=100)
     train.add_argument("--lr", type=float, default=1e-4)
     train.add_argument("--warmup", type=int, default=0, help="steps over which lr grows to its value")
+    train.add_argument("--lr_schedule", choices=("constant", "linear", "cosine"), default="constant")
+    train.add_argument("--t_sampling", choices=("uniform", "logit_normal"), default="uniform")
+    train.add_argument("--t_mean", type=float, default=0.0)
+    train.add_argument("--t_std", type=float, default=1.0)
     train.add_argument("--weight_decay", type=float, default=0.0)
     train.add_argument("--grad_clip", type=float, default=0.0)
     train.add_argument("--ema", type=float, default=0.9999)

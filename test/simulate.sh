@@ -1,0 +1,58 @@
+#!/bin/bash
+# Runs fpdm.cu as nvcc compiles it, in the simulator of PTX that stands beside the project: every test case and kernel
+# test, twenty training steps at the default size, sampling with graphs; on 3 multiprocessors and on 132, then with every
+# product of bf16 by Hopper's wgmma. Any fault that the simulator finds ends its program. Last, every kernel that the programs have must have been launched by the tests.
+#
+#   test/simulate.sh [FOLDER]     the simulator's, ../shared/ptxsim otherwise;  STEPS=2: fewer training steps
+#
+# One line for each run, `name ok` or `name FAIL`; last `N passed, N failed`. About 25 minutes on one core.
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+simulator=$(cd "${1:-$root/../shared/ptxsim}" && pwd) || exit 1
+work=$(mktemp -d) && cd "$work" || exit 1
+trap 'cd /; rm -rf "$work"' EXIT
+export RUN_IN=$root PTXSIM_TRACE=1 BUILD=${BUILD:-$work/build} OMP_NUM_THREADS=1
+passed=0 failed=0
+
+result() { # STATUS NAME
+    if [ "$1" = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+    printf '%-70s %s\n' "$2" "$([ "$1" = 0 ] && echo ok || echo FAIL)"
+}
+
+# run NAME TARGET ARGUMENT...: must end well; a fault makes it end with another status, in a test case the case
+run() {
+    local name=$1 status
+    shift
+    "$simulator/run.sh" "$root" "$@" > "$name.log" 2>&1
+    status=$?
+    [ $status = 0 ] || grep -vE '^ptxsim: launch' "$name.log" | tail -n 8
+    result $status "$name: $(grep -E 'passed,|^step|pictures in' "$name.log" | tail -n 1)"
+}
+
+for sms in 3 132; do
+    export PTXSIM_SMS=$sms
+    run cases_$sms test_gpu
+    run kernels_$sms test_kernels_gpu
+    run train_$sms train_gpu --steps "${STEPS:-20}" --sample_steps 4 --out "$work/out_$sms"
+    run sample_$sms sample_gpu --n 4 --steps 4 --cfg 2 --out "$work/sample_$sms.png"
+done
+export ARCH=compute_90a FPDM_WGMMA=2
+run cases_hopper test_gpu
+run kernels_hopper test_kernels_gpu
+run train_hopper train_gpu --steps 2 --sample_steps 4 --out "$work/out_hopper"
+run sample_hopper sample_gpu --n 4 --steps 4 --cfg 2 --out "$work/sample_hopper.png"
+
+# Names of kernels without the spaces: of the PTX, and of what the tests launched
+names() { sed -E 's/__nv_bfloat16/bf16/g; s/ //g' | sort -u; }
+for target in train_gpu sample_gpu; do
+    ptx=$(BUILD_ONLY=1 "$simulator/run.sh" "$root" $target).ptx
+    grep -oP '\.entry \K\w+' "$ptx" | c++filt | sed -E 's/^void //; s/\(.*//'
+done | names > has
+sed -nE 's/.*launch [0-9]+: (.*) <<<.*/\1/p' cases_*.log kernels_*.log | names > launched
+comm -23 has launched > missed
+sed 's/^/    never launched: /' missed
+[ -s has ] && [ ! -s missed ]
+result $? "tests launch all $(wc -l < has) kernels of train_gpu and sample_gpu"
+
+echo "$passed passed, $failed failed"
+[ $failed = 0 ]

@@ -1,0 +1,36 @@
+#!/bin/bash
+# What `make train_gpu` says on a machine that lacks something: one line on standard error beside make's own. The
+# compiler and nvidia-smi are stand-ins.
+#
+# One line for each test, `name ok` or `name FAIL`; last `N passed, N failed`.
+
+cd "$(dirname "$0")/.." || exit 1
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+passed=0 failed=0
+
+stub() { printf '#!/bin/sh\necho "%s"\n' "$2" > "$work/$1" && chmod +x "$work/$1"; }
+
+# refuses NAME PATTERN NVCC CAPABILITY
+refuses() {
+    stub nvidia-smi "$4"
+    PATH=$work:$PATH make -W fpdm.cu train_gpu NVCC="$3" > "$work/out" 2> "$work/err"
+    if [ $? = 2 ] && [ "$(grep -vc '^make' "$work/err")" = 1 ] && grep -Eq "^error: $2" "$work/err"; then
+        passed=$((passed + 1)) && printf '%-70s ok\n' "$1"
+    else
+        failed=$((failed + 1)) && printf '%-70s FAIL\n' "$1" && cat "$work/err"
+    fi
+}
+
+stub old "Cuda compilation tools, release 11.2, V11.2.152"
+stub new "Cuda compilation tools, release 12.4, V12.4.131"
+refuses "no nvcc" "no CUDA compiler at /nowhere/nvcc" /nowhere/nvcc ""
+refuses "an old nvcc" ".*old is of CUDA 11.2; this needs 11.4" "$work/old" "9.0"
+refuses "an old GPU" "this GPU has compute capability 7.5" "$work/new" "7.5"
+for capability in 8.0 9.0 12.0 "NVIDIA-SMI has failed because it could not communicate with the driver"; do
+    stub nvidia-smi "$capability"
+    if PATH=$work:$PATH make -s nvcc NVCC="$work/new"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+done
+
+echo "$passed passed, $failed failed"
+[ $failed = 0 ]
