@@ -276,7 +276,8 @@ int main(int argc, char **argv) {
     float *values = (float *)xcalloc(m->n_params, sizeof *values, "weights");
     rng_normal(values, m->n_params, 0, o->seed, 0, STREAM_INIT);
     for (int64_t i = 0; i < m->n_params; i++) values[i] *= 0.02f;
-    model_upload(m, MODEL_WEIGHTS, values);
+    model_upload(m, MODEL_WEIGHTS, 0, m->n_params, values);
+    model_use(m, MODEL_WEIGHTS);
     xfree(values);
     size_t count = B * config_pixels(c);
     Batch b = batch_create(B, config_pixels(c));
