@@ -3840,10 +3840,9 @@ static int train_main(int argc, char **argv) {
     Dataset data;
     options_default(o, TRAIN);
     options_parse(o, TRAIN, argc, argv, about);
-    for (int i = 0; i < 4; i++) { // to be ignored, as nohup says, stays
-        static const int stop[] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
-        if (signal(stop[i], on_interrupt) == SIG_IGN) signal(stop[i], SIG_IGN);
-    }
+    static const int stop[] = {SIGINT, SIGTERM, SIGPIPE, SIGHUP};
+    for (int i = 0; i < 4; i++)
+        if (signal(stop[i], on_interrupt) == SIG_IGN && stop[i] == SIGHUP) signal(SIGHUP, SIG_IGN); // nohup says so
     if (*o->init) from = init_settings(o, &start, argc, argv, about);
     if (*o->resume) {
         run_folder(o->resume);
