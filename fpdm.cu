@@ -2345,7 +2345,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
     int m0, n0, k0, steps, at = 0; // at: the step's place in the ring, counted on over all tiles
     auto go_to = [&](int unit) {   // a split of a tile; neighbours share rows of a in the cache
         m0 = (unit % tiles / n_tiles * 2 + rank) * WG_M, n0 = unit % n_tiles * WG_N;
-        k0 = unit / tiles * g.k_chunk, steps = (min(g.K - k0, g.k_chunk) + WG_K - 1) / WG_K;
+        k0 = unit / tiles * g.k_chunk, steps = (max(min(g.K - k0, g.k_chunk), 0) + WG_K - 1) / WG_K;
     };
     for (int i = threadIdx.x; i < WG_ONES / 2; i += WG_THREADS) ((uint32_t *)ones)[i] = 0x3F803F80u;
     for (int i = 0; i < WG_STAGES && threadIdx.x == 0; i++) {
@@ -2407,7 +2407,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
                 }
                 if (lane == 0) barrier_arrive(order + (group ^ 1), rank);
                 wgmma_wait<0>();
-                release(at - 1);
+                if (steps > 0) release(at - 1); // the last splits may be empty
                 EACH(i, 4) {
                     int row = m0 + i / 2 * 64 + threadIdx.x % 128 / 32 * 16 + i % 2 * 8 + lane / 4;
                     if (SUMS && lane % 4 == 0 && row < g.M)
@@ -3156,11 +3156,12 @@ static void gpu_open(void) {
     CHECK(cudaMemcpyFromSymbol(&gpu.wgmma, has_wgmma, sizeof gpu.wgmma));
     if (gpu.wgmma && wanted) gpu.wgmma = atoi(wanted);
     cudaDriverEntryPointQueryResult found;
+    void **encode = (void **)&box_map_encode;
 #if CUDART_VERSION >= 12050
-    CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&box_map_encode, 12000, cudaEnableDefault,
-                                           &found));
+    if (gpu.wgmma)
+        CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", encode, 12000, cudaEnableDefault, &found));
 #else
-    CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", (void **)&box_map_encode, cudaEnableDefault, &found));
+    if (gpu.wgmma) CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", encode, cudaEnableDefault, &found));
 #endif
     if (!box_map_encode) gpu.wgmma = 0;
 #endif
