@@ -452,102 +452,90 @@ __global__ void layernorm_modulate_kernel(A *out, const float *x, const float *m
     }
 }
 
-// dx += the gradient through LN, with dout (B,T,D) that of its modulated output; stats (B·T,2) = mean, 1/sigma for the
-// sums over tokens below; copy = dx for a matmul, unless NULL
+// The gradient through LN and on into the residual below it, in one pass over dx (B,T,D), the gradient of the stream:
+//   dx += the gradient through LN, with dout (B,T,D) that of its modulated output; copy = dx for a matmul, unless NULL
+//   dbranch = dx·gate: what dx means to the branch of out = x + gate·branch, whose forward is EPI_GATED
+// Without x the first is left out, without branch the second. A block has `chunk` tokens of one picture: first each warp
+// finds what one row has in common, then each thread goes down its own columns. parts (B,gridDim.x,3,D) = the block's
+// sums over tokens of dout, dout·LN(x) and dx·branch: its shares of dshift, dscale and dgate.
 template <typename A>
-__global__ void layernorm_backward_kernel(float *dx, A *copy, float2 *stats, const A *dout, const float *x,
-                                          const float *mod, int stride, int rows, int T, int D) {
-    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32;
-    if (row >= rows) return;
-    size_t at = (size_t)row * D;
-    const float *scale = mod + (size_t)(row / T) * stride + D;
-    float v[4], g[4], s[4], mean, rstd, g_sum = 0, gx_sum = 0;
-    row_statistics(&mean, &rstd, x + at, D);
-    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
-        load(v, x + at + d);
-        load(g, dout + at + d);
-        load(s, scale + d);
-        EACH(i, 4) {
-            g_sum += g[i] * (1 + s[i]);
-            gx_sum += g[i] * (1 + s[i]) * (v[i] - mean);
+__global__ void layernorm_backward_kernel(float *dx, A *copy, float *parts, const A *dout, const float *x,
+                                          const float *mod, A *dbranch, const A *branch, const float *gate, int stride,
+                                          int chunk, int T, int D) {
+    __shared__ float rows[ROWS_PER_BLOCK][4]; // mean, 1/sigma; of g = dout·(1+scale) the mean, and that of g·LN(x)
+    int first = blockIdx.x * chunk, end = min(T, first + chunk), warp = threadIdx.x / 32;
+    size_t picture = (size_t)blockIdx.y * T * D;
+    const float *scale = x ? mod + (size_t)blockIdx.y * stride + D : NULL;
+    parts += ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * 3 * D;
+    for (int window = 0; window < D; window += 8 * ROW_THREADS) { // one for D up to 2048
+        float sums[3][2][4] = {};
+        for (int r0 = first; r0 < end; r0 += ROWS_PER_BLOCK) {
+            if (x && r0 + warp < end) {
+                size_t at = picture + (size_t)(r0 + warp) * D;
+                float v[4], g[4], s[4], mean, rstd, g_sum = 0, gx_sum = 0;
+                row_statistics(&mean, &rstd, x + at, D);
+                for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+                    load(v, x + at + d);
+                    load(g, dout + at + d);
+                    load(s, scale + d);
+                    EACH(i, 4) {
+                        g_sum += g[i] * (1 + s[i]);
+                        gx_sum += g[i] * (1 + s[i]) * (v[i] - mean);
+                    }
+                }
+                float row[4] = {mean, rstd, warp_sum(g_sum) / D, warp_sum(gx_sum) * rstd / D};
+                if (threadIdx.x % 32 == 0) store(rows[warp], row);
+            }
+            __syncthreads();
+            EACH(c, 2) {
+                int d = window + 4 * (c * ROW_THREADS + threadIdx.x);
+                for (int r = r0; d < D && r < min(end, r0 + ROWS_PER_BLOCK); r++) {
+                    size_t at = picture + (size_t)r * D + d;
+                    float out[4], v[4], g[4], s[4], row[4];
+                    load(out, dx + at);
+                    if (x) {
+                        load(v, x + at);
+                        load(g, dout + at);
+                        load(s, scale + d);
+                        load(row, rows[r - r0]);
+                        EACH(i, 4) {
+                            float normed = (v[i] - row[0]) * row[1];
+                            sums[0][c][i] += g[i];
+                            sums[1][c][i] += g[i] * normed;
+                            out[i] += row[1] * (g[i] * (1 + s[i]) - row[2] - normed * row[3]);
+                        }
+                        store(dx + at, out);
+                        if (copy) store(copy + at, out);
+                    }
+                    if (branch) {
+                        load(v, branch + at);
+                        load(s, gate + (size_t)blockIdx.y * stride + d);
+                        EACH(i, 4) {
+                            sums[2][c][i] += out[i] * v[i];
+                            out[i] *= s[i];
+                        }
+                        store(dbranch + at, out);
+                    }
+                }
+            }
+            __syncthreads(); // before the next rows take the place of these
+        }
+        EACH(c, 2) {
+            int d = window + 4 * (c * ROW_THREADS + threadIdx.x);
+            EACH(k, 3) {
+                if (d < D) store(parts + (size_t)k * D + d, sums[k][c]);
+            }
         }
     }
-    g_sum = warp_sum(g_sum) / D;
-    gx_sum = warp_sum(gx_sum) * rstd * rstd / D;
-    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
-        float out[4];
-        load(v, x + at + d);
-        load(g, dout + at + d);
-        load(s, scale + d);
-        load(out, dx + at + d);
-        EACH(i, 4) out[i] += rstd * (g[i] * (1 + s[i]) - g_sum - (v[i] - mean) * gx_sum);
-        store(dx + at + d, out);
-        if (copy) store(copy + at + d, out);
-    }
-    if (threadIdx.x % 32 == 0) stats[row] = make_float2(mean, rstd);
 }
 
-// Sums over the tokens of a picture: a block has 64 channels of one picture, each warp every eighth token, each lane
-// two channels. This adds what the warps have, in order, to sum (D) of that picture.
-__device__ inline void add_over_warps(float *sum, int d, int D, float2 mine, float2 *shared) {
-    shared[threadIdx.x] = mine;
-    __syncthreads();
-    if (threadIdx.x < 32 && d < D) {
-        for (int w = 1; w < ROWS_PER_BLOCK; w++) {
-            mine.x += shared[threadIdx.x + 32 * w].x;
-            mine.y += shared[threadIdx.x + 32 * w].y;
-        }
-        sum[d] += mine.x;
-        sum[d + 1] += mine.y;
-    }
-    __syncthreads();
-}
-
-// dmod (as mod) += sums over the picture's tokens: dshift = sum dout, dscale = sum dout·LN(x)
-template <typename A>
-__global__ void modulate_backward_kernel(float *dmod, const float2 *stats, const A *dout, const float *x, int stride,
-                                         int T, int D) {
-    SHARED_DYNAMIC(float2, shared);
-    int d = blockIdx.x * 64 + threadIdx.x % 32 * 2;
-    float2 shift = make_float2(0, 0), scale = shift;
-    for (int t = threadIdx.x / 32; t < T && d < D; t += ROWS_PER_BLOCK) {
-        size_t row = (size_t)blockIdx.y * T + t;
-        float g[2], v[2];
-        load(g, dout + row * D + d);
-        load(v, x + row * D + d);
-        float2 s = stats[row];
-        shift.x += g[0];
-        shift.y += g[1];
-        scale.x += g[0] * (v[0] - s.x) * s.y;
-        scale.y += g[1] * (v[1] - s.x) * s.y;
-    }
-    dmod += (size_t)blockIdx.y * stride;
-    add_over_warps(dmod, d, D, shift, shared);
-    add_over_warps(dmod + D, d, D, scale, shared);
-}
-
-// The gated residual out = x + gate·branch (its forward is EPI_GATED): dbranch = dout·gate, dgate += sum over the
-// tokens of dout·branch; the gradient of x is dout itself.
-template <typename A>
-__global__ void gate_backward_kernel(A *dbranch, float *dgate, const float *dout, const float *gate, int stride,
-                                     const A *branch, int T, int D) {
-    SHARED_DYNAMIC(float2, shared);
-    int d = blockIdx.x * 64 + threadIdx.x % 32 * 2;
-    float2 sum = make_float2(0, 0);
-    gate += (size_t)blockIdx.y * stride;
-    for (int t = threadIdx.x / 32; t < T && d < D; t += ROWS_PER_BLOCK) {
-        size_t at = ((size_t)blockIdx.y * T + t) * D + d;
-        float g[2], b[2], s[2];
-        load(g, dout + at);
-        load(b, branch + at);
-        load(s, gate + d);
-        sum.x += g[0] * b[0];
-        sum.y += g[1] * b[1];
-        g[0] *= s[0];
-        g[1] *= s[1];
-        store(dbranch + at, g);
-    }
-    add_over_warps(dgate + (size_t)blockIdx.y * stride, d, D, sum, shared);
+// dmod (as mod: dshift, dscale) and dgate += the sums over a picture's `chunks` parts, in order; NULL: not that one
+__global__ void column_sums_kernel(float *dmod, float *dgate, const float *parts, int stride, int chunks, int D) {
+    int d = blockIdx.x * blockDim.x + threadIdx.x, k = blockIdx.z;
+    float *out = k < 2 ? dmod : dgate, sum = 0;
+    if (!out || d >= D) return;
+    for (int c = 0; c < chunks; c++) sum += parts[(((size_t)blockIdx.y * chunks + c) * 3 + k) * D + d];
+    out[(size_t)blockIdx.y * stride + (k == 1 ? D : 0) + d] += sum;
 }
 
 // From Part 4: multi-head attention without mask. qkv (B,T,3D): per token q|k|v, head, channel; out (B,T,D). lse (B,H,T),
@@ -724,9 +712,9 @@ typedef struct {
     float *recomputed;      // (B,T,D) scratch: an output that only recompute makes, and nobody reads
     float *du_sum;          // (B,T,2D) gradient of inj_part, summed over the iterations
     float *dmod, *dfinal_mod, *dcond, *dcond_pp, *dtime;
-    float2 *stats; // (B,T) mean and 1/sigma
-    float *delta;  // (B,H,T)
-    float *dout;   // (B,Cout,S,S)
+    float *parts; // (B,ceil(T/8),3,D) at most: sums over some tokens, see layernorm_backward_kernel
+    float *delta; // (B,H,T)
+    float *dout;  // (B,Cout,S,S)
     // of Part 2 and Part 3
     float *picture, *noise;   // (B,C,S,S) x0 in training, x in sampling
     struct LossPlace *places; // (B)
@@ -790,23 +778,22 @@ static void layernorm_forward(Model *m, int half, Act *normed, const float *x, c
                     (A *)normed, x, mod, vectors * D, rows, T, D, mid, (const A *)branch, gate));
 }
 
-// dx += the gradient through that layer, dmod += that of shift and scale; copy: see the kernel
+// dx += the gradient through that layer, dmod += that of shift and scale; copy, and the gated residual that dx goes on
+// to, with dgate += its gate's gradient: see the kernel
 static void layernorm_backward(Model *m, int half, float *dx, Act *copy, float *dmod, const Act *dout, const float *x,
-                               const float *mod, int vectors) {
-    int T = config_tokens(&m->config), D = m->config.width, rows = m->B * T;
-    dim3 columns((unsigned)ceil_div(D, 64), m->B);
-    TYPED(half, RUN((layernorm_backward_kernel<A>), (unsigned)ceil_div(rows, ROWS_PER_BLOCK), ROW_THREADS, 0, dx,
-                    (A *)copy, m->a.stats, (const A *)dout, x, mod, vectors * D, rows, T, D);
-          RUN((modulate_backward_kernel<A>), columns, ROW_THREADS, ROW_THREADS * sizeof(float2), dmod, m->a.stats,
-              (const A *)dout, x, vectors * D, T, D));
+                               const float *mod, int vectors, Act *dbranch = NULL, float *dgate = NULL,
+                               const float *gate = NULL, const Act *branch = NULL) {
+    int T = config_tokens(&m->config), D = m->config.width, stride = vectors * D;
+    int chunk = (size_t)m->B * T >= (size_t)64 * gpu.sms ? 32 : ROWS_PER_BLOCK, chunks = (int)ceil_div(T, chunk);
+    TYPED(half, RUN((layernorm_backward_kernel<A>), dim3(chunks, m->B), ROW_THREADS, 0, dx, (A *)copy, m->a.parts,
+                    (const A *)dout, x, mod, (A *)dbranch, (const A *)branch, gate, stride, chunk, T, D));
+    RUN(column_sums_kernel, dim3((unsigned)ceil_div(D, 128), m->B, 3), 128, 0, dmod, dgate, m->a.parts, stride, chunks,
+        D);
 }
 
-static void gate_backward(Model *m, Act *dbranch, float *dgate, const float *dout, const float *gate,
-                          const Act *branch) {
-    int T = config_tokens(&m->config), D = m->config.width;
-    dim3 columns((unsigned)ceil_div(D, 64), m->B);
-    TYPED(m->half, RUN((gate_backward_kernel<A>), columns, ROW_THREADS, ROW_THREADS * sizeof(float2), (A *)dbranch,
-                       dgate, dout, gate, 6 * D, (const A *)branch, T, D));
+// dbranch and dgate from dx alone
+static void gate_backward(Model *m, Act *dbranch, float *dgate, float *dx, const float *gate, const Act *branch) {
+    layernorm_backward(m, m->half, dx, NULL, NULL, NULL, NULL, NULL, 6, dbranch, dgate, gate, branch);
 }
 
 // y = x·w^T + b, activations
@@ -912,9 +899,9 @@ static void block_backward(Model *m, float *dx, Act *copy, const float *x, Layer
     linear_weight(m->half, g->fc2_w, 4 * D, g->fc2_b, dfc2, a->gelu, M, 4 * D, D);
     layernorm_forward(m, m->half, a->normed, x, mod + 3 * D, 6, a->mid, l->proj, mod + 2 * D);
     linear_backward(m, a->dnormed, g->fc1_w, g->fc1_b, dfc1, a->normed, p->fc1_w, M, D, 4 * D);
-    layernorm_backward(m, m->half, dx, NULL, dmod + 3 * D, a->dnormed, a->mid, mod + 3 * D, 6);
+    layernorm_backward(m, m->half, dx, NULL, dmod + 3 * D, a->dnormed, a->mid, mod + 3 * D, 6, dproj, dmod + 2 * D,
+                       mod + 2 * D, l->proj);
     // Attention branch
-    gate_backward(m, dproj, dmod + 2 * D, dx, mod + 2 * D, l->proj);
     linear_backward(m, a->dnormed, g->proj_w, g->proj_b, dproj, l->att, p->proj_w, M, D, D);
     attention_backward(m->half, dqkv, a->delta, a->dnormed, l->att, l->lse, l->qkv, B, T, D, m->config.heads);
     layernorm_forward(m, m->half, a->normed, x, mod, 6);
@@ -3013,7 +3000,7 @@ static size_t activations_point(Model *m, char *memory) {
     take_all(r, blocks * B * 6 * D * F, &a->dmod);
     take_all(r, B * 2 * D * F, &a->dfinal_mod);
     take_all(r, B * D * F, &a->dcond, &a->dcond_pp, &a->dtime);
-    take_all(r, B * T * sizeof(float2), &a->stats);
+    take_all(r, 3 * B * ceil_div(T, ROWS_PER_BLOCK) * D * F, &a->parts);
     take_all(r, B * c->heads * T * F, &a->delta);
     take_all(r, pixels * config_out_channels(c) * F, &a->dout);
     return arena.bytes;

@@ -292,6 +292,66 @@ static void test_anderson(int half, int B, int side, int D, int window) {
     gpu_free(m.a.history, 0), gpu_free(m.a.gram, 0);
 }
 
+// The gradient through LN, its modulation's, and that of the gated residual below; `parts` of that: 1 LN, 2 residual
+static void test_layernorm_backward(int half, int B, int side, int D, int parts) {
+    char text[100];
+    int T = side * side;
+    size_t N = (size_t)B * T * D;
+    double output = half ? 3e-3 : 1e-6;
+    Model m = {};
+    m.config.image_size = side, m.config.patch = 1, m.config.width = D;
+    m.B = B, m.half = half;
+    m.a.parts = (float *)gpu_malloc((size_t)3 * B * ceil_div(T, ROWS_PER_BLOCK) * D * 4, "");
+    Floats x = random_floats(N, 51, 0), dout = random_floats(N, 52, half), dx = random_floats(N, 53, 0);
+    Floats branch = random_floats(N, 54, half), mod = random_floats((size_t)B * 6 * D, 55, 0),
+           dmod0 = random_floats(mod.size(), 56, 0);
+    std::vector<double> want(dx.begin(), dx.end()), down(N), dmod(dmod0.begin(), dmod0.end());
+    for (size_t r = 0; r < (size_t)B * T; r++) {
+        double mean = 0, var = 0, g_sum = 0, gn_sum = 0;
+        const float *row = &x[r * D], *go = &dout[r * D], *scale = &mod[r / T * 6 * D + D], *gate = scale + 4 * D;
+        double *sums = &dmod[r / T * 6 * D];
+        for (int d = 0; d < D; d++) mean += (double)row[d] / D;
+        for (int d = 0; d < D; d++) var += pow(row[d] - mean, 2) / D;
+        double rstd = 1 / sqrt(var + 1e-6);
+        for (int d = 0; d < D; d++) {
+            double g = go[d] * (1.0 + scale[d]);
+            g_sum += g / D, gn_sum += g * (row[d] - mean) * rstd / D;
+        }
+        for (int d = 0; d < D; d++) {
+            double normed = (row[d] - mean) * rstd, &out = want[r * D + d];
+            if (parts & 1) {
+                out += rstd * (go[d] * (1.0 + scale[d]) - g_sum - normed * gn_sum);
+                sums[d] += go[d], sums[D + d] += go[d] * normed;
+            }
+            down[r * D + d] = out * gate[d];
+            if (parts & 2) sums[5 * D + d] += out * branch[r * D + d];
+        }
+    }
+    float *gdx = (float *)on_gpu(dx, 0), *gx = (float *)on_gpu(x, 0), *gmod = (float *)on_gpu(mod, 0),
+          *gdmod = (float *)on_gpu(dmod0, 0);
+    Act *gdout = (Act *)on_gpu(dout, half), *gbranch = (Act *)on_gpu(branch, half),
+        *copy = (Act *)gpu_malloc(N * 4, "");
+    Act *dbranch = (Act *)gpu_malloc(N * 4, "");
+    if (parts == 1)
+        layernorm_backward(&m, half, gdx, copy, gdmod, gdout, gx, gmod, 6);
+    else if (parts == 2)
+        gate_backward(&m, dbranch, gdmod + 5 * D, gdx, gmod + 5 * D, gbranch);
+    else
+        layernorm_backward(&m, half, gdx, copy, gdmod, gdout, gx, gmod, 6, dbranch, gdmod + 5 * D, gmod + 5 * D,
+                           gbranch);
+    auto name = [&](const char *what) {
+        snprintf(text, sizeof text, "%s LN backward %d, %dx%dx%d on %d, %s", half ? "bf16" : "fp32", parts, B, T, D,
+                 gpu.sms, what);
+        return text;
+    };
+    expect(name("dx"), from_gpu(gdx, N, 0), want, 1e-6);
+    if (parts & 1) expect(name("copy"), from_gpu(copy, N, half), want, output);
+    if (parts & 2) expect(name("dbranch"), from_gpu(dbranch, N, half), down, output);
+    expect(name("dmod"), from_gpu(gdmod, dmod.size(), 0), dmod, 1e-6);
+    void *all[] = {gdx, gx, gmod, gdmod, gdout, gbranch, copy, dbranch, m.a.parts};
+    for (void *p : all) gpu_free(p, 0);
+}
+
 static void test_residual(int B, int side, int D) {
     Model m = {};
     m.B = B;
@@ -323,6 +383,9 @@ int main(void) {
             test_matmul(half, 1030, 136, 144);
             test_matmul(half, 24, 8, 16);
             if (!half) test_matmul(half, 10, 3, 12);
+            for (int parts = 1; parts <= 3; parts++) test_layernorm_backward(half, 4, 7, 72, parts);
+            test_layernorm_backward(half, 2, 10, 1160, 3);
+            test_layernorm_backward(half, 1, 3, 2064, 3);
             test_anderson(half, 3, 2, 8, 3);
             test_anderson(half, 2, 7, 40, 1);
             test_anderson(half, 1, 5, 64, 8);

@@ -125,6 +125,13 @@ runs "resume: a schedule: two steps of four" "$train" $small --steps 2 --lr 1e-3
 runs "resume: a schedule: to four" "$train" --resume half --steps 4
 check "resume: a schedule: falls to zero at the new end" \
     same <(column half/log.csv 6 | tail -n 2) <(column cosine/log.csv 6 | tail -n 2)
+runs "bf16: three steps" "$train" $small --dtype bf16 --steps 3 --out bf16_3
+runs "bf16: to six" "$train" --resume bf16_3 --steps 6
+runs "bf16: six steps, with another number of threads" env OMP_NUM_THREADS=3 "$train" $small --dtype bf16 --steps 6 \
+    --out bf16_6
+check "bf16: resumed: same bytes as in one go" same bf16_6/weights.safetensors bf16_3/weights.safetensors
+check "bf16: other bytes than in fp32" differ six/weights.safetensors bf16_3/weights.safetensors
+runs "bf16: sample" "$sample" --dtype bf16 --weights bf16_3/weights.safetensors --n 1 --steps 2 --out a.png
 runs "resume: a model by its name" "$train" --model S/4 --image_size 8 --width 24 --heads 3 --steps 1 --batch 2 \
     --sample_steps 2 --out named
 runs "resume: a model by its name: goes on" "$train" --resume named --steps 2

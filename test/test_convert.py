@@ -6,9 +6,10 @@
 
 Each layout: a model of its class with random weights is saved as its own scripts save it, converted, and written with
 what the class computes (in float64 where it can) into a test case of SPEC 5, which ./test_cpu then runs: output, loss
-and every gradient, a DDPM and a DDIM run (SiT: flow). Then it is converted back and compared bit for bit. The classes of
-diffusers are diffusers' own; those of DiT, SiT and the fixed-point paper, which no package has, are put together here
-from timm's parts, as theirs are. Needs torch, safetensors, pillow; diffusers and timm, or their tests are skipped.
+and every gradient, a DDPM and a DDIM run (SiT: flow). Then it is converted back and compared bit for bit. The classes
+of diffusers are diffusers' own; those of DiT, SiT and the fixed-point paper, which no package has, are put together
+here from timm's parts, as theirs are. Needs the C programs (make), torch, safetensors and pillow; what needs diffusers
+or timm is skipped without them.
 """
 import argparse
 import contextlib
@@ -30,6 +31,7 @@ TOOLS = ROOT / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -133,7 +135,8 @@ def published(**sizes):
             self.pos_embed = nn.Parameter(torch.tensor(pos).float()[None], requires_grad=False)
             blocks = lambda n: nn.ModuleList(Block(D, heads) for _ in range(n))
             if fpdm:
-                self.blocks_pre, self.block_fixed_point, self.blocks_post = blocks(fpdm[0]), Block(D, heads), blocks(fpdm[1])
+                self.blocks_pre, self.blocks_post = blocks(fpdm[0]), blocks(fpdm[1])
+                self.block_fixed_point = Block(D, heads)
                 self.block_pre_projection = nn.Linear(D, D)
                 self.block_fixed_point_projection_fc1 = nn.Linear(2 * D, 2 * D)
                 self.block_fixed_point_projection_fc2 = nn.Linear(2 * D, D)
@@ -211,7 +214,7 @@ def check_case(name, weights, inputs, metadata):
 
 
 def check_against(path, model, layout, call, samplers=("ddpm", "ddim"), iterations=(0, 1), t=(0, 999, 437)):
-    """The converted file against the class: call(network, x, t, y, n, m) is its forward pass. Returns the worst error."""
+    """The converted file against the class, whose forward pass is call(network, x, t, y, n, m); the worst error."""
     weights, metadata = load(path)
     cfg = reference.Config.from_metadata(metadata)
     model, rng = copy.deepcopy(model).double(), np.random.default_rng(0)
@@ -231,9 +234,8 @@ def check_against(path, model, layout, call, samplers=("ddpm", "ddim"), iteratio
     for sampler in samplers:
         steps, eta = 5, 0.4 if sampler == "ddim" else 0.0
         z, x_T = rng.standard_normal((steps, *shape)).astype(np.float32), x0
-        sample = reference.sample(cfg, network, *(torch.tensor(v).double() if v.dtype == np.float32 else torch.tensor(v)
-                                                  for v in (x_T, y.numpy(), z)), sampler, steps, [sum(iterations)] * steps,
-                                  eta=eta, cfg_scale=1.5)
+        sample = reference.sample(cfg, network, torch.tensor(x_T).double(), y, torch.tensor(z).double(), sampler, steps,
+                                  [sum(iterations)] * steps, eta=eta, cfg_scale=1.5)
         worst = max(worst, check_case(sampler, weights, {
             "x_T": x_T, "y": y.numpy(), "z": z, "expect.sample": sample.numpy().astype(np.float32)
         }, {**metadata, "case": "sample", "sampler": sampler, "steps": steps, "eta": eta, "cfg_scale": 1.5,
@@ -318,8 +320,8 @@ def test_sit():
     torch.save(model.state_dict(), "plain.pt")
     run("convert.py", "plain.pt", "--heads", 4, "--from", "sit", "--out", "b.safetensors")
     assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
-    fails("Linear", "convert.py", save({"args": {"path_type": "GVP", "prediction": "velocity"}, "ema": model.state_dict()}),
-          "--heads", 4, "--out", "c.safetensors")
+    other = save({"args": {"path_type": "GVP", "prediction": "velocity"}, "ema": model.state_dict()})
+    fails("Linear", "convert.py", other, "--heads", 4, "--out", "c.safetensors")
     fails("time_embedding sit", "convert.py", "a.safetensors", "--to", "dit", "--out", "c.pt")
     return worst
 
@@ -459,7 +461,8 @@ def test_broken():
     fails("final_layer.linear.bias is missing", "convert.py", without("final_layer.linear.bias"), *out)
     fails("blocks.1.attn.qkv.weight is missing", "convert.py", without("blocks.1.attn.qkv.weight"), *out)
     fails("x_embedder.proj.weight is missing", "convert.py", without("x_embedder.proj.weight"), *out)
-    fails("blocks.0.attn.q_norm.weight is none", "convert.py", change(blocks__0__attn__q_norm__weight=torch.ones(8)), *out)
+    fails("blocks.0.attn.q_norm.weight is none", "convert.py",
+          change(blocks__0__attn__q_norm__weight=torch.ones(8)), *out)
     fails("blocks.2.mlp.fc1.weight has the shape (96, 32)", "convert.py",
           change(blocks__2__mlp__fc1__weight=torch.ones(96, 32)), *out)
     fails("final_layer.linear.weight has 3 outputs", "convert.py",
@@ -554,8 +557,10 @@ def close(got, want, limit):
 def test_latents_kl():
     vae, pictures = make_vae("AutoencoderKL"), make_pictures()
     with torch.no_grad():
-        found = vae.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
-    common = ("latents.py", "encode", "pictures", "--vae", "AutoencoderKL", "--size", 16, "--batch", 2, "--dtype", "F32")
+        found, mirror = (vae.encode(torch.from_numpy(x.copy()).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
+                         for x in (pictures, pictures[:, :, ::-1]))
+    common = ("latents.py", "encode", "pictures", "--vae", "AutoencoderKL", "--size", 16, "--batch", 2,
+              "--dtype", "F32")
     said = run(*common, "--out", "a.safetensors")
     assert "x F32 (5, 4, 8, 8)" in said and "3 cat" in said, said
     tensors, metadata = reference.load_file("a.safetensors")
@@ -566,9 +571,7 @@ def test_latents_kl():
     assert abs(drawn.mean()) < 0.1 and abs(drawn.std() - 1) < 0.1, "not drawn from the distribution"
     run(*common, "--flip", "--out", "c.safetensors")
     flipped, metadata = reference.load_file("c.safetensors")
-    with torch.no_grad():
-        mirror = vae.encode(torch.from_numpy(pictures[:, :, ::-1].copy()).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean
-    close(flipped["x"], 0.18215 * np.concatenate([found.mean.numpy(), mirror.numpy()]), 1e-5)
+    close(flipped["x"], 0.18215 * np.concatenate([found.mean.numpy(), mirror.mean.numpy()]), 1e-5)
     assert flipped["y"].tolist() == 2 * [0, 0, 0, 1, 1]
     run("latents.py", "decode", "a.safetensors", "--vae", "AutoencoderKL", "--batch", 3, "--out", "d.safetensors")
     decoded, metadata = reference.load_file("d.safetensors")
@@ -611,26 +614,27 @@ def test_latents_model():
             Image.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(f"pictures/{name}/{i}.png")
     for source, classes in (("pictures", 2), ("pictures/a", 0)):
         run("latents.py", "encode", source, "--vae", "AutoencoderKL", "--size", 16, "--out", "x.safetensors")
-        program("train_cpu", "--data", "x.safetensors", "--width", 16, "--heads", 2, "--patch", 2, "--steps", 4, "--batch", 8,
-                "--sample_steps", 2, "--out", f"run{classes}")
+        program("train_cpu", "--data", "x.safetensors", "--width", 16, "--heads", 2, "--patch", 2, "--steps", 4,
+                "--batch", 8, "--sample_steps", 2, "--out", f"run{classes}")
         metadata = load(f"run{classes}/weights.safetensors")[1]
         assert metadata["classes"] == str(classes) and metadata["latent_scale"] == "0.18215", metadata
-        said = program("sample_cpu", "--weights", f"run{classes}/weights.safetensors", "--n", 60, "--steps", 2, "--latents",
-                       f"drawn{classes}.safetensors", "--out", "latents.png")
+        said = program("sample_cpu", "--weights", f"run{classes}/weights.safetensors", "--n", 60, "--steps", 2,
+                       "--latents", f"drawn{classes}.safetensors", "--out", "latents.png")
         assert f"latents.py decode drawn{classes}.safetensors --vae" in said, said
-        run("latents.py", "decode", f"drawn{classes}.safetensors", "--vae", "AutoencoderKL", "--out", f"d{classes}.safetensors")
+        run("latents.py", "decode", f"drawn{classes}.safetensors", "--vae", "AutoencoderKL", "--out",
+            f"d{classes}.safetensors")
     run("data.py", "folder", "pictures", "--size", 16, "--out", "real.safetensors")
     said = run("evaluate.py", "real.safetensors", "d2.safetensors")
-    assert re.search(r"d2\.safetensors .*\d", said), said
+    assert re.search(r"^ +60 +[\d.]+ +.*  d2\.safetensors$", said, re.M), said
 
 
 def test_latents_broken():
     make_vae("AutoencoderKL"), make_pictures()
     encode = lambda *more: ("latents.py", "encode", "pictures", "--out", "a.safetensors", *more)
-    fails("no/config.json", *encode("--vae", "no"))
+    fails("--vae no:", *encode("--vae", "no"))
     fails("--size 15", *encode("--vae", "AutoencoderKL", "--size", 15))
-    fails("pictures2: not a folder", "latents.py", "encode", "pictures2", "--vae", "AutoencoderKL", "--out", "a.safetensors",
-          "--size", 16)
+    fails("pictures2: not a folder", "latents.py", "encode", "pictures2", "--vae", "AutoencoderKL", "--size", 16,
+          "--out", "a.safetensors")
     fails("--device", *encode("--vae", "AutoencoderKL", "--device", "abacus"))
     run(*encode("--vae", "AutoencoderKL", "--size", 16))
     decode = lambda *more: ("latents.py", "decode", *more, "--vae", "AutoencoderKL")
@@ -672,7 +676,8 @@ def test_init():
     fresh = reference.initial_weights(reference.Config(width=32, heads=4, classes=3, fixed_point=0, depth=1), 1)
     assert np.allclose(got[table][:3], fresh[table][:3], 1e-6), "the other rows are not drawn as for a fresh start"
 
-    got, metadata = started("--init", "dit.safetensors", "--image_size", 8, "--fixed_point", 1, "--timestep_in_pre_post", 1)
+    got, metadata = started("--init", "dit.safetensors", "--image_size", 8, "--fixed_point", 1,
+                            "--timestep_in_pre_post", 1)
     fresh = reference.initial_weights(reference.Config.from_metadata(metadata), 1)
     assert got.keys() == fresh.keys()
     for name, value in got.items():
@@ -683,20 +688,30 @@ def test_init():
         assert (value == want).all() if there in dit else np.allclose(value, want, 1e-6), name
 
 
+def test_missing_packages():
+    """Every tool says in one line what it lacks: here it is run by a Python without its packages."""
+    for tool in sorted(path.name for path in TOOLS.glob("*.py") if not path.name.startswith("report_")):
+        options = ["--scale", "smoke"] if tool == "reproduce.py" else []
+        done = subprocess.run([sys.executable, "-E", "-S", TOOLS / tool, *options], capture_output=True, text=True)
+        line = rf"{tool}: needs the Python package \w+: pip install -r tools/requirements.txt\n"
+        assert done.returncode == 1 and re.fullmatch(line, done.stderr), f"{tool}: {done.stderr.strip()}"
+
+
 def test_readme():
     """The README's script in Python draws what sample_cpu draws."""
     script = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     if not script:
         raise Skip("the README has no script")
     script = script[1].replace('"tools"', repr(str(TOOLS))).replace('"weights/', f'"{ROOT}/weights/')
-    program("sample_cpu", "--weights", ROOT / "weights/shapes.safetensors", "--latents", "x.safetensors", "--out", "x.png")
+    weights = ROOT / "weights/shapes.safetensors"
+    program("sample_cpu", "--weights", weights, "--latents", "x.safetensors", "--out", "x.png")
     there = {}
     exec(script, there)
     close(there["x"].numpy(), reference.load_file("x.safetensors")[0]["x"], 1e-4)
     assert Image.open("pytorch.png").size == (240, 96)
     weights = ROOT / "weights/emoji.safetensors"
-    program("sample_cpu", "--weights", weights, "--n", 6, "--steps", 3, "--iters", 6, "--latents", "x.safetensors", "--out",
-            "x.png")
+    program("sample_cpu", "--weights", weights, "--n", 6, "--steps", 3, "--iters", 6, "--latents", "x.safetensors",
+            "--out", "x.png")
     script = script.split("sheet =")[0].replace("weights/shapes", "weights/emoji").replace("40", "6").replace("20", "3")
     exec(script, there)
     close(there["x"].numpy(), reference.load_file("x.safetensors")[0]["x"], 1e-4)

@@ -325,8 +325,8 @@ def apply_arguments(c, arguments, layout, path):
     """What training scripts keep beside the tensors: DiT's, SiT's and the fixed-point paper's."""
     if "path_type" in arguments:
         if (arguments["path_type"], arguments.get("prediction")) != ("Linear", "velocity"):
-            die(f"{path}: trained on path {arguments['path_type']}, prediction {arguments.get('prediction')}; our flow is "
-                "the path Linear with the prediction velocity")
+            die(f"{path}: path_type {arguments['path_type']}, prediction {arguments.get('prediction')}; our flow is "
+                "Linear, velocity")
         layout = "sit"
     if "flow" in arguments:  # the fixed-point paper's
         c["prediction"] = "flow" if arguments["flow"] else "v" if arguments.get("predict_v") else "eps"

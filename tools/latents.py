@@ -7,7 +7,8 @@
     python3 tools/latents.py decode drawn.safetensors --vae sd-vae-ft-mse --out pictures.png
 
 --vae is a folder on this machine with AutoencoderKL or AutoencoderTiny of diffusers (config.json and weights; or a
-pipeline that holds one in vae/). PICTURES holds pictures, or a folder of them for each class. Latents are stored times its scaling_factor, as the metadata's latent_scale says.
+pipeline that holds one in vae/). PICTURES holds pictures, or a folder of them for each class. Latents are stored times
+its scaling_factor, as the metadata's latent_scale says.
 decode writes a PNG grid, or with --out NAME.safetensors a dataset of pictures, which tools/evaluate.py takes.
 Needs torch, diffusers, safetensors, numpy and pillow.
 """
