@@ -29,11 +29,10 @@ def launch(name, args):
         rows, size = (64, 2) if args[0] == "bf16" else (32, 4)
         row, backward = int(args[1]) * size + 16, len(args) == 3
         return 2 * rows, row * rows * (4 if backward else 3) + (8 * rows if backward and args[2] == "true" else 0)
-    if name in ("modulate_backward_kernel", "gate_backward_kernel"):
-        return 256, 256 * 8
     return {"residual_kernel": (1024, 256), "loss_kernel": (512, 256),
             "anderson_products_kernel": (512, 256), "norm_kernel": (256, 256),
-            "condition_backward_kernel": (128, 0)}.get(name, (256, 0))
+            "condition_backward_kernel": (128, 0), "column_sums_kernel": (128, 0),
+            "patches_kernel": (256, 16384)}.get(name, (256, 0))
 
 
 def occupancy(shared_kib, threads, registers, shared):
@@ -173,13 +172,14 @@ def estimate():
     linear("fc2, GATED", forward, 8 + 8 + 2 + 2 * keep, 1, 4)
     linear("fp1, GELU and add", n + m, 2 + 8 + 4 + 4 * m / (n + m), 2, 1)
     linear("fp2, FLOAT", n + m, 4 + 4, 1, 2)
-    add("gate_backward", 2 * backward, 8)
+    add("layernorm_backward, gate alone", backward, 8)
     linear("dx of fc2, DGELU", backward, 2 + 24, 4, 1, "dx")
     linear("dw of fc2", backward, 2 + 8, 1, 4, "dw")
     linear("dx of fc1", backward, 8 + 2, 1, 4, "dx")
     linear("dw of fc1", backward, 8 + 2, 4, 1, "dw")
-    add("layernorm_backward", 2 * backward, 14 + m / (2 * backward) * 2)
-    add("modulate_backward", 2 * backward, 6)
+    add("layernorm_backward with the gate below", backward, 18)
+    add("layernorm_backward", backward, 14 + 2 * m / backward)
+    add("column_sums", 3 * backward, 0.4)
     linear("dx of proj", backward, 4, 1, 1, "dx")
     linear("dw of proj", backward, 4, 1, 1, "dw")
     add("attention_delta", backward, 4)
