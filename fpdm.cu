@@ -582,8 +582,8 @@ __global__ void silu_kernel(float *out, const float *x, const float *dout, int c
 }
 
 // Between pictures (B,C,S,S) and tokens (B,T,C·p·p). A patch is (channel, row, column), as the patch layer wants it, or
-// with channel_last (row, column, channel), as the final layer gives it. A block moves W tokens that lie side by side, by
-// way of shared memory: on both sides, neighbouring threads have neighbouring addresses.
+// with channel_last (row, column, channel), as the final layer gives it. A block moves W tokens that lie side by side,
+// by way of shared memory: on both sides, neighbouring threads have neighbouring addresses.
 enum { PATCH_FLOATS = 4096 }; // the most that a block moves, or else one token
 __global__ void patches_kernel(float *tokens, float *pictures, int to_picture, int channel_last, int C, int S, int p,
                                int W) {
@@ -1978,8 +1978,9 @@ static decltype(&cuTensorMapEncodeTiled) box_map_encode; // of the driver, which
 #define IN_PAIRS __cluster_dims__(2, 1, 1)
 static __device__ int has_wgmma = 1;
 
-// A barrier in shared memory is passed once in a phase: when `count` arrivals have happened, and all bytes have come that
-// barrier_expect announced. Phases are told apart by their parity; waiting for the phase before the first returns at once.
+// A barrier in shared memory is passed once in a phase: when `count` arrivals have happened, and all bytes have come
+// that barrier_expect announced. Phases are told apart by their parity; waiting for the phase before the first returns
+// at once.
 __device__ inline void barrier_init(uint64_t *barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
@@ -2017,8 +2018,8 @@ __device__ inline void registers_up() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-// One thread starts a copy of the box at (row, col) of a matrix to shared memory, which counts its bytes at the barrier;
-// _pair: to the same place in both blocks of a cluster, at the same barrier of each.
+// One thread starts a copy of the box at (row, col) of a matrix to shared memory, which counts its bytes at the
+// barrier; _pair: to the same place in both blocks of a cluster, at the same barrier of each.
 __device__ inline void box_load(bf16 *tile, const CUtensorMap *map, int row, int col, uint64_t *barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
@@ -2035,8 +2036,8 @@ __device__ inline void box_load_pair(bf16 *tile, const CUtensorMap *map, int row
 }
 
 // d += a·b for the four warps of a warpgroup, a (64,16) and b (16,192) in shared memory; a warp holds 16 rows of d, as
-// mma_bf16 has them. TA, TB: k is the slow dimension there. It runs on: wgmma_commit closes a group, wgmma_wait<N> waits
-// until at most the N newest are under way, and wgmma_fence stands between other use of d and the next product.
+// mma_bf16 has them. TA, TB: k is the slow dimension there. It runs on: wgmma_commit closes a group, wgmma_wait<N>
+// waits until at most the N newest are under way, and wgmma_fence stands between other use of d and the next product.
 #define FOUR(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
 #define SIXTEEN(d) FOUR((d)[0]), FOUR((d)[1]), FOUR((d)[2]), FOUR((d)[3])
 template <bool TA, bool TB>
@@ -2064,10 +2065,10 @@ __device__ inline void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// How wgmma is told of a tile: its address, and how far apart its parts lie, in units of 16 bytes. Rows of a tile are 128
-// bytes, 64 elements, whose 16-byte pieces are permuted by the row number: swizzled<64> in rows that start at a multiple
-// of 1024 bytes. Eight of them are a part, 1024 bytes. Where rows run along k, those follow each other and are all
-// there is; where they run across it, a tile of more than 64 columns is panels of 64, 8192 bytes apart.
+// How wgmma is told of a tile: its address, and how far apart its parts lie, in units of 16 bytes. Rows of a tile are
+// 128 bytes, 64 elements, whose 16-byte pieces are permuted by the row number: swizzled<64> in rows that start at a
+// multiple of 1024 bytes. Eight of them are a part, 1024 bytes. Where rows run along k, those follow each other and are
+// all there is; where they run across it, a tile of more than 64 columns is panels of 64, 8192 bytes apart.
 __device__ inline uint64_t wgmma_tile(const bf16 *tile) {
     return (shared_address(tile) & 0x3FFFF) >> 4 | (uint64_t)(8192 / 16) << 16 | (uint64_t)(1024 / 16) << 32 |
            (uint64_t)1 << 62; // 1: 128-byte swizzle
@@ -2136,9 +2137,9 @@ __device__ inline int row_of_other(const Matmul &g, int row) {
     return EPI == EPI_GATED ? row / g.tokens : EPI < EPI_GATED && g.add ? row % g.add_rows : 0;
 }
 
-// Takes a part of the product to where it belongs: rows row0, row0 + hop, ..., and of each V neighbours from col on, which
-// product(v, i) gives for row i; other[i] is its row_of_other. Everything is loaded before anything is computed or
-// stored, so that all loads are under way at once. A: type of activations
+// Takes a part of the product to where it belongs: rows row0, row0 + hop, ..., and of each V neighbours from col on,
+// which product(v, i) gives for row i; other[i] is its row_of_other. Everything is loaded before anything is computed
+// or stored, so that all loads are under way at once. A: type of activations
 template <int EPI, typename A, int ROWS, int V, typename F>
 __device__ inline void epilogue(const Matmul &g, int row0, int hop, const int (&other)[ROWS], int col, F product) {
     typedef typename std::conditional<EPI == EPI_STORE || EPI == EPI_GELU || EPI == EPI_DGELU, A, float>::type Out;
@@ -2182,9 +2183,9 @@ __device__ inline void epilogue(const Matmul &g, int row0, int hop, const int (&
 }
 
 // The same for 16 rows and 32·CHUNKS columns that a warp holds as results of mma, acc[j] at column 8·j. They go through
-// shared memory, `stage`, so that a lane gets neighbours and the warp's accesses to memory fill sectors of 32 bytes: 8 to
-// a lane where all is bf16, 4 where fp32 comes with it. What a lane writes and reads there lies in banks of its own: rows
-// are 8 banks apart, and in every second four rows, every two fours of columns change places.
+// shared memory, `stage`, so that a lane gets neighbours and the warp's accesses to memory fill sectors of 32 bytes: 8
+// to a lane where all is bf16, 4 where fp32 comes with it. What a lane writes and reads there lies in banks of its own:
+// rows are 8 banks apart, and in every second four rows, every two fours of columns change places.
 template <int EPI, int CHUNKS>
 __device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, int col0, const float (*acc)[4]) {
     constexpr int V = EPI == EPI_STORE || EPI == EPI_GELU ? 8 : 4, ROWS = 16 / V, STRIDE = 32 * CHUNKS + 8;
@@ -2322,15 +2323,17 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g) {
 // The same product on Hopper, whose tensor cores are half as fast again as mma.sync can drive them, by wgmma: the four
 // warps of a warpgroup start a product of 64 rows together; the tensor cores fetch both operands from shared memory by
 // themselves, and the warps hold the sums and nothing else. Three things follow from that speed.
-//   - Copying must cost the multiplying warps nothing. One thread of a third warpgroup, the producer, asks the copy engine
-//     (TMA) for boxes of a matrix, which it swizzles, and fills with zeros outside of the matrix. Two barriers for each
-//     buffer of the ring pass it to and fro: `full` when its bytes have come, `empty` when they have been multiplied.
-//   - Nor must the epilogue: at K = 1152 the tensor cores need 8 us for a tile, about what its results take to memory. So
-//     two warpgroups have tiles in turn, and one multiplies while the other stores (`order` passes the turn). Their 192
-//     sums a thread are why the producer gives registers away. Blocks stay for many tiles; the copies run on into the
-//     next.
-//   - At full speed a tile of 128x192 takes in 53 bytes a cycle, and the L2 cache gives a multiprocessor about 35. So blocks
-//     come in pairs, clusters, with tiles above each other: each copies half of the tile of b into both, 37 bytes a cycle.
+//   - Copying must cost the multiplying warps nothing. One thread of a third warpgroup, the producer, asks the copy
+//     engine (TMA) for boxes of a matrix, which it swizzles, and fills with zeros outside of the matrix. Two barriers
+//     for each buffer of the ring pass it to and fro: `full` when its bytes have come, `empty` when they have been
+//     multiplied.
+//   - Nor must the epilogue: at K = 1152 the tensor cores need 8 us for a tile, about what its results take to memory.
+//     So two warpgroups have tiles in turn, and one multiplies while the other stores (`order` passes the turn). Their
+//     192 sums a thread are why the producer gives registers away. Blocks stay for many tiles; the copies run on into
+//     the next.
+//   - At full speed a tile of 128x192 takes in 53 bytes a cycle, and the L2 cache gives a multiprocessor about 35. So
+//     blocks come in pairs, clusters, with tiles above each other: each copies half of the tile of b into both, 37
+//     bytes a cycle.
 // 192 divides the widths of S, B and XL. Of L's 1024 it wastes a ninth; a tile of 128 would need 48 bytes a cycle.
 enum { WG_M = 128, WG_N = 192, WG_K = 64, WG_STAGES = 4, WG_THREADS = 3 * 128 };
 enum { WG_A = WG_M * WG_K, WG_B = WG_N * WG_K, WG_PANEL = 64 * WG_K, WG_ONES = 8 * WG_K, WG_STAGE = 8 * 16 * (96 + 8) };
@@ -2350,7 +2353,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
     int m0, n0, k0, steps, at = 0; // at: the step's place in the ring, counted on over all tiles
     auto go_to = [&](int unit) {   // a split of a tile; neighbours share rows of a in the cache
         m0 = (unit % tiles / n_tiles * 2 + rank) * WG_M, n0 = unit % n_tiles * WG_N;
-        k0 = unit / tiles * g.k_chunk, steps = (min(g.K - k0, g.k_chunk) + WG_K - 1) / WG_K;
+        k0 = unit / tiles * g.k_chunk, steps = (max(min(g.K - k0, g.k_chunk), 0) + WG_K - 1) / WG_K;
     };
     for (int i = threadIdx.x; i < WG_ONES / 2; i += WG_THREADS) ((uint32_t *)ones)[i] = 0x3F803F80u;
     for (int i = 0; i < WG_STAGES && threadIdx.x == 0; i++) {
@@ -2412,7 +2415,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
                 }
                 if (lane == 0) barrier_arrive(order + (group ^ 1), rank);
                 wgmma_wait<0>();
-                release(at - 1);
+                if (steps > 0) release(at - 1); // the last splits may be empty
                 EACH(i, 4) {
                     int row = m0 + i / 2 * 64 + threadIdx.x % 128 / 32 * 16 + i % 2 * 8 + lane / 4;
                     if (SUMS && lane % 4 == 0 && row < g.M)
@@ -2552,9 +2555,10 @@ static struct {
     size_t count; // floats
 } workspace;
 
-// What is worth having for a model of width D: 16 D^2, and for small D a tile for each of two blocks a multiprocessor
+// What is worth having for a model of width D: 16 D^2 with column sums, and for small D a tile for each of two blocks a
+// multiprocessor
 static size_t workspace_floats(int D) {
-    size_t floats = 16 * (size_t)D * D, tiles = 2 * (size_t)gpu.sms * 128 * 130; // 130: column sums too
+    size_t floats = 16 * (size_t)D * (D + 1), tiles = 2 * (size_t)gpu.sms * 128 * 130; // 130: column sums too
     return floats > tiles ? floats : tiles;
 }
 
@@ -3159,11 +3163,12 @@ static void gpu_open(void) {
     CHECK(cudaMemcpyFromSymbol(&gpu.wgmma, has_wgmma, sizeof gpu.wgmma));
     if (gpu.wgmma && wanted) gpu.wgmma = atoi(wanted);
     cudaDriverEntryPointQueryResult found;
+    void **encode = (void **)&box_map_encode;
 #if CUDART_VERSION >= 12050
-    CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&box_map_encode, 12000, cudaEnableDefault,
-                                           &found));
+    if (gpu.wgmma)
+        CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", encode, 12000, cudaEnableDefault, &found));
 #else
-    CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", (void **)&box_map_encode, cudaEnableDefault, &found));
+    if (gpu.wgmma) CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", encode, cudaEnableDefault, &found));
 #endif
     if (!box_map_encode) gpu.wgmma = 0;
 #endif
