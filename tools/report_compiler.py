@@ -27,11 +27,9 @@ def launch(name, args):
         rows, size = (64, 2) if args[0] == "bf16" else (32, 4)
         row, backward = int(args[1]) * size + 16, len(args) == 3
         return 2 * rows, row * rows * (4 if backward else 3) + (8 * rows if backward and args[2] == "true" else 0)
-    if name in ("modulate_backward_kernel", "gate_backward_kernel"):
-        return 256, 256 * 8
     return {"residual_kernel": (1024, 256), "loss_kernel": (512, 256),
             "anderson_products_kernel": (512, 256), "norm_kernel": (256, 256),
-            "condition_backward_kernel": (128, 0)}.get(name, (256, 0))
+            "condition_backward_kernel": (128, 0), "column_sums_kernel": (128, 0)}.get(name, (256, 0))
 
 
 def occupancy(shared_kib, threads, registers, shared):
