@@ -44,8 +44,10 @@
 #include <type_traits>
 
 #ifdef __CUDACC__
+#include <cuda.h> // its types alone: nothing of it is linked
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#define HOPPER (CUDART_VERSION >= 12000) // whether this compiler knows wgmma
 #else
 #include "test/cuda_emu.h" // gives all of this a meaning on a CPU
 #endif
@@ -106,6 +108,7 @@ static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch,
 // =====================================================================================================================
 
 enum Prediction { PREDICT_EPS, PREDICT_V, PREDICT_FLOW, PREDICT_X };
+enum TimeEmbedding { TIME_DIT, TIME_SIT, TIME_DIFFUSERS };
 enum VWeight { V_WEIGHT_1, V_WEIGHT_P2 };
 enum { DIFFUSION_STEPS = 1000 };
 enum Arithmetic { COMPUTE_AUTO, COMPUTE_FP32, COMPUTE_BF16 }; // of --dtype
@@ -127,9 +130,16 @@ typedef struct {     // what a weight file's metadata says: the model and the di
     int zero_terminal_snr;
     int v_weight;        // enum VWeight
     int diffusion_steps; // always 1000
+    int time_embedding;  // enum TimeEmbedding
 } Config;
 
 static size_t config_pixels(const Config *c) { return (size_t)c->channels * c->image_size * c->image_size; }
+// Angle i of timestep t's embedding: t·f_i in DiT; SiT's time is 1 - t/1000, and diffusers' f_i is 10000^(-i/127).
+static double time_angle(const Config *c, int t, int i) {
+    double time = c->time_embedding == TIME_SIT ? 1 - t / 1000. : t;
+    return time * exp(-log(10000) * i / (c->time_embedding == TIME_DIFFUSERS ? 127 : 128));
+}
+
 static int config_tokens(const Config *c) { return (c->image_size / c->patch) * (c->image_size / c->patch); }
 static int config_out_channels(const Config *c) { return c->learn_sigma ? 2 * c->channels : c->channels; }
 static int config_blocks(const Config *c) { return c->fixed_point ? c->pre_depth + 1 + c->post_depth : c->depth; }
@@ -281,8 +291,8 @@ enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: ear
 // and under "Instructions" in Part 4; test/cuda_emu.h lists it.
 
 #ifdef __CUDACC__
-#define SHARED_DYNAMIC(type, name)                                 \
-    extern __shared__ __align__(128) unsigned char shared_bytes[]; \
+#define SHARED_DYNAMIC(type, name)                                  \
+    extern __shared__ __align__(1024) unsigned char shared_bytes[]; \
     type *name = reinterpret_cast<type *>(shared_bytes)
 #define LAUNCH(kernel, grid, block, smem, stream, ...) kernel<<<grid, block, smem, stream>>>(__VA_ARGS__)
 #endif
@@ -290,6 +300,7 @@ enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: ear
 // The GPU, opened by the first model
 static struct {
     int ready, sms;      // sms: streaming multiprocessors
+    int wgmma;           // on Hopper: whether large products go through matmul_wgmma; 2: all in bf16
     cudaStream_t stream; // everything happens in this one, in order
     size_t allocated;    // bytes of device memory that this program holds
 } gpu;
@@ -556,20 +567,31 @@ __global__ void silu_kernel(float *out, const float *x, const float *dout, int c
     if (i < count) out[i] = dout ? dout[i] * silu_slope(x[i]) : silu(x[i]);
 }
 
-// Between pictures (B,C,S,S) and tokens (B,T,C·p·p): a thread a pixel. A patch is (channel, row, column), as the patch
-// layer wants it, or with channel_last (row, column, channel), as the final layer gives it.
-__global__ void patches_kernel(float *tokens, float *pictures, int to_picture, int channel_last, int B, int C, int S,
-                               int p) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (size_t)B * C * S * S) return;
-    int column = i % S, row = i / S % S, c = i / S / S % C, side = S / p;
-    size_t b = i / S / S / C, token = (b * side + row / p) * side + column / p;
-    int within = row % p * p + column % p;
-    float *at = tokens + token * C * p * p + (channel_last ? within * C + c : c * p * p + within);
-    if (to_picture)
-        pictures[i] = *at;
-    else
-        *at = pictures[i];
+// Between pictures (B,C,S,S) and tokens (B,T,C·p·p). A patch is (channel, row, column), as the patch layer wants it, or
+// with channel_last (row, column, channel), as the final layer gives it. A block moves W tokens that lie side by side, by
+// way of shared memory: on both sides, neighbouring threads have neighbouring addresses.
+enum { PATCH_FLOATS = 4096 }; // the most that a block moves, or else one token
+__global__ void patches_kernel(float *tokens, float *pictures, int to_picture, int channel_last, int C, int S, int p,
+                               int W) {
+    SHARED_DYNAMIC(float, strip);
+    int side = S / p, strips = (side + W - 1) / W, row = blockIdx.x / strips, first = blockIdx.x % strips * W;
+    int columns = min(W, side - first) * p, count = columns * C * p; // row: of tokens, counted over all pictures
+    tokens += ((size_t)row * side + first) * C * p * p;
+    pictures += ((size_t)row / side * C * S + row % side * p) * S + first * p;
+    for (int i = threadIdx.x; i < count && to_picture; i += blockDim.x) strip[i] = tokens[i];
+    if (to_picture) __syncthreads();
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        int column = i % columns, r = i / columns % p, c = i / columns / p, within = r * p + column % p;
+        float *there = strip + column / p * C * p * p + (channel_last ? within * C + c : c * p * p + within);
+        float *here = pictures + ((size_t)c * S + r) * S + column;
+        if (to_picture)
+            *here = *there;
+        else
+            *there = *here;
+    }
+    if (to_picture) return;
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += blockDim.x) tokens[i] = strip[i];
 }
 
 // pos (T,D): with w_i = 10000^(-i/(D/4)), the token at (row, column) gets [sin(column·w), cos(column·w), sin(row·w),
@@ -587,11 +609,11 @@ static void position_embedding(real *pos, int side, int D) {
         }
 }
 
-// table (1000,256): row t is cos(t·f), then sin(t·f), with f_i = 10000^(-i/128)
-static void time_embeddings(float *table) {
+// table (1000,256): row t is the cosines, then the sines, of the timestep's angles
+static void time_embeddings(float *table, const Config *c) {
     for (int t = 0; t < DIFFUSION_STEPS; t++)
         for (int i = 0; i < 128; i++) {
-            double angle = t * exp(-log(10000) * i / 128);
+            double angle = time_angle(c, t, i);
             table[t * 256 + i] = (float)cos(angle);
             table[t * 256 + 128 + i] = (float)sin(angle);
         }
@@ -817,9 +839,10 @@ static void linear_backward(Model *m, Act *dx, real *dw, real *db, const Act *dy
 
 // Between pictures and tokens in patches: see the kernel
 static void move_patches(Model *m, float *tokens, float *pictures, int to_picture, int channel_last, int C) {
-    int S = m->config.image_size;
-    RUN(patches_kernel, (unsigned)ceil_div((size_t)m->B * C * S * S, 256), 256, 0, tokens, pictures, to_picture,
-        channel_last, m->B, C, S, m->config.patch);
+    int S = m->config.image_size, p = m->config.patch, side = S / p;
+    int W = imin(side, PATCH_FLOATS / (C * p * p) > 1 ? PATCH_FLOATS / (C * p * p) : 1);
+    RUN(patches_kernel, (unsigned)(m->B * side * ceil_div(side, W)), 256, W * C * p * p * sizeof(float), tokens,
+        pictures, to_picture, channel_last, C, S, p, W);
 }
 
 static float bf16_to_float(uint16_t h); // from Part 5
@@ -1122,7 +1145,7 @@ enum Solver { SOLVER_PLAIN, SOLVER_ANDERSON };
 typedef struct {
     Config model;
     // training
-    const char *data, *export_to, *model_name, *out, *resume;
+    const char *data, *export_to, *model_name, *out, *resume, *init;
     int no_grad_iters[2], grad_iters[2];
     int batch, micro_batch, steps, warmup, ema_warmup, hflip, recompute, dtype, weights_dtype;
     int save_every, sample_every, log_every, step, t_sampling, lr_schedule;
@@ -1281,7 +1304,7 @@ static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options 
                           o->cfg_channels,
                           o->reuse,
                           o->eta,
-                          o->cfg,
+                          o->model.classes ? o->cfg : 1, // without labels there is nothing to guide
                           o->tol,
                           iters,
                           NULL,
@@ -1928,11 +1951,118 @@ __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+#if HOPPER
+static decltype(&cuTensorMapEncodeTiled) box_map_encode; // of the driver, which nothing is linked to
+// What only Hopper has, compute capability 9.0: see matmul_wgmma.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define IN_PAIRS __cluster_dims__(2, 1, 1)
+static __device__ int has_wgmma = 1;
+
+// A barrier in shared memory is passed once in a phase: when `count` arrivals have happened, and all bytes have come that
+// barrier_expect announced. Phases are told apart by their parity; waiting for the phase before the first returns at once.
+__device__ inline void barrier_init(uint64_t *barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+__device__ inline void barrier_expect(uint64_t *barrier, int bytes) { // which is an arrival as well
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+__device__ inline void barrier_arrive(uint64_t *barrier, int block) { // at the one in that block of the cluster
+    asm volatile(
+        "{ .reg .b32 at; mapa.shared::cluster.u32 at, %0, %1;"
+        "mbarrier.arrive.shared::cluster.b64 _, [at]; }" ::"r"(shared_address(barrier)),
+        "r"(block)
+        : "memory");
+}
+__device__ inline void barrier_wait(uint64_t *barrier, int parity) {
+    for (int passed = 0; !passed;)
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+                     : "=r"(passed)
+                     : "r"(shared_address(barrier)), "r"(parity)
+                     : "memory");
+}
+__device__ inline void cluster_sync() { // all threads of both blocks
+    asm volatile("barrier.cluster.arrive; barrier.cluster.wait;" ::: "memory");
+}
+__device__ inline void fence_async() { // barriers and shared memory as this thread has written them, before others look
+    asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
+}
+// A warpgroup's registers a thread from here on: what one gives up, others may take.
+template <int N>
+__device__ inline void registers_down() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+__device__ inline void registers_up() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// One thread starts a copy of the box at (row, col) of a matrix to shared memory, which counts its bytes at the barrier;
+// _pair: to the same place in both blocks of a cluster, at the same barrier of each.
+__device__ inline void box_load(bf16 *tile, const CUtensorMap *map, int row, int col, uint64_t *barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+        "[%4];" ::"r"(shared_address(tile)),
+        "l"(map), "r"(col), "r"(row), "r"(shared_address(barrier))
+        : "memory");
+}
+__device__ inline void box_load_pair(bf16 *tile, const CUtensorMap *map, int row, int col, uint64_t *barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(tile)),
+        "l"(map), "r"(col), "r"(row), "r"(shared_address(barrier)), "h"((uint16_t)3)
+        : "memory");
+}
+
+// d += a·b for the four warps of a warpgroup, a (64,16) and b (16,192) in shared memory; a warp holds 16 rows of d, as
+// mma_bf16 has them. TA, TB: k is the slow dimension there. It runs on: wgmma_commit closes a group, wgmma_wait<N> waits
+// until at most the N newest are under way, and wgmma_fence stands between other use of d and the next product.
+#define FOUR(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
+#define SIXTEEN(d) FOUR((d)[0]), FOUR((d)[1]), FOUR((d)[2]), FOUR((d)[3])
+template <bool TA, bool TB>
+__device__ inline void wgmma(float (&d)[24][4], uint64_t a, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+        "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
+        "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "
+        "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, %96, %97, 1, 1, 1, %98, %99;"
+        : SIXTEEN(d), SIXTEEN(d + 4), SIXTEEN(d + 8), SIXTEEN(d + 12), SIXTEEN(d + 16), SIXTEEN(d + 20)
+        : "l"(a), "l"(b), "n"(TA), "n"(TB));
+}
+template <bool TA>
+__device__ inline void wgmma(float (&d)[4], uint64_t a, uint64_t b) { // the same with b (16,8)
+    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, %6, 0;"
+                 : FOUR(d)
+                 : "l"(a), "l"(b), "n"(TA));
+}
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+__device__ inline void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// How wgmma is told of a tile: its address, and how far apart its parts lie, in units of 16 bytes. Rows of a tile are 128
+// bytes, 64 elements, whose 16-byte pieces are permuted by the row number: swizzled<64> in rows that start at a multiple
+// of 1024 bytes. Eight of them are a part, 1024 bytes. Where rows run along k, those follow each other and are all
+// there is; where they run across it, a tile of more than 64 columns is panels of 64, 8192 bytes apart.
+__device__ inline uint64_t wgmma_tile(const bf16 *tile) {
+    return (shared_address(tile) & 0x3FFFF) >> 4 | (uint64_t)(8192 / 16) << 16 | (uint64_t)(1024 / 16) << 32 |
+           (uint64_t)1 << 62; // 1: 128-byte swizzle
+}
+#else
+#define IN_PAIRS
+static __device__ int has_wgmma = 0;
+#endif
+#endif
+
 #endif
 
 // V neighbours as one access of up to 16 bytes, converted to float and back
 template <typename T, int V>
-struct alignas(sizeof(T) * V) Vec {
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vec {
     T v[V];
 };
 __device__ inline float to_float(float x) { return x; }
@@ -1941,20 +2071,14 @@ __device__ inline void from_float(float *to, float x) { *to = x; }
 __device__ inline void from_float(bf16 *to, float x) { *to = __float2bfloat16_rn(x); }
 template <int V, typename T>
 __device__ inline void load(float (&x)[V], const T *p) {
-    Vec<T, V> vec = *static_cast<const Vec<T, V> *>(__builtin_assume_aligned(p, sizeof vec));
+    Vec<T, V> vec = *static_cast<const Vec<T, V> *>(__builtin_assume_aligned(p, alignof(decltype(vec))));
     EACH(i, V) x[i] = to_float(vec.v[i]);
 }
 template <int V, typename T>
 __device__ inline void store(T *p, const float (&x)[V]) {
     Vec<T, V> vec;
     EACH(i, V) from_float(&vec.v[i], x[i]);
-    *static_cast<Vec<T, V> *>(__builtin_assume_aligned(p, sizeof vec)) = vec;
-}
-template <int V, typename T>
-__device__ inline void add(float (&x)[V], const T *p) {
-    float y[V];
-    load(y, p);
-    EACH(i, V) x[i] += y[i];
+    *static_cast<Vec<T, V> *>(__builtin_assume_aligned(p, alignof(decltype(vec)))) = vec;
 }
 // Two floats as the two bf16 of a register, x in the low half
 __device__ inline uint32_t pack_bf16(float x, float y) {
@@ -1986,46 +2110,93 @@ __device__ inline T block_sum(T x, T *shared) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The matrix product
 
-// Takes V neighbours in a row of the product to where they belong. A: type of activations
-template <int EPI, typename A, int V>
-__device__ inline void epilogue(const Matmul &g, int row, int col, float (&v)[V]) {
+// Which row of `add`, or which picture's gate, goes with a row of the product
+template <int EPI>
+__device__ inline int row_of_other(const Matmul &g, int row) {
+    return EPI == EPI_GATED ? row / g.tokens : EPI < EPI_GATED && g.add ? row % g.add_rows : 0;
+}
+
+// Takes a part of the product to where it belongs: rows row0, row0 + hop, ..., and of each V neighbours from col on, which
+// product(v, i) gives for row i; other[i] is its row_of_other. Everything is loaded before anything is computed or
+// stored, so that all loads are under way at once. A: type of activations
+template <int EPI, typename A, int ROWS, int V, typename F>
+__device__ inline void epilogue(const Matmul &g, int row0, int hop, const int (&other)[ROWS], int col, F product) {
     typedef typename std::conditional<EPI == EPI_STORE || EPI == EPI_GELU || EPI == EPI_DGELU, A, float>::type Out;
-    size_t at = (size_t)row * g.N + col;
-    Out *out = (Out *)g.out + (size_t)row * g.ldc + col;
-    float x[V], slope;
-    if (EPI == EPI_WEIGHT && !g.overwrite) add(v, out);
-    if (EPI == EPI_DGELU) {
-        load(x, (const A *)g.pre + at);
-        EACH(i, V) {
-            x[i] = gelu(x[i], &slope);
-            v[i] *= slope;
+    float bias[V] = {}, x[ROWS][V] = {}, y[ROWS][V] = {}, slope;
+    auto place = [&](int row) { return (size_t)row * (EPI == EPI_WEIGHT ? g.ldc : g.N) + col; };
+    if (EPI < EPI_DGELU && g.bias) load(bias, g.bias + col);
+    EACH(i, ROWS) {
+        size_t at = place(row0 + i * hop);
+        if (row0 + i * hop >= g.M) break;
+        if (EPI < EPI_GATED && g.add) load(x[i], g.add + (size_t)other[i] * g.N + col);
+        if (EPI == EPI_GATED) load(x[i], g.gate + (size_t)other[i] * g.gate_stride + col);
+        if (EPI == EPI_GATED) load(y[i], g.residual + at);
+        if (EPI == EPI_DGELU) load(x[i], (const A *)g.pre + at);
+        if (EPI == EPI_DGELU && g.sum) load(y[i], g.sum + at);
+        if (EPI == EPI_WEIGHT && !g.overwrite) load(x[i], (const float *)g.out + at);
+    }
+    EACH(i, ROWS) {
+        float v[V];
+        size_t at = place(row0 + i * hop);
+        if (row0 + i * hop >= g.M) break;
+        product(v, i);
+        if (EPI == EPI_DGELU) {
+            EACH(j, V) {
+                x[i][j] = gelu(x[i][j], &slope);
+                v[j] *= slope;
+                y[i][j] += v[j];
+            }
+            store((A *)g.copy + at, x[i]);
+            if (g.sum) store(g.sum + at, y[i]);
+        } else {
+            EACH(j, V) v[j] += bias[j] + (EPI == EPI_GATED ? 0 : x[i][j]);
         }
-        store((A *)g.copy + at, x);
-    }
-    if (EPI < EPI_DGELU && g.bias) add(v, g.bias + col);
-    if (EPI < EPI_GATED && g.add) add(v, g.add + (size_t)(row % g.add_rows) * g.N + col);
-    if ((EPI == EPI_GELU || EPI == EPI_GATED) && g.pre) store((A *)g.pre + at, v);
-    if (EPI == EPI_GELU) {
-        EACH(i, V) v[i] = gelu(v[i], &slope);
-    }
-    if (EPI == EPI_GATED) {
-        load(x, g.gate + (size_t)(row / g.tokens) * g.gate_stride + col);
-        EACH(i, V) v[i] *= x[i];
-        add(v, g.residual + at);
-        if (g.copy) store((A *)g.copy + at, v);
-    }
-    store(out, v);
-    if (EPI == EPI_DGELU && g.sum) {
-        add(v, g.sum + at);
-        store(g.sum + at, v);
+        if ((EPI == EPI_GELU || EPI == EPI_GATED) && g.pre) store((A *)g.pre + at, v);
+        EACH(j, V) {
+            if (EPI == EPI_GELU) v[j] = gelu(v[j], &slope);
+            if (EPI == EPI_GATED) v[j] = y[i][j] + x[i][j] * v[j];
+        }
+        if (EPI == EPI_GATED && g.copy) store((A *)g.copy + at, v);
+        store((Out *)g.out + at, v);
     }
 }
 
+// The same for 16 rows and 32·CHUNKS columns that a warp holds as results of mma, acc[j] at column 8·j. They go through
+// shared memory, `stage`, so that a lane gets neighbours and the warp's accesses to memory fill sectors of 32 bytes: 8 to
+// a lane where all is bf16, 4 where fp32 comes with it. What a lane writes and reads there lies in banks of its own: rows
+// are 8 banks apart, and in every second four rows, every two fours of columns change places.
+template <int EPI, int CHUNKS>
+__device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, int col0, const float (*acc)[4]) {
+    constexpr int V = EPI == EPI_STORE || EPI == EPI_GELU ? 8 : 4, ROWS = 16 / V, STRIDE = 32 * CHUNKS + 8;
+    int lane = threadIdx.x % 32, row = V == 8 ? lane / 4 % 2 * 4 + lane / 8 : lane / 8, col = lane % (32 / V) * V;
+    int other[ROWS];
+    stage += threadIdx.x / 32 * 16 * STRIDE;
+    EACH(i, ROWS) other[i] = row_of_other<EPI>(g, row0 + row + i * V);
+    EACH(i, 8 * CHUNKS) {
+        int r = lane / 4 + i % 2 * 8, c = i / 2 * 8 + lane % 4 * 2;
+        *(float2 *)(stage + r * STRIDE + (c ^ (r & 4))) = make_float2(acc[i / 2][i % 2 * 2], acc[i / 2][i % 2 * 2 + 1]);
+    }
+    __syncwarp();
+#pragma unroll 1                                  // saves registers
+    for (int c = col; c < 32 * CHUNKS; c += 32) { // V rows at a time
+        auto product = [&](float(&v)[V], int i) {
+            int r = row + i * V;
+            EACH(part, V / 4) {
+                float four[4];
+                load(four, stage + r * STRIDE + ((c + 4 * part) ^ (r & 4)));
+                EACH(j, 4) v[4 * part + j] = four[j];
+            }
+        };
+        if (col0 + c < g.N) epilogue<EPI, bf16, ROWS, V>(g, row0 + row, V, other, col0 + c, product);
+    }
+    __syncwarp(); // before the next results take the place of these
+}
+
 // Each split of a weight gradient has its own place in the workspace: all products first, then all column sums.
-__device__ inline void weight_split(Matmul *g) {
+__device__ inline void weight_split(Matmul *g, int split) {
     if (!g->overwrite) return;
-    g->out = (float *)g->out + (size_t)blockIdx.y * g->M * g->N;
-    if (g->db) g->db += (size_t)blockIdx.y * g->M;
+    g->out = (float *)g->out + (size_t)split * g->M * g->N;
+    if (g->db) g->db += (size_t)split * g->M;
 }
 
 // bf16 operands on the tensor cores. A block computes TILE x TILE of the product with four warps, each a quarter. Tiles
@@ -2063,7 +2234,7 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g) {
     int n_tiles = (g.N + TILE - 1) / TILE, m0 = blockIdx.x / n_tiles * TILE, n0 = blockIdx.x % n_tiles * TILE;
     int k_begin = blockIdx.y * g.k_chunk;
     int k_end = min(g.K, k_begin + g.k_chunk), steps = (k_end - k_begin + BK - 1) / BK;
-    if (EPI == EPI_WEIGHT) weight_split(&g);
+    if (EPI == EPI_WEIGHT) weight_split(&g, blockIdx.y);
     bool sum_rows = EPI == EPI_WEIGHT && g.db && n0 + wn == 0;
     float acc[MI][NI][4] = {}, row_sums[EPI == EPI_WEIGHT ? MI : 1][4] = {};
 
@@ -2115,22 +2286,157 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g) {
             }
         }
     }
+    __syncthreads(); // the ring is free: warps stage their results there
     EACH(i, MI) {
+        int row = m0 + wm + 16 * i;
+        warp_epilogue<EPI, NI / 4>(g, (float *)shared, row, n0 + wn, acc[i]);
         EACH(half, 2) {
-            int row = m0 + wm + 16 * i + 8 * half + lane / 4;
-            if (row >= g.M) continue;
-            EACH(j, NI) {
-                int col = n0 + wn + 8 * j + lane % 4 * 2;
-                float v[2] = {acc[i][j][2 * half], acc[i][j][2 * half + 1]};
-                if (col < g.N) epilogue<EPI, bf16>(g, row, col, v);
-            }
-            if (sum_rows && lane % 4 == 0) {
-                float sum = row_sums[EPI == EPI_WEIGHT ? i : 0][2 * half];
-                g.db[row] = g.overwrite ? sum : g.db[row] + sum;
-            }
+            int r = row + 8 * half + lane / 4;
+            if (sum_rows && lane % 4 == 0 && r < g.M)
+                g.db[r] = row_sums[EPI == EPI_WEIGHT ? i : 0][2 * half] + (g.overwrite ? 0 : g.db[r]);
         }
     }
 }
+
+#if HOPPER
+// The same product on Hopper, whose tensor cores are half as fast again as mma.sync can drive them, by wgmma: the four
+// warps of a warpgroup start a product of 64 rows together; the tensor cores fetch both operands from shared memory by
+// themselves, and the warps hold the sums and nothing else. Three things follow from that speed.
+//   - Copying must cost the multiplying warps nothing. One thread of a third warpgroup, the producer, asks the copy engine
+//     (TMA) for boxes of a matrix, which it swizzles, and fills with zeros outside of the matrix. Two barriers for each
+//     buffer of the ring pass it to and fro: `full` when its bytes have come, `empty` when they have been multiplied.
+//   - Nor must the epilogue: at K = 1152 the tensor cores need 8 us for a tile, about what its results take to memory. So
+//     two warpgroups have tiles in turn, and one multiplies while the other stores (`order` passes the turn). Their 192
+//     sums a thread are why the producer gives registers away. Blocks stay for many tiles; the copies run on into the
+//     next.
+//   - At full speed a tile of 128x192 takes in 53 bytes a cycle, and the L2 cache gives a multiprocessor about 35. So blocks
+//     come in pairs, clusters, with tiles above each other: each copies half of the tile of b into both, 37 bytes a cycle.
+// 192 divides the widths of S, B and XL. Of L's 1024 it wastes a ninth; a tile of 128 would need 48 bytes a cycle.
+enum { WG_M = 128, WG_N = 192, WG_K = 64, WG_STAGES = 4, WG_THREADS = 3 * 128 };
+enum { WG_A = WG_M * WG_K, WG_B = WG_N * WG_K, WG_PANEL = 64 * WG_K, WG_ONES = 8 * WG_K, WG_STAGE = 8 * 16 * (96 + 8) };
+enum { WG_SHARED = 2 * (WG_STAGES * (WG_A + WG_B) + WG_ONES) + 4 * WG_STAGE + 8 * (2 * WG_STAGES + 2) };
+
+template <bool TA, bool TB, int EPI>
+__global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
+    matmul_wgmma(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b, Matmul g,
+                 int splits) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    SHARED_DYNAMIC(bf16, shared);
+    bf16 *ones = shared + WG_STAGES * (WG_A + WG_B);
+    float *stage = (float *)(ones + WG_ONES);
+    uint64_t *full = (uint64_t *)(stage + WG_STAGE), *empty = full + WG_STAGES, *order = empty + WG_STAGES;
+    int group = threadIdx.x / 128, lane = threadIdx.x % 32, rank = blockIdx.x % 2;
+    int n_tiles = (g.N + WG_N - 1) / WG_N, tiles = (g.M + 2 * WG_M - 1) / (2 * WG_M) * n_tiles; // of both blocks
+    int m0, n0, k0, steps, at = 0; // at: the step's place in the ring, counted on over all tiles
+    auto go_to = [&](int unit) {   // a split of a tile; neighbours share rows of a in the cache
+        m0 = (unit % tiles / n_tiles * 2 + rank) * WG_M, n0 = unit % n_tiles * WG_N;
+        k0 = unit / tiles * g.k_chunk, steps = (min(g.K - k0, g.k_chunk) + WG_K - 1) / WG_K;
+    };
+    for (int i = threadIdx.x; i < WG_ONES / 2; i += WG_THREADS) ((uint32_t *)ones)[i] = 0x3F803F80u;
+    for (int i = 0; i < WG_STAGES && threadIdx.x == 0; i++) {
+        barrier_init(full + i, 1);
+        barrier_init(empty + i, 2 * 4); // a warpgroup's warps, in both blocks
+        if (i < 2) barrier_init(order + i, 4);
+    }
+    fence_async(); // the copy engine and the tensor cores see what has been written here
+    cluster_sync();
+    if (group == 2) {
+        registers_down<24>();
+        for (int unit = blockIdx.x / 2; threadIdx.x % 128 == 0 && unit < tiles * splits; unit += gridDim.x / 2) {
+            go_to(unit);
+            for (int k = k0; k < k0 + steps * WG_K; k += WG_K, at++) {
+                int i = at % WG_STAGES;
+                bf16 *a = shared + i * (WG_A + WG_B), *b = a + WG_A;
+                barrier_wait(empty + i, at / WG_STAGES % 2 ^ 1);
+                barrier_expect(full + i, 2 * (WG_A + WG_B));
+                if (!TA) box_load(a, &map_a, m0, k, full + i);
+                for (int j = 0; TA && j < WG_M / 64; j++) box_load(a + j * WG_PANEL, &map_a, k, m0 + 64 * j, full + i);
+                if (!TB) box_load_pair(b + rank * WG_B / 2, &map_b, n0 + rank * WG_N / 2, k, full + i);
+                for (int j = 0; TB && j < WG_N / 64; j++)
+                    box_load_pair(b + j * WG_PANEL + rank * WG_PANEL / 2, &map_b, k + rank * WG_K / 2, n0 + 64 * j,
+                                  full + i);
+            }
+        }
+    } else {
+        registers_up<240>();
+        for (int unit = blockIdx.x / 2, turn = 0; unit < tiles * splits; unit += gridDim.x / 2, turn++) {
+            go_to(unit);
+            if (turn % 2 != group) { // the other warpgroup's
+                at += steps;
+                continue;
+            }
+            float acc[2][WG_N / 8][4] = {};
+            Matmul part = g;
+            if (EPI == EPI_WEIGHT) weight_split(&part, unit / tiles);
+            auto multiply = [&](auto with_sums) {
+                constexpr bool SUMS = decltype(with_sums)::value;
+                float row_sums[2][4] = {};
+                auto release = [&](int i) { // both blocks' next copies to this place wait for it
+                    if (lane < 2) barrier_arrive(empty + i % WG_STAGES, lane);
+                };
+                for (int step = 0; step < steps; step++, at++) {
+                    const bf16 *here = shared + at % WG_STAGES * (WG_A + WG_B);
+                    uint64_t a = wgmma_tile(here), b = wgmma_tile(here + WG_A);
+                    barrier_wait(full + at % WG_STAGES, at / WG_STAGES % 2);
+                    wgmma_fence();
+                    EACH(j, WG_K / 16) { // 16 k on are 32 bytes, or 16 rows; 64 m on are 64 rows, or a panel
+                        EACH(half, 2) {
+                            uint64_t aj = a + half * (2 * WG_PANEL / 16) + j * (TA ? 128 : 2);
+                            wgmma<TA, TB>(acc[half], aj, b + j * (TB ? 128 : 2));
+                            if (SUMS) wgmma<TA>(row_sums[half], aj, wgmma_tile(ones));
+                        }
+                    }
+                    wgmma_commit();
+                    wgmma_wait<1>(); // the step before has been multiplied
+                    if (step > 0) release(at - 1);
+                }
+                if (lane == 0) barrier_arrive(order + (group ^ 1), rank);
+                wgmma_wait<0>();
+                release(at - 1);
+                EACH(i, 4) {
+                    int row = m0 + i / 2 * 64 + threadIdx.x % 128 / 32 * 16 + i % 2 * 8 + lane / 4;
+                    if (SUMS && lane % 4 == 0 && row < g.M)
+                        part.db[row] = row_sums[i / 2][i % 2 * 2] + (g.overwrite ? 0 : part.db[row]);
+                }
+            };
+            barrier_wait(order + group, (turn + 1) / 2 % 2 ^ 1); // the other's products have been started
+            if (EPI == EPI_WEIGHT && g.db && n0 == 0)            // two loops: wgmma does not overlap around a branch
+                multiply(std::true_type());
+            else
+                multiply(std::false_type());
+            EACH(i, 4) {
+                int row = m0 + i / 2 * 64 + threadIdx.x % 128 / 32 * 16, col = i % 2 * 96;
+                warp_epilogue<EPI, 3>(part, stage, row, n0 + col, acc[i / 2] + col / 8);
+            }
+        }
+    }
+    cluster_sync(); // the other block may still arrive at barriers here
+#endif
+}
+
+// What the copy engine must know of a matrix (rows,cols; row stride ld) to copy boxes of (box,64) from it
+static CUtensorMap box_map(const void *p, int rows, int cols, int ld, int box) {
+    CUtensorMap map;
+    cuuint64_t sizes[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, stride = 2 * (cuuint64_t)ld;
+    cuuint32_t boxes[2] = {64, (cuuint32_t)box}, steps[2] = {1, 1};
+    if (box_map_encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)p, sizes, &stride, boxes, steps,
+                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+        die("CUDA: no tensor map for a matrix %dx%d; set FPDM_WGMMA=0 in the environment", rows, cols);
+    return map;
+}
+
+template <bool TA, bool TB, int EPI>
+static void launch_wgmma(const Matmul &g, int tiles, int splits) {
+    CUtensorMap a = TA ? box_map(g.a, g.K, g.M, g.lda, WG_K) : box_map(g.a, g.M, g.K, g.lda, WG_M);
+    CUtensorMap b = TB ? box_map(g.b, g.K, g.N, g.ldb, WG_K / 2) : box_map(g.b, g.N, g.K, g.ldb, WG_N / 2);
+    int pairs = imin(tiles * splits, (gpu.sms + 1) / 2);
+    RUN((matmul_wgmma<TA, TB, EPI>), 2 * pairs, WG_THREADS, WG_SHARED, a, b, g, splits);
+}
+#else
+template <bool TA, bool TB, int EPI>
+static void launch_wgmma(const Matmul &, int, int) {}
+#endif
 
 // The same product in fp32 with plain multiply-adds (tensor cores would round to tf32, which misses 1e-5). A block
 // computes 64x64 with 128 threads, each 8x4; the next 16 k wait in registers while these are in use. It takes any size
@@ -2146,12 +2452,14 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g) {
     int n_tiles = (g.N + F32_TILE - 1) / F32_TILE, k_begin = blockIdx.y * g.k_chunk;
     int m0 = blockIdx.x / n_tiles * F32_TILE, n0 = blockIdx.x % n_tiles * F32_TILE;
     int k_end = min(g.K, k_begin + g.k_chunk), ty = threadIdx.x / 16 * 8, tx = threadIdx.x % 16 * 4;
-    float acc[8][4] = {}, row_sums[8] = {}, next_a[8], next_b[8];
-    if (EPI == EPI_WEIGHT) weight_split(&g);
+    float acc[2][4][4] = {}, row_sums[8] = {}, next_a[8], next_b[8];
+    if (EPI == EPI_WEIGHT) weight_split(&g, blockIdx.y);
 
-    // Element i of this thread: neighbouring threads read neighbouring addresses.
+    // Element i of this thread: neighbouring threads read neighbouring addresses. In shared memory, pairs change places
+    // in the second half of the k, for their banks.
     auto k_of = [](bool slow, int e) { return slow ? e / F32_TILE : e % F32_BK; };
     auto m_of = [](bool slow, int e) { return slow ? e % F32_TILE : e / F32_BK; };
+    auto place = [](int k, int m) { return k * F32_ROW + (m ^ k / 8 * 2); };
     auto fetch = [&](int k0) {
         EACH(i, 8) {
             int e = i * 128 + threadIdx.x, k = k0 + k_of(TA, e), m = m0 + m_of(TA, e);
@@ -2165,8 +2473,8 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g) {
     for (int k0 = k_begin; k0 < k_end; k0 += F32_BK) {
         EACH(i, 8) {
             int e = i * 128 + threadIdx.x;
-            ta[k_of(TA, e) * F32_ROW + m_of(TA, e)] = next_a[i];
-            tb[k_of(TB, e) * F32_ROW + m_of(TB, e)] = next_b[i];
+            ta[place(k_of(TA, e), m_of(TA, e))] = next_a[i];
+            tb[place(k_of(TB, e), m_of(TB, e))] = next_b[i];
         }
         __syncthreads();
         fetch(k0 + F32_BK);
@@ -2176,20 +2484,31 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g) {
             load(x[1], ta + k * F32_ROW + ty + 4);
             load(y, tb + k * F32_ROW + tx);
             EACH(i, 8) {
-                if (EPI == EPI_WEIGHT) row_sums[i] += x[i / 4][i % 4];
-                EACH(j, 4) acc[i][j] += x[i / 4][i % 4] * y[j];
+                float xi = x[i / 4][i % 4 ^ k / 8 * 2];
+                if (EPI == EPI_WEIGHT) row_sums[i] += xi;
+                EACH(j, 4) acc[i / 4][i % 4][j] += xi * y[j ^ k / 8 * 2];
             }
         }
         __syncthreads();
     }
+    bool fours = !((g.N | g.ldc) % 4 || ((uintptr_t)g.out | (uintptr_t)g.bias) % 16); // all else lies at such places
+    EACH(half, 2) {
+        int row = m0 + ty + 4 * half, col = n0 + tx;
+        int other[4];
+        EACH(i, 4) other[i] = row_of_other<EPI>(g, row + i);
+        auto four = [&](float(&v)[4], int i) {
+            EACH(j, 4) v[j] = acc[half][i][j];
+        };
+        if (fours && col < g.N) epilogue<EPI, float, 4, 4>(g, row, 1, other, col, four);
+        EACH(j, 4) {
+            auto one = [&](float(&v)[1], int i) { v[0] = acc[half][i][j]; };
+            if (!fours && col + j < g.N) epilogue<EPI, float, 4, 1>(g, row, 1, other, col + j, one);
+        }
+    }
     EACH(i, 8) {
         int row = m0 + ty + i;
-        if (row >= g.M) break;
-        EACH(j, 4) {
-            float v[1] = {acc[i][j]};
-            if (n0 + tx + j < g.N) epilogue<EPI, float>(g, row, n0 + tx + j, v);
-        }
-        if (EPI == EPI_WEIGHT && g.db && n0 + tx == 0) g.db[row] = g.overwrite ? row_sums[i] : g.db[row] + row_sums[i];
+        if (EPI == EPI_WEIGHT && g.db && n0 + tx == 0 && row < g.M)
+            g.db[row] = g.overwrite ? row_sums[i] : g.db[row] + row_sums[i];
     }
 }
 
@@ -2230,15 +2549,17 @@ static void workspace_reserve(size_t count) {
 // batch has tokens, and its result small: it is split where that fills the GPU better, as far as the workspace reaches.
 template <bool TA, bool TB, int EPI>
 static void matmul(int half, Matmul g) {
-    size_t m128 = ceil_div(g.M, 128), n128 = ceil_div(g.N, 128);
-    int large = half && (EPI == EPI_WEIGHT ? g.M >= 128 && g.N >= 128 : m128 * n128 >= (size_t)gpu.sms);
-    int tile = large ? 128 : 64, step = half ? (int)BK : (int)F32_BK, splits = 1;
-    dim3 grid((unsigned)(ceil_div(g.N, tile) * ceil_div(g.M, tile))); // neighbours share rows of a in the cache
+    size_t large_tiles = ceil_div(g.M, 128) * ceil_div(g.N, 128), pairs = ceil_div(g.M, 256) * ceil_div(g.N, 192);
+    int large = half && (EPI == EPI_WEIGHT ? g.M >= 128 && g.N >= 128 : large_tiles >= (size_t)gpu.sms);
+    int wgmma = half && (gpu.wgmma > 1 || (gpu.wgmma && large && (EPI == EPI_WEIGHT || 2 * pairs >= (size_t)gpu.sms)));
+    int tile = large ? 128 : 64, step = wgmma ? 64 : half ? (int)BK : (int)F32_BK, splits = 1;
+    int slots = wgmma ? (gpu.sms + 1) / 2 : gpu.sms * (large ? 2 : 4); // tiles that the GPU works on at once
+    dim3 grid((unsigned)(wgmma ? pairs : ceil_div(g.N, tile) * ceil_div(g.M, tile))); // neighbours share rows of a
     Matmul whole = g;
     if (EPI == EPI_WEIGHT) { // the fewest splits within 5 % of the best use of all multiprocessors
         double best = 0;
         for (int s = 1; s <= 16 && s * ((size_t)g.M * g.N + g.M) <= workspace.count && s * 256 <= g.K; s++) {
-            double waves = (double)grid.x * s / (gpu.sms * (large ? 2 : 4)), use = waves / ceil(waves);
+            double waves = (double)grid.x * s / slots, use = waves / ceil(waves);
             if (use > 1.05 * best) best = use, splits = s;
         }
     }
@@ -2251,7 +2572,9 @@ static void matmul(int half, Matmul g) {
     if (!half)
         RUN((matmul_fp32<TA, TB, EPI>), grid, 128, 2 * F32_BK * F32_ROW * sizeof(float), g);
     else if constexpr (TA || EPI != EPI_WEIGHT) { // conditioning alone adds to an input's gradient, in fp32
-        if (large)
+        if (wgmma)
+            launch_wgmma<TA, TB, EPI>(g, (int)grid.x, splits);
+        else if (large)
             RUN((matmul_bf16<128, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 128 * BK * sizeof(bf16), g);
         else
             RUN((matmul_bf16<64, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 64 * BK * sizeof(bf16), g);
@@ -2697,7 +3020,7 @@ static void model_tables(Model *m) {
     float *pos = (float *)xcalloc((size_t)side * side * D, sizeof *pos, "tables");
     float *time = (float *)xcalloc(DIFFUSION_STEPS * 256, sizeof *time, "tables");
     position_embedding(pos, side, D);
-    time_embeddings(time);
+    time_embeddings(time, &m->config);
     gpu_upload(m->a.pos, pos, (size_t)side * side * D * sizeof(float));
     gpu_upload(m->a.time_table, time, DIFFUSION_STEPS * 256 * sizeof(float));
     gpu_wait();
@@ -2717,6 +3040,8 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     if (hd % 8 || hd > 128)
         die("heads %d: head size %d; the GPU program needs a multiple of 8, at most 128; or use the CPU program",
             config->heads, hd);
+    if (config->patch * config->patch * config_out_channels(config) > 24576) // patches_kernel's shared memory
+        die("patch %d: the GPU program takes at most 24576 numbers in a patch; or use the CPU program", config->patch);
     if (batch > 65535) die("%d pictures at a time; the GPU program takes at most 65535: lower --batch", batch);
     Model *m = (Model *)xcalloc(1, sizeof *m, "the model");
     m->config = *config;
@@ -2810,6 +3135,19 @@ static void gpu_open(void) {
         die("the GPU %s has compute capability %d.%d; this program needs 8.0 (Ampere) or newer", info.name, info.major,
             info.minor);
     gpu.sms = info.multiProcessorCount;
+#if HOPPER
+    const char *wanted = getenv("FPDM_WGMMA"); // as gpu.wgmma; 0: what other GPUs do
+    CHECK(cudaMemcpyFromSymbol(&gpu.wgmma, has_wgmma, sizeof gpu.wgmma));
+    if (gpu.wgmma && wanted) gpu.wgmma = atoi(wanted);
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&box_map_encode, 12000, cudaEnableDefault,
+                                           &found));
+#else
+    CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", (void **)&box_map_encode, cudaEnableDefault, &found));
+#endif
+    if (!box_map_encode) gpu.wgmma = 0;
+#endif
     CHECK(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
     gpu.ready = 1;
 }
@@ -3382,7 +3720,9 @@ static const char **parse_class_names(const char *json, int *count) {
 
 enum { OPT_INT, OPT_SEED, OPT_REAL, OPT_TEXT, OPT_FLAG, OPT_RANGE, OPT_CHOICE };
 // Where an option is used. WEIGHTS: metadata of weight files; STATE: only in a training state; ONCE: never there.
-enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, STATE = 16, ONCE = 32, MODEL = TRAIN | BENCH | WEIGHTS };
+// ADDED: files from before it was there lack it, and mean its default.
+enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, STATE = 16, ONCE = 32, ADDED = 64 };
+enum { MODEL = TRAIN | BENCH | WEIGHTS };
 
 typedef struct {
     const char *name;
@@ -3421,6 +3761,8 @@ static const Option option_table[] = {
     {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1,
      "1: the last timestep is pure noise (needs v)"},
     {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0, "1|p2: weight of the v loss"},
+    {"time_embedding", TRAIN | WEIGHTS | ADDED, OPT_CHOICE, AT(model.time_embedding), "dit", 0, 0,
+     "dit|sit|diffusers: what the network sees of t, as those models have it"},
     {"no_grad_iters", TRAIN, OPT_RANGE, AT(no_grad_iters), "0,3", 0, 1000, "range of n: iterations without gradient"},
     {"grad_iters", TRAIN, OPT_RANGE, AT(grad_iters), "1,4", 1, 1000, "range of m: iterations with gradient"},
     {"batch", TRAIN | BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, "pictures per step"},
@@ -3444,6 +3786,8 @@ static const Option option_table[] = {
     {"dtype", TRAIN | SAMPLE | BENCH, OPT_CHOICE, AT(dtype), "auto", 0, 0,
      "auto|fp32|bf16: arithmetic; auto: fp32 on a CPU, bf16 on a GPU"},
     {"resume", TRAIN | ONCE, OPT_TEXT, AT(resume), "", 0, 0, "folder of a run to go on with"},
+    {"init", TRAIN | ONCE, OPT_TEXT, AT(init), "", 0, 0,
+     "weight file to start from, which also says the model; a DiT may start a fixed point: --fixed_point 1"},
     {"save_every", TRAIN, OPT_INT, AT(save_every), "1000", 1, 2e9, "steps between saves of weights and state"},
     {"sample_every", TRAIN, OPT_INT, AT(sample_every), "1000", 0, 2e9, "steps between sample grids; 0: at the end"},
     {"log_every", TRAIN, OPT_INT, AT(log_every), "50", 1, 2e9, "steps between progress lines"},
@@ -3655,6 +3999,7 @@ static void options_from_meta(Options *o, const SafeTensors *f, int use) {
     for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
         if (!(opt->use & use) || opt->use & ONCE) continue;
         const char *text = st_meta(f, opt->name);
+        if (!text && opt->use & ADDED) text = opt->initial;
         if (!text) die("%s'%s' is missing: is this a file of weights of this project?", where, opt->name);
         option_set(o, opt, opt->type == OPT_TEXT ? strdup(text) : text, where);
     }
@@ -3992,7 +4337,7 @@ static void shape_text(char *text, size_t size, const int64_t *shape, int ndim) 
 // Reads the tensors PREFIX + name into memory; dies with the names of file and tensor when one is missing or unfit.
 static void tensors_read(const SafeTensors *f, const ParamTensor *list, int count, const char *prefix, float *memory) {
     for (const ParamTensor *p = list; p < list + count; p++) {
-        char name[100], want[200], got[200];
+        char name[160], want[200], got[200];
         snprintf(name, sizeof name, "%s%s", prefix, p->name);
         const Tensor *t = st_find(f, name);
         if (!t) die("%s: tensor %s is missing: this is not a file of this model", f->path, name);
@@ -4282,16 +4627,108 @@ static void resume_settings(Options *o, SafeTensors *state, int argc, char **arg
     if (o->step >= o->steps) die("option --steps: %s is at step %d already; ask for more", path, o->step);
 }
 
+// The model of --init, then the command line over it, which may only make a fixed point of a DiT; opens the file and
+// returns its model.
+static Config init_settings(Options *o, SafeTensors *f, int argc, char **argv, const char *about) {
+    Config asked = o->model; // by the command line, or else by default
+    if (*o->resume) die("option --init: a run that goes on has weights; leave out --init or --resume");
+    st_open(f, o->init);
+    options_from_meta(o, f, WEIGHTS);
+    Config from = o->model;
+    options_parse(o, TRAIN, argc, argv, about);
+    if (o->model.fixed_point && !from.fixed_point) {
+        o->model.pre_depth = asked.pre_depth;
+        o->model.post_depth = asked.post_depth;
+        o->model.timestep_in_pre_post = asked.timestep_in_pre_post;
+        if (asked.pre_depth + asked.post_depth > from.depth)
+            die("option --init: %s has %d blocks; lower --pre_depth or --post_depth", o->init, from.depth);
+    }
+    return from;
+}
+
+// Dies unless the run's model, which by now knows its data, can start from the model `from` of --init. Only labels may
+// differ.
+static void init_check(const Options *o, const Config *from) {
+    Options start = *o;
+    start.model = *from;
+    start.model.classes = o->model.classes;
+    if (o->model.fixed_point && !from->fixed_point) {
+        start.model.fixed_point = 1;
+        start.model.pre_depth = o->model.pre_depth;
+        start.model.post_depth = o->model.post_depth;
+        start.model.timestep_in_pre_post = o->model.timestep_in_pre_post;
+    }
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
+        char have[4096], want[4096];
+        if (!(opt->use & WEIGHTS)) continue;
+        option_text(have, sizeof have, &start, opt);
+        option_text(want, sizeof want, o, opt);
+        if (strcmp(have, want))
+            die("option --init: %s has %s %s, this run %s; they must be the same", o->init, opt->name, have, want);
+    }
+}
+
+// Where the file of --init has a tensor: under its name, or a fixed point's in a DiT, whose first blocks become pre,
+// its last post, and a middle one the one that is iterated. Renames it; 0 if there is none.
+static int init_source(ParamTensor *t, const Config *from, const Config *c) {
+    int block = 0, used = 0, post = !strncmp(t->name, "blocks_post.", 12);
+    char inside[sizeof t->name];
+    if (from->fixed_point == c->fixed_point) return 1;
+    if (!strncmp(t->name, "block_fixed_point.", 18))
+        block = from->depth / 2, used = 17;
+    else if (post || !strncmp(t->name, "blocks_pre.", 11))
+        sscanf(t->name, "%*[a-z_].%d%n", &block, &used);
+    else
+        return strncmp(t->name, "block_", 6) != 0;
+    if (post) block += from->depth - c->post_depth;
+    snprintf(inside, sizeof inside, "%s", t->name + used);
+    snprintf(t->name, sizeof t->name, "blocks.%d%.60s", block, inside);
+    return 1;
+}
+
+// Puts the weights of --init over `values`, which are drawn as for a fresh start. Of a label table for other classes
+// the row "no label" is kept.
+static void init_read(float *values, const Model *m, const SafeTensors *f, const Config *from) {
+    const Config *c = &m->config;
+    ParamTensor *found = (ParamTensor *)xcalloc(m->n_tensors, sizeof *found, "the list of tensors");
+    int count = 0, relabelled = from->classes != c->classes, D = c->width;
+    for (int i = 0; i < m->n_tensors; i++) {
+        ParamTensor t = m->tensors[i];
+        if (relabelled && !strcmp(t.name, "y_embedder.embedding_table.weight")) {
+            float *no_label = values + t.offset + (int64_t)c->classes * D;
+            t.offset = 0;
+            t.shape[0] = from->classes + 1;
+            t.count = t.shape[0] * D;
+            float *table = (float *)xcalloc(t.count, sizeof *table, "the label table");
+            tensors_read(f, &t, 1, "", table);
+            memcpy(no_label, table + t.count - D, D * sizeof *table);
+            xfree(table);
+        } else if (init_source(&t, from, c))
+            found[count++] = t;
+    }
+    tensors_read(f, found, count, "", values);
+    xfree(found);
+    printf("init: %s", f->path);
+    if (from->fixed_point != c->fixed_point)
+        printf(", a DiT of %d blocks: the first %d, the last %d, and number %d as the fixed point's", from->depth,
+               c->pre_depth, c->post_depth, from->depth / 2);
+    if (relabelled)
+        printf("; labels: %d there, %d here: their rows are drawn anew, that of no label is kept", from->classes,
+               c->classes);
+    printf("\n");
+}
+
 static int train_main(int argc, char **argv) {
     static const char about[] =
         "Trains a fixed-point diffusion model (or DiT) on pictures; writes weights, state, log and samples into --out.";
     Options options, *o = &options;
-    Config *c = &o->model;
+    Config *c = &o->model, from;
     char path[PATH_MAX];
-    SafeTensors state;
+    SafeTensors state, start;
     Dataset data;
     options_default(o, TRAIN);
     options_parse(o, TRAIN, argc, argv, about);
+    if (*o->init) from = init_settings(o, &start, argc, argv, about);
     if (*o->resume) resume_settings(o, &state, argc, argv, about);
     int dtype = compute_dtype(o->dtype),
         micro = o->micro_batch && o->micro_batch < o->batch ? o->micro_batch : o->batch;
@@ -4301,6 +4738,7 @@ static int train_main(int argc, char **argv) {
     c->image_size = data.size;
     c->channels = data.channels;
     c->classes = data.classes;
+    if (*o->init) init_check(o, &from);
     config_check(c, *o->resume ? state.path : "options");
     if (*o->export_to) return export_data(o, &data);
     resolve_sampler(o->sampler, c);
@@ -4325,6 +4763,10 @@ static int train_main(int argc, char **argv) {
     } else {
         float *values = (float *)xcalloc(m->n_params, sizeof *values, "initial weights");
         params_init(values, m->tensors, m->n_tensors, o->seed);
+        if (*o->init) {
+            init_read(values, m, &start, &from);
+            st_close(&start);
+        }
         model_upload(m, MODEL_WEIGHTS, values);
         model_upload(m, MODEL_EMA, values);
         xfree(values);
@@ -4360,20 +4802,24 @@ static int sample_main(int argc, char **argv) {
     st_open(&f, o->weights);
     options_from_meta(o, &f, WEIGHTS);
     const char *class_json = st_meta(&f, "class_names"), **names = parse_class_names(class_json, &named);
+    const char *latent_scale = st_meta(&f, "latent_scale");
     if (names && named != c->classes)
         die("%s: metadata class_names has %d names for %d classes", o->weights, named, c->classes);
     int *y = (int *)xcalloc(n, sizeof *y, "labels");
     SampleSettings set = sample_settings(iters, o);
     parse_labels(y, n, o->labels, c->classes, names);
-    Model *m = model_create(c, o->cfg != 1 ? 2 * B : B, 0, 0, 0, set.window, dtype);
+    Model *m = model_create(c, set.cfg != 1 ? 2 * B : B, 0, 0, 0, set.window, dtype);
     model_load(m, MODEL_WEIGHTS, &f, "");
     double begin = now_ms();
     float *x = draw_pictures(o, m, &set, y, n);
     double seconds = (now_ms() - begin) / 1000;
-    if (*o->latents) save_pictures(o->latents, x, y, n, c, class_json, st_meta(&f, "latent_scale"));
+    if (*o->latents) save_pictures(o->latents, x, y, n, c, class_json, latent_scale);
     save_grid(o->out, x, n, c, o->show);
     printf("%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s\n", n, seconds, o->sample_steps,
-           (long long)set.passes, o->cfg != 1 ? " (and as many for guidance)" : "", o->out);
+           (long long)set.passes, set.cfg != 1 ? " (and as many for guidance)" : "", o->out);
+    if (latent_scale)
+        printf("%s shows three channels of latents; pictures: %spython3 tools/latents.py decode %s --vae FOLDER\n",
+               o->out, *o->latents ? "" : "--latents FILE, then ", *o->latents ? o->latents : "FILE");
     return 0;
 }
 

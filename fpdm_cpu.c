@@ -39,6 +39,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #define TARGET "cpu" // what this program's name ends in
 #ifndef REAL
@@ -98,6 +101,7 @@ static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch,
 // =====================================================================================================================
 
 enum Prediction { PREDICT_EPS, PREDICT_V, PREDICT_FLOW, PREDICT_X };
+enum TimeEmbedding { TIME_DIT, TIME_SIT, TIME_DIFFUSERS };
 enum VWeight { V_WEIGHT_1, V_WEIGHT_P2 };
 enum { DIFFUSION_STEPS = 1000 };
 enum Arithmetic { COMPUTE_AUTO, COMPUTE_FP32, COMPUTE_BF16 }; // of --dtype
@@ -119,9 +123,16 @@ typedef struct {     // what a weight file's metadata says: the model and the di
     int zero_terminal_snr;
     int v_weight;        // enum VWeight
     int diffusion_steps; // always 1000
+    int time_embedding;  // enum TimeEmbedding
 } Config;
 
 static size_t config_pixels(const Config *c) { return (size_t)c->channels * c->image_size * c->image_size; }
+// Angle i of timestep t's embedding: t·f_i in DiT; SiT's time is 1 - t/1000, and diffusers' f_i is 10000^(-i/127).
+static double time_angle(const Config *c, int t, int i) {
+    double time = c->time_embedding == TIME_SIT ? 1 - t / 1000. : t;
+    return time * exp(-log(10000) * i / (c->time_embedding == TIME_DIFFUSERS ? 127 : 128));
+}
+
 static int config_tokens(const Config *c) { return (c->image_size / c->patch) * (c->image_size / c->patch); }
 static int config_out_channels(const Config *c) { return c->learn_sigma ? 2 * c->channels : c->channels; }
 static int config_blocks(const Config *c) { return c->fixed_point ? c->pre_depth + 1 + c->post_depth : c->depth; }
@@ -273,10 +284,11 @@ enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: ear
 // row-major. Outputs come first. A backward adds (+=) to weight and modulation gradients, and says whether it adds to
 // its input's.
 
-// From Part 4: C (M,N; row stride ldc) = A.B + bias, or += with `add`; element (i,k) of A is A[i*ars + k*acs], (k,j) of
-// B is B[k*brs + j*bcs]; bias (N) or NULL. Uses all threads, but inside a parallel region only the one that calls.
-static void gemm(real *C, size_t ldc, const real *A, size_t ars, size_t acs, const real *B, size_t brs, size_t bcs,
-                 const real *bias, int add, int M, int N, int K);
+// From Part 4: C (M,N; row stride ldc) = A.B + from; element (i,k) of A is A[i*ars + k*acs], (k,j) of B is B[k*brs +
+// j*bcs]. `from` is NULL, a bias (N) with ldf 0, or (M,N) with row stride ldf; C itself: C += A.B. `half` rounds A and B
+// to bf16. Uses all threads, but inside a parallel region only the one that calls.
+static void gemm(int half, real *C, size_t ldc, const real *A, size_t ars, size_t acs, const real *B, size_t brs,
+                 size_t bcs, const real *from, size_t ldf, int M, int N, int K);
 static inline real exp_real(real x); // exp in arithmetic that becomes vector instructions
 
 #ifdef _OPENMP
@@ -288,8 +300,8 @@ static int thread_index(void) { return 0; }
 #endif
 
 // out (M,N) = in (M,K)·w^T + b; w (N,K), b (N)
-static void linear_forward(real *out, const real *in, const real *w, const real *b, int M, int K, int N) {
-    gemm(out, N, in, K, 1, w, 1, K, b, 0, M, N, K);
+static void linear_forward(int half, real *out, const real *in, const real *w, const real *b, int M, int K, int N) {
+    gemm(half, out, N, in, K, 1, w, 1, K, b, 0, M, N, K);
 }
 
 // db (N) += sum over the rows of dout (M,N). Columns are shared out, so each sum has one order for any number of
@@ -304,12 +316,22 @@ static void bias_backward(real *db, const real *dout, int M, int N) {
     }
 }
 
-// dw (N,K) += dout^T·in,  db += column sums of dout,  din (M,K) = dout·w (skipped when NULL)
-static void linear_backward(real *din, real *dw, real *db, const real *dout, const real *in, const real *w, int M,
-                            int K, int N) {
-    gemm(dw, K, dout, 1, N, in, K, 1, NULL, 1, N, K, M);
-    if (db) bias_backward(db, dout, M, N);
-    if (din) gemm(din, K, dout, N, 1, w, K, 1, NULL, 0, M, K, N);
+// dw (N,K) += dout^T·in,  db += column sums of dout
+static void linear_weight_backward(int half, real *dw, real *db, const real *dout, const real *in, int M, int K,
+                                   int N) {
+    gemm(half, dw, K, dout, 1, N, in, K, 1, dw, K, N, K, M);
+    bias_backward(db, dout, M, N);
+}
+
+// din (M,K) = dout·w
+static void linear_input_backward(int half, real *din, const real *dout, const real *w, int M, int K, int N) {
+    gemm(half, din, K, dout, N, 1, w, K, 1, NULL, 0, M, K, N);
+}
+
+static void linear_backward(int half, real *din, real *dw, real *db, const real *dout, const real *in, const real *w,
+                            int M, int K, int N) {
+    linear_weight_backward(half, dw, db, dout, in, M, K, N);
+    linear_input_backward(half, din, dout, w, M, K, N);
 }
 
 // mean and 1/sigma of a row x (D), eps 1e-6
@@ -380,7 +402,8 @@ static void layernorm_modulate_backward(real *dx, real *dmod, real *stats, const
 // query rows of one head, so the T×T matrix never exists; lse (B,H,T) keeps log sum exp of each row for the backward
 // pass.
 enum { QUERY_ROWS = 128 };
-static void attention_forward(real *out, real *lse, const real *qkv, real *scores, int B, int T, int D, int H) {
+static void attention_forward(int half, real *out, real *lse, const real *qkv, real *scores, int B, int T, int D,
+                              int H) {
     int hd = D / H, row_blocks = (T + QUERY_ROWS - 1) / QUERY_ROWS;
     real scale = 1 / (real)sqrt((double)hd);
 #pragma omp parallel for schedule(static)
@@ -390,7 +413,7 @@ static void attention_forward(real *out, real *lse, const real *qkv, real *score
         const real *q = qkv + (size_t)b * T * 3 * D + h * hd, *k = q + D, *v = q + 2 * D;
         real *s = scores + (size_t)thread_index() * 2 * QUERY_ROWS * T,
              *row_lse = lse + ((size_t)b * H + h) * T + first;
-        gemm(s, T, q + (size_t)first * 3 * D, 3 * D, 1, k, 1, 3 * D, NULL, 0, rows, T, hd);
+        gemm(half, s, T, q + (size_t)first * 3 * D, 3 * D, 1, k, 1, 3 * D, NULL, 0, rows, T, hd);
         for (int i = 0; i < rows; i++) {
             real *si = s + (size_t)i * T, max = si[0], sum = 0;
 #pragma omp simd reduction(max : max)
@@ -405,14 +428,14 @@ static void attention_forward(real *out, real *lse, const real *qkv, real *score
             for (int j = 0; j < T; j++) si[j] *= inverse;
             row_lse[i] = max * scale + (real)log((double)sum);
         }
-        gemm(out + ((size_t)b * T + first) * D + h * hd, D, s, T, 1, v, 3 * D, 1, NULL, 0, rows, hd, T);
+        gemm(half, out + ((size_t)b * T + first) * D + h * hd, D, s, T, 1, v, 3 * D, 1, NULL, 0, rows, hd, T);
     }
 }
 
 // dqkv (B,T,3D) is overwritten. Row block by row block, with P recomputed from q, k and lse:
 // dv += P^T·dout;  dP = dout·v^T;  dS = P·(dP - sum(dout·out))·scale;  dq = dS·k;  dk += dS^T·q
-static void attention_backward(real *dqkv, const real *dout, const real *out, const real *lse, const real *qkv,
-                               real *scores, int B, int T, int D, int H) {
+static void attention_backward(int half, real *dqkv, const real *dout, const real *out, const real *lse,
+                               const real *qkv, real *scores, int B, int T, int D, int H) {
     int hd = D / H;
     real scale = 1 / (real)sqrt((double)hd);
 #pragma omp parallel for schedule(static)
@@ -423,11 +446,11 @@ static void attention_backward(real *dqkv, const real *dout, const real *out, co
         real *dq = dqkv + at, *dk = dq + D, *dv = dq + 2 * D;
         real *p = scores + (size_t)thread_index() * 2 * QUERY_ROWS * T, *dp = p + QUERY_ROWS * T;
         for (int first = 0; first < T; first += QUERY_ROWS) {
-            int rows = T - first < QUERY_ROWS ? T - first : QUERY_ROWS, more = first > 0;
+            int rows = T - first < QUERY_ROWS ? T - first : QUERY_ROWS;
             const real *go = dout + ((size_t)b * T + first) * D + h * hd,
                        *o = out + ((size_t)b * T + first) * D + h * hd;
-            gemm(p, T, q + (size_t)first * 3 * D, 3 * D, 1, k, 1, 3 * D, NULL, 0, rows, T, hd);
-            gemm(dp, T, go, D, 1, v, 1, 3 * D, NULL, 0, rows, T, hd);
+            gemm(half, p, T, q + (size_t)first * 3 * D, 3 * D, 1, k, 1, 3 * D, NULL, 0, rows, T, hd);
+            gemm(half, dp, T, go, D, 1, v, 1, 3 * D, NULL, 0, rows, T, hd);
             for (int i = 0; i < rows; i++) {
                 real *pi = p + (size_t)i * T, *di = dp + (size_t)i * T,
                      row_lse = lse[((size_t)b * H + h) * T + first + i], dot = 0;
@@ -439,9 +462,9 @@ static void attention_backward(real *dqkv, const real *dout, const real *out, co
                     di[j] = pi[j] * (di[j] - dot) * scale;
                 }
             }
-            gemm(dv, 3 * D, p, 1, T, go, D, 1, NULL, more, T, hd, rows);
-            gemm(dq + (size_t)first * 3 * D, 3 * D, dp, T, 1, k, 3 * D, 1, NULL, 0, rows, hd, T);
-            gemm(dk, 3 * D, dp, 1, T, q + (size_t)first * 3 * D, 3 * D, 1, NULL, more, T, hd, rows);
+            gemm(half, dv, 3 * D, p, 1, T, go, D, 1, first ? dv : NULL, 3 * D, T, hd, rows);
+            gemm(half, dq + (size_t)first * 3 * D, 3 * D, dp, T, 1, k, 3 * D, 1, NULL, 0, rows, hd, T);
+            gemm(half, dk, 3 * D, dp, 1, T, q + (size_t)first * 3 * D, 3 * D, 1, first ? dk : NULL, 3 * D, T, hd, rows);
         }
     }
 }
@@ -463,16 +486,14 @@ static void gelu_forward(real *out, const real *in, size_t count) {
     }
 }
 
-// out = gelu(x) once more, and x is replaced by gelu'(x): the exponential is shared, and x is not needed again.
-static void gelu_derivative(real *out, real *x, size_t count) {
+// dx *= gelu'(x), and out = gelu(x) once more: the exponential is shared.
+static void gelu_backward(real *dx, real *out, const real *x, size_t count) {
     FOR_EACH_PIECE FOR_EACH_ELEMENT {
         real xi = x[i], xx = xi * xi, e = exp_real(-GELU_SLOPE * xi * (1 + GELU_CUBIC * xx)), s = 1 / (1 + e);
         out[i] = xi * s;
-        x[i] = s * (1 + xi * (e * s) * GELU_SLOPE * (1 + 3 * GELU_CUBIC * xx));
+        dx[i] *= s * (1 + xi * (e * s) * GELU_SLOPE * (1 + 3 * GELU_CUBIC * xx));
     }
 }
-
-static void multiply(real *x, const real *y, size_t count) { FOR_EACH_PIECE FOR_EACH_ELEMENT x[i] *= y[i]; }
 
 static void add(real *x, const real *y, size_t count) { FOR_EACH_PIECE FOR_EACH_ELEMENT x[i] += y[i]; }
 
@@ -625,6 +646,7 @@ enum Kind { MODEL_WEIGHTS, MODEL_GRADS, MODEL_ADAM_M, MODEL_ADAM_V, MODEL_EMA };
 typedef struct {
     Config config;
     int batch, max_m, recompute, training, window; // what the activations have room for
+    int half;                                      // matmuls round their operands to bf16
     int n_tensors;
     ParamTensor *tensors;
     int64_t n_params;
@@ -660,14 +682,14 @@ static void block_forward(Model *m, real *out, const real *x, Layer *l, int inde
     const real *mod = block_mod(m, a->mod, index);
     int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T, stride = 6 * D;
     layernorm_modulate_forward(a->normed, x, mod, stride, B, T, D);
-    linear_forward(l->qkv, a->normed, p->qkv_w, p->qkv_b, M, D, 3 * D);
-    attention_forward(l->att, l->lse, l->qkv, a->scores, B, T, D, m->config.heads);
-    linear_forward(l->proj, l->att, p->proj_w, p->proj_b, M, D, D);
+    linear_forward(m->half, l->qkv, a->normed, p->qkv_w, p->qkv_b, M, D, 3 * D);
+    attention_forward(m->half, l->att, l->lse, l->qkv, a->scores, B, T, D, m->config.heads);
+    linear_forward(m->half, l->proj, l->att, p->proj_w, p->proj_b, M, D, D);
     gated_residual_forward(out, x, mod + 2 * D, stride, l->proj, B, T, D);
     layernorm_modulate_forward(a->normed, out, mod + 3 * D, stride, B, T, D);
-    linear_forward(l->fc1, a->normed, p->fc1_w, p->fc1_b, M, D, 4 * D);
+    linear_forward(m->half, l->fc1, a->normed, p->fc1_w, p->fc1_b, M, D, 4 * D);
     gelu_forward(a->gelu, l->fc1, (size_t)M * 4 * D);
-    linear_forward(l->fc2, a->gelu, p->fc2_w, p->fc2_b, M, 4 * D, D);
+    linear_forward(m->half, l->fc2, a->gelu, p->fc2_w, p->fc2_b, M, 4 * D, D);
     gated_residual_forward(out, out, mod + 5 * D, stride, l->fc2, B, T, D);
 }
 
@@ -678,21 +700,21 @@ static void block_backward(Model *m, real *dx, const real *x, Layer *l, int inde
     const real *mod = block_mod(m, a->mod, index);
     real *dmod = block_mod(m, a->dmod, index), *dfc1 = a->dwide, *dqkv = a->dwide;
     int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T, stride = 6 * D;
-    // MLP branch. fc2 becomes its own gradient, and fc1 gelu'(fc1).
+    // MLP branch. fc2 becomes its own gradient.
     gated_residual_backward(l->fc2, dmod + 5 * D, dx, mod + 5 * D, stride, l->fc2, B, T, D);
-    gelu_derivative(a->gelu, l->fc1, (size_t)M * 4 * D);
-    linear_backward(dfc1, g->fc2_w, g->fc2_b, l->fc2, a->gelu, p->fc2_w, M, 4 * D, D);
-    multiply(dfc1, l->fc1, (size_t)M * 4 * D);
+    linear_input_backward(m->half, dfc1, l->fc2, p->fc2_w, M, 4 * D, D);
+    gelu_backward(dfc1, a->gelu, l->fc1, (size_t)M * 4 * D);
+    linear_weight_backward(m->half, g->fc2_w, g->fc2_b, l->fc2, a->gelu, M, 4 * D, D);
     gated_residual_forward(a->mid, x, mod + 2 * D, stride, l->proj, B, T, D);
     layernorm_modulate_forward(a->normed, a->mid, mod + 3 * D, stride, B, T, D);
-    linear_backward(a->dnormed, g->fc1_w, g->fc1_b, dfc1, a->normed, p->fc1_w, M, D, 4 * D);
+    linear_backward(m->half, a->dnormed, g->fc1_w, g->fc1_b, dfc1, a->normed, p->fc1_w, M, D, 4 * D);
     layernorm_modulate_backward(dx, dmod + 3 * D, a->stats, a->dnormed, a->mid, mod + 3 * D, stride, B, T, D);
     // Attention branch. proj becomes its own gradient.
     gated_residual_backward(l->proj, dmod + 2 * D, dx, mod + 2 * D, stride, l->proj, B, T, D);
-    linear_backward(a->dnormed, g->proj_w, g->proj_b, l->proj, l->att, p->proj_w, M, D, D);
-    attention_backward(dqkv, a->dnormed, l->att, l->lse, l->qkv, a->scores, B, T, D, m->config.heads);
+    linear_backward(m->half, a->dnormed, g->proj_w, g->proj_b, l->proj, l->att, p->proj_w, M, D, D);
+    attention_backward(m->half, dqkv, a->dnormed, l->att, l->lse, l->qkv, a->scores, B, T, D, m->config.heads);
     layernorm_modulate_forward(a->normed, x, mod, stride, B, T, D);
-    linear_backward(a->dnormed, g->qkv_w, g->qkv_b, dqkv, a->normed, p->qkv_w, M, D, 3 * D);
+    linear_backward(m->half, a->dnormed, g->qkv_w, g->qkv_b, dqkv, a->normed, p->qkv_w, M, D, 3 * D);
     layernorm_modulate_backward(dx, dmod, a->stats, a->dnormed, x, mod, stride, B, T, D);
 }
 
@@ -713,10 +735,9 @@ static void block_backward(Model *m, real *dx, const real *x, Layer *l, int inde
 static void iteration_forward(Model *m, real *out, Layer *l) {
     Activations *a = &m->a;
     int D = m->config.width, M = m->B * config_tokens(&m->config);
-    memcpy(l->u, a->inj_part, (size_t)M * 2 * D * sizeof(real));
-    gemm(l->u, 2 * D, l->x, D, 1, m->p.fp1_w, 1, 2 * D, NULL, 1, M, 2 * D, D);
+    gemm(m->half, l->u, 2 * D, l->x, D, 1, m->p.fp1_w, 1, 2 * D, a->inj_part, 2 * D, M, 2 * D, D);
     gelu_forward(a->gelu, l->u, (size_t)M * 2 * D);
-    linear_forward(l->in, a->gelu, m->p.fp2_w, m->p.fp2_b, M, 2 * D, D);
+    linear_forward(m->half, l->in, a->gelu, m->p.fp2_w, m->p.fp2_b, M, 2 * D, D);
     block_forward(m, out, l->in, l, m->config.pre_depth);
 }
 
@@ -727,20 +748,20 @@ static void iteration_backward(Model *m, real *dz, Layer *l, int first) {
     size_t count = (size_t)M * 2 * D;
     real *du = a->dwide;
     block_backward(m, dz, l->in, l, m->config.pre_depth);
-    gelu_derivative(a->gelu, l->u, count);
-    linear_backward(du, m->g.fp2_w, m->g.fp2_b, dz, a->gelu, m->p.fp2_w, M, 2 * D, D);
-    multiply(du, l->u, count);
+    linear_input_backward(m->half, du, dz, m->p.fp2_w, M, 2 * D, D);
+    gelu_backward(du, a->gelu, l->u, count);
+    linear_weight_backward(m->half, m->g.fp2_w, m->g.fp2_b, dz, a->gelu, M, 2 * D, D);
     add(a->du_sum, du, count);
-    gemm(m->g.fp1_w, 2 * D, du, 1, 2 * D, l->x, D, 1, NULL, 1, 2 * D, D, M);
-    if (!first) gemm(dz, D, du, 2 * D, 1, m->p.fp1_w, 2 * D, 1, NULL, 0, M, D, 2 * D);
+    gemm(m->half, m->g.fp1_w, 2 * D, du, 1, 2 * D, l->x, D, 1, m->g.fp1_w, 2 * D, 2 * D, D, M);
+    if (!first) gemm(m->half, dz, D, du, 2 * D, 1, m->p.fp1_w, 2 * D, 1, NULL, 0, M, D, 2 * D);
 }
 
 // inj = inject·h and its share of fp1, where h is l->x
 static void injection_forward(Model *m, const Layer *l) {
     Activations *a = &m->a;
     int D = m->config.width, M = m->B * config_tokens(&m->config);
-    linear_forward(a->inj, l->x, m->p.inject_w, m->p.inject_b, M, D, D);
-    gemm(a->inj_part, 2 * D, a->inj, D, 1, m->p.fp1_w + D, 1, 2 * D, m->p.fp1_b, 0, M, 2 * D, D);
+    linear_forward(m->half, a->inj, l->x, m->p.inject_w, m->p.inject_b, M, D, D);
+    gemm(m->half, a->inj_part, 2 * D, a->inj, D, 1, m->p.fp1_w + D, 1, 2 * D, m->p.fp1_b, 0, M, 2 * D, D);
 }
 
 // dh (B,T,D) = all of its gradient: h is the first z too, but as a constant
@@ -748,10 +769,10 @@ static void injection_backward(Model *m, real *dh, const Layer *l) {
     Activations *a = &m->a;
     int D = m->config.width, M = m->B * config_tokens(&m->config);
     real *dinj = a->dnormed;
-    gemm(m->g.fp1_w + D, 2 * D, a->du_sum, 1, 2 * D, a->inj, D, 1, NULL, 1, 2 * D, D, M);
+    gemm(m->half, m->g.fp1_w + D, 2 * D, a->du_sum, 1, 2 * D, a->inj, D, 1, m->g.fp1_w + D, 2 * D, 2 * D, D, M);
     bias_backward(m->g.fp1_b, a->du_sum, M, 2 * D);
-    gemm(dinj, D, a->du_sum, 2 * D, 1, m->p.fp1_w + D, 2 * D, 1, NULL, 0, M, D, 2 * D);
-    linear_backward(dh, m->g.inject_w, m->g.inject_b, dinj, l->x, m->p.inject_w, M, D, D);
+    gemm(m->half, dinj, D, a->du_sum, 2 * D, 1, m->p.fp1_w + D, 2 * D, 1, NULL, 0, M, D, 2 * D);
+    linear_backward(m->half, dh, m->g.inject_w, m->g.inject_b, dinj, l->x, m->p.inject_w, M, D, D);
 }
 
 // From Part 2: how sampling measures and speeds up the iteration
@@ -791,15 +812,15 @@ static void condition_forward(Model *m, const int *t, const int *y) {
     int B = m->B, D = c->width, blocks = config_blocks(c), pp = c->timestep_in_pre_post || !c->fixed_point;
     for (int b = 0; b < B; b++) {
         for (int i = 0; i < 128; i++) {
-            double angle = t[b] * exp(-log(10000) * i / 128);
+            double angle = time_angle(c, t[b], i);
             a->time_freq[b * 256 + i] = (real)cos(angle);
             a->time_freq[b * 256 + 128 + i] = (real)sin(angle);
         }
         m->labels[b] = y[b];
     }
-    linear_forward(a->time_hidden, a->time_freq, m->p.time0_w, m->p.time0_b, B, 256, D);
+    linear_forward(0, a->time_hidden, a->time_freq, m->p.time0_w, m->p.time0_b, B, 256, D);
     silu_forward(a->time_silu, a->time_hidden, (size_t)B * D);
-    linear_forward(a->cond, a->time_silu, m->p.time2_w, m->p.time2_b, B, D, D);
+    linear_forward(0, a->cond, a->time_silu, m->p.time2_w, m->p.time2_b, B, D, D);
     for (int b = 0; b < B; b++)
         for (int d = 0; d < D; d++) {
             real label = m->p.label_table[(size_t)y[b] * D + d], *cond = &a->cond[b * D + d];
@@ -810,9 +831,9 @@ static void condition_forward(Model *m, const int *t, const int *y) {
     silu_forward(a->cond_pp_silu, a->cond_pp, (size_t)B * D);
     for (int i = 0; i < blocks; i++) {
         const real *cond = c->fixed_point && i == c->pre_depth ? a->cond_silu : a->cond_pp_silu;
-        linear_forward(block_mod(m, a->mod, i), cond, m->p.block[i].ada_w, m->p.block[i].ada_b, B, D, 6 * D);
+        linear_forward(0, block_mod(m, a->mod, i), cond, m->p.block[i].ada_w, m->p.block[i].ada_b, B, D, 6 * D);
     }
-    linear_forward(a->final_mod, a->cond_pp_silu, m->p.final_ada_w, m->p.final_ada_b, B, D, 2 * D);
+    linear_forward(0, a->final_mod, a->cond_pp_silu, m->p.final_ada_w, m->p.final_ada_b, B, D, 2 * D);
 }
 
 static void condition_backward(Model *m) {
@@ -829,7 +850,7 @@ static void condition_backward(Model *m) {
         const real *dmod = i < 0 ? a->dfinal_mod : block_mod(m, a->dmod, i);
         const real *w = i < 0 ? m->p.final_ada_w : m->p.block[i].ada_w;
         real *dw = i < 0 ? m->g.final_ada_w : m->g.block[i].ada_w, *db = i < 0 ? m->g.final_ada_b : m->g.block[i].ada_b;
-        linear_backward(a->dtime, dw, db, dmod, fixed ? a->cond_silu : a->cond_pp_silu, w, B, D, N);
+        linear_backward(0, a->dtime, dw, db, dmod, fixed ? a->cond_silu : a->cond_pp_silu, w, B, D, N);
         add(fixed ? a->dcond_silu : a->dcond_pp_silu, a->dtime, (size_t)B * D);
     }
     silu_backward(a->dcond, a->dcond_silu, a->cond, (size_t)B * D);
@@ -838,10 +859,10 @@ static void condition_backward(Model *m) {
     for (int b = 0; b < B; b++)
         for (int d = 0; d < D; d++)
             m->g.label_table[(size_t)m->labels[b] * D + d] += a->dcond[b * D + d] + (pp ? 0 : a->dcond_pp[b * D + d]);
-    linear_backward(a->dcond_silu, m->g.time2_w, m->g.time2_b, a->dcond, a->time_silu, m->p.time2_w, B, D, D);
+    linear_backward(0, a->dcond_silu, m->g.time2_w, m->g.time2_b, a->dcond, a->time_silu, m->p.time2_w, B, D, D);
     memset(a->dtime, 0, bytes);
     silu_backward(a->dtime, a->dcond_silu, a->time_hidden, (size_t)B * D);
-    linear_backward(NULL, m->g.time0_w, m->g.time0_b, a->dtime, a->time_freq, m->p.time0_w, B, 256, D);
+    linear_weight_backward(0, m->g.time0_w, m->g.time0_b, a->dtime, a->time_freq, B, 256, D);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -860,7 +881,7 @@ static void model_forward(Model *m, const int *t, const int *y, int B, int n, in
     m->m = c->fixed_point ? iterations : 0;
     condition_forward(m, t, y);
     unfold(a->patches, a->x_t, B, c->channels, c->image_size, p);
-    linear_forward(l->x, a->patches, m->p.patch_w, m->p.patch_b, M, c->channels * p * p, D);
+    linear_forward(0, l->x, a->patches, m->p.patch_w, m->p.patch_b, M, c->channels * p * p, D);
 #pragma omp parallel for schedule(static)
     for (int b = 0; b < B; b++)
         for (int e = 0; e < T * D; e++) a->layer->x[(size_t)b * T * D + e] += a->pos[e];
@@ -882,7 +903,7 @@ static void model_forward(Model *m, const int *t, const int *y, int B, int n, in
     }
     show_probe(m, "act.post", 0, l->x, N);
     layernorm_modulate_forward(a->normed, l->x, a->final_mod, 2 * D, B, T, D);
-    linear_forward(a->patch_out, a->normed, m->p.final_w, m->p.final_b, M, D, p * p * Cout);
+    linear_forward(0, a->patch_out, a->normed, m->p.final_w, m->p.final_b, M, D, p * p * Cout);
     unpatch(a->out, a->patch_out, 1, B, Cout, c->image_size, p);
     show_probe(m, "output", 0, a->out, (int64_t)B * Cout * c->image_size * c->image_size);
 }
@@ -906,7 +927,8 @@ static void model_backward(Model *m) {
     memset(a->dmod, 0, (size_t)config_blocks(c) * m->batch * 6 * D * sizeof(real));
     unpatch(a->dout, a->patch_out, 0, B, Cout, c->image_size, p);
     layernorm_modulate_forward(a->normed, l->x, a->final_mod, 2 * D, B, T, D);
-    linear_backward(a->dnormed, m->g.final_w, m->g.final_b, a->patch_out, a->normed, m->p.final_w, M, D, p * p * Cout);
+    linear_backward(0, a->dnormed, m->g.final_w, m->g.final_b, a->patch_out, a->normed, m->p.final_w, M, D,
+                    p * p * Cout);
     layernorm_modulate_backward(a->dx, a->dfinal_mod, a->stats, a->dnormed, l->x, a->final_mod, 2 * D, B, T, D);
     if (c->fixed_point) {
         for (; i > c->pre_depth; i--) block_backward_at(m, --l, i);
@@ -920,7 +942,7 @@ static void model_backward(Model *m) {
         i--;
     }
     for (; i >= 0; i--) block_backward_at(m, --l, i);
-    linear_backward(NULL, m->g.patch_w, m->g.patch_b, a->dx, a->patches, m->p.patch_w, M, c->channels * p * p, D);
+    linear_weight_backward(0, m->g.patch_w, m->g.patch_b, a->dx, a->patches, M, c->channels * p * p, D);
     condition_backward(m);
 }
 
@@ -938,7 +960,7 @@ enum Solver { SOLVER_PLAIN, SOLVER_ANDERSON };
 typedef struct {
     Config model;
     // training
-    const char *data, *export_to, *model_name, *out, *resume;
+    const char *data, *export_to, *model_name, *out, *resume, *init;
     int no_grad_iters[2], grad_iters[2];
     int batch, micro_batch, steps, warmup, ema_warmup, hflip, recompute, dtype, weights_dtype;
     int save_every, sample_every, log_every, step, t_sampling, lr_schedule;
@@ -1097,7 +1119,7 @@ static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options 
                           o->cfg_channels,
                           o->reuse,
                           o->eta,
-                          o->cfg,
+                          o->model.classes ? o->cfg : 1, // without labels there is nothing to guide
                           o->tol,
                           iters,
                           NULL,
@@ -1573,6 +1595,9 @@ enum {
 #define VECTOR(bytes) __attribute__((vector_size(bytes), aligned(sizeof(real)), may_alias)) // may stand anywhere
 typedef real vec VECTOR(VEC_BYTES);
 typedef real vec4 VECTOR(4 * sizeof(real));
+typedef float vec_float VECTOR(VEC_BYTES); // what real is when there are pairs of bf16
+typedef uint32_t vec_bf16x2 VECTOR(VEC_BYTES);
+typedef uint32_t __attribute__((may_alias)) bf16x2;
 #if defined __clang__ || __GNUC__ >= 12
 #define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
 #else
@@ -1616,54 +1641,142 @@ INLINE void gemm_pack(real *p, const int w, int n, int kc, const real *src, size
         for (int k = 0; k < kc; k++) p[(i / w * kc + k) * w + i % w] = src[i * is + k * ks];
 }
 
-// One tile: c (MR,NR; row stride ldc) = a.b (+ bias) (+ c), with a (MR,kc; strides ars, acs) and b a panel; not `wide`
-// computes its left half alone. Meanwhile the row `next` of A comes into the cache.
-INLINE void gemm_kernel(const int wide, real *c, size_t ldc, const real *a, size_t ars, size_t acs, const real *b,
-                        const real *bias, int add, int kc, const real *next) {
+// In bf16 the operands are rounded while they are packed. Two neighbours in k fill the place of one float, the first in
+// the low half, so that what holds, splits and moves floats serves pairs as well, with half the k.
+static uint16_t float_to_bf16(float x); // from Part 5
+// out[i] = the pair x[i*step], y[i*step]; without y the pair x[i*step], 0
+INLINE void pair_row(real *out, const real *x, const real *y, size_t step, int n) {
+    for (int i = 0; i < n; i++)
+        ((bf16x2 *)out)[i] = float_to_bf16((float)x[i * step]) | (bf16x2)(y ? float_to_bf16((float)y[i * step]) : 0)
+                                                                     << 16;
+}
+
+// Rows n of kc values, `is` apart, as rows of (kc+1)/2 pairs
+static void pair_rows(real *out, int n, int kc, const real *src, size_t is) {
+    for (int i = 0; i < n; i++, out += (kc + 1) / 2, src += is) {
+        pair_row(out, src, src + 1, 2, kc / 2);
+        if (kc % 2) pair_row(out + kc / 2, src + kc - 1, NULL, 1, 1);
+    }
+}
+
+// gemm_pack of kc values as (kc+1)/2 pairs
+INLINE void pair_pack(real *p, const int w, int n, int kc, const real *src, size_t is, size_t ks) {
+    real rows[16 * KC];
+    int pairs = (kc + 1) / 2;
+    for (int i = 0; ks == 1 && i < n; i += 16) {
+        pair_rows(rows, imin(16, n - i), kc, src + i * is, is);
+        gemm_pack(p + i / w * w * pairs + i % w, w, imin(16, n - i), pairs, rows, pairs, 1);
+    }
+    for (int k = 0; ks != 1 && k < pairs; k++)
+        for (int i = 0; i < n; i += w) {
+            const real *x = src + i * is + 2 * k * ks, *y = 2 * k + 1 < kc ? x + ks : NULL;
+            real *out = p + i * pairs + k * w;
+            for (int ahead = 0; 2 * k + 16 < kc && ahead < w; ahead += 16)
+                __builtin_prefetch(x + 16 * ks + ahead), __builtin_prefetch(x + 17 * ks + ahead);
+            if (is == 1 && y && i + w <= n)
+                pair_row(out, x, y, 1, w);
+            else
+                pair_row(out, x, y, is, imin(w, n - i));
+        }
+}
+
+// sum + the products of two pairs in every lane, first of their high halves, then of the low ones. The product of two
+// bf16 is exact in fp32: a fused multiply-add gives the same.
+INLINE vec_float pair_multiply_plain(vec_float sum, bf16x2 a, vec_bf16x2 b) {
+    vec_bf16x2 both = (vec_bf16x2){0} + a, high = (vec_bf16x2){0} + 0xffff0000u;
+    sum += (vec_float)(both & high) * (vec_float)(b & high);
+    return sum + (vec_float)(both << 16) * (vec_float)(b << 16);
+}
+
+// The same as one instruction, where there is one: to the bit, but for denormals, which it takes and gives as zero
+INLINE vec_float pair_multiply(vec_float sum, bf16x2 a, vec_bf16x2 b) {
+#ifdef __AVX512BF16__
+    return (vec_float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)((vec_bf16x2){0} + a), (__m512bh)b);
+#else
+    return pair_multiply_plain(sum, a, b);
+#endif
+}
+
+typedef struct {
+    int half;
+    real *C;
+    const real *A, *B, *from;
+    size_t ldc, ars, acs, brs, bcs, ldf;
+    int M, N, K, flip; // flip: C and `from` are transposed
+    real *panels;      // two blocks of packed B, shared by the threads: while one is in use the next is packed
+    atomic_int next;   // how many rows of tiles are taken, over all blocks
+} Gemm;
+
+// What comes into the cache during a tile: of `rows` rows of A, at least one and a power of two, as much as a tile reads
+typedef struct {
+    const real *at;
+    size_t stride;
+    int rows;
+} Ahead;
+
+// One tile: c (MR,NR; row stride ldc) = a.b + from (row stride ldf), if any, with a (MR,kc; strides ars, acs) and b a
+// panel; not `wide` computes its left half alone.
+INLINE void gemm_kernel(const int half, const int wide, real *c, size_t ldc, const real *a, size_t ars, size_t acs,
+                        const real *b, const real *from, size_t ldf, int kc, Ahead next) {
     vec s[MR] = {0}, t[MR] = {0};
     for (int i = 0; i < MR; i++) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + NR - 1, 1);
     for (int k = 0; k < kc; k++, a += acs, b += NR) {
         vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VL);
-        __builtin_prefetch(next + k);
+        if (half)
+            __builtin_prefetch(next.at + k / 8 * 16 + (k & (next.rows - 1)) * next.stride, 0, 2);
+        else
+            __builtin_prefetch(next.at + k / 16 * 16 + (k & (next.rows - 1)) * next.stride);
         UNROLL
         for (int i = 0; i < MR; i++) {
-            s[i] += a[i * ars] * b0;
-            if (wide) t[i] += a[i * ars] * b1;
+            if (half) {
+                bf16x2 ai = *(const bf16x2 *)(a + i * ars);
+                s[i] = (vec)pair_multiply((vec_float)s[i], ai, (vec_bf16x2)b0);
+                if (wide) t[i] = (vec)pair_multiply((vec_float)t[i], ai, (vec_bf16x2)b1);
+            } else {
+                s[i] += a[i * ars] * b0;
+                if (wide) t[i] += a[i * ars] * b1;
+            }
         }
     }
     UNROLL
     for (int i = 0; i < MR; i++) {
-        vec *c0 = (vec *)(c + i * ldc), *c1 = (vec *)(c + i * ldc + VL);
-        if (bias) s[i] += *(const vec *)bias, t[i] += *(const vec *)(bias + VL);
-        if (add) s[i] += *c0, t[i] += *c1;
-        *c0 = s[i], *c1 = t[i];
+        if (from) s[i] += *(const vec *)(from + i * ldf), t[i] += *(const vec *)(from + i * ldf + VL);
+        *(vec *)(c + i * ldc) = s[i], *(vec *)(c + i * ldc + VL) = t[i];
     }
 }
 
-// The same for m x n of the tile: those at the lower and right edge of C take a detour
-static void gemm_tile(real *c, size_t ldc, const real *a, size_t ars, size_t acs, const real *b, const real *bias,
-                      int add, int kc, const real *next, int m, int n) {
-    real t[MR * NR];
-    if (m == MR && n == NR) {
-        gemm_kernel(1, c, ldc, a, ars, acs, b, bias, add, kc, next);
+// The tile at row i0, column j0 of C; `first`: over the first of the blocks of k. Tiles at the lower and right edge of
+// C, and those of a transposed C, take a detour.
+INLINE void gemm_tile(const int half, const Gemm *g, int i0, int j0, const real *a, size_t ars, size_t acs,
+                      const real *b, int first, int kc, Ahead next) {
+    int m = imin(MR, g->M - i0), n = imin(NR, g->N - j0), row = g->flip ? j0 : i0, column = g->flip ? i0 : j0, ld = NR;
+    size_t ldf = first ? g->ldf : g->ldc;
+    real *c = g->C + row * g->ldc + column, t[MR * NR], turned[MR * NR], *tile = t;
+    const real *from = !first ? c : g->from ? g->from + row * ldf + column : NULL;
+    if (m == MR && n == NR && !g->flip) {
+        gemm_kernel(half, 1, c, g->ldc, a, ars, acs, b, from, ldf, kc, next);
         return;
     }
     if (n > VL)
-        gemm_kernel(1, t, NR, a, ars, acs, b, NULL, 0, kc, next);
+        gemm_kernel(half, 1, t, NR, a, ars, acs, b, NULL, 0, kc, next);
     else
-        gemm_kernel(0, t, NR, a, ars, acs, b, NULL, 0, kc, next);
+        gemm_kernel(half, 0, t, NR, a, ars, acs, b, NULL, 0, kc, next);
+    if (g->flip) {
+        gemm_pack(turned, MR, MR, n, t, NR, 1);
+        int rows = n;
+        n = m, m = rows, tile = turned, ld = MR;
+    }
     for (int i = 0; i < m; i++)
-        for (int j = 0; j < n; j++) c[i * ldc + j] = t[i * NR + j] + (bias ? bias[j] : 0) + (add ? c[i * ldc + j] : 0);
+        for (int j = 0; j < n; j++) c[i * g->ldc + j] = tile[i * ld + j] + (from ? from[i * ldf + j] : 0);
 }
-
-typedef struct {
-    real *C;
-    const real *A, *B, *bias;
-    size_t ldc, ars, acs, brs, bcs;
-    int add, M, N, K;
-    real *panels;    // two blocks of packed B, shared by the threads: while one is in use the next is packed
-    atomic_int next; // how many rows of tiles are taken, over all blocks
-} Gemm;
+static void float_tile(const Gemm *g, int i0, int j0, const real *a, size_t ars, size_t acs, const real *b, int first,
+                       int kc, Ahead next) {
+    gemm_tile(0, g, i0, j0, a, ars, acs, b, first, kc, next);
+}
+static void pair_tile(const Gemm *g, int i0, int j0, const real *a, size_t ars, size_t acs, const real *b, int first,
+                      int kc, Ahead next) {
+    gemm_tile(1, g, i0, j0, a, ars, acs, b, first, kc, next);
+}
 
 static _Thread_local real gemm_a[MC * KC] __attribute__((aligned(64))),
     gemm_b[2 * KC * NC] __attribute__((aligned(64)));
@@ -1672,15 +1785,21 @@ static _Thread_local real gemm_a[MC * KC] __attribute__((aligned(64))),
 // that fast threads do more and all finish together. Who computes a tile changes nothing in it: no sum is split among
 // threads.
 static void gemm_thread(Gemm *g, int thread, int threads) {
-    int nk = (g->K + KC - 1) / KC, nn = (g->N + NC - 1) / NC, rows = (g->M + MR - 1) / MR, done = 0;
+    int step = g->half ? 2 : 1, K = (g->K + step - 1) / step; // k counts floats, or pairs
+    int nk = (K + KC - 1) / KC, nn = (g->N + NC - 1) / NC, rows = (g->M + MR - 1) / MR, done = 0;
     real *panel = g->panels; // this block's; the other one may still be read by a slower thread
     int width = ((g->N + nn - 1) / nn + NR - 1) / NR * NR;
     for (int kb = 0; kb < nk; kb++) {
-        int k0 = (int)((long)g->K * kb / nk), kc = (int)((long)g->K * (kb + 1) / nk) - k0;
+        int k0 = (int)((long)K * kb / nk), kc = (int)((long)K * (kb + 1) / nk) - k0;
+        int values = imin(kc * step, g->K - k0 * step);
         for (int n0 = 0; n0 < g->N; n0 += width, done += rows, panel = g->panels + (panel == g->panels) * KC * NC) {
-            int n = imin(width, g->N - n0), panels = (n + NR - 1) / NR;
+            int n = imin(width, g->N - n0), panels = (n + NR - 1) / NR, share = 8 / imin(panels, 8);
             int p0 = panels * thread / threads * NR, p1 = imin(n, panels * (thread + 1) / threads * NR);
-            gemm_pack(panel + p0 * kc, NR, p1 - p0, kc, g->B + (n0 + p0) * g->bcs + k0 * g->brs, g->bcs, g->brs);
+            const real *B = g->B + (n0 + p0) * g->bcs + k0 * step * g->brs;
+            if (g->half)
+                pair_pack(panel + p0 * kc, NR, p1 - p0, values, B, g->bcs, g->brs);
+            else
+                gemm_pack(panel + p0 * kc, NR, p1 - p0, values, B, g->bcs, g->brs);
             if (threads > 1) {
 #pragma omp barrier
             }
@@ -1691,28 +1810,41 @@ static void gemm_thread(Gemm *g, int thread, int threads) {
                     len = imin(threads > 1 ? (left + 2 * threads - 1) / (2 * threads) : left, MC / MR);
                 } while (len > 0 && !atomic_compare_exchange_weak(&g->next, &row, row + len));
                 if (len <= 0) break;
-                int m0 = (row - done) * MR, m = imin(g->M - m0, len * MR), direct = g->acs == 1 ? m / MR * MR : 0;
-                const real *A = g->A + m0 * g->ars + k0 * g->acs;
-                gemm_pack(gemm_a, AW, m - direct, kc, A + direct * g->ars, g->ars, g->acs);
+                // Rows of floats are read where they stand, rows of pairs from gemm_a, other strides from panels there.
+                int m0 = (row - done) * MR, m = imin(g->M - m0, len * MR), inside = g->acs == 1 ? m / MR * MR : 0;
+                const real *source = g->A + m0 * g->ars + k0 * step * g->acs, *A = source;
+                size_t ars = g->ars;
+                if (g->half && g->acs == 1) {
+                    pair_rows(gemm_a, m, values, source, g->ars);
+                    A = gemm_a, ars = kc, inside = m;
+                } else if (g->half) {
+                    pair_pack(gemm_a, AW, m, values, source, g->ars, g->acs);
+                } else {
+                    gemm_pack(gemm_a, AW, m - inside, values, source + inside * g->ars, g->ars, g->acs);
+                }
+                // The next rows: in fp32 those of the next tile; pairs are made of more at a time.
+                int ahead = g->half ? threads * len * MR : MR, last = g->half ? g->M - m0 : inside;
                 for (int i = 0; i < m; i += MR)
                     for (int j = 0; j < n; j += NR) {
-                        const real *a =
-                            i < direct ? A + i * g->ars : gemm_a + (i - direct) / AW * AW * kc + (i - direct) % AW;
-                        const real *next = i + MR < direct && j / NR < MR ? a + (MR + j / NR) * g->ars : a;
-                        gemm_tile(g->C + (m0 + i) * g->ldc + n0 + j, g->ldc, a, i < direct ? g->ars : 1,
-                                  i < direct ? 1 : AW, panel + j * kc, g->bias && !kb ? g->bias + n0 + j : NULL,
-                                  g->add || kb, kc, next, imin(MR, m - i), imin(NR, n - j));
+                        int in = i < inside, next_row = j / NR * share;
+                        const real *a = in ? A + i * ars : gemm_a + (i - inside) / AW * AW * kc + (i - inside) % AW;
+                        Ahead next = {a, 0, 1};
+                        if (g->acs == 1 && next_row < 8 && i + ahead < last)
+                            next = (Ahead){source + (i + ahead + next_row) * g->ars, g->ars, share};
+                        (g->half ? pair_tile : float_tile)(g, m0 + i, n0 + j, a, in ? ars : 1, in ? 1 : AW,
+                                                           panel + j * kc, !kb, kc, next);
                     }
             }
         }
     }
 }
 
-// C (M,N; row stride ldc) = A.B + bias, or += with `add`; element (i,k) of A is A[i*ars + k*acs], (k,j) of B is
-// B[k*brs + j*bcs]; bias (N) or NULL. Uses all threads, but inside a parallel region only the one that calls.
-static void gemm(real *C, size_t ldc, const real *A, size_t ars, size_t acs, const real *B, size_t brs, size_t bcs,
-                 const real *bias, int add, int M, int N, int K) {
-    Gemm g = {C, A, B, bias, ldc, ars, acs, brs, bcs, add, M, N, K, gemm_b, 0};
+static void gemm(int half, real *C, size_t ldc, const real *A, size_t ars, size_t acs, const real *B, size_t brs,
+                 size_t bcs, const real *from, size_t ldf, int M, int N, int K) {
+    Gemm g = {half, C, A, B, from, ldc, ars, acs, brs, bcs, ldf, M, N, K, 0, gemm_b, 0};
+    // Few rows: C^T = B^T.A^T packs those few instead of all of B, which is read in place (in fp32).
+    if (acs == 1 && brs == 1 && M <= 128 && 2 * M < N && 2 * M < K)
+        g.flip = 1, g.A = B, g.B = A, g.ars = bcs, g.bcs = ars, g.M = N, g.N = M;
 #ifdef _OPENMP
     if ((double)M * N * K > 5e5 && !omp_in_parallel()) { // less work than starting the threads costs
 #pragma omp parallel
@@ -1825,18 +1957,14 @@ static size_t activations_point(Model *m, real *memory) {
     return arena.count;
 }
 
-// The arithmetic that --dtype asks for; dies when this program does not have it.
-static int compute_dtype(int dtype) {
-    if (dtype == COMPUTE_BF16) die("option --dtype: the CPU program computes in fp32");
-    return COMPUTE_FP32;
-}
+// The arithmetic that --dtype asks for
+static int compute_dtype(int dtype) { return dtype == COMPUTE_BF16 ? COMPUTE_BF16 : COMPUTE_FP32; }
 
 // A model with room for `batch` pictures and, for training, `max_m` gradient iterations, for sampling Anderson
 // acceleration over `window` (0: none). Its weights are zero. Refuses sizes beyond the machine's memory, naming the
 // options that lower it.
 static Model *model_create(const Config *config, int batch, int max_m, int recompute, int training, int window,
                            int dtype) {
-    (void)dtype;
     Model *m = (Model *)xcalloc(1, sizeof *m, "the model");
     m->config = *config;
     m->batch = batch;
@@ -1844,6 +1972,7 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     m->recompute = recompute;
     m->training = training;
     m->window = window;
+    m->half = dtype == COMPUTE_BF16;
     int layers = config_blocks(config) + m->max_m;
     m->a.layer = (Layer *)xcalloc((size_t)layers + 1, sizeof *m->a.layer, "the model");
     m->labels = (int *)xcalloc((size_t)batch, sizeof *m->labels, "the model");
@@ -2415,7 +2544,9 @@ static const char **parse_class_names(const char *json, int *count) {
 
 enum { OPT_INT, OPT_SEED, OPT_REAL, OPT_TEXT, OPT_FLAG, OPT_RANGE, OPT_CHOICE };
 // Where an option is used. WEIGHTS: metadata of weight files; STATE: only in a training state; ONCE: never there.
-enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, STATE = 16, ONCE = 32, MODEL = TRAIN | BENCH | WEIGHTS };
+// ADDED: files from before it was there lack it, and mean its default.
+enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, STATE = 16, ONCE = 32, ADDED = 64 };
+enum { MODEL = TRAIN | BENCH | WEIGHTS };
 
 typedef struct {
     const char *name;
@@ -2454,6 +2585,8 @@ static const Option option_table[] = {
     {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1,
      "1: the last timestep is pure noise (needs v)"},
     {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0, "1|p2: weight of the v loss"},
+    {"time_embedding", TRAIN | WEIGHTS | ADDED, OPT_CHOICE, AT(model.time_embedding), "dit", 0, 0,
+     "dit|sit|diffusers: what the network sees of t, as those models have it"},
     {"no_grad_iters", TRAIN, OPT_RANGE, AT(no_grad_iters), "0,3", 0, 1000, "range of n: iterations without gradient"},
     {"grad_iters", TRAIN, OPT_RANGE, AT(grad_iters), "1,4", 1, 1000, "range of m: iterations with gradient"},
     {"batch", TRAIN | BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, "pictures per step"},
@@ -2477,6 +2610,8 @@ static const Option option_table[] = {
     {"dtype", TRAIN | SAMPLE | BENCH, OPT_CHOICE, AT(dtype), "auto", 0, 0,
      "auto|fp32|bf16: arithmetic; auto: fp32 on a CPU, bf16 on a GPU"},
     {"resume", TRAIN | ONCE, OPT_TEXT, AT(resume), "", 0, 0, "folder of a run to go on with"},
+    {"init", TRAIN | ONCE, OPT_TEXT, AT(init), "", 0, 0,
+     "weight file to start from, which also says the model; a DiT may start a fixed point: --fixed_point 1"},
     {"save_every", TRAIN, OPT_INT, AT(save_every), "1000", 1, 2e9, "steps between saves of weights and state"},
     {"sample_every", TRAIN, OPT_INT, AT(sample_every), "1000", 0, 2e9, "steps between sample grids; 0: at the end"},
     {"log_every", TRAIN, OPT_INT, AT(log_every), "50", 1, 2e9, "steps between progress lines"},
@@ -2688,6 +2823,7 @@ static void options_from_meta(Options *o, const SafeTensors *f, int use) {
     for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
         if (!(opt->use & use) || opt->use & ONCE) continue;
         const char *text = st_meta(f, opt->name);
+        if (!text && opt->use & ADDED) text = opt->initial;
         if (!text) die("%s'%s' is missing: is this a file of weights of this project?", where, opt->name);
         option_set(o, opt, opt->type == OPT_TEXT ? strdup(text) : text, where);
     }
@@ -3025,7 +3161,7 @@ static void shape_text(char *text, size_t size, const int64_t *shape, int ndim) 
 // Reads the tensors PREFIX + name into memory; dies with the names of file and tensor when one is missing or unfit.
 static void tensors_read(const SafeTensors *f, const ParamTensor *list, int count, const char *prefix, float *memory) {
     for (const ParamTensor *p = list; p < list + count; p++) {
-        char name[100], want[200], got[200];
+        char name[160], want[200], got[200];
         snprintf(name, sizeof name, "%s%s", prefix, p->name);
         const Tensor *t = st_find(f, name);
         if (!t) die("%s: tensor %s is missing: this is not a file of this model", f->path, name);
@@ -3315,16 +3451,108 @@ static void resume_settings(Options *o, SafeTensors *state, int argc, char **arg
     if (o->step >= o->steps) die("option --steps: %s is at step %d already; ask for more", path, o->step);
 }
 
+// The model of --init, then the command line over it, which may only make a fixed point of a DiT; opens the file and
+// returns its model.
+static Config init_settings(Options *o, SafeTensors *f, int argc, char **argv, const char *about) {
+    Config asked = o->model; // by the command line, or else by default
+    if (*o->resume) die("option --init: a run that goes on has weights; leave out --init or --resume");
+    st_open(f, o->init);
+    options_from_meta(o, f, WEIGHTS);
+    Config from = o->model;
+    options_parse(o, TRAIN, argc, argv, about);
+    if (o->model.fixed_point && !from.fixed_point) {
+        o->model.pre_depth = asked.pre_depth;
+        o->model.post_depth = asked.post_depth;
+        o->model.timestep_in_pre_post = asked.timestep_in_pre_post;
+        if (asked.pre_depth + asked.post_depth > from.depth)
+            die("option --init: %s has %d blocks; lower --pre_depth or --post_depth", o->init, from.depth);
+    }
+    return from;
+}
+
+// Dies unless the run's model, which by now knows its data, can start from the model `from` of --init. Only labels may
+// differ.
+static void init_check(const Options *o, const Config *from) {
+    Options start = *o;
+    start.model = *from;
+    start.model.classes = o->model.classes;
+    if (o->model.fixed_point && !from->fixed_point) {
+        start.model.fixed_point = 1;
+        start.model.pre_depth = o->model.pre_depth;
+        start.model.post_depth = o->model.post_depth;
+        start.model.timestep_in_pre_post = o->model.timestep_in_pre_post;
+    }
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
+        char have[4096], want[4096];
+        if (!(opt->use & WEIGHTS)) continue;
+        option_text(have, sizeof have, &start, opt);
+        option_text(want, sizeof want, o, opt);
+        if (strcmp(have, want))
+            die("option --init: %s has %s %s, this run %s; they must be the same", o->init, opt->name, have, want);
+    }
+}
+
+// Where the file of --init has a tensor: under its name, or a fixed point's in a DiT, whose first blocks become pre,
+// its last post, and a middle one the one that is iterated. Renames it; 0 if there is none.
+static int init_source(ParamTensor *t, const Config *from, const Config *c) {
+    int block = 0, used = 0, post = !strncmp(t->name, "blocks_post.", 12);
+    char inside[sizeof t->name];
+    if (from->fixed_point == c->fixed_point) return 1;
+    if (!strncmp(t->name, "block_fixed_point.", 18))
+        block = from->depth / 2, used = 17;
+    else if (post || !strncmp(t->name, "blocks_pre.", 11))
+        sscanf(t->name, "%*[a-z_].%d%n", &block, &used);
+    else
+        return strncmp(t->name, "block_", 6) != 0;
+    if (post) block += from->depth - c->post_depth;
+    snprintf(inside, sizeof inside, "%s", t->name + used);
+    snprintf(t->name, sizeof t->name, "blocks.%d%.60s", block, inside);
+    return 1;
+}
+
+// Puts the weights of --init over `values`, which are drawn as for a fresh start. Of a label table for other classes
+// the row "no label" is kept.
+static void init_read(float *values, const Model *m, const SafeTensors *f, const Config *from) {
+    const Config *c = &m->config;
+    ParamTensor *found = (ParamTensor *)xcalloc(m->n_tensors, sizeof *found, "the list of tensors");
+    int count = 0, relabelled = from->classes != c->classes, D = c->width;
+    for (int i = 0; i < m->n_tensors; i++) {
+        ParamTensor t = m->tensors[i];
+        if (relabelled && !strcmp(t.name, "y_embedder.embedding_table.weight")) {
+            float *no_label = values + t.offset + (int64_t)c->classes * D;
+            t.offset = 0;
+            t.shape[0] = from->classes + 1;
+            t.count = t.shape[0] * D;
+            float *table = (float *)xcalloc(t.count, sizeof *table, "the label table");
+            tensors_read(f, &t, 1, "", table);
+            memcpy(no_label, table + t.count - D, D * sizeof *table);
+            xfree(table);
+        } else if (init_source(&t, from, c))
+            found[count++] = t;
+    }
+    tensors_read(f, found, count, "", values);
+    xfree(found);
+    printf("init: %s", f->path);
+    if (from->fixed_point != c->fixed_point)
+        printf(", a DiT of %d blocks: the first %d, the last %d, and number %d as the fixed point's", from->depth,
+               c->pre_depth, c->post_depth, from->depth / 2);
+    if (relabelled)
+        printf("; labels: %d there, %d here: their rows are drawn anew, that of no label is kept", from->classes,
+               c->classes);
+    printf("\n");
+}
+
 static int train_main(int argc, char **argv) {
     static const char about[] =
         "Trains a fixed-point diffusion model (or DiT) on pictures; writes weights, state, log and samples into --out.";
     Options options, *o = &options;
-    Config *c = &o->model;
+    Config *c = &o->model, from;
     char path[PATH_MAX];
-    SafeTensors state;
+    SafeTensors state, start;
     Dataset data;
     options_default(o, TRAIN);
     options_parse(o, TRAIN, argc, argv, about);
+    if (*o->init) from = init_settings(o, &start, argc, argv, about);
     if (*o->resume) resume_settings(o, &state, argc, argv, about);
     int dtype = compute_dtype(o->dtype),
         micro = o->micro_batch && o->micro_batch < o->batch ? o->micro_batch : o->batch;
@@ -3334,6 +3562,7 @@ static int train_main(int argc, char **argv) {
     c->image_size = data.size;
     c->channels = data.channels;
     c->classes = data.classes;
+    if (*o->init) init_check(o, &from);
     config_check(c, *o->resume ? state.path : "options");
     if (*o->export_to) return export_data(o, &data);
     resolve_sampler(o->sampler, c);
@@ -3358,6 +3587,10 @@ static int train_main(int argc, char **argv) {
     } else {
         float *values = (float *)xcalloc(m->n_params, sizeof *values, "initial weights");
         params_init(values, m->tensors, m->n_tensors, o->seed);
+        if (*o->init) {
+            init_read(values, m, &start, &from);
+            st_close(&start);
+        }
         model_upload(m, MODEL_WEIGHTS, values);
         model_upload(m, MODEL_EMA, values);
         xfree(values);
@@ -3393,20 +3626,24 @@ static int sample_main(int argc, char **argv) {
     st_open(&f, o->weights);
     options_from_meta(o, &f, WEIGHTS);
     const char *class_json = st_meta(&f, "class_names"), **names = parse_class_names(class_json, &named);
+    const char *latent_scale = st_meta(&f, "latent_scale");
     if (names && named != c->classes)
         die("%s: metadata class_names has %d names for %d classes", o->weights, named, c->classes);
     int *y = (int *)xcalloc(n, sizeof *y, "labels");
     SampleSettings set = sample_settings(iters, o);
     parse_labels(y, n, o->labels, c->classes, names);
-    Model *m = model_create(c, o->cfg != 1 ? 2 * B : B, 0, 0, 0, set.window, dtype);
+    Model *m = model_create(c, set.cfg != 1 ? 2 * B : B, 0, 0, 0, set.window, dtype);
     model_load(m, MODEL_WEIGHTS, &f, "");
     double begin = now_ms();
     float *x = draw_pictures(o, m, &set, y, n);
     double seconds = (now_ms() - begin) / 1000;
-    if (*o->latents) save_pictures(o->latents, x, y, n, c, class_json, st_meta(&f, "latent_scale"));
+    if (*o->latents) save_pictures(o->latents, x, y, n, c, class_json, latent_scale);
     save_grid(o->out, x, n, c, o->show);
     printf("%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s\n", n, seconds, o->sample_steps,
-           (long long)set.passes, o->cfg != 1 ? " (and as many for guidance)" : "", o->out);
+           (long long)set.passes, set.cfg != 1 ? " (and as many for guidance)" : "", o->out);
+    if (latent_scale)
+        printf("%s shows three channels of latents; pictures: %spython3 tools/latents.py decode %s --vae FOLDER\n",
+               o->out, *o->latents ? "" : "--latents FILE, then ", *o->latents ? o->latents : "FILE");
     return 0;
 }
 

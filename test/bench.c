@@ -3,7 +3,8 @@
 //   bench_cpu [--name value ...]      --help lists the options
 //
 // peak_gflops (fused multiply-adds, measured), gemm_gflops_FORM_MxNxK for every matmul of the model, then a training
-// step and sampling.
+// step and sampling. On a CPU also time_KIND_ms, the share of each kind of layer in the step: one call of it alone, times
+// the calls in a step; time_sum_ms is their sum.
 
 #ifdef GPU
 #include "../fpdm.cu"
@@ -31,35 +32,66 @@ static double peak_memory(void) {
     return usage.ru_maxrss * 1024.0 / 1e6;
 }
 
-// Independent chains x = x*scale + shift in registers; volatile, so that nothing about them is known at compile time.
-static void peak_chains(int reps) {
-    enum { CHAINS = 12 };
+// Independent chains of multiply-adds in registers; volatile, so that nothing about them is known at compile time.
+enum { CHAINS = 16 };
+static void peak_chains(int half, int reps) {
     volatile real scale = 0.5, shift = 1, sink;
+    volatile bf16x2 ones = 0x3f803f80u;
     vec x[CHAINS], a = (vec){0} + scale, b = (vec){0} + shift;
+    bf16x2 pair = ones;
+    vec_bf16x2 pairs = (vec_bf16x2){0} + pair;
     for (int i = 0; i < CHAINS; i++) x[i] = a + (real)i;
     for (int r = 0; r < reps; r++) {
         UNROLL
-        for (int i = 0; i < CHAINS; i++) x[i] = x[i] * a + b;
+        for (int i = 0; i < CHAINS; i++) {
+            if (half)
+                x[i] = (vec)pair_multiply((vec_float)x[i], pair, pairs);
+            else
+                x[i] = x[i] * a + b;
+        }
     }
     for (int i = 1; i < CHAINS; i++) x[0] += x[i];
     for (int i = 0; i < VL; i++) sink = x[0][i];
     (void)sink;
 }
-static double peak_once(int reps) {
+static double peak_once(int half, int reps) {
     double t0 = now_ms();
 #pragma omp parallel
-    peak_chains(reps);
-    return 2e-9 * max_threads() * VL * 12 * reps / (1e-3 * (now_ms() - t0));
+    {
+        if (half)
+            peak_chains(1, reps);
+        else
+            peak_chains(0, reps);
+    }
+    return 2e-9 * max_threads() * VL * CHAINS * (half ? 2 : 1) * reps / (1e-3 * (now_ms() - t0));
 }
 
+// How often a training step calls each kind of layer
+typedef struct {
+    int forward, backward;     // blocks
+    int z_forward, z_backward; // iterations
+} Calls;
+
+static Calls step_calls(const Config *c, int n, int m) {
+    int once = c->fixed_point ? c->pre_depth + c->post_depth : c->depth;
+    if (!c->fixed_point) return (Calls){once, once, 0, 0};
+    return (Calls){once + n + m, once + m, n + m, m};
+}
+
+static double matmul_ms; // in a training step
+
 // Peak rate of fused multiply-adds, then every matmul of the model in its three forms.
-static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
-    (void)dtype;
+static void bench_matmul(const Config *c, int B, int rounds, int dtype, Calls calls) {
+    int half = dtype == COMPUTE_BF16, fixed = c->fixed_point;
     double peak = 0;
-    for (int i = 0; i < 20; i++) peak = fmax(peak, peak_once(1000000));
+    for (int i = 0; i < 20; i++) peak = fmax(peak, peak_once(half, 1000000));
     printf("peak_gflops %.1f GFLOP/s\n", peak);
     int D = c->width, M = B * config_tokens(c),
-        shapes[][2] = {{3 * D, D}, {D, D}, {4 * D, D}, {D, 4 * D}, {2 * D, D}, {D, 2 * D}};
+        shapes[][2] = {{3 * D, D}, {D, D}, {4 * D, D}, {D, 4 * D}, {2 * D, D}, {D, 2 * D}}, f = calls.forward,
+        b = calls.backward, zf = calls.z_forward, zb = calls.z_backward;
+    // in a step, forward, dx and dw of each; inject and fp1's share of inj come once
+    int times_called[][3] = {{f, b, b}, {f + fixed, b + fixed, b + fixed}, {f, b, b},
+                             {f, b, b}, {zf + fixed, zb, zb + fixed},      {zf, zb, zb}};
     real *in = (real *)xcalloc((size_t)M * 4 * D, sizeof *in, "matmul"),
          *out = (real *)xcalloc((size_t)M * 4 * D, sizeof *out, "matmul");
     real *w = (real *)xcalloc((size_t)4 * D * D, sizeof *w, "matmul");
@@ -69,20 +101,64 @@ static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
             int N = shapes[i][0], K = shapes[i][1];
             for (int r = -1; r < rounds; r++) {
                 double begin = now_ms();
-                if (form == 0) linear_forward(out, in, w, NULL, M, K, N);
-                if (form == 1) gemm(in, K, out, N, 1, w, K, 1, NULL, 0, M, K, N);
-                if (form == 2) gemm(w, K, out, 1, N, in, K, 1, NULL, 1, N, K, M);
+                if (form == 0) linear_forward(half, out, in, w, NULL, M, K, N);
+                if (form == 1) linear_input_backward(half, in, out, w, M, K, N);
+                if (form == 2) gemm(half, w, K, out, 1, N, in, K, 1, w, K, N, K, M);
                 if (r >= 0) times[r] = now_ms() - begin;
             }
             static const char *const forms[] = {"forward", "dx", "dw"};
-            if (rounds)
-                printf("gemm_gflops_%s_%dx%dx%d %.1f GFLOP/s\n", forms[form], M, N, K,
-                       2e-6 * M * N * K / median(times, rounds));
+            if (!rounds) continue;
+            double ms = median(times, rounds);
+            matmul_ms += times_called[i][form] * ms;
+            printf("gemm_gflops_%s_%dx%dx%d %.1f GFLOP/s\n", forms[form], M, N, K, 2e-6 * M * N * K / ms);
         }
     xfree(times);
     xfree(in);
     xfree(out);
     xfree(w);
+}
+
+// Where the time of a training step goes
+static void bench_layers(Model *m, int rounds, Calls calls) {
+    Activations *a = &m->a;
+    Layer *l = a->layer + m->config.pre_depth + m->config.fixed_point;
+    int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T, half = m->half,
+        heads = m->config.heads;
+    double *times = (double *)xcalloc((size_t)rounds, sizeof *times, "times"), sum = matmul_ms, ms;
+    size_t N = (size_t)M * D;
+    int f = calls.forward, b = calls.backward;
+    printf("time_matmul_ms %.2f ms\n", matmul_ms);
+#define SHARE(name, ...)               \
+    for (int r = 0; r < rounds; r++) { \
+        double begin = now_ms();       \
+        __VA_ARGS__;                   \
+        times[r] = now_ms() - begin;   \
+    }                                  \
+    ms = median(times, rounds);        \
+    sum += ms *= name##_calls;         \
+    printf("time_" #name "_ms %.2f ms\n", ms)
+    double attention_calls = f, attention_gradient_calls = b, layernorm_calls = 2 * (f + b),
+           layernorm_gradient_calls = 2 * b;
+    double gate_calls = 2 * f + b, gate_gradient_calls = 2 * b,
+           bias_gradient_calls = 2.25 * b + 0.25 * calls.z_backward;
+    double gelu_calls = f + calls.z_forward / 2.0, gelu_gradient_calls = b + calls.z_backward / 2.0,
+           optimiser_calls = 1;
+    SHARE(attention, attention_forward(half, l->att, l->lse, l->qkv, a->scores, B, T, D, heads));
+    SHARE(attention_gradient,
+          attention_backward(half, a->dwide, a->dnormed, l->att, l->lse, l->qkv, a->scores, B, T, D, heads));
+    SHARE(gelu, gelu_forward(a->gelu, l->fc1, 4 * N));
+    SHARE(gelu_gradient, gelu_backward(a->dwide, a->gelu, l->fc1, 4 * N));
+    SHARE(layernorm, layernorm_modulate_forward(a->normed, l->x, a->mod, 6 * D, B, T, D));
+    SHARE(layernorm_gradient,
+          layernorm_modulate_backward(a->dx, a->dmod, a->stats, a->dnormed, l->x, a->mod, 6 * D, B, T, D));
+    SHARE(gate, gated_residual_forward(a->mid, l->x, a->mod, 6 * D, l->proj, B, T, D));
+    SHARE(gate_gradient, gated_residual_backward(l->proj, a->dmod, a->dx, a->mod, 6 * D, l->proj, B, T, D));
+    SHARE(bias_gradient, bias_backward(m->g.block[0].fc1_b, a->dwide, M, 4 * D));
+    SHARE(optimiser, model_zero_gradients(m); model_gradient_norm(m);
+          model_update(m, 1, 0, 0.9, 0.999, 1e-8, 0, 1, 0.9999));
+#undef SHARE
+    printf("time_sum_ms %.2f ms\n", sum);
+    xfree(times);
 }
 
 #else
@@ -189,7 +265,12 @@ int main(int argc, char **argv) {
     if (c->learn_sigma) c->prediction = PREDICT_EPS;
     int B = o->batch, n = o->bench_n, iterations = o->bench_m;
     double *times = (double *)xcalloc(o->rounds, sizeof *times, "times");
+#ifdef GPU
     bench_matmul(c, B, o->bench_gemm ? o->rounds : 0, compute_dtype(o->dtype));
+#else
+    Calls calls = step_calls(c, n, iterations);
+    bench_matmul(c, B, o->bench_gemm ? o->rounds : 0, compute_dtype(o->dtype), calls);
+#endif
 
     Model *m = model_create(c, B, iterations, o->recompute, 1, 0, compute_dtype(o->dtype));
     float *values = (float *)xcalloc(m->n_params, sizeof *values, "weights");
@@ -218,6 +299,9 @@ int main(int argc, char **argv) {
     printf("train_gflops %.2f GFLOP/s\n", model_flops(c, B, n, iterations) / step_ms * 1e-6);
     printf("train_images_per_s %.2f images/s\n", B / step_ms * 1e3);
     printf("train_peak_mb %.1f MB\n", peak_memory());
+#ifndef GPU
+    if (o->bench_gemm) bench_layers(m, o->rounds, calls);
+#endif
 
     int iters[] = {n + 1, n + 1, n + 1, n + 1};
     SampleSettings set = {resolve_sampler(SAMPLER_AUTO, c), 3, 1, 0, 1, 0, iters, NULL, 0, 0, 1, NULL};

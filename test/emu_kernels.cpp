@@ -372,6 +372,8 @@ static void test_residual(int B, int side, int D) {
 
 int main(void) {
     gpu_open();
+    int hopper = gpu.wgmma;
+    gpu.wgmma = 0; // first what every GPU does
     for (int sms : {3, 132}) {
         gpu.sms = sms;
         workspace_reserve(1 << 20);
@@ -402,6 +404,14 @@ int main(void) {
         if (half) test_attention(half, 2, 20, 1, 16, 1024); // weights of columns beyond the last would overflow
     }
     test_residual(3, 5, 40);
+    for (int sms : {1, 6, 132}) { // then Hopper's product: less than a tile, ragged ones, several a block, split sums
+        if (!hopper) break;
+        gpu.wgmma = 2, gpu.sms = sms;
+        test_matmul(1, 24, 8, 16);
+        test_matmul(1, 520, 392, 328);
+        test_matmul(1, 1536, 200, 72);
+        test_splits(1, 1800, 136, 144, 7);
+    }
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;
 }

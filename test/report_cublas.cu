@@ -4,7 +4,8 @@
 //   test_report_gpu WIDTH HEADS TOKENS BATCH ROUNDS     HEADS 0: the product of two square matrices of WIDTH alone
 //
 // A line each, the median of the rounds; without cuBLAS a - stands for its figures:
-//   matmul FORM MxNxK OURS CUBLAS DIFFERENCE        GFLOP/s, GFLOP/s, relative L2
+//   matmul FORM MxNxK OURS CUBLAS DIFFERENCE        GFLOP/s, GFLOP/s, relative L2; MxNxK as the layer y (M,N) has them
+//   matmul gated, gelu, dgelu ...                   with what the model does to the result; cuBLAS: the product alone
 //   attention FORM BxTxDxH OURS                     GFLOP/s, a multiply-add counted as two, nothing recomputed
 
 #include "../fpdm.cu"
@@ -146,6 +147,47 @@ static void race_products(int M, const int (*shapes)[2], int count) {
     for (int i = 0; i < 2; i++) gpu_free(out[i], bytes);
 }
 
+// Products with what the model does to their results, beside the same product alone by cuBLAS: its result would have to be
+// read and written again. Forward layers, then gradients dx.
+static void race_epilogues(int M, int D, int T) {
+    const struct {
+        const char *form;
+        int epilogue, N, K, more; // more: gelu adds the injection's part, dgelu sums its gradient
+    } list[] = {{"gated", EPI_GATED, D, D, 0},     {"gated", EPI_GATED, D, 4 * D, 0},
+                {"gelu", EPI_GELU, 4 * D, D, 0},   {"gelu+add", EPI_GELU, 2 * D, D, 1},
+                {"dgelu", EPI_DGELU, D, 4 * D, 0}, {"dgelu+sum", EPI_DGELU, D, 2 * D, 1}};
+    size_t wide = (size_t)M * 4 * D, gates = (size_t)ceil_div(M, T) * D;
+    void *x = random_bf16(wide, 1), *w = random_bf16(4 * (size_t)D * D, 2), *pre = random_bf16(wide, 3);
+    void *copy = gpu_malloc(2 * wide, "results"), *out = gpu_malloc(2 * wide, "results");
+    float *other = (float *)gpu_malloc(2 * wide, "sums"), *bias = (float *)gpu_malloc(16 * (size_t)D, "a bias");
+    float *gate = (float *)gpu_malloc(4 * gates, "gates");
+    gpu_zero(other, 2 * wide), gpu_zero(bias, 16 * (size_t)D), gpu_zero(gate, 4 * gates);
+    for (auto &l : list) {
+        double ms[2], flops = 2e-6 * M * l.N * l.K;
+        int gradient = l.epilogue == EPI_DGELU;
+        Matmul g = gradient ? linear_input(out, x, w, l.K, M, l.K, l.N) : linear(out, x, w, l.K, bias, M, l.K, l.N);
+        g.pre = pre, g.copy = copy, g.gate = gate, g.gate_stride = D, g.tokens = T, g.residual = other, g.add_rows = M;
+        if (l.more && gradient) g.sum = other;
+        if (l.more && !gradient) g.add = other;
+        race(
+            ms,
+            [&] {
+                if (l.epilogue == EPI_GATED) matmul<false, false, EPI_GATED>(1, g);
+                if (l.epilogue == EPI_GELU) matmul<false, false, EPI_GELU>(1, g);
+                if (l.epilogue == EPI_DGELU) matmul<false, true, EPI_DGELU>(1, g);
+            },
+            [&] { product_cublas(gradient ? INPUT : FORWARD, out, x, w, x, M, l.N, l.K); });
+        printf("matmul %s %dx%dx%d %.1f", l.form, M, l.N, l.K, flops / ms[0]);
+#ifdef CUBLAS
+        printf(" %.1f -\n", flops / ms[1]);
+#else
+        printf(" - -\n");
+#endif
+    }
+    for (void *p : {x, pre, copy, out, (void *)other}) gpu_free(p, 2 * wide);
+    gpu_free(w, 8 * (size_t)D * D), gpu_free(bias, 16 * (size_t)D), gpu_free(gate, 4 * gates);
+}
+
 static void time_attention(int B, int T, int D, int H) {
     size_t size = (size_t)B * T * D, rows = (size_t)B * T * H * sizeof(float);
     Act *qkv = (Act *)random_bf16(3 * size, 4), *dout = (Act *)random_bf16(size, 5);
@@ -185,6 +227,7 @@ int main(int argc, char **argv) {
         return 0;
     }
     race_products(B * T, model, 6);
+    race_epilogues(B * T, D, T);
     time_attention(B, T, D, heads);
     return 0;
 }

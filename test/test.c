@@ -13,7 +13,7 @@
 enum { LAST_DTYPE = COMPUTE_BF16 };
 #else
 #include "../fpdm_cpu.c"
-enum { LAST_DTYPE = COMPUTE_FP32 };
+enum { LAST_DTYPE = COMPUTE_BF16 };
 #endif
 #include <dirent.h>
 #include <sys/wait.h>

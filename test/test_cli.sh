@@ -125,6 +125,13 @@ runs "resume: a schedule: two steps of four" "$train" $small --steps 2 --lr 1e-3
 runs "resume: a schedule: to four" "$train" --resume half --steps 4
 check "resume: a schedule: falls to zero at the new end" \
     same <(column half/log.csv 6 | tail -n 2) <(column cosine/log.csv 6 | tail -n 2)
+runs "bf16: three steps" "$train" $small --dtype bf16 --steps 3 --out bf16_3
+runs "bf16: to six" "$train" --resume bf16_3 --steps 6
+runs "bf16: six steps, with another number of threads" env OMP_NUM_THREADS=3 "$train" $small --dtype bf16 --steps 6 \
+    --out bf16_6
+check "bf16: resumed: same bytes as in one go" same bf16_6/weights.safetensors bf16_3/weights.safetensors
+check "bf16: other bytes than in fp32" differ six/weights.safetensors bf16_3/weights.safetensors
+runs "bf16: sample" "$sample" --dtype bf16 --weights bf16_3/weights.safetensors --n 1 --steps 2 --out a.png
 runs "resume: a model by its name" "$train" --model S/4 --image_size 8 --width 24 --heads 3 --steps 1 --batch 2 \
     --sample_steps 2 --out named
 runs "resume: a model by its name: goes on" "$train" --resume named --steps 2
@@ -193,6 +200,28 @@ st latents.safetensors "$floats" head -c 6144 /dev/zero
 runs "train: a dataset of latents, unlabelled" "$train" $small --data latents.safetensors --steps 2 --out latents
 check "train: their scale is in the weights" grep -aq '"latent_scale":"0.18215"' latents/weights.safetensors
 
+# ---- Starting from weights. Without learning and averaging they come out as they went in.
+
+still="--lr 0 --ema 1 --ema_warmup 0 --sample_every 0 --batch 6 --sample_steps 2"
+runs "init" "$train" --init six/weights.safetensors $still --steps 1 --out init
+check "init: the same bytes" same six/weights.safetensors init/weights.safetensors
+runs "init: of a DiT" "$train" --init dit/weights.safetensors $still --steps 1 --out init_dit
+check "init: of a DiT: the same bytes" same dit/weights.safetensors init_dit/weights.safetensors
+runs "init: goes on" "$train" --resume init --steps 2
+check "init: goes on: the same bytes" same six/weights.safetensors init/weights.safetensors
+runs "init: other labels" \
+    "$train" --init six/weights.safetensors --data images.safetensors $still --steps 1 --out relabelled
+check "init: other labels: says so" says "labels: 10 there, 2 here: their rows are drawn anew, that of no label is kept"
+runs "init: other labels: sample" \
+    "$sample" --weights relabelled/weights.safetensors --n 2 --steps 2 --labels white --out a.png
+runs "init: a fixed point from a DiT" "$train" --init dit/weights.safetensors --fixed_point 1 --pre_depth 2 \
+    --post_depth 0 $still --steps 1 --out born
+check "init: a fixed point from a DiT: says how" says "a DiT of 2 blocks: the first 2, the last 0, and number 1 as the"
+runs "init: a fixed point from a DiT: sample" "$sample" --weights born/weights.safetensors --n 1 --steps 2 --out a.png
+runs "train: how SiT sees the time" "$train" $small --time_embedding sit --steps 6 --out sit
+check "train: how SiT sees the time: other losses" differ <(column sit/log.csv 2) <(column six/log.csv 2)
+check "train: how SiT sees the time: is in the weights" grep -aq '"time_embedding":"sit"' sit/weights.safetensors
+
 # ---- Sampling
 
 weights="--weights six/weights.safetensors"
@@ -259,6 +288,8 @@ runs "sample: bfloat16 weights" "$sample" --weights bf16/weights.safetensors --n
 runs "sample: class names of the data" \
     "$sample" --weights images/weights.safetensors --labels white --n 1 --steps 2 --out a.png
 runs "sample: 4 channels, unlabelled" "$sample" --weights latents/weights.safetensors --n 1 --steps 2 --out a.png
+check "sample: unlabelled: nothing to guide" says " 16 block passes per picture: a.png"
+check "sample: latents: says how to decode them" says "^a.png shows three channels of latents; .*latents.py decode FILE"
 runs "sample: x" "$sample" --weights x/weights.safetensors --n 3 --steps 3 --budget 12 --latents x.safetensors --out a.png
 check "sample: x: passes" says " 12 block passes"
 runs "sample: x, DiT" "$sample" --weights x_dit/weights.safetensors --n 3 --steps 3 --out a.png
@@ -289,7 +320,8 @@ runs "bench: without matmuls" "$bench" --width 32 --heads 2 --image_size 8 --bat
 
 for option in data image_size model width heads depth patch fixed_point pre_depth post_depth timestep_in_pre_post \
     no_grad_iters grad_iters prediction learn_sigma zero_terminal_snr v_weight batch micro_batch steps lr warmup \
-    lr_schedule t_sampling t_mean t_std weight_decay grad_clip ema ema_warmup label_drop hflip seed recompute dtype out resume save_every sample_every \
+    lr_schedule t_sampling t_mean t_std weight_decay grad_clip ema ema_warmup label_drop hflip seed recompute dtype out \
+    resume init time_embedding save_every sample_every \
     log_every; do
     echo "  --$option "
 done > train_options
@@ -368,6 +400,21 @@ refuses "option: no mixing" "option --mixing: '0' is not a number from 0.01 to 2
 refuses "option: label too large" "option --labels: '11'" "$sample" $weights --labels 0,11 --out no.png
 refuses "option: label negative" "option --labels: '-1'" "$sample" $weights --labels=-1 --out no.png
 refuses "option: unknown class" "option --labels: 'hart'" "$sample" $weights --labels hart --out no.png
+
+from="--init six/weights.safetensors --out no"
+refuses "init: width" "init: six/weights.safetensors has width 32, this run 64" "$train" $from --width 64
+refuses "init: prediction" "has prediction flow, this run v" "$train" $from --prediction v
+refuses "init: size of the pictures" "has image_size 8, this run 12" "$train" $from --image_size 12
+refuses "init: channels" "has channels 3, this run 4" "$train" $from --data latents.safetensors
+refuses "init: time" "has time_embedding dit, this run sit" "$train" $from --time_embedding sit
+refuses "init: a DiT from a fixed point" "has fixed_point 1, this run 0" "$train" $from --fixed_point 0
+refuses "init: too few blocks" "dit/weights.safetensors has 2 blocks" \
+    "$train" --init dit/weights.safetensors --fixed_point 1 --pre_depth 2 --post_depth 1 --out no
+refuses "init: and resume" "leave out --init or --resume" "$train" --init six/weights.safetensors --resume six --steps 9
+refuses "init: no such file" "gone.safetensors" "$train" --init gone.safetensors --out no
+refuses "init: a dataset" "images.safetensors: metadata 'image_size' is missing" \
+    "$train" --init images.safetensors --out no
+refuses "init: a state" "tensor .* is missing" "$train" --init six/state.safetensors $small --out no
 
 # ---- What must be refused: files
 

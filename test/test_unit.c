@@ -7,6 +7,7 @@
 
 #include "../fpdm_cpu.c"
 #include <dirent.h>
+#include <float.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 
@@ -94,8 +95,11 @@ static Config case_config(const Case *k) {
     return c;
 }
 
+static int arithmetic = COMPUTE_FP32; // of the models that are tested
+static const char *in_arithmetic(void) { return arithmetic == COMPUTE_BF16 ? " in bf16" : ""; }
+
 static Model *make_model(const Config *c, int batch, int max_m, int recompute, int training) {
-    return model_create(c, batch, max_m, recompute, training, 0, COMPUTE_FP32);
+    return model_create(c, batch, max_m, recompute, training, 0, arithmetic);
 }
 
 // Weights of which no gradient vanishes: the initial ones are zero in many places.
@@ -257,10 +261,11 @@ static void test_memory_plans(const Case *k) {
             for (int first = 0; first < k->B; first += at_a_time) case_loss(m[i], b, k, first, at_a_time, 1.0 / k->B);
         }
     }
-    check(same_reals(m[1], m[0], MODEL_GRADS), "recompute: %s: same bits", k->name);
-    check(same_reals(m[2], m[0], MODEL_GRADS), "room for more pictures and iterations: %s: same bits", k->name);
+    check(same_reals(m[1], m[0], MODEL_GRADS), "recompute: %s%s: same bits", k->name, in_arithmetic());
+    check(same_reals(m[2], m[0], MODEL_GRADS), "room for more pictures and iterations: %s%s: same bits", k->name,
+          in_arithmetic());
     double error = relative_error(m[3]->memory[MODEL_GRADS], m[0]->memory[MODEL_GRADS], m[0]->n_params);
-    check(error <= 2e-6, "micro-batches: %s: error %.1e, limit 2e-6", k->name, error);
+    check(error <= 2e-6, "micro-batches: %s%s: error %.1e, limit 2e-6", k->name, in_arithmetic(), error);
     if (k->fixed_point && k->m > 1) {
         check(m[1]->activation_bytes < m[0]->activation_bytes, "recompute: %s: less memory", k->name);
     }
@@ -288,7 +293,7 @@ static void test_threads(const Case *k) {
         }
         int same = 1;
         for (int kind = 0; kind < 5; kind++) same &= same_reals(m, first, kind);
-        check(same, "threads: %s: %d and 1: same bits", k->name, threads);
+        check(same, "threads: %s%s: %d and 1: same bits", k->name, in_arithmetic(), threads);
         model_free(m);
     }
     model_free(first);
@@ -309,7 +314,7 @@ static void test_sampling_batches(const Case *k, int sampler, double eta, double
     for (int b = 0; b < PICTURES; b++) y[b] = b % (c.classes + 1);
     for (int batch = 1; batch <= PICTURES; batch += batch < 3 ? 1 : 2) {
         SampleSettings set = {sampler, 2, 1, eta, cfg, 0, iters, NULL, 0, window, 0.8, NULL};
-        Model *m = model_create(&c, cfg != 1 ? 2 * batch : batch, 0, 0, 0, window, COMPUTE_FP32);
+        Model *m = model_create(&c, cfg != 1 ? 2 * batch : batch, 0, 0, 0, window, arithmetic);
         random_weights(m);
         sample_pictures(m, s, &set, batch == 1 ? want : got, y, PICTURES, 3);
         int64_t passes = c.fixed_point ? (c.pre_depth + c.post_depth) * STEPS + 6 : c.depth * STEPS;
@@ -320,8 +325,8 @@ static void test_sampling_batches(const Case *k, int sampler, double eta, double
             check(finite && memcmp(want, want + count, count * sizeof *want),
                   "sampling: %s: pictures differ and are finite", k->name);
         } else {
-            check(!memcmp(want, got, bytes) && set.passes == passes, "sampling: %s: %d at a time and one: same bits",
-                  k->name, batch);
+            check(!memcmp(want, got, bytes) && set.passes == passes, "sampling: %s%s: %d at a time and one: same bits",
+                  k->name, in_arithmetic(), batch);
         }
         model_free(m);
     }
@@ -443,9 +448,16 @@ static void test_anderson(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Matmul against the sum that it stands for
+// Matmul against the sum that it stands for; in bf16, of operands rounded to nearest even
 
-static void test_gemm(int rounds, int largest) {
+static double rounded(real x, int half) {
+    int exponent;
+    double fraction = frexp(x, &exponent);
+    return half ? ldexp(rint(fraction * 256), exponent - 8) : x;
+}
+
+static void test_gemm(int half, int rounds, int largest) {
+    enum { NOTHING, BIAS, ITSELF, MATRIX }; // what is added
     int bad = 0, outside = 0;
     double worst = 0;
     for (int round = 0; round < rounds; round++) {
@@ -454,22 +466,23 @@ static void test_gemm(int rounds, int largest) {
         int big = round % 8 == 7, M = 1 + (int)rng_below(r[0], big ? (uint32_t)largest : 40);
         int N = 1 + (int)rng_below(r[1], big ? (uint32_t)largest : 70),
             K = 1 + (int)rng_below(r[2], big ? (uint32_t)largest : 50);
-        int a_transposed = r[3] & 1, b_transposed = r[4] & 1, bias = r[5] & 1, accumulate = r[6] & 1;
+        if (round % 16 == 15) M = 1 + M / 32; // few rows
+        int a_transposed = r[3] & 1, b_transposed = r[4] & 1, adds = r[5] & 3;
         size_t lda = (size_t)(a_transposed ? M : K) + rng_below(r[7], 5),
                ldb = (size_t)(b_transposed ? K : N) + rng_below(r[8], 5);
         size_t ldc = (size_t)N + rng_below(r[9], 5), a_count = lda * (size_t)(a_transposed ? K : M),
                b_count = ldb * (size_t)(b_transposed ? N : K), c_count = ldc * (size_t)M,
-               all = a_count + b_count + 2 * c_count + (size_t)N;
+               all = a_count + b_count + 2 * c_count;
         float *values = (float *)xcalloc(all, sizeof *values, "a test");
-        real *A = (real *)xcalloc(all, sizeof *A, "a test"), *B = A + a_count, *C = B + b_count, *old = C + c_count,
-             *v = old + c_count;
+        real *A = (real *)xcalloc(all, sizeof *A, "a test"), *B = A + a_count, *C = B + b_count, *old = C + c_count;
+        const real *from = adds == NOTHING ? NULL : adds == ITSELF ? C : old;
         size_t ars = a_transposed ? 1 : lda, acs = a_transposed ? lda : 1, brs = b_transposed ? 1 : ldb,
-               bcs = b_transposed ? ldb : 1;
+               bcs = b_transposed ? ldb : 1, ldf = adds == BIAS ? 0 : ldc;
         rng_normal(values, all, 0, 1, (uint32_t)round, 99);
         for (size_t i = 0; i < all; i++) A[i] = (real)values[i];
         memcpy(old, C, c_count * sizeof *C);
         set_threads(1 + round % 3);
-        gemm(C, ldc, A, ars, acs, B, brs, bcs, bias ? v : NULL, accumulate, M, N, K);
+        gemm(half, C, ldc, A, ars, acs, B, brs, bcs, from, ldf, M, N, K);
         for (size_t i = 0; i < (size_t)M; i++)
             for (size_t j = 0; j < ldc; j++) {
                 real got = C[i * ldc + j];
@@ -477,9 +490,9 @@ static void test_gemm(int rounds, int largest) {
                     outside += got != old[i * ldc + j];
                     continue;
                 }
-                double want = (bias ? v[j] : 0) + (accumulate ? old[i * ldc + j] : 0), size = 1 + fabs(want);
+                double want = adds == NOTHING ? 0 : old[i * ldf + j], size = 1 + fabs(want);
                 for (size_t l = 0; l < (size_t)K; l++) {
-                    double product = (double)A[i * ars + l * acs] * B[l * brs + j * bcs];
+                    double product = rounded(A[i * ars + l * acs], half) * rounded(B[l * brs + j * bcs], half);
                     want += product;
                     size += fabs(product);
                 }
@@ -491,8 +504,42 @@ static void test_gemm(int rounds, int largest) {
         xfree(A);
     }
     printf("    worst error %.1e of the sum of sizes\n", worst);
-    CHECK("gemm: equals the sum of products", !bad);
-    CHECK("gemm: writes nothing beside its result", !outside);
+    check(!bad, "gemm%s: equals the sum of products", half ? " in bf16" : "");
+    check(!outside, "gemm%s: writes nothing beside its result", half ? " in bf16" : "");
+}
+
+// A bf16 with an exponent from `least` to `most`
+static bf16x2 random_bf16(uint32_t index, uint32_t least, uint32_t most) {
+    uint32_t word = random_word(index, 5);
+    return (word & 0x807f) | (least + rng_below(word * 2654435761u, most - least + 1)) << 7;
+}
+
+// The product of pairs, as built here and in plain C, against the C library's fused multiply-adds
+static void test_pairs(void) {
+    int differs = 0, wrong = 0, far = 0;
+    for (uint32_t i = 0; i < 200000; i++) {
+        int tiny = i % 2; // where products and sums are denormal
+        uint32_t least = tiny ? 0 : 90, most = tiny ? 70 : 160;
+        bf16x2 a = random_bf16(5 * i, least, most) | random_bf16(5 * i + 1, least, most) << 16;
+        bf16x2 b = random_bf16(5 * i + 2, least, most) | random_bf16(5 * i + 3, least, most) << 16;
+        float sum = bf16_to_float((uint16_t)random_bf16(5 * i + 4, tiny ? 0 : 110, tiny ? 10 : 150));
+        vec_float start = (vec_float){0} + sum;
+        vec_bf16x2 all = (vec_bf16x2){0} + b;
+        vec_float got = pair_multiply(start, a, all), plain = pair_multiply_plain(start, a, all);
+        float want = fmaf(bf16_to_float((uint16_t)(a >> 16)), bf16_to_float((uint16_t)(b >> 16)), sum);
+        want = fmaf(bf16_to_float((uint16_t)a), bf16_to_float((uint16_t)b), want);
+        if (tiny) {
+            far += !(fabsf(got[0] - want) <= 4 * FLT_MIN) || !(fabsf(plain[0] - want) <= 4 * FLT_MIN);
+            continue;
+        }
+        for (size_t lane = 0; lane < VEC_BYTES / sizeof(float); lane++) {
+            differs += got[lane] != plain[lane];
+            wrong += plain[lane] != want;
+        }
+    }
+    CHECK("bf16 pairs: plain C and what stands for it here: same bits", !differs);
+    CHECK("bf16 pairs: equal two fused multiply-adds", !wrong);
+    CHECK("bf16 pairs: where there are denormals, within four of the smallest normal number", !far);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1212,26 +1259,30 @@ int main(int argc, char **argv) {
         test_random();
         test_schedule();
         test_allocation();
-        test_gemm(400, 900);
+        test_gemm(0, 400, 900);
+        test_gemm(1, 200, 1000);
+        test_pairs();
         set_threads(threads);
-        for (int i = 0; i < N_CASES; i++) test_memory_plans(&cases[i]);
         test_anderson();
-        test_sampling_batches(&cases[1], SAMPLER_DDPM, 0, 1, 0);
-        test_sampling_batches(&cases[4], SAMPLER_DDIM, 0.5, 1.5, 0);
-        test_sampling_batches(&cases[6], SAMPLER_FLOW, 0, 2, 0);
-        test_sampling_batches(&cases[3], SAMPLER_DDIM, 0, 2, 1);
-        test_sampling_batches(&cases[9], SAMPLER_DDIM, 0, 3, 2);
         Case wide = cases[1], alone = cases[7]; // large enough for the matmuls to use threads
         wide.name = "width 72, 25 tokens, B = 3";
         wide.image_size = 10, wide.width = 72, wide.heads = 3, wide.B = 3;
         alone.name = "width 132, 49 tokens, B = 1";
         alone.image_size = 21, alone.width = 132, alone.heads = 11;
-        test_threads(&wide);
-        test_threads(&alone);
-        test_threads(&cases[8]);
-        test_threads(&cases[10]);
+        for (arithmetic = COMPUTE_FP32; arithmetic <= COMPUTE_BF16; arithmetic++) {
+            for (int i = 0; i < N_CASES; i++) test_memory_plans(&cases[i]);
+            test_sampling_batches(&cases[1], SAMPLER_DDPM, 0, 1, 0);
+            test_sampling_batches(&cases[4], SAMPLER_DDIM, 0.5, 1.5, 0);
+            test_sampling_batches(&cases[6], SAMPLER_FLOW, 0, 2, 0);
+            test_sampling_batches(&cases[3], SAMPLER_DDIM, 0, 2, 1);
+            test_sampling_batches(&cases[9], SAMPLER_DDIM, 0, 3, 2);
+            test_threads(&wide);
+            test_threads(&alone);
+            test_threads(&cases[8]);
+            test_threads(&cases[10]);
+        }
     } else {
-        test_gemm(100, 500);
+        test_gemm(0, 100, 500);
         set_threads(threads);
         for (int i = 0; i < N_CASES; i++) test_gradient(&cases[i]);
     }

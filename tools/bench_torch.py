@@ -2,10 +2,11 @@
 """Times a training step of PyTorch, eager and compiled, and of ./bench_cpu on the same work, in turn.
 
     make bench_cpu && python3 tools/bench_torch.py
-    python3 tools/bench_torch.py --width 128 --heads 2 --batch 4 --rounds 3
+    python3 tools/bench_torch.py --width 128 --heads 2 --batch 4 --rounds 3 --autocast
     python3 tools/bench_torch.py --device cuda --width 1152 --heads 16 --channels 4 --batch 64 --mode compiled
 
-A step is n iterations without gradient, m with, the loss, the gradients, AdamW and the EMA, in float32, on all cores.
+A step is n iterations without gradient, m with, the loss, the gradients, AdamW and the EMA, on all cores, in float32 or
+with --autocast with matmuls in bf16.
 The contenders take turns, A B C A B C ..., a step to warm up and a timed one each, so that whatever else the machine
 does hits all of them; what counts is the median over the rounds of each round's ratio. Every contender is a process of
 its own, for its peak of memory. torch.compile gets the whole model with n and m fixed, so that it unrolls the
@@ -18,6 +19,7 @@ each with its first call's time and its peak memory; for --mode attention the at
 the fastest of everything that it offers for the step: fused AdamW, foreach EMA and clipping.
 """
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -49,13 +51,34 @@ def make_step(work, compiled):
 
     import reference
 
+    def cache_passes_gradients():
+        """Whether autocast's bf16 copy of a weight that was first used without gradient is of use with gradient: in old
+        versions of PyTorch it is not, and every use must make its own."""
+        layer, x = torch.nn.Linear(8, 8), torch.randn(8, 8)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                layer(x)
+            return layer(x).requires_grad
+
+    class Autocast(torch.nn.Module):
+        cache = work.autocast and cache_passes_gradients()
+
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *inputs, **named):
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=self.cache):
+                return self.model(*inputs, **named)
+
     cfg = reference.Config(image_size=work.image_size, patch=work.patch, width=work.width, heads=work.heads,
                            pre_depth=work.pre_depth, post_depth=work.post_depth)
     model, ema, schedule = reference.FPDM(cfg), reference.FPDM(cfg), reference.Schedule.training(cfg)
     version = tuple(map(int, torch.__version__.split(".")[:2]))
     fused = {"fused": True} if version >= (2, 4) else {}  # before, fused AdamW was for GPUs alone
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, **fused)
-    run = torch.compile(model) if compiled else model
+    run = Autocast(model) if work.autocast else model
+    run = torch.compile(run) if compiled else run
     x0, noise = torch.randn(2, work.batch, cfg.channels, cfg.image_size, cfg.image_size)
     t = torch.randint(cfg.diffusion_steps, (work.batch,))
     y = torch.randint(cfg.classes, (work.batch,))
@@ -64,7 +87,10 @@ def make_step(work, compiled):
         start = time.perf_counter()
         loss, _ = reference.training_step(cfg, schedule, run, ema, optimizer, x0, noise, t, y, work.n, work.m)
         loss.item()
-        return (time.perf_counter() - start) * 1e3
+        milliseconds = (time.perf_counter() - start) * 1e3
+        if not all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters()):
+            die("a parameter has no gradient, or none that is finite: this is not the same work")
+        return milliseconds
 
     return step
 
@@ -293,7 +319,7 @@ class BenchCpu:
         self.name, self.about = name, {}
         work = {"width": args.width, "heads": args.heads, "patch": args.patch, "image_size": args.image_size,
                 "batch": args.batch, "n": args.n, "m": args.m, "pre_depth": args.pre_depth,
-                "post_depth": args.post_depth, "gemm": 0, "rounds": 1}
+                "post_depth": args.post_depth, "gemm": 0, "rounds": 1, "dtype": "bf16" if args.autocast else "fp32"}
         self.command = [args.bench, *(f"--{option}={value}" for option, value in work.items())]
 
     def step(self):
@@ -329,12 +355,16 @@ def main():
     option("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each contender (default: every core)")
     option("--bench", default="./bench_cpu", help="the program to compare with (default: ./bench_cpu)")
     option("--no_compile", action="store_true", help="leave torch.compile out; compiling takes a minute or two")
+    option("--autocast", action="store_true", help="bf16 matmuls: torch.autocast, and ./bench_cpu --dtype bf16")
     option("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: PyTorch alone, in bf16 (default: cpu)")
     option("--mode", help="eager, compiled, attention, or several with commas: these alone, in bf16")
     option("--passes", type=int, default=560, help="block passes a picture when sampling (default: 560)")
     option("--process", help=argparse.SUPPRESS)
     parser.error = lambda message: die(f"{message}; see --help")
     args = parser.parse_args()
+    for package in ("torch", "numpy", "safetensors"):
+        if importlib.util.find_spec(package) is None:
+            die(f"needs the Python package {package}: pip install -r tools/requirements.txt")
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if args.process:
         return torch_process(args)
@@ -344,7 +374,7 @@ def main():
     probe = "import torch; print(torch.__version__)"
     version = subprocess.run([sys.executable, "-c", probe], stdout=subprocess.PIPE, text=True).stdout.strip()
     if not version:
-        die(f"{sys.executable} has no torch; run this with a Python that has, or pip install torch")
+        die(f"{sys.executable} cannot import torch; its own message is above")
     contenders = [Torch("torch-eager", args)]
     if int(version.split(".")[0]) >= 2 and not args.no_compile:
         contenders.append(Torch("torch-compiled", args))
@@ -354,6 +384,7 @@ def main():
         print(f"bench_torch.py: no {args.bench}, so PyTorch is timed alone; make bench_cpu builds it", file=sys.stderr)
     tokens = (args.image_size // args.patch) ** 2
     print(f"D {args.width}, {args.heads} heads, {tokens} tokens, batch {args.batch}, n {args.n}, m {args.m}, "
+          f"{'bf16' if args.autocast else 'fp32'}, "
           f"{args.threads} threads, torch {version}")
     for contender in contenders:
         if "first_ms" in contender.about:

@@ -22,8 +22,11 @@ import sys
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, features
+try:
+    import numpy as np
+    from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, features
+except ImportError as error:
+    sys.exit(f"data.py: needs the Python package {error.name}: pip install -r tools/requirements.txt")
 
 EMOJI_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI_GROUPS = "/usr/share/unicode/emoji/emoji-test.txt"
@@ -33,7 +36,7 @@ CHUNK = 64 << 20  # bytes that are converted at a time, so that memory does not 
 
 
 def die(message):
-    print(f"data.py: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # tools/latents.py uses this file too
     sys.exit(1)
 
 
@@ -215,7 +218,7 @@ def emoji(args):
 # ---- folder: pictures in a folder per class
 
 
-def folder(args):
+def folder(args, writer=Writer):
     root = Path(args.input)
     if not root.is_dir():
         die(f"{root}: not a folder; want a folder of pictures, or of folders of pictures, one per class")
@@ -241,7 +244,7 @@ def folder(args):
 
     shape = (args.size, args.size, args.channels)
     step = max(1, CHUNK // math.prod(shape))
-    with Writer(args.out, len(files), shape, labelled=bool(class_names), class_names=class_names) as out:
+    with writer(args.out, len(files), shape, labelled=bool(class_names), class_names=class_names) as out:
         with ThreadPool(args.workers) as pool:
             for start in range(0, len(files), step):
                 some = files[start : start + step]

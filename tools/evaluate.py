@@ -40,13 +40,16 @@ import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import numpy as np
-import safetensors
-import torch
-from PIL import Image
-from safetensors.torch import save_file
-from torch import nn
-from torch.nn import functional as F
+try:
+    import numpy as np
+    import safetensors
+    import torch
+    from PIL import Image
+    from safetensors.torch import save_file
+    from torch import nn
+    from torch.nn import functional as F
+except ImportError as error:
+    sys.exit(f"evaluate.py: needs the Python package {error.name}: pip install -r tools/requirements.txt")
 
 VERSION = "1"  # of everything that the cached network and features depend on: another one, another cache
 REFERENCE = 50_000  # of a larger dataset, as many pictures are used

@@ -26,16 +26,19 @@ import math
 import sys
 from pathlib import Path
 
-import matplotlib
+try:
+    import matplotlib
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib import font_manager
-from matplotlib.colors import LogNorm
-from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from matplotlib import font_manager
+    from matplotlib.colors import LogNorm
+    from matplotlib.patches import FancyBboxPatch
+    from matplotlib.ticker import MaxNLocator
+    from PIL import Image, ImageDraw, ImageFont
+except ImportError as error:
+    sys.exit(f"plot.py: needs the Python package {error.name}: pip install -r tools/requirements.txt")
 
 PANELS = {  # what of a log is drawn, where the file has it
     "loss": "loss",

@@ -17,12 +17,15 @@ import os
 import sys
 import zlib
 
-import numpy as np
-import safetensors
-import safetensors.numpy
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
+try:
+    import numpy as np
+    import safetensors
+    import safetensors.numpy
+    import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
+except ImportError as error:
+    sys.exit(f"reference.py: needs the Python package {error.name}: pip install -r tools/requirements.txt")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: the fields are the metadata of a weights file
@@ -49,13 +52,21 @@ class Config:
     zero_terminal_snr: int = 0
     v_weight: str = "p2"  # p2 or 1
     diffusion_steps: int = 1000
+    time_embedding: str = "dit"  # dit, sit or diffusers
 
     @property
     def out_channels(self):
         return self.channels * (2 if self.learn_sigma else 1)
 
     def metadata(self):
-        return {k: str(v) for k, v in dataclasses.asdict(self).items()}
+        fields = dataclasses.asdict(self)
+        if self.time_embedding == "dit":  # what a file without it means
+            del fields["time_embedding"]
+        return {k: str(v) for k, v in fields.items()}
+
+    @classmethod
+    def from_metadata(cls, metadata):
+        return cls(**{f.name: f.type(metadata[f.name]) for f in dataclasses.fields(cls) if f.name in metadata})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,13 +165,16 @@ class PatchEmbedder(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, kind="dit"):
         super().__init__()
+        self.kind = kind
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        f = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64, device=t.device) / 128)
-        angle = t.double().unsqueeze(1) * f
+        i = torch.arange(128, dtype=torch.float64, device=t.device)
+        f = torch.exp(-math.log(10000) * i / (127 if self.kind == "diffusers" else 128))
+        time = 1 - t.double() / 1000 if self.kind == "sit" else t.double()
+        angle = time.unsqueeze(1) * f
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp[0].weight.dtype))
 
 
@@ -190,7 +204,7 @@ class FPDM(nn.Module):
         blocks = lambda count: nn.ModuleList(Block(D, cfg.heads, cfg.mlp_ratio) for _ in range(count))
         self.register_buffer("pos", position_embedding(D, cfg.image_size // cfg.patch), persistent=False)
         self.x_embedder = PatchEmbedder(cfg.channels, D, cfg.patch)
-        self.t_embedder = TimestepEmbedder(D)
+        self.t_embedder = TimestepEmbedder(D, cfg.time_embedding)
         self.y_embedder = LabelEmbedder(cfg.classes, D)
         if cfg.fixed_point:
             self.blocks_pre = blocks(cfg.pre_depth)
@@ -268,8 +282,15 @@ def anderson(history, mixing):
 
 def load_model(cfg, weights, dtype):
     model = FPDM(cfg).to(dtype)
-    model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
+    model.load_state_dict({k: torch.as_tensor(v) for k, v in weights.items()})
     return model
+
+
+def load_weights(path, dtype=torch.float32):
+    """Configuration and model of a weight file, whatever its dtype."""
+    with safetensors.safe_open(path, "pt") as f:
+        cfg = Config.from_metadata(f.metadata())
+        return cfg, load_model(cfg, {k: f.get_tensor(k) for k in f.keys()}, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -514,6 +535,12 @@ def normal(count, step, stream, seed):
     radius, angle = np.sqrt(-2 * np.log(u[0::2])), 2 * np.pi * u[1::2]
     z = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)  # (pair, which, call)
     return elements(z.reshape(4, -1), count).astype(np.float32)
+
+
+def start_noise(cfg, n, seed):
+    """The noise (n,C,H,W) from which sample_* draws n pictures."""
+    shape = cfg.channels, cfg.image_size, cfg.image_size
+    return torch.from_numpy(np.stack([normal(math.prod(shape), i, X_T, seed).reshape(shape) for i in range(n)]))
 
 
 def initial_weights(cfg, seed):
@@ -775,6 +802,8 @@ def case_table():
     add("forward_tokens49_patch1_acts", tiny(**p(0, 0), image_size=7, patch=1, channels=1), t=[60, 300], n=1, m=2)
     one = dict(image_size=8, patch=8, channels=1, classes=1)
     add("forward_token1_patch8_class1", tiny(**p(0, 0), **one), t=[130, 999, 4], n=1, m=2, y=[0, 1, 0])
+    add("forward_dit_flow_sit_time", tiny(**dit(1), prediction="flow", time_embedding="sit"), t=[0, 999, 321], n=0, m=1)
+    add("forward_diffusers_time", tiny(**p(0, 0), time_embedding="diffusers"), t=[999, 5], n=1, m=1)
     many = dict(**latent, classes=1000, learn_sigma=1)
     add("forward_classes1000_sigma", tiny(**p(0, 0), **many), t=[10, 700, 350], n=1, m=1, y=[999, 1000, 0])
 

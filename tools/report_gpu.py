@@ -375,6 +375,12 @@ class Report:
             result = self.data["cases"][dtype] = parse_cases(done.text)
             if not done.ok or result["failed"] or not result["passed"]:
                 wrong.append(f"{dtype}: {result['failed']} of {result['passed'] + result['failed']} cases; {done.why}")
+        for level in ("0", "2") if " capability 9.0," in self.data["about"].get("GPU", "") else ():
+            done = self.run("env", f"FPDM_WGMMA={level}", test, "--dtype=bf16", *files)  # no product by wgmma, all
+            last = done.text.strip().split("\n")[-1]
+            self.data["checks"].append(f"cases in bf16, FPDM_WGMMA={level}: " +
+                                       (last if done.ok else "FAILED: " + done.why))
+            wrong += [] if done.ok else [f"FPDM_WGMMA={level}: " + done.why]
         if not self.emulated and os.access(os.path.join(ROOT, "test_kernels_gpu"), os.X_OK):
             done = self.run("./test_kernels_gpu")
             last = done.text.strip().split("\n")[-1]
@@ -574,11 +580,13 @@ class Report:
             lines += [f"  - FAIL {failure}" for failure in c["failures"][:20]]
         lines += [f"- {check}" for check in data["checks"]]
         if data["matmul"]:
-            lines += ["", "## Matmul", "", "bf16, random data, TFLOP/s; MxNxK of y (M,N) = x (M,K) w (N,K)^T.", ""]
+            lines += ["", "## Matmul", "", "bf16, random data, TFLOP/s; MxNxK of y (M,N) = x (M,K) w (N,K)^T. gated, "
+                      "gelu, dgelu: with what the model does to the result, beside cuBLAS's product alone.", ""]
             lines += table(("form", "MxNxK", "ours", "cuBLAS", "ours / cuBLAS"), [
                 (e["form"], e["shape"], number(e["ours"] / 1e3, 1), number(e["cublas"] and e["cublas"] / 1e3, 1),
                  ratio(e["ours"], e["cublas"])) for e in data["matmul"]])
-            shares = [e["ours"] / e["cublas"] for e in data["matmul"] if e["ours"] and e["cublas"]]
+            shares = [e["ours"] / e["cublas"] for e in data["matmul"]
+                      if e["ours"] and e["cublas"] and e["form"] in ("forward", "dx", "dw")]
             if shares:
                 mean = sum(shares) / len(shares)
                 lines += ["", f"Ours / cuBLAS: least {min(shares):.2f}, mean {mean:.2f}, most {max(shares):.2f} "

@@ -10,6 +10,7 @@ writes the report again at once. Everything it did is in --out (runs, points.jso
 plots in --results. Guidance is off in all measurements, so that a block pass is a block pass.
 """
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -674,6 +675,9 @@ def main():
     parser.add_argument("--out", help="folder for runs and measurements [reproduce_SCALE]")
     parser.add_argument("--results", help="folder for claims.md and plots [test/results; smoke: --out]")
     args = parser.parse_args()
+    for package in ("torch", "numpy", "safetensors", "matplotlib", "PIL"):
+        if importlib.util.find_spec(package) is None:
+            die(f"needs the Python package {package}: pip install -r tools/requirements.txt")
     args.out = os.path.abspath(args.out or f"reproduce_{args.scale}")
     args.results = os.path.abspath(args.results or (args.out if args.scale == "smoke" else f"{ROOT}/test/results"))
     if args.data != "shapes":
