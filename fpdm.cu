@@ -477,7 +477,8 @@ template <typename A>
 __global__ void layernorm_backward_kernel(float *dx, A *copy, float *parts, const A *dout, const float *x,
                                           const float *mod, A *dbranch, const A *branch, const float *gate, int stride,
                                           int chunk, int T, int D) {
-    __shared__ float rows[ROWS_PER_BLOCK][4]; // mean, 1/sigma; of g = dout·(1+scale) the mean, and that of g·LN(x)
+    // Of each row: mean, 1/sigma, and of g = dout·(1+scale) the mean and that of g·LN(x)
+    __shared__ __align__(16) float rows[ROWS_PER_BLOCK][4];
     int first = blockIdx.x * chunk, end = min(T, first + chunk), warp = threadIdx.x / 32;
     size_t picture = (size_t)blockIdx.y * T * D;
     const float *scale = x ? mod + (size_t)blockIdx.y * stride + D : NULL;

@@ -31,8 +31,8 @@ def launch(name, args):
         return 2 * rows, row * rows * (4 if backward else 3) + (8 * rows if backward and args[2] == "true" else 0)
     return {"residual_kernel": (1024, 256), "loss_kernel": (512, 256),
             "anderson_products_kernel": (512, 256), "norm_kernel": (256, 256),
-            "condition_backward_kernel": (128, 0), "column_sums_kernel": (128, 0),
-            "patches_kernel": (256, 16384)}.get(name, (256, 0))
+             "condition_backward_kernel": (128, 0), "column_sums_kernel": (128, 0),
+             "patches_kernel": (256, 16384)}.get(name, (256, 0))
 
 
 def occupancy(shared_kib, threads, registers, shared):
