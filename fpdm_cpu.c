@@ -285,8 +285,8 @@ enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: ear
 // its input's.
 
 // From Part 4: C (M,N; row stride ldc) = A.B + from; element (i,k) of A is A[i*ars + k*acs], (k,j) of B is B[k*brs +
-// j*bcs]. `from` is NULL, a bias (N) with ldf 0, or (M,N) with row stride ldf; C itself: C += A.B. `half` rounds A and B
-// to bf16. Uses all threads, but inside a parallel region only the one that calls.
+// j*bcs]. `from` is NULL, a bias (N) with ldf 0, or (M,N) with row stride ldf: C itself for C += A.B. `half` rounds A
+// and B to bf16. Uses all threads, but inside a parallel region only the one that calls.
 static void gemm(int half, real *C, size_t ldc, const real *A, size_t ars, size_t acs, const real *B, size_t brs,
                  size_t bcs, const real *from, size_t ldf, int M, int N, int K);
 static inline real exp_real(real x); // exp in arithmetic that becomes vector instructions
@@ -1711,7 +1711,7 @@ typedef struct {
     atomic_int next;   // how many rows of tiles are taken, over all blocks
 } Gemm;
 
-// What comes into the cache during a tile: of `rows` rows of A, at least one and a power of two, as much as a tile reads
+// What comes into the cache during a tile: of `rows` rows of A, a power of two, as much as a tile reads
 typedef struct {
     const real *at;
     size_t stride;
