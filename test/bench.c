@@ -3,8 +3,8 @@
 //   bench_cpu [--name value ...]      --help lists the options
 //
 // peak_gflops (fused multiply-adds, measured), gemm_gflops_FORM_MxNxK for every matmul of the model, then a training
-// step and sampling. On a CPU also time_KIND_ms, the share of each kind of layer in the step: one call of it alone, times
-// the calls in a step; time_sum_ms is their sum.
+// step and sampling. On a CPU also time_KIND_ms, what each kind of layer takes of the step (one call of it alone, times
+// the calls in a step), and time_sum_ms, their sum.
 
 #ifdef GPU
 #include "../fpdm.cu"
