@@ -30,7 +30,7 @@ def launch(name, args):
         row, backward = int(args[1]) * size + 16, len(args) == 3
         return 2 * rows, row * rows * (4 if backward else 3) + (8 * rows if backward and args[2] == "true" else 0)
     return {"residual_kernel": (1024, 256), "loss_kernel": (512, 256),
-            "anderson_products_kernel": (512, 256), "norm_kernel": (256, 256),
+             "anderson_products_kernel": (512, 256), "norm_kernel": (256, 256),
              "condition_backward_kernel": (128, 0), "column_sums_kernel": (128, 0),
              "patches_kernel": (256, 16384)}.get(name, (256, 0))
 
