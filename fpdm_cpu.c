@@ -2713,6 +2713,7 @@ typedef struct {
 
 static const Option option_table[] = {
     {"", 0, 0, 0, "", 0, 0, "Model"},
+    {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
     {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0,
      "S/2 to XL/8: sets width, heads, depth, patch, and the paper's n, m, lr, ema, no warmup or clipping"},
     {"width", MODEL, OPT_INT, AT(model.width), "128", 8, 16384, "D, channels of a token; a multiple of 8"},
@@ -2729,7 +2730,6 @@ static const Option option_table[] = {
     {"classes", BENCH | WEIGHTS, OPT_INT, AT(model.classes), "10", 0, 1e6, "number of labels"},
     {"mlp_ratio", WEIGHTS, OPT_INT, AT(model.mlp_ratio), "4", 4, 4, ""},
     {"diffusion_steps", WEIGHTS, OPT_INT, AT(model.diffusion_steps), "1000", 1000, 1000, ""},
-    {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
     {"", 0, 0, 0, "", 0, 0, "Data"},
     {"data", TRAIN, OPT_TEXT, AT(data), "shapes", 0, 0, "dataset (safetensors), or 'shapes': drawn by the program"},
     {"export", TRAIN | ONCE, OPT_TEXT, AT(export_to), "", 0, 0,
@@ -3873,8 +3873,7 @@ static int train_main(int argc, char **argv) {
     for (int i = 0; i < 2; i++) {
         snprintf(path, sizeof path, "%s/%s.safetensors", o->out, i ? "weights" : "state");
         if (!*o->resume && !access(path, F_OK))
-            die("%s: a run is stored here; give another --out, or %s", path,
-                i ? "move these weights" : "go on with it: --resume");
+            die("%s: a run is stored here; give another --out, or go on with it: --resume %s", path, o->out);
         check_writable(path, "");
     }
     float *tensor = (float *)xcalloc(params_largest(m->tensors, m->n_tensors), sizeof *tensor, "saving");
