@@ -5039,6 +5039,18 @@ static int train_main(int argc, char **argv) {
 
     Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, 0, dtype);
     if (!*o->resume) {
+        float *values = (float *)xcalloc(m->n_params, sizeof *values, "initial weights");
+        params_init(values, m->tensors, m->n_tensors, o->seed);
+        if (*o->init) {
+            init_read(values, m, &start, &from);
+            st_close(&start);
+        }
+        model_upload(m, MODEL_WEIGHTS, 0, m->n_params, values);
+        model_upload(m, MODEL_EMA, 0, m->n_params, values);
+        model_use(m, MODEL_WEIGHTS);
+        xfree(values);
+    }
+    if (!*o->resume) {
         if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
         run_folder(o->out);
     }
@@ -5061,18 +5073,6 @@ static int train_main(int argc, char **argv) {
         mb, mb, 2 * mb, mb, activations, saving, 5 * mb + activations + saving);
     for (int i = 0; i < 4 && *o->resume; i++) model_load(m, state_parts[i].kind, &state, state_parts[i].prefix);
     if (*o->resume) st_close(&state);
-    if (!*o->resume) {
-        float *values = (float *)xcalloc(m->n_params, sizeof *values, "initial weights");
-        params_init(values, m->tensors, m->n_tensors, o->seed);
-        if (*o->init) {
-            init_read(values, m, &start, &from);
-            st_close(&start);
-        }
-        model_upload(m, MODEL_WEIGHTS, 0, m->n_params, values);
-        model_upload(m, MODEL_EMA, 0, m->n_params, values);
-        model_use(m, MODEL_WEIGHTS);
-        xfree(values);
-    }
     Run run = {
         o,        &data, m, micro, open_log(o->out, o->step), tensor, o->step, o->step, *o->resume ? o->step : -1, 0,
         now_ms(), 0,     0, 0};
