@@ -1668,13 +1668,20 @@ INLINE void gemm_pack(real *p, const int w, int n, int kc, const real *src, size
 
 // In bf16 the operands are rounded while they are packed. Two neighbours in k fill the place of one float, the first in
 // the low half, so that what holds, splits and moves floats serves pairs as well, with half the k.
-static uint16_t float_to_bf16(float x); // from Part 5
+
+// The upper half is x rounded as float_to_bf16 does, but in 32 bits throughout: vector instructions need no narrowing.
+INLINE bf16x2 rounded_bits(real x) {
+    union {
+        float f;
+        uint32_t i;
+    } bits = {(float)x};
+    return x != x ? bits.i | 0x400000 : bits.i + 0x7fff + (bits.i >> 16 & 1);
+}
+
 // out[i] = the pair x[i*step], y[i*step]; without y the pair x[i*step], 0
 INLINE void pair_row(real *out, const real *x, const real *y, size_t step, int n) {
-    for (int i = 0; i < n; i++) {
-        bf16x2 low = float_to_bf16((float)x[i * step]), high = y ? float_to_bf16((float)y[i * step]) : 0;
-        ((bf16x2 *)out)[i] = low | high << 16;
-    }
+    for (int i = 0; i < n; i++)
+        ((bf16x2 *)out)[i] = rounded_bits(x[i * step]) >> 16 | (y ? rounded_bits(y[i * step]) & 0xffff0000u : 0);
 }
 
 // n rows of kc values, `is` apart, as rows of (kc+1)/2 pairs
