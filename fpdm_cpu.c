@@ -1567,7 +1567,7 @@ static void train(Run *run) {
     batch_draw(&batch, run->data, o, o->step, 0, run->micro);
     for (;;) {
         int last = o->step == o->steps;
-        if (o->step && (o->step % o->save_every == 0 || last)) run_save(run);
+        if ((o->step > run->begun && o->step % o->save_every == 0) || last) run_save(run);
         if ((o->step && o->sample_every && o->step % o->sample_every == 0 && !interrupted) || last) run_pictures(run);
         if (last || interrupted) break;
         double begin = now_ms();
