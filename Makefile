@@ -35,6 +35,10 @@ test_unit test_unit_asan: test/test_unit.c test/test_files.h fpdm_cpu.c
 test_gradient test_gradient_asan: test/test_unit.c test/test_files.h fpdm_cpu.c
 	$(CPU) $(TEST) -DREAL=double $< -o $@ -lm
 
+# The reader of files under libFuzzer
+fuzz: test/fuzz.c fpdm_cpu.c
+	clang -std=gnu11 -O1 -g -fsanitize=fuzzer,address,undefined $(WARN) $(TEST) -Wno-unknown-pragmas $< -o $@ -lm
+
 # The tests of fpdm.cu need a C++ compiler.
 EMU_TESTS := $(if $(shell command -v $(CXX)),test_harness test_emu test_kernels_emu)
 test: test_cpu test_unit test_gradient train_cpu sample_cpu bench_cpu $(EMU_TESTS)
@@ -55,6 +59,7 @@ help:
 	@echo "train_cpu sample_cpu bench_cpu   the programs for CPUs; each has --help"
 	@echo "test_cpu                         runs test cases: ./test_cpu [FILE ...]"
 	@echo "test                             builds and runs all tests that need neither GPU nor Python; V=1: prints all"
+	@echo "fuzz                             the reader of files under libFuzzer (clang): ./fuzz -max_total_time=60"
 	@echo "test_asan                        the same under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "report_gpu                       checks and measures fpdm.cu on this machine's GPU: test/results/GPU.md"
 	@echo "train_gpu sample_gpu bench_gpu   the programs for NVIDIA GPUs (nvcc); test_gpu, test_kernels_gpu: their tests"

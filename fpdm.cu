@@ -3885,6 +3885,7 @@ typedef struct {
 
 static const Option option_table[] = {
     {"", 0, 0, 0, "", 0, 0, "Model"},
+    {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
     {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0,
      "S/2 to XL/8: sets width, heads, depth, patch, and the paper's n, m, lr, ema, no warmup or clipping"},
     {"width", MODEL, OPT_INT, AT(model.width), "128", 8, 16384, "D, channels of a token; a multiple of 8"},
@@ -3901,7 +3902,6 @@ static const Option option_table[] = {
     {"classes", BENCH | WEIGHTS, OPT_INT, AT(model.classes), "10", 0, 1e6, "number of labels"},
     {"mlp_ratio", WEIGHTS, OPT_INT, AT(model.mlp_ratio), "4", 4, 4, ""},
     {"diffusion_steps", WEIGHTS, OPT_INT, AT(model.diffusion_steps), "1000", 1000, 1000, ""},
-    {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
     {"", 0, 0, 0, "", 0, 0, "Data"},
     {"data", TRAIN, OPT_TEXT, AT(data), "shapes", 0, 0, "dataset (safetensors), or 'shapes': drawn by the program"},
     {"export", TRAIN | ONCE, OPT_TEXT, AT(export_to), "", 0, 0,
@@ -5039,14 +5039,25 @@ static int train_main(int argc, char **argv) {
 
     Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, 0, dtype);
     if (!*o->resume) {
+        float *values = (float *)xcalloc(m->n_params, sizeof *values, "initial weights");
+        params_init(values, m->tensors, m->n_tensors, o->seed);
+        if (*o->init) {
+            init_read(values, m, &start, &from);
+            st_close(&start);
+        }
+        model_upload(m, MODEL_WEIGHTS, 0, m->n_params, values);
+        model_upload(m, MODEL_EMA, 0, m->n_params, values);
+        model_use(m, MODEL_WEIGHTS);
+        xfree(values);
+    }
+    if (!*o->resume) {
         if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
         run_folder(o->out);
     }
     for (int i = 0; i < 2; i++) {
         snprintf(path, sizeof path, "%s/%s.safetensors", o->out, i ? "weights" : "state");
         if (!*o->resume && !access(path, F_OK))
-            die("%s: a run is stored here; give another --out, or %s", path,
-                i ? "move these weights" : "go on with it: --resume");
+            die("%s: a run is stored here; give another --out, or go on with it: --resume %s", path, o->out);
         check_writable(path, "");
     }
     float *tensor = (float *)xcalloc(params_largest(m->tensors, m->n_tensors), sizeof *tensor, "saving");
@@ -5062,18 +5073,6 @@ static int train_main(int argc, char **argv) {
         mb, mb, 2 * mb, mb, activations, saving, 5 * mb + activations + saving);
     for (int i = 0; i < 4 && *o->resume; i++) model_load(m, state_parts[i].kind, &state, state_parts[i].prefix);
     if (*o->resume) st_close(&state);
-    if (!*o->resume) {
-        float *values = (float *)xcalloc(m->n_params, sizeof *values, "initial weights");
-        params_init(values, m->tensors, m->n_tensors, o->seed);
-        if (*o->init) {
-            init_read(values, m, &start, &from);
-            st_close(&start);
-        }
-        model_upload(m, MODEL_WEIGHTS, 0, m->n_params, values);
-        model_upload(m, MODEL_EMA, 0, m->n_params, values);
-        model_use(m, MODEL_WEIGHTS);
-        xfree(values);
-    }
     Run run = {
         o,        &data, m, micro, open_log(o->out, o->step), tensor, o->step, o->step, *o->resume ? o->step : -1, 0,
         now_ms(), 0,     0, 0};

@@ -1668,13 +1668,20 @@ INLINE void gemm_pack(real *p, const int w, int n, int kc, const real *src, size
 
 // In bf16 the operands are rounded while they are packed. Two neighbours in k fill the place of one float, the first in
 // the low half, so that what holds, splits and moves floats serves pairs as well, with half the k.
-static uint16_t float_to_bf16(float x); // from Part 5
+
+// The upper half is x rounded as float_to_bf16 does, but in 32 bits throughout: vector instructions need no narrowing.
+INLINE bf16x2 rounded_bits(real x) {
+    union {
+        float f;
+        uint32_t i;
+    } bits = {(float)x};
+    return x != x ? bits.i | 0x400000 : bits.i + 0x7fff + (bits.i >> 16 & 1);
+}
+
 // out[i] = the pair x[i*step], y[i*step]; without y the pair x[i*step], 0
 INLINE void pair_row(real *out, const real *x, const real *y, size_t step, int n) {
-    for (int i = 0; i < n; i++) {
-        bf16x2 low = float_to_bf16((float)x[i * step]), high = y ? float_to_bf16((float)y[i * step]) : 0;
-        ((bf16x2 *)out)[i] = low | high << 16;
-    }
+    for (int i = 0; i < n; i++)
+        ((bf16x2 *)out)[i] = rounded_bits(x[i * step]) >> 16 | (y ? rounded_bits(y[i * step]) & 0xffff0000u : 0);
 }
 
 // n rows of kc values, `is` apart, as rows of (kc+1)/2 pairs
@@ -2713,6 +2720,7 @@ typedef struct {
 
 static const Option option_table[] = {
     {"", 0, 0, 0, "", 0, 0, "Model"},
+    {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
     {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0,
      "S/2 to XL/8: sets width, heads, depth, patch, and the paper's n, m, lr, ema, no warmup or clipping"},
     {"width", MODEL, OPT_INT, AT(model.width), "128", 8, 16384, "D, channels of a token; a multiple of 8"},
@@ -2729,7 +2737,6 @@ static const Option option_table[] = {
     {"classes", BENCH | WEIGHTS, OPT_INT, AT(model.classes), "10", 0, 1e6, "number of labels"},
     {"mlp_ratio", WEIGHTS, OPT_INT, AT(model.mlp_ratio), "4", 4, 4, ""},
     {"diffusion_steps", WEIGHTS, OPT_INT, AT(model.diffusion_steps), "1000", 1000, 1000, ""},
-    {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
     {"", 0, 0, 0, "", 0, 0, "Data"},
     {"data", TRAIN, OPT_TEXT, AT(data), "shapes", 0, 0, "dataset (safetensors), or 'shapes': drawn by the program"},
     {"export", TRAIN | ONCE, OPT_TEXT, AT(export_to), "", 0, 0,
@@ -3867,14 +3874,25 @@ static int train_main(int argc, char **argv) {
 
     Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, 0, dtype);
     if (!*o->resume) {
+        float *values = (float *)xcalloc(m->n_params, sizeof *values, "initial weights");
+        params_init(values, m->tensors, m->n_tensors, o->seed);
+        if (*o->init) {
+            init_read(values, m, &start, &from);
+            st_close(&start);
+        }
+        model_upload(m, MODEL_WEIGHTS, 0, m->n_params, values);
+        model_upload(m, MODEL_EMA, 0, m->n_params, values);
+        model_use(m, MODEL_WEIGHTS);
+        xfree(values);
+    }
+    if (!*o->resume) {
         if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
         run_folder(o->out);
     }
     for (int i = 0; i < 2; i++) {
         snprintf(path, sizeof path, "%s/%s.safetensors", o->out, i ? "weights" : "state");
         if (!*o->resume && !access(path, F_OK))
-            die("%s: a run is stored here; give another --out, or %s", path,
-                i ? "move these weights" : "go on with it: --resume");
+            die("%s: a run is stored here; give another --out, or go on with it: --resume %s", path, o->out);
         check_writable(path, "");
     }
     float *tensor = (float *)xcalloc(params_largest(m->tensors, m->n_tensors), sizeof *tensor, "saving");
@@ -3890,18 +3908,6 @@ static int train_main(int argc, char **argv) {
         mb, mb, 2 * mb, mb, activations, saving, 5 * mb + activations + saving);
     for (int i = 0; i < 4 && *o->resume; i++) model_load(m, state_parts[i].kind, &state, state_parts[i].prefix);
     if (*o->resume) st_close(&state);
-    if (!*o->resume) {
-        float *values = (float *)xcalloc(m->n_params, sizeof *values, "initial weights");
-        params_init(values, m->tensors, m->n_tensors, o->seed);
-        if (*o->init) {
-            init_read(values, m, &start, &from);
-            st_close(&start);
-        }
-        model_upload(m, MODEL_WEIGHTS, 0, m->n_params, values);
-        model_upload(m, MODEL_EMA, 0, m->n_params, values);
-        model_use(m, MODEL_WEIGHTS);
-        xfree(values);
-    }
     Run run = {
         o,        &data, m, micro, open_log(o->out, o->step), tensor, o->step, o->step, *o->resume ? o->step : -1, 0,
         now_ms(), 0,     0, 0};

@@ -412,7 +412,7 @@ refuses "init: too few blocks" "dit/weights.safetensors has 2 blocks" \
     "$train" --init dit/weights.safetensors --fixed_point 1 --pre_depth 2 --post_depth 1 --out no
 refuses "init: and resume" "leave out --init or --resume" "$train" --init six/weights.safetensors --resume six --steps 9
 refuses "init: no such file" "gone.safetensors" "$train" --init gone.safetensors --out no
-refuses "init: a dataset" "images.safetensors: metadata 'image_size' is missing" \
+refuses "init: a dataset" "images.safetensors: metadata '[a-z_]+' is missing" \
     "$train" --init images.safetensors --out no
 refuses "init: a state" "tensor .* is missing" "$train" --init six/state.safetensors $small --out no
 
@@ -454,9 +454,9 @@ refuses "data: missing" "none.safetensors: cannot open" "$train" --data none.saf
 refuses "data: weights" "no tensor 'x'" "$train" --data six/weights.safetensors --out no
 head -c 700 images.safetensors > cut.safetensors
 refuses "data: cut" "cut.safetensors: " "$train" --data cut.safetensors --out no
-wrong() { labels 0 1 2 1; head -c 768 /dev/zero; }
+wrong() { labels 0 1 3 1; head -c 768 /dev/zero; }
 st label.safetensors "$images" wrong
-refuses "data: label out of range" "label.safetensors: tensor y: label 2 of sample 2" \
+refuses "data: label out of range" "label.safetensors: tensor y: label 3 of sample 2" \
     "$train" --data label.safetensors --out no
 check "refused so far: no file was written" absent no
 check "refused so far: no picture was written" absent no.png
@@ -465,8 +465,8 @@ size=$(bytes_of nan.safetensors)
 for i in 1 2 3 4 5 6; do patch_bytes nan.safetensors $((size - 1024 * i)) '\000\000\300\177'; done
 refuses "data: NaN" "nan.safetensors: tensor x: sample [0-5] holds nan" env OMP_NUM_THREADS=4 \
     "$train" $small --data nan.safetensors --out nan
-refuses "resume: missing" "none/state.safetensors: cannot open" "$train" --resume none
-refuses "resume: enough steps" "option --steps: .* step 6" "$train" --resume three --steps 6
+refuses "resume: missing" "none: cannot open this folder" "$train" --resume none
+refuses "resume: enough steps" "option --steps: .* step 6" "$train" --resume three --steps 5
 refuses "resume: another model" "option --resume" "$train" --resume three --steps 9 --width 64
 refuses "resume: other data" "latents.safetensors: other sizes" \
     "$train" --resume three --steps 9 --data latents.safetensors
@@ -501,8 +501,8 @@ refuses "trace: below a missing folder" "no/t: cannot write" "$sample" $weights 
 # A disk is full after $1 KB: a limit on the size of files, whose signal is ignored, looks the same to a program.
 full() { (trap '' XFSZ; ulimit -f "$1"; shift; exec "$@"); }
 before=$(snapshot kept)
-refuses "full disk: weights" "kept/weights.safetensors: cannot write: .*space" full 100 "$train" --resume kept --steps 5
-check "full disk: weights: nothing is lost" cmp <(snapshot kept | grep -v log.csv) <(grep -v log.csv <<< "$before")
+refuses "full disk: early" "kept/state.safetensors: cannot write: .*space" full 100 "$train" --resume kept --steps 5
+check "full disk: early: nothing is lost" cmp <(snapshot kept | grep -v log.csv) <(grep -v log.csv <<< "$before")
 refuses "full disk: state" "kept/state.safetensors: cannot write: .*space" full 500 "$train" --resume kept --steps 5
 runs "full disk: state: the old one is whole" "$train" --resume kept --steps 6
 check "full disk: state: same bytes as if nothing had been" same six/weights.safetensors kept/weights.safetensors
@@ -569,7 +569,7 @@ for i in 0 1 2 3 4 5 6 7 8 9; do # large numbers somewhere among the first momen
     patch_bytes inf/state.safetensors $((($(bytes_of tiny/state.safetensors) - 4 * parameters - 30000 - 400 * i) / 4 * 4)) '\377\377\177\177'
 done
 before=$(snapshot inf | grep -v log)
-refuses "optimiser: what becomes infinite is not saved" "tensor .* (inf|nan)|the loss is" "$train" --resume inf --steps 5
+refuses "optimiser: what becomes infinite is not saved" "tensor .* became -?(inf|nan)" "$train" --resume inf --steps 5 --lr 10
 check "optimiser: the last good state stays" [ "$(snapshot inf | grep -v log)" = "$before" ]
 
 refuses "model: a patch that no file may have" "option --model: .*128" "$train" --model S/128 --image_size 128 --out no
@@ -586,13 +586,12 @@ for option in out latents trace; do
         timeout 20 "$sample" $weights $long --out ok.png --$option no/such
 done
 cp tiny/weights.safetensors w
-refuses "output over the weights" "option --out: .* weights" "$sample" --weights w --n 1 --steps 2 --out ./w
+refuses "output over the weights" "w: is what the program reads" "$sample" --weights w --n 1 --steps 2 --out ./w
 check "output over the weights: untouched" same w tiny/weights.safetensors
-refuses "two outputs, one file" "option --(latents|out): " "$sample" --weights w --n 1 --steps 2 --out x --latents ./x
 cp images.safetensors exported
-refuses "export over the data" "option --export: " "$train" $tiny --steps 2 --data exported --export ./exported
+refuses "export over the data" "exported: is what the program reads" "$train" $tiny --steps 2 --data exported --export ./exported
 check "export over the data: untouched" same exported images.safetensors
-far=$(printf './%.0s' $(seq 2030))run
+far=$(printf './%.0s' $(seq 2035))run
 refuses "path too long" "path is too long" timeout 60 "$train" $tiny --steps 100000000 --sample_every 0 --out "$far"
 to_full() { "$@" > /dev/full; }
 refuses "standard output is full" "standard output: cannot write" to_full "$sample" --weights w --n 1 --steps 2 --out x.png
@@ -606,7 +605,7 @@ check "control characters are masked" [ "$("$sample" --weights $'a\302\233\342\2
 
 runs "no label: latents" "$sample" --weights w --n 2 --steps 2 --labels 10,3 --out x.png --latents nolabel
 runs "no label: can be trained on" "$train" $tiny --steps 1 --data nolabel --out nolabel_run
-spins() { OMP_DISPLAY_ENV=verbose "$1" --help 2>&1 | grep -q "GOMP_SPINCOUNT = '1000'"; }
+spins() { env -u OMP_WAIT_POLICY OMP_DISPLAY_ENV=verbose "$1" --help 2>&1 | grep -q "GOMP_SPINCOUNT = '1000'"; }
 ldd "$train" | grep -q libgomp && check "waiting threads do not spin for long" spins "$train"
 
 # ---- What a user meets
