@@ -568,9 +568,8 @@ cp -r tiny inf
 for i in 0 1 2 3 4 5 6 7 8 9; do # large numbers somewhere among the first moments
     patch_bytes inf/state.safetensors $((($(bytes_of tiny/state.safetensors) - 4 * parameters - 30000 - 400 * i) / 4 * 4)) '\377\377\177\177'
 done
-before=$(snapshot inf | grep -v log)
 refuses "optimiser: what becomes infinite is not saved" "tensor .* became -?(inf|nan)" "$train" --resume inf --steps 5 --lr 10
-check "optimiser: the last good state stays" [ "$(snapshot inf | grep -v log)" = "$before" ]
+check "optimiser: the last good state stays" state_is inf 4
 
 refuses "model: a patch that no file may have" "option --model: .*128" "$train" --model S/128 --image_size 128 --out no
 refuses "model: text after the patch" "option --model: .*2x" "$train" --model S/2x --out no
@@ -626,7 +625,7 @@ check "pictures as tensors: are there" "$unit" tensors x.safetensors
 for program in train sample; do
     runs "help: $program: examples first" "${!program}" --help
     check "help: $program: examples first, then groups" awk '/^  \.\/'$program'_[a-z_]+ --/ && !groups { examples++ }
-        /^[A-Z][a-z ]+:$/ { groups++ } END { exit !(examples >= 2 && groups >= 3) }' out
+        /^[A-Z][a-z, ]+:$/ { groups++ } END { exit !(examples >= 2 && groups >= 2) }' out
 done
 refuses "advice: iters on a DiT" "option --iters: .*DiT" \
     "$sample" --weights dit/weights.safetensors --iters 3 --n 1 --steps 2 --out no.png
