@@ -49,7 +49,7 @@ refuses() {
     result $ok "$name"
 }
 
-small="--image_size 8 --width 32 --heads 2 --patch 2 --batch 6 --log_every 1 --sample_steps 2 --warmup 0"
+small="--image_size 8 --width 32 --heads 2 --patch 2 --batch 6 --log_every 1 --sample_steps 2 --warmup 0 --lr_schedule constant"
 same() { cmp "$1" "$2"; }
 differ() { ! cmp -s "$1" "$2"; }
 absent() { [ ! -e "$1" ]; }
