@@ -35,11 +35,15 @@ test_unit test_unit_asan: test/test_unit.c test/test_files.h fpdm_cpu.c
 test_gradient test_gradient_asan: test/test_unit.c test/test_files.h fpdm_cpu.c
 	$(CPU) $(TEST) -DREAL=double $< -o $@ -lm
 
+# The reader of files under libFuzzer
+fuzz: test/fuzz.c fpdm_cpu.c
+	clang -std=gnu11 -O1 -g -fsanitize=fuzzer,address,undefined $(WARN) $(TEST) -Wno-unknown-pragmas $< -o $@ -lm
+
 # The tests of fpdm.cu need a C++ compiler.
 EMU_TESTS := $(if $(shell command -v $(CXX)),test_harness test_emu test_kernels_emu)
 test: test_cpu test_unit test_gradient train_cpu sample_cpu bench_cpu $(EMU_TESTS)
 	@test/run.sh ./test_cpu test/test_cases.sh ./test_unit ./test_gradient test/test_cli.sh "make -s shared" test/test_make.sh \
-		$(if $(EMU_TESTS),"test/test_cases.sh emu" ./test_harness "make -s kernels")
+		$(if $(EMU_TESTS),"test/test_cases.sh emu" ./test_harness "make -s kernels","skipped: fpdm.cu on the CPU: no $(CXX)")
 
 test_asan: test_cpu_asan test_unit_asan test_gradient_asan train_cpu_asan sample_cpu_asan bench_cpu_asan test_unit
 	@ASAN_OPTIONS=detect_leaks=0:exitcode=99 test/run.sh ./test_cpu_asan ./test_unit_asan ./test_gradient_asan \
@@ -54,7 +58,8 @@ shared:
 help:
 	@echo "train_cpu sample_cpu bench_cpu   the programs for CPUs; each has --help"
 	@echo "test_cpu                         runs test cases: ./test_cpu [FILE ...]"
-	@echo "test                             builds and runs all tests that need neither GPU nor Python"
+	@echo "test                             builds and runs all tests that need neither GPU nor Python; V=1: prints all"
+	@echo "fuzz                             the reader of files under libFuzzer (clang): ./fuzz -max_total_time=60"
 	@echo "test_asan                        the same under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "report_gpu                       checks and measures fpdm.cu on this machine's GPU: test/results/GPU.md"
 	@echo "train_gpu sample_gpu bench_gpu   the programs for NVIDIA GPUs (nvcc); test_gpu, test_kernels_gpu: their tests"
@@ -64,7 +69,8 @@ help:
 	@echo "spills                           compiles fpdm.cu for every architecture; fails if a kernel spills registers"
 
 clean:
-	rm -f $(foreach s,cpu gpu emu,train_$s sample_$s bench_$s test_$s test_kernels_$s) test_unit test_gradient *_asan
+	rm -f $(foreach s,cpu gpu emu,$(foreach p,train sample bench test test_kernels test_report,$p_$s $p_$s_asan)) \
+		$(foreach t,test_unit test_gradient test_harness,$t $t_asan) fuzz compiler.tmp spills.tmp
 
 .PHONY: nvcc all help clean test test_asan shared races spills compiler kernels
 

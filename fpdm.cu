@@ -26,8 +26,10 @@
 #endif
 #include <assert.h>
 #include <ctype.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <fnmatch.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -37,7 +39,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -64,7 +69,10 @@ typedef __nv_bfloat16 bf16;
 __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *fmt, ...);
 static void *xcalloc(size_t count, size_t size, const char *what); // zeroed and aligned, or the program ends
 static void xfree(void *p);
+static char *xstrdup(const char *text);
 static double now_ms(void);
+static double memory_limit(void);   // bytes that this process may use
+static void progress(int64_t more); // so much of the task in hand is done
 
 // Random numbers have no state: a draw is a function of (seed, index, step, stream).
 enum Streams {
@@ -270,6 +278,13 @@ static void params_init(float *memory, const ParamTensor *list, int count, uint6
                 w[e] = (float)((2 * rng_uniform(word[e % 4]) - 1) * range);
         }
     }
+}
+
+// The largest tensor: weights come and go between model and files one tensor at a time.
+static int64_t params_largest(const ParamTensor *list, int count) {
+    int64_t largest = 0;
+    for (int k = 0; k < count; k++) largest = list[k].count > largest ? list[k].count : largest;
+    return largest;
 }
 
 // How sampling watches and steers the fixed point; training passes NULL.
@@ -550,7 +565,7 @@ static void attention_backward(int half, Act *dqkv, float *delta, const Act *dou
 __device__ inline float gelu(float x, float *slope) {
     float e = exp2f(-2.302208198f * (x + 0.044715f * x * x * x)); // 2·sqrt(2/pi)·log2(e)
     float sigmoid = __fdividef(1, 1 + e);
-    *slope = sigmoid + x * sigmoid * (1 - sigmoid) * 1.5957691216f * (1 + 0.134145f * x * x);
+    *slope = sigmoid + x * sigmoid * (1 - sigmoid) * 1.5957691216f * (1 + 0.134145f * fminf(x * x, 1e4f)); // not inf
     return x * sigmoid;
 }
 
@@ -568,8 +583,8 @@ __global__ void silu_kernel(float *out, const float *x, const float *dout, int c
 }
 
 // Between pictures (B,C,S,S) and tokens (B,T,C·p·p). A patch is (channel, row, column), as the patch layer wants it, or
-// with channel_last (row, column, channel), as the final layer gives it. A block moves W tokens that lie side by side, by
-// way of shared memory: on both sides, neighbouring threads have neighbouring addresses.
+// with channel_last (row, column, channel), as the final layer gives it. A block moves W tokens that lie side by side,
+// by way of shared memory: on both sides, neighbouring threads have neighbouring addresses.
 enum { PATCH_FLOATS = 4096 }; // the most that a block moves, or else one token
 __global__ void patches_kernel(float *tokens, float *pictures, int to_picture, int channel_last, int C, int S, int p,
                                int W) {
@@ -1153,7 +1168,7 @@ typedef struct {
     uint64_t seed;
     // sampling
     const char *weights, *labels, *iters, *latents, *trace, *strip;
-    int n, sampler, sample_steps, budget, alloc, reuse, solver, window, cfg_channels, show;
+    int n, sampler, sample_steps, budget, alloc, reuse, solver, window, cfg_channels, show, zoom;
     double eta, tol, mixing, cfg, t_shift;
     // benchmark
     int bench_n, bench_m, rounds, bench_gemm;
@@ -1263,12 +1278,13 @@ static void plan_iterations(int iters[DIFFUSION_STEPS], const Options *o, const 
     for (int i = 0; i < S; i++) iters[i] = 0;
     if (o->budget && *o->iters) die("option --budget: give either iters or budget");
     if (!c->fixed_point) {
+        if (*o->iters) die("option --iters: this model is a DiT, which does not iterate; leave it out");
         if (o->budget && S * c->depth > o->budget)
             die("option --budget: %d passes allow %d steps of this DiT with %d blocks: lower --steps", o->budget,
                 o->budget / c->depth, c->depth);
         return;
     }
-    char *copy = strdup(o->iters), *rest = copy;
+    char *copy = xstrdup(o->iters), *rest = copy;
     for (char *word; *o->iters && (word = strsep(&rest, ",")); listed++) {
         char *end;
         long value = strtol(word, &end, 10);
@@ -1598,6 +1614,7 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
             solve->ran = iters;
             solve->reuse_ready = solve->reuse;
         }
+        progress(B);
         set->passes += c->fixed_point ? c->pre_depth + solve->ran + c->post_depth : c->depth;
         for (int k = 0; set->trace && k < solve->ran && c->fixed_point; k++)
             fprintf(set->trace, "%d,%d,%d,%.6g\n", step, s->t[i], k + 1, solve->residuals[k]);
@@ -1871,8 +1888,10 @@ typedef struct {
     int micro; // pictures at a time
     // of its folder and its reports
     FILE *log;
+    float *tensor;           // room for the largest one, on its way into a file
     int begun, shown, saved; // steps that were done at the start, at the last progress line, at the last save (or -1)
-    double begun_ms, shown_ms, shown_flops, shown_loss;
+    double ms, shown_ms;     // of all steps; when the last progress line was shown
+    double sum_ms, sum_flops, sum_loss; // of the steps since then
 } Run;
 static volatile sig_atomic_t interrupted; // the user wants to stop
 // From Part 5:
@@ -1880,7 +1899,8 @@ static void run_report(Run *run, const Step *did, double ms); // a row of the lo
 static void run_save(Run *run);                               // weights and state
 static void run_pictures(Run *run);                           // a grid of samples
 
-// Goes on from step o->step until o->steps are done or the user stops.
+// Goes on from step o->step until o->steps are done or the user stops. Begins with what a run that was killed may have
+// left out after its last step.
 static void train(Run *run) {
     Options *o = run->o;
     size_t pixels = config_pixels(&o->model);
@@ -1888,14 +1908,15 @@ static void train(Run *run) {
     Schedule schedule;
     schedule_make(&schedule, &o->model, DIFFUSION_STEPS);
     batch_draw(&batch, run->data, o, o->step, 0, run->micro);
-    while (o->step < o->steps && !interrupted) {
+    for (;;) {
+        int last = o->step == o->steps;
+        if (o->step && (o->step % o->save_every == 0 || last)) run_save(run);
+        if ((o->step && o->sample_every && o->step % o->sample_every == 0 && !interrupted) || last) run_pictures(run);
+        if (last || interrupted) break;
         double begin = now_ms();
         Step did = train_step(run->model, &schedule, run->data, &batch, &spare, o, o->step, run->micro);
         o->step++;
         run_report(run, &did, now_ms() - begin);
-        int last = o->step == o->steps;
-        if (o->step % o->save_every == 0 || last) run_save(run);
-        if ((o->sample_every && o->step % o->sample_every == 0 && !interrupted) || last) run_pictures(run);
     }
 }
 
@@ -1958,8 +1979,9 @@ static decltype(&cuTensorMapEncodeTiled) box_map_encode; // of the driver, which
 #define IN_PAIRS __cluster_dims__(2, 1, 1)
 static __device__ int has_wgmma = 1;
 
-// A barrier in shared memory is passed once in a phase: when `count` arrivals have happened, and all bytes have come that
-// barrier_expect announced. Phases are told apart by their parity; waiting for the phase before the first returns at once.
+// A barrier in shared memory is passed once in a phase: when `count` arrivals have happened, and all bytes have come
+// that barrier_expect announced. Phases are told apart by their parity; waiting for the phase before the first returns
+// at once.
 __device__ inline void barrier_init(uint64_t *barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
@@ -1997,8 +2019,8 @@ __device__ inline void registers_up() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-// One thread starts a copy of the box at (row, col) of a matrix to shared memory, which counts its bytes at the barrier;
-// _pair: to the same place in both blocks of a cluster, at the same barrier of each.
+// One thread starts a copy of the box at (row, col) of a matrix to shared memory, which counts its bytes at the
+// barrier; _pair: to the same place in both blocks of a cluster, at the same barrier of each.
 __device__ inline void box_load(bf16 *tile, const CUtensorMap *map, int row, int col, uint64_t *barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
@@ -2015,8 +2037,8 @@ __device__ inline void box_load_pair(bf16 *tile, const CUtensorMap *map, int row
 }
 
 // d += a·b for the four warps of a warpgroup, a (64,16) and b (16,192) in shared memory; a warp holds 16 rows of d, as
-// mma_bf16 has them. TA, TB: k is the slow dimension there. It runs on: wgmma_commit closes a group, wgmma_wait<N> waits
-// until at most the N newest are under way, and wgmma_fence stands between other use of d and the next product.
+// mma_bf16 has them. TA, TB: k is the slow dimension there. It runs on: wgmma_commit closes a group, wgmma_wait<N>
+// waits until at most the N newest are under way, and wgmma_fence stands between other use of d and the next product.
 #define FOUR(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
 #define SIXTEEN(d) FOUR((d)[0]), FOUR((d)[1]), FOUR((d)[2]), FOUR((d)[3])
 template <bool TA, bool TB>
@@ -2044,10 +2066,10 @@ __device__ inline void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// How wgmma is told of a tile: its address, and how far apart its parts lie, in units of 16 bytes. Rows of a tile are 128
-// bytes, 64 elements, whose 16-byte pieces are permuted by the row number: swizzled<64> in rows that start at a multiple
-// of 1024 bytes. Eight of them are a part, 1024 bytes. Where rows run along k, those follow each other and are all
-// there is; where they run across it, a tile of more than 64 columns is panels of 64, 8192 bytes apart.
+// How wgmma is told of a tile: its address, and how far apart its parts lie, in units of 16 bytes. Rows of a tile are
+// 128 bytes, 64 elements, whose 16-byte pieces are permuted by the row number: swizzled<64> in rows that start at a
+// multiple of 1024 bytes. Eight of them are a part, 1024 bytes. Where rows run along k, those follow each other and are
+// all there is; where they run across it, a tile of more than 64 columns is panels of 64, 8192 bytes apart.
 __device__ inline uint64_t wgmma_tile(const bf16 *tile) {
     return (shared_address(tile) & 0x3FFFF) >> 4 | (uint64_t)(8192 / 16) << 16 | (uint64_t)(1024 / 16) << 32 |
            (uint64_t)1 << 62; // 1: 128-byte swizzle
@@ -2116,9 +2138,9 @@ __device__ inline int row_of_other(const Matmul &g, int row) {
     return EPI == EPI_GATED ? row / g.tokens : EPI < EPI_GATED && g.add ? row % g.add_rows : 0;
 }
 
-// Takes a part of the product to where it belongs: rows row0, row0 + hop, ..., and of each V neighbours from col on, which
-// product(v, i) gives for row i; other[i] is its row_of_other. Everything is loaded before anything is computed or
-// stored, so that all loads are under way at once. A: type of activations
+// Takes a part of the product to where it belongs: rows row0, row0 + hop, ..., and of each V neighbours from col on,
+// which product(v, i) gives for row i; other[i] is its row_of_other. Everything is loaded before anything is computed
+// or stored, so that all loads are under way at once. A: type of activations
 template <int EPI, typename A, int ROWS, int V, typename F>
 __device__ inline void epilogue(const Matmul &g, int row0, int hop, const int (&other)[ROWS], int col, F product) {
     typedef typename std::conditional<EPI == EPI_STORE || EPI == EPI_GELU || EPI == EPI_DGELU, A, float>::type Out;
@@ -2162,9 +2184,9 @@ __device__ inline void epilogue(const Matmul &g, int row0, int hop, const int (&
 }
 
 // The same for 16 rows and 32·CHUNKS columns that a warp holds as results of mma, acc[j] at column 8·j. They go through
-// shared memory, `stage`, so that a lane gets neighbours and the warp's accesses to memory fill sectors of 32 bytes: 8 to
-// a lane where all is bf16, 4 where fp32 comes with it. What a lane writes and reads there lies in banks of its own: rows
-// are 8 banks apart, and in every second four rows, every two fours of columns change places.
+// shared memory, `stage`, so that a lane gets neighbours and the warp's accesses to memory fill sectors of 32 bytes: 8
+// to a lane where all is bf16, 4 where fp32 comes with it. What a lane writes and reads there lies in banks of its own:
+// rows are 8 banks apart, and in every second four rows, every two fours of columns change places.
 template <int EPI, int CHUNKS>
 __device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, int col0, const float (*acc)[4]) {
     constexpr int V = EPI == EPI_STORE || EPI == EPI_GELU ? 8 : 4, ROWS = 16 / V, STRIDE = 32 * CHUNKS + 8;
@@ -2302,15 +2324,17 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g) {
 // The same product on Hopper, whose tensor cores are half as fast again as mma.sync can drive them, by wgmma: the four
 // warps of a warpgroup start a product of 64 rows together; the tensor cores fetch both operands from shared memory by
 // themselves, and the warps hold the sums and nothing else. Three things follow from that speed.
-//   - Copying must cost the multiplying warps nothing. One thread of a third warpgroup, the producer, asks the copy engine
-//     (TMA) for boxes of a matrix, which it swizzles, and fills with zeros outside of the matrix. Two barriers for each
-//     buffer of the ring pass it to and fro: `full` when its bytes have come, `empty` when they have been multiplied.
-//   - Nor must the epilogue: at K = 1152 the tensor cores need 8 us for a tile, about what its results take to memory. So
-//     two warpgroups have tiles in turn, and one multiplies while the other stores (`order` passes the turn). Their 192
-//     sums a thread are why the producer gives registers away. Blocks stay for many tiles; the copies run on into the
-//     next.
-//   - At full speed a tile of 128x192 takes in 53 bytes a cycle, and the L2 cache gives a multiprocessor about 35. So blocks
-//     come in pairs, clusters, with tiles above each other: each copies half of the tile of b into both, 37 bytes a cycle.
+//   - Copying must cost the multiplying warps nothing. One thread of a third warpgroup, the producer, asks the copy
+//     engine (TMA) for boxes of a matrix, which it swizzles, and fills with zeros outside of the matrix. Two barriers
+//     for each buffer of the ring pass it to and fro: `full` when its bytes have come, `empty` when they have been
+//     multiplied.
+//   - Nor must the epilogue: at K = 1152 the tensor cores need 8 us for a tile, about what its results take to memory.
+//     So two warpgroups have tiles in turn, and one multiplies while the other stores (`order` passes the turn). Their
+//     192 sums a thread are why the producer gives registers away. Blocks stay for many tiles; the copies run on into
+//     the next.
+//   - At full speed a tile of 128x192 takes in 53 bytes a cycle, and the L2 cache gives a multiprocessor about 35. So
+//     blocks come in pairs, clusters, with tiles above each other: each copies half of the tile of b into both, 37
+//     bytes a cycle.
 // 192 divides the widths of S, B and XL. Of L's 1024 it wastes a ninth; a tile of 128 would need 48 bytes a cycle.
 enum { WG_M = 128, WG_N = 192, WG_K = 64, WG_STAGES = 4, WG_THREADS = 3 * 128 };
 enum { WG_A = WG_M * WG_K, WG_B = WG_N * WG_K, WG_PANEL = 64 * WG_K, WG_ONES = 8 * WG_K, WG_STAGE = 8 * 16 * (96 + 8) };
@@ -2330,7 +2354,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
     int m0, n0, k0, steps, at = 0; // at: the step's place in the ring, counted on over all tiles
     auto go_to = [&](int unit) {   // a split of a tile; neighbours share rows of a in the cache
         m0 = (unit % tiles / n_tiles * 2 + rank) * WG_M, n0 = unit % n_tiles * WG_N;
-        k0 = unit / tiles * g.k_chunk, steps = (min(g.K - k0, g.k_chunk) + WG_K - 1) / WG_K;
+        k0 = unit / tiles * g.k_chunk, steps = (max(min(g.K - k0, g.k_chunk), 0) + WG_K - 1) / WG_K;
     };
     for (int i = threadIdx.x; i < WG_ONES / 2; i += WG_THREADS) ((uint32_t *)ones)[i] = 0x3F803F80u;
     for (int i = 0; i < WG_STAGES && threadIdx.x == 0; i++) {
@@ -2392,7 +2416,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
                 }
                 if (lane == 0) barrier_arrive(order + (group ^ 1), rank);
                 wgmma_wait<0>();
-                release(at - 1);
+                if (steps > 0) release(at - 1); // the last splits may be empty
                 EACH(i, 4) {
                     int row = m0 + i / 2 * 64 + threadIdx.x % 128 / 32 * 16 + i % 2 * 8 + lane / 4;
                     if (SUMS && lane % 4 == 0 && row < g.M)
@@ -2532,9 +2556,10 @@ static struct {
     size_t count; // floats
 } workspace;
 
-// What is worth having for a model of width D: 16 D^2, and for small D a tile for each of two blocks a multiprocessor
+// What is worth having for a model of width D: 16 D^2 with column sums, and for small D a tile for each of two blocks a
+// multiprocessor
 static size_t workspace_floats(int D) {
-    size_t floats = 16 * (size_t)D * D, tiles = 2 * (size_t)gpu.sms * 128 * 130; // 130: column sums too
+    size_t floats = 16 * (size_t)D * (D + 1), tiles = 2 * (size_t)gpu.sms * 128 * 130; // 130: column sums too
     return floats > tiles ? floats : tiles;
 }
 
@@ -3094,9 +3119,9 @@ static void model_free(Model *m) {
     xfree(m);
 }
 
-// Copies all of one kind from or to the host's memory, laid out as the list of tensors says.
-static void model_download(const Model *m, int kind, float *host) {
-    gpu_download(host, m->memory[kind], (size_t)m->n_params * sizeof(real));
+// Copies parameters first..first+count-1 of one kind from or to the host's memory. After new weights: model_use.
+static void model_download(const Model *m, int kind, int64_t first, int64_t count, float *host) {
+    gpu_download(host, m->memory[kind] + first, (size_t)count * sizeof(real));
 }
 
 // The weights that the forward pass uses: MODEL_WEIGHTS or, for pictures during training, MODEL_EMA
@@ -3106,9 +3131,8 @@ static void model_use(Model *m, int kind) {
     as_act(m, (Act *)m->half_weights, m->memory[kind], even);
 }
 
-static void model_upload(Model *m, int kind, const float *host) {
-    gpu_upload(m->memory[kind], host, (size_t)m->n_params * sizeof(real));
-    if (kind == MODEL_WEIGHTS) model_use(m, kind);
+static void model_upload(Model *m, int kind, int64_t first, int64_t count, const float *host) {
+    gpu_upload(m->memory[kind] + first, host, (size_t)count * sizeof(real));
     gpu_wait();
 }
 
@@ -3140,11 +3164,12 @@ static void gpu_open(void) {
     CHECK(cudaMemcpyFromSymbol(&gpu.wgmma, has_wgmma, sizeof gpu.wgmma));
     if (gpu.wgmma && wanted) gpu.wgmma = atoi(wanted);
     cudaDriverEntryPointQueryResult found;
+    void **encode = (void **)&box_map_encode;
 #if CUDART_VERSION >= 12050
-    CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&box_map_encode, 12000, cudaEnableDefault,
-                                           &found));
+    if (gpu.wgmma)
+        CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", encode, 12000, cudaEnableDefault, &found));
 #else
-    CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", (void **)&box_map_encode, cudaEnableDefault, &found));
+    if (gpu.wgmma) CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", encode, cudaEnableDefault, &found));
 #endif
     if (!box_map_encode) gpu.wgmma = 0;
 #endif
@@ -3201,15 +3226,41 @@ static void gpu_copy(void *to, const void *from, size_t bytes) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Errors, memory, time, files that appear whole or not at all
 
-// Control characters are masked because names that come out of files are printed, and a message must stay one line.
+static char temp_path[PATH_MAX], temp_target[PATH_MAX]; // of the file that is being written; "" when there is none
+static int passing_line;                                // the terminal shows a line that the next one goes over
+
+static void end_passing(void) {
+    if (passing_line) fputs("\r\x1b[K", stdout);
+    passing_line = 0;
+    fflush(stdout);
+}
+
+// A line on standard output. On a terminal the next one goes over it if it is `passing`.
+__attribute__((format(printf, 2, 3))) static void say(int passing, const char *fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    end_passing();
+    vprintf(fmt, args);
+    va_end(args);
+    passing_line = passing && isatty(1);
+    if (!passing_line) putchar('\n');
+    fflush(stdout);
+}
+
+// Masked, because names that come out of files are printed and a message must stay one line: control characters, also
+// those beyond ASCII, and U+2000 to U+207F, some of which turn the text around.
 static void die(const char *fmt, ...) {
-    char line[2048];
+    char line[2048], masked = 1;
     va_list args;
     va_start(args, fmt);
     vsnprintf(line, sizeof line, fmt, args);
     va_end(args);
-    for (char *c = line; *c; c++)
-        if (iscntrl((unsigned char)*c)) *c = '?';
+    for (unsigned char *c = (unsigned char *)line; *c; c++) {
+        if (*c >> 6 != 2) masked = *c < 0x80 || (*c == 0xC2 && c[1] < 0xA0) || (*c == 0xE2 && c[1] < 0x82);
+        if (iscntrl(*c) || (*c >= 0x80 && masked)) *c = '?';
+    }
+    if (*temp_path) unlink(temp_path);
+    end_passing();
 #pragma omp critical(die) // one line, even when several threads find something wrong
     {
         fprintf(stderr, "error: %s\n", line);
@@ -3232,6 +3283,12 @@ static void xfree(void *p) {
     if (p) free(((void **)p)[-1]);
 }
 
+static char *xstrdup(const char *text) {
+    char *copy = strdup(text);
+    if (!copy) die("no memory for %zu bytes of text; close other programs", strlen(text));
+    return copy;
+}
+
 // Makes room for element n of an array that grows one by one from NULL; the capacity is the power of two above n.
 static void *grow(void *array, size_t n, size_t size) {
     if (n & (n - 1)) return array;
@@ -3247,36 +3304,111 @@ static double now_ms(void) {
     return 1e3 * (double)t.tv_sec + 1e-6 * (double)t.tv_nsec;
 }
 
+// The least of the machine's memory and what the process's limits and control groups, both versions, leave of it
+static double memory_limit(void) {
+    double have = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGE_SIZE), limit;
+    char line[PATH_MAX], path[PATH_MAX + 64];
+    struct rlimit space;
+    if (getrlimit(RLIMIT_AS, &space) == 0) have = fmin(have, (double)space.rlim_cur);
+    FILE *groups = fopen("/proc/self/cgroup", "r");
+    while (groups && fgets(line, sizeof line, groups)) { // number:controllers:/path
+        char *group = strchr(line, '/'), *memory = strstr(line, ":memory:");
+        if (!group || !(memory || strstr(line, "::"))) continue;
+        *strchrnul(line, '\n') = 0;
+        for (;; *strrchr(group, '/') = 0) { // the group, and those that it is in
+            snprintf(path, sizeof path, "/sys/fs/cgroup%s%s/memory.%s", memory ? "/memory" : "", group,
+                     memory ? "limit_in_bytes" : "max");
+            FILE *file = fopen(path, "r");
+            if (file && fscanf(file, "%lf", &limit) == 1) have = fmin(have, limit); // or it says "max"
+            if (file) fclose(file);
+            if (!*group) break;
+        }
+    }
+    if (groups) fclose(groups);
+    return have;
+}
+
+static double pause_ms(void) { return isatty(1) ? 2000 : 10000; } // between two lines about how far the program is
+
+static const char *minutes(double ms) {
+    static char text[32];
+    snprintf(text, sizeof text, "%.0f:%02.0f", floor(ms / 60000), floor(fmod(ms / 1000, 60)));
+    return text;
+}
+
+// How far the task in hand is; what is quick stays silent.
+static struct {
+    const char *what;
+    int64_t done, total;
+    double begun, shown;
+} task;
+static void progress_begin(const char *what, int64_t total) {
+    task.what = what;
+    task.done = 0;
+    task.total = total;
+    task.begun = task.shown = now_ms();
+}
+static void progress(int64_t more) {
+    double now = now_ms();
+    task.done += more;
+    if (task.done >= task.total || now - task.shown < pause_ms()) return;
+    task.shown = now;
+    say(1, "%s: %.0f %%, %s left", task.what, 100.0 * (double)task.done / (double)task.total,
+        minutes((now - task.begun) * (double)(task.total - task.done) / (double)task.done));
+}
+
+// A full disk behind standard output must not pass unnoticed.
+static void check_output(void) {
+    if (fflush(stdout) || ferror(stdout)) die("standard output: cannot write");
+}
+
 // A file is written under a temporary name beside its target, synced, then renamed: whoever opens the target finds the
 // old file or the new one, never half of one, and a full disk or a crash costs nothing that existed before.
-// This is the temporary name; the process number keeps two programs with the same target apart.
-static const char *temp_name(const char *path) {
-    static char name[PATH_MAX];
-    int length = snprintf(name, sizeof name, "%s.%ld.tmp", path, (long)getpid());
-    if (length >= PATH_MAX) die("%.200s...: this path is too long; use a shorter one", path);
-    return name;
-}
 
 // Ends the program after a failed write; errno says why.
 __attribute__((noreturn)) static void fail_temp(const char *path) {
-    const char *why = strerror(errno);
-    remove(temp_name(path));
-    die("%s: cannot write: %s; check the folder, its permissions and the free space", path, why);
+    die("%s: cannot write: %s; check the folder, its permissions and the free space", path, strerror(errno));
 }
 
-// Starts a file that commit_temp puts in place. A device or a folder is refused: the rename would replace it.
+// Starts the file, one at a time, that commit_temp puts in place, with the permissions of the one before. A link is
+// followed; a device or a folder is refused: the rename would replace it.
 static FILE *open_temp(const char *path) {
     struct stat info;
-    if (stat(path, &info) == 0 && !S_ISREG(info.st_mode)) die("%s: is not a regular file; use another name", path);
-    FILE *file = fopen(temp_name(path), "wb");
+    mode_t mask = umask(0), mode = 0666 & ~mask;
+    umask(mask);
+    if (stat(path, &info) == 0) {
+        if (!S_ISREG(info.st_mode)) die("%s: is not a regular file; use another name", path);
+        mode = info.st_mode & 0777;
+    }
+    if (!realpath(path, temp_target)) snprintf(temp_target, sizeof temp_target, "%s", path);
+    char name[2 * PATH_MAX];
+    snprintf(name, sizeof name, "%s.XXXXXX.tmp", temp_target);
+    if (strlen(path) >= PATH_MAX || strlen(name) >= PATH_MAX)
+        die("%.200s...: this path is too long; use a shorter one", path);
+    int fd = mkstemps(name, 4);
+    if (fd < 0) fail_temp(path);
+    memcpy(temp_path, name, sizeof temp_path);
+    fchmod(fd, mode);
+    FILE *file = fdopen(fd, "wb");
     if (!file) fail_temp(path);
     return file;
 }
 
 // Closes the file and gives it its name, unless anything went wrong since it was opened.
 static void commit_temp(FILE *file, const char *path) {
-    if (ferror(file) || fflush(file) || fsync(fileno(file)) || fclose(file) || rename(temp_name(path), path))
+    if (ferror(file) || fflush(file) || fsync(fileno(file)) || fclose(file) || rename(temp_path, temp_target))
         fail_temp(path);
+    *temp_path = 0;
+}
+
+// Ends the program, before its work rather than after it, if this file cannot be written, or would replace `input`.
+static void check_writable(const char *path, const char *input) {
+    struct stat a, b;
+    if (stat(path, &a) == 0 && stat(input, &b) == 0 && a.st_dev == b.st_dev && a.st_ino == b.st_ino)
+        die("%s: is what the program reads; give another name to what it writes", path);
+    fclose(open_temp(path));
+    unlink(temp_path);
+    *temp_path = 0;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -3355,8 +3487,9 @@ typedef struct {
     const char *key, *value;
 } Meta;
 
-typedef struct {
-    char *path, *header; // header: a copy, into which names, keys and values point
+typedef struct SafeTensors {
+    struct SafeTensors *next; // of those that are open
+    char *path, *header;      // header: a copy, into which names, keys and values point
     unsigned char *map;
     size_t size;
     Tensor *tensors; // sorted by name
@@ -3364,6 +3497,7 @@ typedef struct {
     Meta *meta; // sorted by key
     int n_meta;
 } SafeTensors;
+static SafeTensors *open_files;
 
 // A bf16 is the upper half of a float.
 static float bf16_to_float(uint16_t h) {
@@ -3560,15 +3694,21 @@ static void check_cover(const SafeTensors *f, const unsigned char *data) {
 static void st_open(SafeTensors *f, const char *path) {
     memset(f, 0, sizeof *f);
     struct stat info;
-    int fd = open(path, O_RDONLY), metadata = 0;
+    int fd = open(path, O_RDONLY | O_NONBLOCK), metadata = 0; // a FIFO must not make the program wait
     if (fd < 0 || fstat(fd, &info)) die("%s: cannot open: %s; check the path", path, strerror(errno));
+    if (S_ISDIR(info.st_mode))
+        die("%s: is not a file but a folder; of a run give its weights.safetensors; pictures become a dataset by: "
+            "tools/data.py folder %s",
+            path, path);
     if (!S_ISREG(info.st_mode)) die("%s: is not a file; give the path of a .safetensors file", path);
     f->size = (size_t)info.st_size;
     if (f->size < 8) die("%s: is only %zu bytes long; the file is " ST_DAMAGED, path, f->size);
     f->map = (unsigned char *)mmap(NULL, f->size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (f->map == MAP_FAILED) die("%s: cannot map: %s; copy it to a local disk", path, strerror(errno));
     close(fd);
-    f->path = strdup(path);
+    f->path = xstrdup(path);
+    f->next = open_files;
+    open_files = f;
     f->tensors = (Tensor *)grow(NULL, 0, sizeof *f->tensors);
     f->meta = (Meta *)grow(NULL, 0, sizeof *f->meta);
 
@@ -3609,8 +3749,20 @@ static void st_open(SafeTensors *f, const char *path) {
     sort_by_name(f, f->meta, f->n_meta, sizeof *f->meta);
 }
 
+// SIGBUS: a file that is mapped became shorter. It comes out of an ordinary read, so die is safe here.
+static void on_bus(int number, siginfo_t *info, void *context) {
+    (void)context;
+    for (const SafeTensors *f = open_files; f; f = f->next)
+        if ((size_t)((unsigned char *)info->si_addr - f->map) < f->size)
+            die("%s: became shorter while it was read; it is " ST_DAMAGED, f->path);
+    signal(number, SIG_DFL);
+}
+
 // Releases everything; tensors and strings of the file must not be used any more.
 static void st_close(SafeTensors *f) {
+    SafeTensors **link = &open_files;
+    while (*link != f) link = &(*link)->next;
+    *link = f->next;
     xfree(f->header);
     free(f->tensors);
     free(f->meta);
@@ -3644,57 +3796,53 @@ static Tensor st_tensor(const char *name, int dtype, const void *data, int ndim,
     return t;
 }
 
-// Writes text, which must be UTF-8, as a JSON string.
-static void json_write_string(FILE *out, const char *text) {
-    fputc('"', out);
-    for (const char *c = text; *c; c++) {
-        if (*c == '"' || *c == '\\') fputc('\\', out);
-        fprintf(out, (unsigned char)*c < 32 ? "\\u%04x" : "%c", *c);
-    }
-    fputc('"', out);
+// Appends text as a JSON string; returns the end.
+static char *json_append(char *out, const char *text) {
+    *out++ = '"';
+    for (const unsigned char *c = (const unsigned char *)text; *c; c++)
+        out += sprintf(out, *c < 32 ? "\\u%04x" : *c == '"' || *c == '\\' ? "\\%c" : "%c", *c);
+    *out++ = '"';
+    return out;
 }
 
-// Writes a file. Tensors of larger elements come first, so that every one is aligned to its element when mapped;
-// metadata whose value is NULL is left out.
-static void st_save(const char *path, const Tensor *tensors, int n, const Meta *meta, int n_meta) {
-    char *header = NULL;
-    size_t length = 0, offset = 0;
-    FILE *text = open_memstream(&header, &length), *file = open_temp(path);
-    if (!text) fail_temp(path);
-    fputs("{\"__metadata__\":{", text);
-    const char *comma = "";
+// Starts a file: its header. The data of the tensors must follow, in their order; if those of larger elements come
+// first, every one is aligned to its element when mapped. Metadata whose value is NULL is left out.
+static FILE *st_begin(const char *path, const Tensor *tensors, int n, const Meta *meta, int n_meta) {
+    size_t room = 64, offset = 0; // of text, where each byte may take six
+    for (int i = 0; i < n_meta; i++)
+        room += 6 * strlen(meta[i].key) + (meta[i].value ? 6 * strlen(meta[i].value) : 0) + 8;
+    for (int i = 0; i < n; i++) room += 6 * strlen(tensors[i].name) + 24 * MAX_DIMS + 128;
+    char *header = (char *)xcalloc(room, 1, "a header"), *end = header + sprintf(header, "{\"__metadata__\":{");
     for (int i = 0; i < n_meta; i++) {
         if (!meta[i].value) continue;
-        fputs(comma, text);
-        json_write_string(text, meta[i].key);
-        fputc(':', text);
-        json_write_string(text, meta[i].value);
-        comma = ",";
+        if (end[-1] != '{') *end++ = ',';
+        end = json_append(end, meta[i].key);
+        *end++ = ':';
+        end = json_append(end, meta[i].value);
     }
-    fputc('}', text);
-    for (size_t size = 8; size; size /= 2) {
-        for (int i = 0; i < n; i++) {
-            const Tensor *t = &tensors[i];
-            if (dtype_sizes[t->dtype] != size) continue;
-            fputc(',', text);
-            json_write_string(text, t->name);
-            fprintf(text, ":{\"dtype\":\"%s\",\"shape\":[", dtype_names[t->dtype]);
-            for (int d = 0; d < t->ndim; d++) fprintf(text, "%s%lld", d ? "," : "", (long long)t->shape[d]);
-            fprintf(text, "],\"data_offsets\":[%zu,%zu]}", offset, offset + t->bytes);
-            offset += t->bytes;
-        }
+    *end++ = '}';
+    for (const Tensor *t = tensors; t < tensors + n; t++) {
+        *end++ = ',';
+        end = json_append(end, t->name);
+        end += sprintf(end, ":{\"dtype\":\"%s\",\"shape\":[", dtype_names[t->dtype]);
+        for (int d = 0; d < t->ndim; d++) end += sprintf(end, "%s%lld", d ? "," : "", (long long)t->shape[d]);
+        end += sprintf(end, "],\"data_offsets\":[%zu,%zu]}", offset, offset + t->bytes);
+        offset += t->bytes;
     }
-    fputc('}', text);
-    while (ftell(text) % 8) fputc(' ', text);
-    if (fclose(text)) fail_temp(path);
-    uint64_t prefix = length;
-    fwrite(&prefix, 8, 1, file);
+    *end++ = '}';
+    while ((end - header) % 8) *end++ = ' ';
+    uint64_t length = (uint64_t)(end - header);
+    FILE *file = open_temp(path);
+    fwrite(&length, 8, 1, file);
     fwrite(header, 1, length, file);
-    for (size_t size = 8; size; size /= 2)
-        for (int i = 0; i < n; i++)
-            if (dtype_sizes[tensors[i].dtype] == size) fwrite(tensors[i].data, 1, tensors[i].bytes, file);
+    xfree(header);
+    return file;
+}
+
+static void st_save(const char *path, const Tensor *tensors, int n, const Meta *meta, int n_meta) {
+    FILE *file = st_begin(path, tensors, n, meta, n_meta);
+    for (int i = 0; i < n; i++) fwrite(tensors[i].data, 1, tensors[i].bytes, file);
     commit_temp(file, path);
-    free(header);
 }
 
 // The metadata value `class_names`, a JSON list of strings, as an array; NULL if json is NULL or the list is empty.
@@ -3702,12 +3850,12 @@ static const char **parse_class_names(const char *json, int *count) {
     const char **names = NULL;
     *count = 0;
     if (!json) return NULL;
-    char *text = strdup(json);
+    char *text = xstrdup(json);
     Json j = {"class_names", NULL, text, text, text + strlen(text)};
     json_expect(&j, '[');
     for (; json_more(&j, *count, ']'); ++*count) {
         names = (const char **)grow(names, (size_t)*count, sizeof *names);
-        names[*count] = strdup(json_string(&j));
+        names[*count] = xstrdup(json_string(&j));
     }
     if (!json_accept(&j, 0)) json_fail(&j, "text follows the list");
     free(text);
@@ -3736,9 +3884,7 @@ typedef struct {
 #define AT(field) offsetof(Options, field)
 
 static const Option option_table[] = {
-    {"data", TRAIN, OPT_TEXT, AT(data), "shapes", 0, 0, "dataset (safetensors), or 'shapes': drawn by the program"},
-    {"export", TRAIN | ONCE, OPT_TEXT, AT(export_to), "", 0, 0,
-     "only write the pictures of all batches into this dataset file"},
+    {"", 0, 0, 0, "", 0, 0, "Model"},
     {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
     {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0,
      "S/2 to XL/8: sets width, heads, depth, patch, and the paper's n, m, lr, ema, no warmup or clipping"},
@@ -3751,13 +3897,20 @@ static const Option option_table[] = {
     {"post_depth", MODEL, OPT_INT, AT(model.post_depth), "1", 0, 32, "blocks after it"},
     {"timestep_in_pre_post", MODEL, OPT_FLAG, AT(model.timestep_in_pre_post), "0", 0, 1,
      "1: pre, post and final layers see the timestep too"},
+    {"learn_sigma", MODEL, OPT_FLAG, AT(model.learn_sigma), "0", 0, 1, "1: predict the variance too (eps and v)"},
     {"channels", BENCH | WEIGHTS, OPT_INT, AT(model.channels), "3", 1, 1024, "channels of a picture"},
     {"classes", BENCH | WEIGHTS, OPT_INT, AT(model.classes), "10", 0, 1e6, "number of labels"},
     {"mlp_ratio", WEIGHTS, OPT_INT, AT(model.mlp_ratio), "4", 4, 4, ""},
     {"diffusion_steps", WEIGHTS, OPT_INT, AT(model.diffusion_steps), "1000", 1000, 1000, ""},
+    {"", 0, 0, 0, "", 0, 0, "Data"},
+    {"data", TRAIN, OPT_TEXT, AT(data), "shapes", 0, 0, "dataset (safetensors), or 'shapes': drawn by the program"},
+    {"export", TRAIN | ONCE, OPT_TEXT, AT(export_to), "", 0, 0,
+     "only write the pictures of all batches into this dataset file"},
+    {"hflip", TRAIN, OPT_FLAG, AT(hflip), "0", 0, 1, "1: mirror half of the pictures"},
+    {"label_drop", TRAIN, OPT_REAL, AT(label_drop), "0.1", 0, 1, "probability that a label becomes 'no label'"},
+    {"", 0, 0, 0, "", 0, 0, "Diffusion and training"},
     {"prediction", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.prediction), "flow", 0, 0,
      "eps|v|flow|x: what is predicted; x: the picture, trained and sampled as flow"},
-    {"learn_sigma", MODEL, OPT_FLAG, AT(model.learn_sigma), "0", 0, 1, "1: predict the variance too (eps and v)"},
     {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1,
      "1: the last timestep is pure noise (needs v)"},
     {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0, "1|p2: weight of the v loss"},
@@ -3765,9 +3918,9 @@ static const Option option_table[] = {
      "dit|sit|diffusers: what the network sees of t, as those models have it"},
     {"no_grad_iters", TRAIN, OPT_RANGE, AT(no_grad_iters), "0,3", 0, 1000, "range of n: iterations without gradient"},
     {"grad_iters", TRAIN, OPT_RANGE, AT(grad_iters), "1,4", 1, 1000, "range of m: iterations with gradient"},
+    {"steps", TRAIN, OPT_INT, AT(steps), "3000", 1, 2e9, "training steps"},
     {"batch", TRAIN | BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, "pictures per step"},
     {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, "pictures at a time; gradients add up; 0: all"},
-    {"steps", TRAIN, OPT_INT, AT(steps), "3000", 1, 2e9, "training steps"},
     {"lr", TRAIN, OPT_REAL, AT(lr), "2e-3", 0, 10, "learning rate of AdamW"},
     {"warmup", TRAIN, OPT_INT, AT(warmup), "100", 0, 2e9, "steps of linear warm-up"},
     {"lr_schedule", TRAIN, OPT_CHOICE, AT(lr_schedule), "constant", 0, 0,
@@ -3780,21 +3933,8 @@ static const Option option_table[] = {
     {"grad_clip", TRAIN, OPT_REAL, AT(grad_clip), "1", 0, 1e9, "largest norm of the gradient; 0: any"},
     {"ema", TRAIN, OPT_REAL, AT(ema), "0.995", 0, 1, "decay of the moving average of the weights"},
     {"ema_warmup", TRAIN, OPT_FLAG, AT(ema_warmup), "1", 0, 1, "1: decay = min(ema, (1+step)/(10+step))"},
-    {"label_drop", TRAIN, OPT_REAL, AT(label_drop), "0.1", 0, 1, "probability that a label becomes 'no label'"},
-    {"hflip", TRAIN, OPT_FLAG, AT(hflip), "0", 0, 1, "1: mirror half of the pictures"},
     {"recompute", TRAIN | BENCH, OPT_FLAG, AT(recompute), "0", 0, 1, "1: keep only layer inputs: less memory, slower"},
-    {"dtype", TRAIN | SAMPLE | BENCH, OPT_CHOICE, AT(dtype), "auto", 0, 0,
-     "auto|fp32|bf16: arithmetic; auto: fp32 on a CPU, bf16 on a GPU"},
-    {"resume", TRAIN | ONCE, OPT_TEXT, AT(resume), "", 0, 0, "folder of a run to go on with"},
-    {"init", TRAIN | ONCE, OPT_TEXT, AT(init), "", 0, 0,
-     "weight file to start from, which also says the model; a DiT may start a fixed point: --fixed_point 1"},
-    {"save_every", TRAIN, OPT_INT, AT(save_every), "1000", 1, 2e9, "steps between saves of weights and state"},
-    {"sample_every", TRAIN, OPT_INT, AT(sample_every), "1000", 0, 2e9, "steps between sample grids; 0: at the end"},
-    {"log_every", TRAIN, OPT_INT, AT(log_every), "50", 1, 2e9, "steps between progress lines"},
-    {"weights_dtype", TRAIN, OPT_CHOICE, AT(weights_dtype), "f32", 0, 0, "f32|bf16: tensors in weights.safetensors"},
-    {"weights", SAMPLE, OPT_TEXT, AT(weights), "weights/shapes.safetensors", 0, 0, "weight file"},
-    {"n", SAMPLE, OPT_INT, AT(n), "40", 1, 1e6, "number of pictures"},
-    {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0, "numbers or class names, 3,7,heart; default: each in turn"},
+    {"", 0, 0, 0, "", 0, 0, "Sampling"},
     {"sampler", TRAIN | SAMPLE, OPT_CHOICE, AT(sampler), "auto", 0, 0,
      "auto|ddpm|ddim|flow: auto: flow for models of flow or x, ddim otherwise"},
     {"steps", SAMPLE, OPT_INT, AT(sample_steps), "20", 2, 1000, "timesteps S"},
@@ -3813,15 +3953,31 @@ static const Option option_table[] = {
     {"mixing", SAMPLE, OPT_REAL, AT(mixing), "1", 0.01, 2, "anderson: beta, the step along the mixed residual"},
     {"cfg", TRAIN | SAMPLE, OPT_REAL, AT(cfg), "3", -100, 100, "scale of classifier-free guidance; 1: none"},
     {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024, "prediction channels that are guided"},
+    {"n", SAMPLE, OPT_INT, AT(n), "40", 1, 1e6, "number of pictures"},
+    {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0, "numbers or class names, 3,7,heart; default: each in turn"},
     {"batch", SAMPLE, OPT_INT, AT(batch), "40", 1, 1 << 20, "pictures at a time"},
-    {"latents", SAMPLE, OPT_TEXT, AT(latents), "", 0, 0, "also write the result as a safetensors file"},
+    {"", 0, 0, 0, "", 0, 0, "Files and progress, precision and chance"},
+    {"weights", SAMPLE, OPT_TEXT, AT(weights), "weights/shapes.safetensors", 0, 0, "weight file"},
+    {"out", TRAIN | ONCE, OPT_TEXT, AT(out), "out", 0, 0, "folder for weights, state, log and pictures"},
+    {"out", SAMPLE, OPT_TEXT, AT(out), "samples.png", 0, 0, "PNG file; DIR/: a PNG for each picture, with its class"},
+    {"resume", TRAIN | ONCE, OPT_TEXT, AT(resume), "", 0, 0, "folder of a run to go on with"},
+    {"init", TRAIN | ONCE, OPT_TEXT, AT(init), "", 0, 0,
+     "weight file to start from, which also says the model; a DiT may start a fixed point: --fixed_point 1"},
+    {"save_every", TRAIN, OPT_INT, AT(save_every), "1000", 1, 2e9, "steps between saves of weights and state"},
+    {"sample_every", TRAIN, OPT_INT, AT(sample_every), "1000", 0, 2e9, "steps between sample grids; 0: at the end"},
+    {"log_every", TRAIN, OPT_INT, AT(log_every), "0", 0, 2e9, "steps between progress lines; 0: every few seconds"},
+    {"weights_dtype", TRAIN, OPT_CHOICE, AT(weights_dtype), "f32", 0, 0, "f32|bf16: tensors in weights.safetensors"},
+    {"tensors", SAMPLE, OPT_TEXT, AT(latents), "", 0, 0, "also write pictures or latents as a safetensors file"},
+    {"latents", SAMPLE, OPT_TEXT, AT(latents), "", 0, 0, "another name of --tensors"},
     {"trace", SAMPLE, OPT_TEXT, AT(trace), "", 0, 0, "write the residual of every iteration as CSV"},
     {"strip", SAMPLE, OPT_TEXT, AT(strip), "", 0, 0,
      "draw x_t and the predicted x0 of a few pictures into this PNG, a column a timestep"},
     {"show", TRAIN | SAMPLE, OPT_FLAG, AT(show), "0", 0, 1, "1: draw the pictures in the terminal"},
+    {"zoom", SAMPLE, OPT_INT, AT(zoom), "0", 0, 64, "side of a pixel in the PNG; 0: 4, 2 or 1 by their size"},
+    {"dtype", TRAIN | SAMPLE | BENCH, OPT_CHOICE, AT(dtype), "auto", 0, 0,
+     "auto|fp32|bf16: arithmetic; auto: fp32 on a CPU, bf16 on a GPU"},
     {"seed", TRAIN | SAMPLE | BENCH, OPT_SEED, AT(seed), "1", 0, 0, "every random draw follows from it"},
-    {"out", TRAIN, OPT_TEXT, AT(out), "out", 0, 0, "folder for weights, state, log and pictures"},
-    {"out", SAMPLE, OPT_TEXT, AT(out), "samples.png", 0, 0, "PNG file"},
+    {"", 0, 0, 0, "", 0, 0, "Benchmark"},
     {"n", BENCH, OPT_INT, AT(bench_n), "5", 0, 1000, "iterations without gradient"},
     {"m", BENCH, OPT_INT, AT(bench_m), "6", 1, 1000, "iterations with gradient"},
     {"rounds", BENCH, OPT_INT, AT(rounds), "5", 1, 10000, "timed runs; the median counts"},
@@ -3881,7 +4037,7 @@ static void options_default(Options *o, int use) {
     memset(o, 0, sizeof *o);
     for (int pass = 0; pass < 2; pass++)
         for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++)
-            if (pass == 0 || opt->use & use) option_set(o, opt, opt->initial, "default of ");
+            if (opt->use & (pass ? use : ~0)) option_set(o, opt, opt->initial, "default of ");
 }
 
 // Levenshtein distance, to name the option that was probably meant. b has less than 64 characters.
@@ -3912,9 +4068,16 @@ static const Option *option_find(const char *name, int use) {
 }
 
 static void print_help(const char *program, int use, const char *about) {
-    printf("%s\n\nUsage: %s [--name value | --name=value] ...\n\n", about, program);
-    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++)
-        if (opt->use & use) printf("  --%-21s %s [%s]\n", opt->name, opt->help, *opt->initial ? opt->initial : "none");
+    const char *title = NULL;
+    printf("%s\n\nUsage: %s [--name value | --name=value] ...\n", about, program);
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
+        if (!opt->use) title = opt->help;
+        if (!(opt->use & use)) continue;
+        if (title) printf("\n%s:\n", title);
+        title = NULL;
+        printf("  --%-21s %s [%s]\n", opt->name, opt->help, *opt->initial ? opt->initial : "none");
+    }
+    check_output();
 }
 
 // --model XL/2 stands for width, heads, depth, patch, and the paper's settings of training.
@@ -3925,13 +4088,12 @@ static void options_model(Options *o) {
     char name[8];
     const char *slash = strchr(o->model_name, '/');
     snprintf(name, sizeof name, "%.*s", slash ? (int)(slash - o->model_name) : 0, o->model_name);
-    int size = choice_index("S|B|L|XL", name), patch = slash ? atoi(slash + 1) : 0;
-    if (size < 0 || patch < 1)
-        die("option --model: '%s' is not S, B, L or XL with a patch size, such as S/2", o->model_name);
+    int size = choice_index("S|B|L|XL", name);
+    if (size < 0) die("option --model: '%s' is not S, B, L or XL with a patch size, such as S/2", o->model_name);
+    option_set(o, option_find("patch", TRAIN), slash + 1, "option --model: ");
     o->model.depth = sizes[size].depth;
     o->model.width = sizes[size].width;
     o->model.heads = sizes[size].heads;
-    o->model.patch = patch;
     o->no_grad_iters[0] = 0, o->no_grad_iters[1] = 10;
     o->grad_iters[0] = 1, o->grad_iters[1] = 12;
     o->lr = 1e-4;
@@ -3970,7 +4132,8 @@ static void options_parse(Options *o, int use, int argc, char **argv, const char
 // Dies with one line when the sizes do not fit together; `where` is what the user should change.
 static void config_check(const Config *c, const char *where) {
     if (c->image_size % c->patch)
-        die("%s: image_size %d is not a multiple of patch %d", where, c->image_size, c->patch);
+        die("%s: image_size %d is not a multiple of patch %d; choose a --patch that divides it", where, c->image_size,
+            c->patch);
     if (c->width % c->heads) die("%s: width %d is not a multiple of heads %d", where, c->width, c->heads);
     if (c->width % 4) die("%s: width %d is not a multiple of 4", where, c->width);
     if (c->learn_sigma && config_straight(c)) die("%s: learn_sigma 1 needs prediction eps or v, not flow or x", where);
@@ -3978,6 +4141,16 @@ static void config_check(const Config *c, const char *where) {
         die("%s: zero_terminal_snr 1 needs prediction v, not x", where);
     double tokens = (double)c->image_size / c->patch * c->image_size / c->patch;
     if (tokens > 65536) die("%s: %g tokens per picture; at most 65536: use a larger patch", where, tokens);
+    Options o;
+    memset(&o, 0, sizeof o);
+    o.model = *c;
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) { // whatever trains must load
+        char text[64], name[PATH_MAX + 32];
+        if (!(opt->use & WEIGHTS)) continue;
+        snprintf(name, sizeof name, "%s: ", where);
+        option_text(text, sizeof text, &o, opt);
+        option_set(&o, opt, text, name);
+    }
 }
 
 // Metadata: every option with one of the bits in `use`, as text; returns how many. The values are to be freed.
@@ -3988,7 +4161,7 @@ static int options_to_meta(Meta *meta, const Options *o, int use) {
         if (!(opt->use & use) || opt->use & ONCE) continue;
         option_text(text, sizeof text, o, opt);
         meta[count].key = opt->name;
-        meta[count++].value = strdup(text);
+        meta[count++].value = xstrdup(text);
     }
     return count;
 }
@@ -4001,7 +4174,7 @@ static void options_from_meta(Options *o, const SafeTensors *f, int use) {
         const char *text = st_meta(f, opt->name);
         if (!text && opt->use & ADDED) text = opt->initial;
         if (!text) die("%s'%s' is missing: is this a file of weights of this project?", where, opt->name);
-        option_set(o, opt, opt->type == OPT_TEXT ? strdup(text) : text, where);
+        option_set(o, opt, opt->type == OPT_TEXT ? xstrdup(text) : text, where);
     }
     where[strlen(where) - 1] = 0; // the space
     config_check(&o->model, where);
@@ -4021,60 +4194,111 @@ static void put32(uint8_t *out, uint32_t x) {
     for (int i = 0; i < 4; i++) out[i] = (uint8_t)(x >> (24 - 8 * i));
 }
 
-// Writes length, type, data, CRC-32 of type and data; `chunk` is the type and then `size` bytes of data.
-static void png_chunk(FILE *file, const uint8_t *chunk, size_t size) {
+// A PNG file in the making. Its pixels are a zlib stream (RFC 1950) of one block that deflate (RFC 1951) compresses with
+// its fixed codes.
+typedef struct {
+    FILE *file;
+    uint32_t bits; // that do not fill a byte yet
+    int n_bits;
+    size_t size; // of the chunk so far: type and data
+    uint8_t chunk[1 << 16];
+} Png;
+
+// Ends a chunk: writes the length of its data, type and data, CRC-32 of both. The next one is of the same type.
+static void png_chunk(Png *p) {
     uint8_t length[4], check[4];
     uint32_t crc = ~0u;
-    for (size_t i = 0; i < size + 4; i++) {
-        crc ^= chunk[i];
+    for (size_t i = 0; i < p->size; i++) {
+        crc ^= p->chunk[i];
         for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
     }
-    put32(length, (uint32_t)size);
+    put32(length, (uint32_t)p->size - 4);
     put32(check, ~crc);
-    fwrite(length, 4, 1, file);
-    fwrite(chunk, size + 4, 1, file);
-    fwrite(check, 4, 1, file);
+    fwrite(length, 4, 1, p->file);
+    fwrite(p->chunk, p->size, 1, p->file);
+    fwrite(check, 4, 1, p->file);
+    p->size = 4;
 }
 
-// rgb (h,w,3). Nothing is compressed, which would take more lines than it is worth: the zlib stream (RFC 1950) of the
-// pixels is made of blocks of up to 65535 bytes that deflate (RFC 1951) stores as they are.
-static void png_write(const char *path, const uint8_t *rgb, int w, int h) {
-    const size_t BLOCK = 65535;
-    uint8_t head[] = "IHDR........\10\2\0\0\0"; // width, height, 8 bits, RGB
-    size_t row = 3 * (size_t)w + 1, size = row * (size_t)h;
-    uint8_t *data = (uint8_t *)xcalloc(size + (size / BLOCK + 1) * 5 + 10, 1, "a picture"), *out = data;
-    uint32_t a = 1, b = 0; // Adler-32
-    memcpy(out, "IDAT\x78\x01", 6);
-    out += 6;
-    for (size_t i = 0; i < size; i++) {
-        if (i % BLOCK == 0) { // a block begins: whether it is the last, its length, the same with all bits flipped
-            size_t n = size - i < BLOCK ? size - i : BLOCK;
-            const size_t begin[5] = {n == size - i, n, n >> 8, ~n, ~n >> 8};
-            for (int k = 0; k < 5; k++) *out++ = (uint8_t)begin[k];
-        }
-        *out = i % row ? *rgb++ : 0; // a row begins with its filter: none
-        a = (a + *out++) % 65521;
-        b = (b + a) % 65521;
+// Appends `count` bits of value, the lowest first; those of a Huffman `code` the highest first.
+static void png_bits(Png *p, uint32_t value, int count, int code) {
+    for (int i = 0; i < count; i++) p->bits |= (value >> (code ? count - 1 - i : i) & 1) << p->n_bits++;
+    for (; p->n_bits >= 8; p->n_bits -= 8, p->bits >>= 8) {
+        if (p->size == sizeof p->chunk) png_chunk(p);
+        p->chunk[p->size++] = (uint8_t)p->bits;
     }
-    put32(out, b << 16 | a);
-    put32(head + 4, (uint32_t)w);
-    put32(head + 8, (uint32_t)h);
-    FILE *file = open_temp(path);
-    fwrite("\x89PNG\r\n\x1a\n", 8, 1, file);
-    png_chunk(file, head, 13);
-    png_chunk(file, data, (size_t)(out - data)); // less the type, with the checksum
-    png_chunk(file, (const uint8_t *)"IEND", 0);
-    commit_temp(file, path);
-    xfree(data);
 }
 
-// Prints rgb (h,w,3) to a terminal: a character is an upper half block, two pixels high.
-static void show_picture(const uint8_t *rgb, int w, int h) {
-    for (int y = 0; y < h; y += 2) {
-        for (int x = 0; x < w; x++) {
-            const uint8_t *top = rgb + 3 * ((size_t)y * w + x), *low = top + 3 * w;
+// A byte, 256 for the end, or from 257 on a length
+static void png_symbol(Png *p, uint32_t s) {
+    if (s < 144)
+        png_bits(p, 0x30 + s, 8, 1);
+    else if (s < 256)
+        png_bits(p, 0x190 + s - 144, 9, 1);
+    else
+        png_bits(p, s < 280 ? s - 256 : 0xC0 + s - 280, s < 280 ? 7 : 8, 1);
+}
+
+// A copy of `length` (3 to 257) bytes that stand `distance` bytes before
+static void png_copy(Png *p, size_t length, size_t distance) {
+    uint32_t a = (uint32_t)length - 3, b = (uint32_t)distance - 1;
+    int more = 0, far = 0; // bits behind the symbols: what they say is a range
+    while (a >> more > 7) more++;
+    while (b >> far > 3) far++;
+    png_symbol(p, 257 + 4 * more + (a >> more));
+    png_bits(p, a, more, 0);
+    png_bits(p, 2 * far + (b >> far), 5, 1);
+    png_bits(p, b, far, 0);
+}
+
+// rgb (h,w,3). An enlarged picture repeats the pixel to the left and the row above: copies are sought only there.
+static void png_write(const char *path, const uint8_t *rgb, int w, int h) {
+    const size_t row = 3 * (size_t)w + 1, size = row * (size_t)h, from[] = {row, 3};
+    uint8_t *data = (uint8_t *)xcalloc(size, 1, "a picture"); // a row begins with its filter: 0, none
+    for (int y = 0; y < h; y++) memcpy(data + y * row + 1, rgb + y * (row - 1), row - 1);
+    Png *p = (Png *)xcalloc(1, sizeof *p, "a picture");
+    p->file = open_temp(path);
+    fwrite("\x89PNG\r\n\x1a\n", 8, 1, p->file);
+    memcpy(p->chunk, "IHDR........\10\2\0\0\0", p->size = 17); // width, height, 8 bits, RGB
+    put32(p->chunk + 4, (uint32_t)w);
+    put32(p->chunk + 8, (uint32_t)h);
+    png_chunk(p);
+    memcpy(p->chunk, "IDAT\x78\x01", p->size = 6);
+    png_bits(p, 3, 3, 0);  // the last block, with the fixed codes
+    uint32_t a = 1, b = 0; // Adler-32
+    for (size_t i = 0, length; i < size; i += length) {
+        size_t distance = 0;
+        length = 1;
+        for (int k = 0; k < 2; k++) {
+            size_t n = 0;
+            while (from[k] <= i && from[k] <= 32768 && n < 257 && i + n < size && data[i + n] == data[i + n - from[k]])
+                n++;
+            if (n > 2 && n > length) length = n, distance = from[k];
+        }
+        if (distance)
+            png_copy(p, length, distance);
+        else
+            png_symbol(p, data[i]);
+        for (size_t n = i; n < i + length; n++) a = (a + data[n]) % 65521, b = (b + a) % 65521;
+    }
+    png_symbol(p, 256);
+    png_bits(p, 0, -p->n_bits & 7, 0); // to the next byte
+    for (int shift = 24; shift >= 0; shift -= 8) png_bits(p, (b << 16 | a) >> shift, 8, 0);
+    png_chunk(p);
+    memcpy(p->chunk, "IEND", 4);
+    png_chunk(p);
+    commit_temp(p->file, path);
+    xfree(data);
+    xfree(p);
+}
+
+// Prints every step-th pixel of rgb (h,w,3) to a terminal: a character is an upper half block, two pixels high.
+static void show_picture(const uint8_t *rgb, int w, int h, int step) {
+    for (int y = 0; y < h; y += 2 * step) {
+        for (int x = 0; x < w; x += step) {
+            const uint8_t *top = rgb + 3 * ((size_t)y * w + x), *low = top + (size_t)3 * w * step;
             printf("\x1b[38;2;%d;%d;%dm", top[0], top[1], top[2]);
-            if (y + 1 < h) printf("\x1b[48;2;%d;%d;%dm", low[0], low[1], low[2]);
+            if (y + step < h) printf("\x1b[48;2;%d;%d;%dm", low[0], low[1], low[2]);
             fputs("\xe2\x96\x80", stdout);
         }
         puts("\x1b[0m");
@@ -4194,10 +4418,14 @@ struct Dataset {
     uint64_t seed;
 };
 
-static int64_t dataset_label(const Dataset *d, int64_t index) {
+// The label of a sample; checked whenever it is read, as the file may change.
+static int dataset_label(const Dataset *d, int64_t index, int64_t limit) {
     int64_t label;
     memcpy(&label, (const char *)d->y->data + 8 * index, 8); // may be unaligned
-    return label;
+    if (label < 0 || label > limit)
+        die("%s: tensor y: label %lld of sample %lld is out of range 0..%lld", d->file.path, (long long)label,
+            (long long)index, (long long)limit);
+    return (int)label;
 }
 
 static void dataset_open(Dataset *d, const char *path, int shapes_size, uint64_t seed) {
@@ -4230,13 +4458,9 @@ static void dataset_open(Dataset *d, const char *path, int shapes_size, uint64_t
     d->latent_scale = st_meta(&d->file, "latent_scale");
     d->class_json = y ? st_meta(&d->file, "class_names") : NULL;
     d->class_names = parse_class_names(d->class_json, &d->classes);
-    int64_t limit = d->class_names ? d->classes : 1000000;
     for (int64_t i = 0; y && i < n; i++) {
-        int64_t label = dataset_label(d, i);
-        if (label < 0 || label >= limit)
-            die("%s: tensor y: label %lld of sample %lld is out of range 0..%lld", path, (long long)label, (long long)i,
-                (long long)limit - 1);
-        if (label >= d->classes) d->classes = (int)label + 1;
+        int label = dataset_label(d, i, d->class_names ? d->classes : 999999); // the number of classes: no label
+        if (label >= d->classes && !d->class_names) d->classes = label + 1;
     }
     d->order = (int32_t *)xcalloc((size_t)n, sizeof *d->order, "the order of the samples");
 }
@@ -4279,7 +4503,7 @@ static void dataset_sample(const Dataset *d, float *x, int *label, int64_t index
     }
     for (int i = 0; i < C * hw; i++)
         if (!isfinite(x[i])) die("%s: tensor x: sample %lld holds %g; remove it", d->file.path, (long long)index, x[i]);
-    *label = d->y ? (int)dataset_label(d, index) : 0;
+    *label = d->y ? dataset_label(d, index, d->classes) : 0;
 }
 
 // Samples first..first+count-1 of the batch of a step: x (count,C,H,W), labels y (count) with some dropped.
@@ -4312,26 +4536,19 @@ static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch,
 // ---------------------------------------------------------------------------------------------------------------------
 // Weights in files
 
-// Describes the tensors of `list` under PREFIX for st_save, with their values in `memory` (F32) or `half` (BF16).
-static int tensors_describe(Tensor *out, const ParamTensor *list, int count, const char *prefix, const float *memory,
-                            const uint16_t *half) {
-    for (int i = 0; i < count; i++) {
-        const ParamTensor *p = &list[i];
-        char name[100];
-        snprintf(name, sizeof name, "%s%s", prefix, p->name);
-        const void *data = half ? (const void *)(half + p->offset) : (const void *)(memory + p->offset);
-        out[i] = st_tensor(strdup(name), half ? BF16 : F32, data, p->ndim, p->shape[0], p->shape[1], p->shape[2],
-                           p->shape[3]);
-    }
-    return count;
-}
-
 static void shape_text(char *text, size_t size, const int64_t *shape, int ndim) {
     *text = 0;
     for (int d = 0; d < ndim; d++) {
         size_t used = strlen(text);
         snprintf(text + used, size - used, "%s%lld", d ? "," : "", (long long)shape[d]);
     }
+}
+
+// What no tensor may hold, when it is read or saved: its first such element, or -1
+static int64_t first_bad(const float *value, int64_t count, int kind) {
+    for (int64_t e = 0; e < count; e++)
+        if (!isfinite(value[e]) || (kind == MODEL_ADAM_V && value[e] < 0)) return e;
+    return -1;
 }
 
 // Reads the tensors PREFIX + name into memory; dies with the names of file and tensor when one is missing or unfit.
@@ -4353,10 +4570,27 @@ static void tensors_read(const SafeTensors *f, const ParamTensor *list, int coun
     }
 }
 
+// Reads the tensors PREFIX + name of a file into the model, one at a time, as they may be as large as its memory.
+static void model_load(Model *m, int kind, const SafeTensors *f, const char *prefix) {
+    float *value = (float *)xcalloc(params_largest(m->tensors, m->n_tensors), sizeof *value, "loading");
+    progress_begin("loading", m->n_tensors);
+    for (int i = 0; i < m->n_tensors; i++) {
+        ParamTensor one = m->tensors[i];
+        one.offset = 0;
+        tensors_read(f, &one, 1, prefix, value);
+        int64_t bad = first_bad(value, one.count, kind);
+        if (bad >= 0) die("%s: tensor %s%s holds %g; take an earlier copy", f->path, prefix, one.name, value[bad]);
+        model_upload(m, kind, m->tensors[i].offset, one.count, value);
+        progress(1);
+    }
+    xfree(value);
+    if (kind == MODEL_WEIGHTS) model_use(m, kind);
+}
+
 // Labels of n pictures from "3,heart,7", in turn; without a list, each class in turn.
 static void parse_labels(int *y, int n, const char *list, int classes, const char *const *names) {
     int *chosen = (int *)xcalloc(strlen(list) + 2, sizeof *chosen, "labels"), count = 0;
-    char *copy = strdup(list), *rest = copy;
+    char *copy = xstrdup(list), *rest = copy;
     for (char *word; *list && (word = strsep(&rest, ","));) {
         char *end;
         long value = strtol(word, &end, 10);
@@ -4364,8 +4598,9 @@ static void parse_labels(int *y, int n, const char *list, int classes, const cha
         for (int i = 0; label < 0 && names && i < classes; i++)
             if (!strcmp(names[i], word)) label = i;
         if (label < 0)
-            die("option --labels: '%s' is neither a class name nor a number from 0 to %d (%d: no label)", word, classes,
-                classes);
+            die("option --labels: '%s' is neither a class name nor a number from 0 to %d (%d: no label); a name that "
+                "holds a comma needs its number",
+                word, classes, classes);
         chosen[count++] = label;
     }
     for (int i = 0; i < n; i++) y[i] = count ? chosen[i % count] : classes ? i % classes : 0;
@@ -4395,6 +4630,7 @@ static void sample_pictures(Model *model, const Schedule *s, SampleSettings *set
     size_t count = config_pixels(&model->config);
     int at_a_time = set->cfg != 1 ? model->batch / 2 : model->batch;
     int64_t passes = 0;
+    progress_begin("sampling", (int64_t)n * s->n);
     for (int first = 0; first < n; first += at_a_time) {
         int B = n - first < at_a_time ? n - first : at_a_time;
         for (int b = first; b < first + B; b++) rng_normal(x + b * count, count, 0, seed, (uint32_t)b, STREAM_XT);
@@ -4410,23 +4646,28 @@ static void save_pictures(const char *path, const float *x, const int *y, int n,
                           const char *class_names, const char *latent_scale) {
     int64_t *label = (int64_t *)xcalloc(n, sizeof *label, "labels");
     for (int i = 0; i < n; i++) label[i] = y[i];
-    Tensor tensors[2] = {st_tensor("x", F32, x, 4, n, c->channels, c->image_size, c->image_size),
-                         st_tensor("y", I64, label, 1, n, 1, 1, 1)};
+    Tensor tensors[2] = {st_tensor("y", I64, label, 1, n, 1, 1, 1),
+                         st_tensor("x", F32, x, 4, n, c->channels, c->image_size, c->image_size)};
     const Meta meta[] = {{"class_names", class_names}, {"latent_scale", latent_scale}};
     st_save(path, tensors, 2, meta, 2);
     xfree(label);
 }
 
-// A grid of pictures (n,C,S,S) as PNG, and in the terminal with `show`.
-static void save_grid(const char *path, const float *x, int n, const Config *c, int show) {
-    int S = c->image_size, zoom = S >= 64 ? 1 : S >= 32 ? 2 : 4, columns = (int)ceil(sqrt(n)), width, height;
-    if (c->classes > 1 && c->classes <= 20 && n > c->classes) columns = c->classes;
+// A grid of pictures (n,C,S,S) as PNG, and with --show in the terminal, as many side by side as there is room for.
+static void save_grid(const char *path, const float *x, int n, const Options *o) {
+    const Config *c = &o->model;
+    int S = c->image_size, zoom = o->zoom ? o->zoom : S >= 64 ? 1 : S >= 32 ? 2 : 4, width, height;
+    int columns = c->classes > 1 && c->classes <= 20 && n > c->classes ? c->classes : (int)ceil(sqrt(n));
     uint8_t *rgb = picture_grid(x, n, c->channels, S, S, columns, zoom, 2, &width, &height);
     png_write(path, rgb, width, height);
     xfree(rgb);
-    if (!show) return;
-    rgb = picture_grid(x, n, c->channels, S, S, columns, 1, 1, &width, &height);
-    show_picture(rgb, width, height);
+    if (!o->show) return;
+    struct winsize window = {0, 0, 0, 0};
+    ioctl(1, TIOCGWINSZ, &window); // a file has none
+    int room = window.ws_col ? window.ws_col : INT_MAX, fit = (room - 1) / (S + 1);
+    rgb = picture_grid(x, n, c->channels, S, S, fit < 1 ? 1 : fit < columns ? fit : columns, 1, 1, &width, &height);
+    end_passing();
+    show_picture(rgb, width, height, fit < 1 ? (width + room - 1) / room : 1);
     xfree(rgb);
 }
 
@@ -4457,56 +4698,78 @@ static void save_strip(const char *path, const float *x, const Schedule *s, cons
     xfree(tiles);
 }
 
-// What a training state consists of
-static const struct {
+// A PNG for each picture in the folder that --out names: NUMBER_CLASS.png
+static void save_singles(const Options *o, const float *x, const int *y, const char *const *class_names) {
+    const Config *c = &o->model;
+    for (int i = 0; i < o->n; i++) {
+        char path[PATH_MAX], class_name[64] = "";
+        int S = c->image_size, width, height;
+        if (y[i] < c->classes && class_names) snprintf(class_name, sizeof class_name, "_%s", class_names[y[i]]);
+        for (char *slash; (slash = strchr(class_name, '/'));) *slash = '-';
+        snprintf(path, sizeof path, "%s%06d%s.png", o->out, i, class_name);
+        uint8_t *rgb =
+            picture_grid(x + i * config_pixels(c), 1, c->channels, S, S, 1, o->zoom ? o->zoom : 1, 0, &width, &height);
+        png_write(path, rgb, width, height);
+        xfree(rgb);
+    }
+}
+
+// What a training state and a file of weights consist of
+typedef struct {
     const char *prefix;
     int kind;
-} state_parts[4] = {
+} ModelPart;
+static const ModelPart state_parts[4] = {
     {"ema.", MODEL_EMA}, {"model.", MODEL_WEIGHTS}, {"adam_m.", MODEL_ADAM_M}, {"adam_v.", MODEL_ADAM_V}};
+static const ModelPart weights_part = {"", MODEL_EMA};
 
-// Reads the tensors PREFIX + name of a file into the model.
-static void model_load(Model *m, int kind, const SafeTensors *f, const char *prefix) {
-    float *values = (float *)xcalloc(m->n_params, sizeof *values, "weights");
-    tensors_read(f, m->tensors, m->n_tensors, prefix, values);
-    model_upload(m, kind, values);
-    xfree(values);
-}
-
-// Writes OUT/NAME, with the options of `use` as metadata, then class names and the scale of latents if there are any.
-static void save_file(const char *name, const Tensor *tensors, int n, const Options *o, const Dataset *d, int use) {
-    char path[PATH_MAX];
-    Meta meta[N_OPTIONS + 2];
-    int n_meta = options_to_meta(meta, o, use), n_options = n_meta;
-    const Meta more[] = {{"class_names", d->class_json}, {"latent_scale", d->latent_scale}};
-    for (int i = 0; i < 2; i++) meta[n_meta++] = more[i];
-    snprintf(path, sizeof path, "%s/%s.safetensors", o->out, name);
-    st_save(path, tensors, n, meta, n_meta);
-    for (int i = 0; i < n_options; i++) free((char *)meta[i].value);
-}
-
-// OUT/weights.safetensors, the EMA weights, ready to sample; OUT/state.safetensors, all that is needed to go on as if
-// the run had never stopped
-static void run_save(Run *run) {
+// Writes OUT/NAME, `parts` of the model one tensor at a time, with the options of `use` as metadata, then class names and
+// the scale of latents if there are any. What is no number is not saved: the file that was there stays.
+static void save_parts(const Run *run, const char *name, const ModelPart *parts, int n_parts, int dtype, int use) {
     const Options *o = run->o;
     const Model *m = run->model;
-    size_t size = m->n_params;
-    int count = m->n_tensors, n = 0;
-    Tensor *tensors = (Tensor *)xcalloc(5 * count, sizeof *tensors, "saving");
-    float *values = (float *)xcalloc(4 * size, sizeof *values, "saving");
-    uint16_t *half = o->weights_dtype ? (uint16_t *)xcalloc(size, sizeof *half, "saving") : NULL;
-    for (int i = 0; i < 4; i++) {
-        model_download(m, state_parts[i].kind, values + i * size);
-        n += tensors_describe(tensors + n, m->tensors, count, state_parts[i].prefix, values + i * size, NULL);
+    char path[PATH_MAX], (*names)[100] = (char(*)[100])xcalloc(n_parts * m->n_tensors, sizeof *names, "saving");
+    Tensor *tensors = (Tensor *)xcalloc(n_parts * m->n_tensors, sizeof *tensors, "saving");
+    Meta meta[N_OPTIONS + 2];
+    int n_meta = options_to_meta(meta, o, use), n_options = n_meta, n = n_parts * m->n_tensors;
+    const Meta more[] = {{"class_names", run->data->class_json}, {"latent_scale", run->data->latent_scale}};
+    for (int i = 0; i < 2; i++) meta[n_meta++] = more[i];
+    for (int i = 0; i < n; i++) {
+        const ParamTensor *p = &m->tensors[i % m->n_tensors];
+        snprintf(names[i], sizeof names[i], "%s%s", parts[i / m->n_tensors].prefix, p->name);
+        tensors[i] = st_tensor(names[i], dtype, NULL, p->ndim, p->shape[0], p->shape[1], p->shape[2], p->shape[3]);
     }
-    for (size_t i = 0; half && i < size; i++) half[i] = float_to_bf16(values[i]);
-    tensors_describe(tensors + n, m->tensors, count, "", values, half);
-    save_file("weights", tensors + n, count, o, run->data, WEIGHTS);
-    save_file("state", tensors, n, o, run->data, WEIGHTS | TRAIN | STATE);
-    run->saved = o->step;
-    for (int i = 0; i < n + count; i++) free((char *)tensors[i].name);
+    snprintf(path, sizeof path, "%s/%s.safetensors", o->out, name);
+    FILE *file = st_begin(path, tensors, n, meta, n_meta);
+    progress_begin("saving", n);
+    for (int i = 0; i < n; i++) {
+        const ParamTensor *p = &m->tensors[i % m->n_tensors];
+        int kind = parts[i / m->n_tensors].kind;
+        progress(1);
+        model_download(m, kind, p->offset, p->count, run->tensor);
+        int64_t bad = first_bad(run->tensor, p->count, kind);
+        if (bad >= 0)
+            die("step %d: tensor %s became %g and is not saved; %s keeps the step before: lower --lr", o->step,
+                names[i], run->tensor[bad], o->out);
+        for (int64_t e = 0; dtype == BF16 && e < p->count; e++) { // in place: it is half as large
+            uint16_t half = float_to_bf16(run->tensor[e]);
+            memcpy((char *)run->tensor + 2 * e, &half, 2);
+        }
+        fwrite(run->tensor, 1, tensors[i].bytes, file);
+    }
+    commit_temp(file, path);
+    for (int i = 0; i < n_options; i++) free((char *)meta[i].value);
     xfree(tensors);
-    xfree(values);
-    xfree(half);
+    xfree(names);
+}
+
+// OUT/state.safetensors, all that is needed to go on as if the run had never stopped, and then OUT/weights.safetensors,
+// the EMA weights, ready to sample. The log comes before: after a loss of power it must not be older than the state.
+static void run_save(Run *run) {
+    if (fsync(fileno(run->log))) die("%s/log.csv: cannot write: %s", run->o->out, strerror(errno));
+    save_parts(run, "state", state_parts, 4, F32, WEIGHTS | TRAIN | STATE);
+    save_parts(run, "weights", &weights_part, 1, run->o->weights_dtype ? BF16 : F32, WEIGHTS);
+    run->saved = run->o->step;
 }
 
 // Pictures x (n,C,S,S) of the labels y (n) from the weights in use; to be released with xfree. Writes --trace.
@@ -4534,28 +4797,30 @@ static void run_pictures(Run *run) {
     const Config *c = &o.model;
     char path[PATH_MAX];
     int n = c->classes > 1 && c->classes <= 20 ? 4 * c->classes : 36, iters[DIFFUSION_STEPS];
-    int *y = (int *)xcalloc(n, sizeof *y, "samples");
-    if (run->model->batch < 2) o.cfg = 1;
     snprintf(path, sizeof path, "%s/samples_%06d.png", o.out, o.step);
+    if (o.step == run->begun && access(path, F_OK) == 0) return;
+    if (run->model->batch < 2) o.cfg = 1;
+    int *y = (int *)xcalloc(n, sizeof *y, "samples");
     SampleSettings set = sample_settings(iters, &o);
     parse_labels(y, n, o.labels, c->classes, NULL);
     model_use(run->model, MODEL_EMA);
     float *x = draw_pictures(&o, run->model, &set, y, n);
     model_use(run->model, MODEL_WEIGHTS);
-    save_grid(path, x, n, c, o.show);
-    printf("pictures: %s\n", path);
+    save_grid(path, x, n, &o);
+    say(0, "pictures: %s", path);
     xfree(x);
     xfree(y);
 }
 
-// Opens OUT/log.csv for appending; rows of steps from `step` on, which will be made again, are dropped.
+// Opens OUT/log.csv for appending; rows of steps from `step` on, which will be made again, are dropped, and what has no
+// end.
 static FILE *open_log(const char *folder, int step) {
     char path[PATH_MAX], line[512];
     snprintf(path, sizeof path, "%s/log.csv", folder);
-    FILE *old = step ? fopen(path, "r") : NULL, *file = open_temp(path);
+    FILE *file = open_temp(path), *old = step ? fopen(path, "r") : NULL;
     fprintf(file, "step,loss,mse,vb,grad_norm,lr,n,m,ms,images_per_s\n");
     while (old && fgets(line, sizeof line, old))
-        if (isdigit((unsigned char)*line) && atoi(line) < step) fputs(line, file);
+        if (isdigit((unsigned char)*line) && atoi(line) < step && strchr(line, '\n')) fputs(line, file);
     if (old) fclose(old);
     commit_temp(file, path);
     file = fopen(path, "a");
@@ -4563,8 +4828,8 @@ static FILE *open_log(const char *folder, int step) {
     return file;
 }
 
-// The row of step o->step - 1, and every log_every steps a line on the terminal. Ends the program when the loss is no
-// number.
+// The row of step o->step - 1, and every log_every steps, or after the first and then every few seconds, a line on the
+// terminal. Ends the program when the loss is no number.
 static void run_report(Run *run, const Step *did, double ms) {
     const Options *o = run->o;
     double loss = did->mse + did->vb;
@@ -4575,26 +4840,40 @@ static void run_report(Run *run, const Step *did, double ms) {
         die("step %d: the loss is %g and the gradient's norm %g; %s: lower --lr, or set --grad_clip and --warmup",
             o->step - 1, loss, did->norm, kept);
     }
-    fprintf(run->log, "%d,%.9g,%.9g,%.9g,%.6g,%.6g,%d,%d,%.3f,%.1f\n", o->step - 1, loss, did->mse, did->vb, did->norm,
-            did->lr, did->n, did->m, ms, o->batch / ms * 1e3);
-    if (fflush(run->log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
-    run->shown_flops += model_flops(&o->model, o->batch, did->n, did->m);
-    run->shown_loss += loss;
-    if (o->step % o->log_every && o->step < o->steps) return;
-    double now = now_ms(), elapsed = now - run->shown_ms, steps = o->step - run->shown;
-    int left = (int)((now - run->begun_ms) / (o->step - run->begun) * (o->steps - o->step) / 1000);
-    printf("step %d/%d  loss %.4f  %.0f images/s  %.1f GFLOP/s  %d:%02d left\n", o->step, o->steps,
-           run->shown_loss / steps, steps * o->batch / elapsed * 1e3, run->shown_flops / elapsed * 1e-6, left / 60,
-           left % 60);
-    fflush(stdout);
+    if (fprintf(run->log, "%d,%.9g,%.9g,%.9g,%.6g,%.6g,%d,%d,%.3f,%.1f\n", o->step - 1, loss, did->mse, did->vb,
+                did->norm, did->lr, did->n, did->m, ms, o->batch / ms * 1e3) < 0 ||
+        fflush(run->log))
+        die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
+    run->ms += ms;
+    run->sum_ms += ms;
+    run->sum_flops += model_flops(&o->model, o->batch, did->n, did->m);
+    run->sum_loss += loss;
+    int first = o->step == run->begun + 1, last = o->step == o->steps, steps = o->step - run->shown;
+    if (!(o->log_every ? o->step % o->log_every == 0 : first || now_ms() - run->shown_ms > pause_ms()) && !last) return;
+    say(!o->log_every && !last, "step %d/%d  loss %.4f  %.0f images/s  %.1f GFLOP/s  %s left", o->step, o->steps,
+        run->sum_loss / steps, steps * o->batch / run->sum_ms * 1e3, run->sum_flops / run->sum_ms * 1e-6,
+        minutes(run->ms / (o->step - run->begun) * (o->steps - o->step)));
     run->shown = o->step;
     run->shown_ms = now_ms();
-    run->shown_flops = run->shown_loss = 0;
+    run->sum_ms = run->sum_flops = run->sum_loss = 0;
 }
 
-static void on_interrupt(int signal_number) {
+static void on_interrupt(int number) {
     interrupted = 1;
-    signal(signal_number, SIG_DFL); // a second time it ends the program at once
+    if (number == SIGINT) signal(number, SIG_DFL); // a second time it ends the program at once
+}
+
+// Takes the folder of a run for this process alone, until it ends, and removes what a killed one left there.
+static void run_folder(const char *folder) {
+    DIR *files = opendir(folder); // never closed: it holds the lock
+    if (!files) die("%s: cannot open this folder: %s", folder, strerror(errno));
+    if (flock(dirfd(files), LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)
+        die("%s: another program is training in this folder; wait for it, or give another --out", folder);
+    for (struct dirent *entry; (entry = readdir(files));)
+        if (!fnmatch("*.??????.tmp", entry->d_name, 0) &&
+            (!strncmp(entry->d_name, "weights.safetensors.", 20) || !strncmp(entry->d_name, "state.safetensors.", 18) ||
+             !strncmp(entry->d_name, "log.csv.", 8) || !fnmatch("samples_*.png.*", entry->d_name, 0)))
+            unlinkat(dirfd(files), entry->d_name, 0);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -4604,27 +4883,32 @@ static void on_interrupt(int signal_number) {
 static int export_data(const Options *o, Dataset *d) {
     int64_t n = (int64_t)o->steps * o->batch;
     if (n > 1000000) die("option --export: %lld pictures; at most a million: lower --steps", (long long)n);
+    check_writable(o->export_to, o->data);
     float *x = (float *)xcalloc(n * config_pixels(&o->model), sizeof *x, "pictures");
     int *y = (int *)xcalloc(n, sizeof *y, "labels");
     dataset_batch(d, x, y, 0, (int)n, 0, (int)n, o->hflip, 0);
     save_pictures(o->export_to, x, y, (int)n, &o->model, d->class_json, d->latent_scale);
-    printf("%lld pictures of %s: %s\n", (long long)n, o->data, o->export_to);
+    say(0, "%lld pictures of %s: %s", (long long)n, o->data, o->export_to);
     return 0;
 }
 
 // The settings of the run in --resume, then the command line over them; opens the run's state.
 static void resume_settings(Options *o, SafeTensors *state, int argc, char **argv, const char *about) {
     char path[PATH_MAX];
-    snprintf(path, sizeof path, "%s/state.safetensors", o->resume);
+    const char *folder = o->resume;
+    snprintf(path, sizeof path, "%s/state.safetensors", folder);
     st_open(state, path);
     options_from_meta(o, state, TRAIN | WEIGHTS | STATE);
     Config before = o->model;
-    o->out = o->resume;
+    o->out = folder;
     o->model_name = ""; // what it stood for is in the settings
     options_parse(o, TRAIN, argc, argv, about);
     if (memcmp(&before, &o->model, sizeof before))
         die("option --resume: %s holds another model; leave out the options that describe it", path);
-    if (o->step >= o->steps) die("option --steps: %s is at step %d already; ask for more", path, o->step);
+    if (strcmp(o->out, folder))
+        die("option --out: a run goes on in its folder %s; to branch off, copy the folder and --resume the copy",
+            folder);
+    if (o->step > o->steps) die("option --steps: %s is at step %d already; ask for more", path, o->step);
 }
 
 // The model of --init, then the command line over it, which may only make a fixed point of a DiT; opens the file and
@@ -4720,7 +5004,11 @@ static void init_read(float *values, const Model *m, const SafeTensors *f, const
 
 static int train_main(int argc, char **argv) {
     static const char about[] =
-        "Trains a fixed-point diffusion model (or DiT) on pictures; writes weights, state, log and samples into --out.";
+        "Trains a fixed-point diffusion model (or DiT) on pictures; writes weights, state, log and samples into "
+        "--out.\n\n"
+        "  ./train_" TARGET
+        " --data my.safetensors --out my_run     # tools/data.py makes the dataset of a folder\n"
+        "  ./train_" TARGET " --resume my_run --steps 6000           # goes on with a run";
     Options options, *o = &options;
     Config *c = &o->model, from;
     char path[PATH_MAX];
@@ -4728,8 +5016,14 @@ static int train_main(int argc, char **argv) {
     Dataset data;
     options_default(o, TRAIN);
     options_parse(o, TRAIN, argc, argv, about);
+    static const int stop[] = {SIGINT, SIGTERM, SIGPIPE, SIGHUP};
+    for (int i = 0; i < 4; i++)
+        if (signal(stop[i], on_interrupt) == SIG_IGN && stop[i] == SIGHUP) signal(SIGHUP, SIG_IGN); // nohup says so
     if (*o->init) from = init_settings(o, &start, argc, argv, about);
-    if (*o->resume) resume_settings(o, &state, argc, argv, about);
+    if (*o->resume) {
+        run_folder(o->resume);
+        resume_settings(o, &state, argc, argv, about);
+    }
     int dtype = compute_dtype(o->dtype),
         micro = o->micro_batch && o->micro_batch < o->batch ? o->micro_batch : o->batch;
     dataset_open(&data, o->data, c->image_size, o->seed);
@@ -4742,50 +5036,55 @@ static int train_main(int argc, char **argv) {
     config_check(c, *o->resume ? state.path : "options");
     if (*o->export_to) return export_data(o, &data);
     resolve_sampler(o->sampler, c);
-    for (int i = 0; i < 2 && !*o->resume; i++) {
-        snprintf(path, sizeof path, "%s/%s.safetensors", o->out, i ? "weights" : "state");
-        if (!access(path, F_OK))
-            die("%s: a run is stored here; give another --out, or go on with it: --resume %s", path, o->out);
-    }
 
     Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, 0, dtype);
+    if (!*o->resume) {
+        if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
+        run_folder(o->out);
+    }
+    for (int i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/%s.safetensors", o->out, i ? "weights" : "state");
+        if (!*o->resume && !access(path, F_OK))
+            die("%s: a run is stored here; give another --out, or go on with it: --resume %s", path, o->out);
+        check_writable(path, "");
+    }
+    float *tensor = (float *)xcalloc(params_largest(m->tensors, m->n_tensors), sizeof *tensor, "saving");
     double mb = 4e-6 * (double)m->n_params, activations = 1e-6 * (double)m->activation_bytes;
-    printf("data: %s, %dx%d, %d channels, %d classes%s\n", o->data, c->image_size, c->image_size, c->channels,
-           c->classes, data.count ? "" : ", endless");
-    printf("model: %s, width %d, %d heads, patch %d, %.2f million parameters\n", c->fixed_point ? "fixed point" : "DiT",
-           c->width, c->heads, c->patch, 1e-6 * (double)m->n_params);
-    printf("memory: parameters %.1f MB, gradients %.1f, Adam %.1f, EMA %.1f, activations %.1f; in all %.1f MB\n", mb,
-           mb, 2 * mb, mb, activations, 5 * mb + activations);
-    fflush(stdout);
-    if (*o->resume) {
-        for (int i = 0; i < 4; i++) model_load(m, state_parts[i].kind, &state, state_parts[i].prefix);
-        st_close(&state);
-    } else {
+    double saving = 4e-6 * (double)params_largest(m->tensors, m->n_tensors);
+    say(0, "data: %s, %dx%d, %d channels, %d classes%s", o->data, c->image_size, c->image_size, c->channels, c->classes,
+        data.count ? "" : ", endless");
+    say(0, "model: %s, width %d, %d heads, patch %d, %.2f million parameters", c->fixed_point ? "fixed point" : "DiT",
+        c->width, c->heads, c->patch, 1e-6 * (double)m->n_params);
+    say(0,
+        "memory: parameters %.1f MB, gradients %.1f, Adam %.1f, EMA %.1f, activations %.1f, saving %.1f; in all %.1f "
+        "MB",
+        mb, mb, 2 * mb, mb, activations, saving, 5 * mb + activations + saving);
+    for (int i = 0; i < 4 && *o->resume; i++) model_load(m, state_parts[i].kind, &state, state_parts[i].prefix);
+    if (*o->resume) st_close(&state);
+    if (!*o->resume) {
         float *values = (float *)xcalloc(m->n_params, sizeof *values, "initial weights");
         params_init(values, m->tensors, m->n_tensors, o->seed);
         if (*o->init) {
             init_read(values, m, &start, &from);
             st_close(&start);
         }
-        model_upload(m, MODEL_WEIGHTS, values);
-        model_upload(m, MODEL_EMA, values);
+        model_upload(m, MODEL_WEIGHTS, 0, m->n_params, values);
+        model_upload(m, MODEL_EMA, 0, m->n_params, values);
+        model_use(m, MODEL_WEIGHTS);
         xfree(values);
     }
-    if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
-    Run run = {o,        &data,    m, micro, open_log(o->out, o->step), o->step, o->step, *o->resume ? o->step : -1,
-               now_ms(), now_ms(), 0, 0};
-    signal(SIGINT, on_interrupt);
-    signal(SIGTERM, on_interrupt);
+    Run run = {
+        o,        &data, m, micro, open_log(o->out, o->step), tensor, o->step, o->step, *o->resume ? o->step : -1, 0,
+        now_ms(), 0,     0, 0};
     train(&run);
-    if (fclose(run.log)) die("%s/log.csv: cannot write: %s", o->out, strerror(errno));
     if (o->step < o->steps) {
         if (run.saved != o->step) run_save(&run);
-        printf("stopped after step %d; go on with: %s --resume %s\n", o->step, argv[0], o->out);
+        say(0, "stopped after step %d; go on with: %s --resume %s", o->step, argv[0], o->out);
         return 130;
     }
     model_free(m);
-    printf("weights: %s/weights.safetensors; draw more with: ./sample_" TARGET " --weights %s/weights.safetensors\n",
-           o->out, o->out);
+    say(0, "weights: %s/weights.safetensors; draw more with: ./sample_" TARGET " --weights %s/weights.safetensors",
+        o->out, o->out);
     return 0;
 }
 
@@ -4797,7 +5096,11 @@ static int sample_main(int argc, char **argv) {
     Config *c = &o->model;
     SafeTensors f;
     options_default(o, SAMPLE);
-    options_parse(o, SAMPLE, argc, argv, "Draws pictures from trained weights.");
+    options_parse(o, SAMPLE, argc, argv,
+                  "Draws pictures from trained weights.\n\n"
+                  "  ./sample_" TARGET
+                  " --weights out/weights.safetensors --show 1     # also in the terminal\n"
+                  "  ./sample_" TARGET " --labels star,heart --n 8 --out stars/         # a PNG for each picture");
     int dtype = compute_dtype(o->dtype), iters[DIFFUSION_STEPS], n = o->n, B = n < o->batch ? n : o->batch, named;
     st_open(&f, o->weights);
     options_from_meta(o, &f, WEIGHTS);
@@ -4805,26 +5108,68 @@ static int sample_main(int argc, char **argv) {
     const char *latent_scale = st_meta(&f, "latent_scale");
     if (names && named != c->classes)
         die("%s: metadata class_names has %d names for %d classes", o->weights, named, c->classes);
-    int *y = (int *)xcalloc(n, sizeof *y, "labels");
+    int *y = (int *)xcalloc(n, sizeof *y, "labels"), folder = *o->out && o->out[strlen(o->out) - 1] == '/';
+    const char *outputs[] = {o->out, o->latents, o->trace, o->strip}, *dot = strrchr(o->out, '.');
     SampleSettings set = sample_settings(iters, o);
     parse_labels(y, n, o->labels, c->classes, names);
+    if (dot && choice_index("jpg|jpeg|gif|webp|bmp|tif|tiff|ppm|safetensors", dot + 1) >= 0)
+        die("option --out: '%s': pictures are written as PNG; give a name that ends in .png, or a folder: DIR/",
+            o->out);
+    if (folder && mkdir(o->out, 0777) && errno != EEXIST)
+        die("%s: cannot make this folder: %s", o->out, strerror(errno));
+    for (int i = folder; i < 4; i++)
+        if (*outputs[i]) check_writable(outputs[i], o->weights);
     Model *m = model_create(c, set.cfg != 1 ? 2 * B : B, 0, 0, 0, set.window, dtype);
     model_load(m, MODEL_WEIGHTS, &f, "");
     double begin = now_ms();
     float *x = draw_pictures(o, m, &set, y, n);
     double seconds = (now_ms() - begin) / 1000;
     if (*o->latents) save_pictures(o->latents, x, y, n, c, class_json, latent_scale);
-    save_grid(o->out, x, n, c, o->show);
-    printf("%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s\n", n, seconds, o->sample_steps,
-           (long long)set.passes, set.cfg != 1 ? " (and as many for guidance)" : "", o->out);
+    if (folder)
+        save_singles(o, x, y, names);
+    else
+        save_grid(o->out, x, n, o);
+    say(0, "%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s", n, seconds, o->sample_steps,
+        (long long)set.passes, set.cfg != 1 ? " (and as many for guidance)" : "", o->out);
     if (latent_scale)
-        printf("%s shows three channels of latents; pictures: %spython3 tools/latents.py decode %s --vae FOLDER\n",
-               o->out, *o->latents ? "" : "--latents FILE, then ", *o->latents ? o->latents : "FILE");
+        say(0, "%s shows three channels of latents; pictures: %spython3 tools/latents.py decode %s --vae FOLDER",
+            o->out, *o->latents ? "" : "--latents FILE, then ", *o->latents ? o->latents : "FILE");
     return 0;
 }
 
+// What must be set before anything else, the waiting of OpenMP's threads before OpenMP itself: the program starts anew.
+// They spin for some microseconds, which is as fast as spinning for good where they are alone, and as polite as sleeping
+// at once where they are not.
+__attribute__((unused)) static void program_begin(char **argv) {
+    int fd = open("/dev/null", O_RDWR); // where standard output is closed, a file would take its place
+    while (fd >= 0 && fd < 3) fd = dup(fd);
+    close(fd);
+    struct rlimit stack;
+    if (getrlimit(RLIMIT_STACK, &stack) == 0 && stack.rlim_cur < 8 << 20) {
+        stack.rlim_cur = stack.rlim_max < 8 << 20 ? stack.rlim_max : 8 << 20;
+        setrlimit(RLIMIT_STACK, &stack);
+    }
+#ifdef _OPENMP
+    if (!getenv("OMP_WAIT_POLICY") && !getenv("GOMP_SPINCOUNT") && !setenv("KMP_BLOCKTIME", "0", 0) &&
+        !setenv("GOMP_SPINCOUNT", "1000", 0))
+        execv("/proc/self/exe", argv);
+    if (omp_get_max_threads() > 1024) omp_set_num_threads(1024);
+#endif
+    (void)argv;
+    struct sigaction bus = {};
+    bus.sa_sigaction = on_bus;
+    bus.sa_flags = SA_SIGINFO;
+    sigaction(SIGBUS, &bus, NULL);
+    signal(SIGXFSZ, SIG_IGN); // the write fails instead
+}
+
 #ifdef PROGRAM // TRAIN or SAMPLE; the tests and the benchmark include this file and have a main of their own
-int main(int argc, char **argv) { return PROGRAM == TRAIN ? train_main(argc, argv) : sample_main(argc, argv); }
+int main(int argc, char **argv) {
+    program_begin(argv);
+    int status = PROGRAM == TRAIN ? train_main(argc, argv) : sample_main(argc, argv);
+    check_output();
+    return status;
+}
 #endif
 
 // =====================================================================================================================

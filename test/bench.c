@@ -3,8 +3,8 @@
 //   bench_cpu [--name value ...]      --help lists the options
 //
 // peak_gflops (fused multiply-adds, measured), gemm_gflops_FORM_MxNxK for every matmul of the model, then a training
-// step and sampling. On a CPU also time_KIND_ms, the share of each kind of layer in the step: one call of it alone, times
-// the calls in a step; time_sum_ms is their sum.
+// step and sampling. On a CPU also time_KIND_ms, what each kind of layer takes of the step (one call of it alone, times
+// the calls in a step), and time_sum_ms, their sum.
 
 #ifdef GPU
 #include "../fpdm.cu"
@@ -276,7 +276,8 @@ int main(int argc, char **argv) {
     float *values = (float *)xcalloc(m->n_params, sizeof *values, "weights");
     rng_normal(values, m->n_params, 0, o->seed, 0, STREAM_INIT);
     for (int64_t i = 0; i < m->n_params; i++) values[i] *= 0.02f;
-    model_upload(m, MODEL_WEIGHTS, values);
+    model_upload(m, MODEL_WEIGHTS, 0, m->n_params, values);
+    model_use(m, MODEL_WEIGHTS);
     xfree(values);
     size_t count = B * config_pixels(c);
     Batch b = batch_create(B, config_pixels(c));

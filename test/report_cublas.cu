@@ -147,8 +147,8 @@ static void race_products(int M, const int (*shapes)[2], int count) {
     for (int i = 0; i < 2; i++) gpu_free(out[i], bytes);
 }
 
-// Products with what the model does to their results, beside the same product alone by cuBLAS: its result would have to be
-// read and written again. Forward layers, then gradients dx.
+// Products with what the model does to their results, beside the same product alone by cuBLAS, whose result would have
+// to be read and written again. Forward layers, then gradients dx.
 static void race_epilogues(int M, int D, int T) {
     const struct {
         const char *form;

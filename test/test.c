@@ -113,7 +113,7 @@ static double tensor_norm(const char *name) {
 // arithmetic, so a tensor of that kind is measured against the norm of its layer's weight gradient.
 static void compare_params(Model *m, int kind, const char *prefix) {
     float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "parameters");
-    model_download(m, kind, values);
+    model_download(m, kind, 0, m->n_params, values);
     for (int i = 0; i < m->n_tensors; i++) {
         const ParamTensor *p = &m->tensors[i];
         char name[120], weight[120];
@@ -154,12 +154,9 @@ static void spoil_scratch(const char *kernel) {
 
 static Model *case_model(const Options *o, int batch, int max_m, int training, int window) {
     Model *m = model_create(&o->model, batch, max_m, recompute, training, window, dtype);
-    float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
-    tensors_read(&file, m->tensors, m->n_tensors, "", values);
+    model_load(m, MODEL_WEIGHTS, &file, "");
+    if (training) model_load(m, MODEL_EMA, &file, "");
     for (int i = 0; i < m->n_tensors; i++) used[find_tensor(m->tensors[i].name) - file.tensors] = 1;
-    model_upload(m, MODEL_WEIGHTS, values);
-    if (training) model_upload(m, MODEL_EMA, values);
-    xfree(values);
 #ifdef CUDA_EMU_H
     spoiled = m;
     emu::before_kernel = spoil_scratch;

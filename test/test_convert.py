@@ -206,9 +206,10 @@ def mapped_gradients(model, cfg, layout):
 
 def check_case(name, weights, inputs, metadata):
     reference.save_file({**weights, **inputs}, f"{name}.safetensors", {k: str(v) for k, v in metadata.items()})
-    done = subprocess.run([ROOT / "test_cpu", f"{name}.safetensors"], capture_output=True, text=True)
+    command = [ROOT / "test_cpu", "--dtype=fp32", f"{name}.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True)
     wrong = [line.strip() for line in done.stdout.splitlines() if line.endswith("FAIL")]
-    assert done.stdout.endswith("1 passed, 0 failed\n"), f"{name}: {wrong[:3] or done.stderr.strip()}"
+    assert done.stdout.endswith("\n1 passed, 0 failed\n"), f"{name}: {wrong[:3] or done.stdout[-200:] + done.stderr}"
     errors = re.findall(r"expect\.(?:output|sample) +(\S+)", done.stdout)
     return max(map(float, errors))
 
@@ -324,6 +325,27 @@ def test_sit():
     fails("Linear", "convert.py", other, "--heads", 4, "--out", "c.safetensors")
     fails("time_embedding sit", "convert.py", "a.safetensors", "--to", "dit", "--out", "c.pt")
     return worst
+
+
+def test_sit_euler():
+    """SiT's own Euler steps from noise to data are those of --t_shift 1, but that the first sees s = 0.001 for 0."""
+    model = published(sigma=False)
+    run("convert.py", save(model.state_dict()), "--heads", 4, "--from", "sit", "--out", "a.safetensors")
+    weights, metadata = load("a.safetensors")
+    noise, y, steps = torch.randn(2, 4, 8, 8), torch.tensor([3, 10]), 20
+    with torch.no_grad():
+        x, x_exact, net = noise.double(), noise.double(), model.double()
+        for k in range(steps):
+            s = torch.full((2,), k / steps, dtype=torch.float64)
+            x = x + net(x, s.clamp(min=0.001), y) / steps
+            x_exact = x_exact + net(x_exact, s, y) / steps
+    inputs = {"x_T": noise.numpy(), "y": y.numpy(), "z": np.zeros((steps, 2, 4, 8, 8), np.float32)}
+    worst = check_case("euler", weights, {**inputs, "expect.sample": x.numpy().astype(np.float32)},
+                       {**metadata, "case": "sample", "sampler": "flow", "steps": steps, "eta": 0, "cfg_scale": 1,
+                        "cfg_channels": 3, "reuse": 0, "iters": 1, "t_shift": 1})
+    difference = ((x - x_exact).norm() / x_exact.norm()).item()
+    assert worst < 1e-5 and difference < 1e-3, (worst, difference)
+    return difference
 
 
 def test_sit_path():

@@ -169,7 +169,8 @@ static const struct {
     {"an escape that is not needed", "{\"a\\n\":{}}", 0, "unknown escape"},
     {"control character", "{\"a\nb\":{}}", 0, "a control character"},
     {"NUL in a name", "{\"a\\u0000b\":{}}", 0, "\\u0000"},
-    {"line break in a name", "{" T_("a\\u000ab\\u001b[31m", "U8", "[2]", "0", "1") "}", 1, "tensor a?b?[31m: its shape"},
+    {"line break in a name", "{" T_("a\\u000ab\\u001b[31m", "U8", "[2]", "0", "1") "}", 1,
+     "tensor a?b?[31m: its shape"},
 };
 
 static void test_save_few(const char *path) {
@@ -206,9 +207,9 @@ static void test_round_trip(void) {
     uint16_t b[3] = {float_to_bf16(1.00390625f), float_to_bf16(NAN), float_to_bf16(-INFINITY)};
     int64_t y[2] = {-5, INT64_MAX};
     unsigned char u[5] = {0, 1, 127, 128, 255};
-    Tensor t[4] = {st_tensor("u \"quoted\\\" \n\t\x01 \xc3\xa9", U8, u, 1, 5, 1, 1, 1),
-                   st_tensor("b", BF16, b, 2, 3, 1, 1, 1), st_tensor("a", F32, a, 4, 1, 2, 1, 3),
-                   st_tensor("y", I64, y, 1, 2, 1, 1, 1)};
+    Tensor t[4] = {st_tensor("y", I64, y, 1, 2, 1, 1, 1), st_tensor("a", F32, a, 4, 1, 2, 1, 3),
+                   st_tensor("b", BF16, b, 2, 3, 1, 1, 1),
+                   st_tensor("u \"quoted\\\" \n\t\x01 \xc3\xa9 \xff", U8, u, 1, 5, 1, 1, 1)};
     Meta meta[2] = {{"z", "last \"one\"\\\n"}, {"class_names", "[\"a\\\"\", \"b\\u00e9\"]"}};
     const char *path = test_path("round.safetensors");
     SafeTensors f;

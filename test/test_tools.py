@@ -173,6 +173,32 @@ def test_folder_classes():
     assert x[5, 4, 1, 2] > 200 and x[5, 4, -2, 0] > 200, "EXIF orientation"
 
 
+def test_folder_too_high():
+    """A folder that holds only train/ and test/ is probably one level too high: a warning says so."""
+    make_folder()
+    os.rename("pictures/dog", "pictures/Train")
+    _, errors = run("data.py", "folder", "pictures", "--size", 8, "--out", "a.safetensors")
+    assert "became the classes" not in errors, errors
+    os.rename('pictures/cat "é"', "pictures/test")
+    _, errors = run("data.py", "folder", "pictures", "--size", 8, "--out", "a.safetensors")
+    assert "Train, test became the classes; if the classes stand inside, give pictures/Train" in errors, errors
+
+
+def test_progress():
+    """Building says how far it is, but not more often than every two seconds."""
+    sys.path.insert(0, str(TOOLS))
+    import data
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        progress = data.Progress("pictures", 10)
+        progress.step()
+        progress.begin -= 20.5
+        progress.shown -= 20.5
+        progress.step()
+        progress.step()
+    assert said.getvalue() == "2/10 pictures, 1:22 left\n", said.getvalue()
+
+
 def test_folder_flat_grey():
     make_folder()
     for path in Path("pictures/dog/deeper").iterdir():
@@ -312,6 +338,8 @@ def test_data_broken_input():
     fails("--size", "data.py", "emoji", "--size", 0, *out)
     fails("nocolour", "data.py", "emoji", "--background", "nocolour", *out)
     fails("no.ttf", "data.py", "emoji", "--font", "no.ttf", *out)
+    both = "no.ttf and no.txt: not there; install Debian's fonts-noto-color-emoji, or a font with colour bitmaps as --font"
+    fails(both + " and unicode-data", "data.py", "emoji", "--font", "no.ttf", "--groups", "no.txt", *out)
     if FONT.exists() and features.check("raqm"):
         fails("no.txt", "data.py", "emoji", "--groups", "no.txt", *out)
         fails("text.png", "data.py", "emoji", "--groups", "text.png", *out)
@@ -884,6 +912,7 @@ def test_reproduce():
     points = json.loads(Path("out/points.json").read_text())
     assert all(points[key] == value for key, value in done.items()), "measured again what was measured already"
     claims = Path("out/claims.md").read_text()
+    assert "A self-test" in claims
     for heading in ("Parameters, memory", "Quality against budget", "Smoothing", "Reuse and allocation", "Solvers",
                     "Training: S-JFB"):
         assert f"## {heading}" in claims, heading

@@ -112,8 +112,8 @@ static void random_weights(Model *m) {
         rng_normal(values + p->offset, (size_t)p->count, 0, 7, (uint32_t)i, 99);
         for (int64_t e = 0; e < p->count; e++) values[p->offset + e] *= (float)scale;
     }
-    model_upload(m, MODEL_WEIGHTS, values);
-    if (m->training) model_upload(m, MODEL_EMA, values);
+    model_upload(m, MODEL_WEIGHTS, 0, m->n_params, values);
+    if (m->training) model_upload(m, MODEL_EMA, 0, m->n_params, values);
     xfree(values);
 }
 
@@ -445,6 +445,23 @@ static void test_anderson(void) {
         check(!memcmp(other, z, sizeof z), "anderson: %d threads: same bits", threads);
     }
     set_threads(max_threads());
+}
+
+static void test_gelu(void) { // against the formula in double precision, also where a cube is larger than any float
+    real x[] = {0, 1, -1, 3, -5, 30, -30, 1e5f, -1e5f, 1e13f, -1e13f, 1e30f, -1e30f, NAN}, out[14];
+    double worst = 0;
+    int count = 14;
+    real slope[14];
+    for (int i = 0; i < count; i++) slope[i] = 1;
+    gelu_backward(slope, out, x, (size_t)count);
+    for (int i = 0; i < 13; i++) {
+        double v = (double)x[i], u = 0.7978845608028654 * (v + 0.044715 * v * v * v), t = tanh(u), rest = 1 - t * t;
+        double want = 0.5 * (1 + t) + (rest > 0 ? 0.5 * v * rest * 0.7978845608028654 * (1 + 3 * 0.044715 * v * v) : 0);
+        double value = t > -1 ? 0.5 * v * (1 + t) : 0;
+        worst = fmax(worst, fmax(fabs((double)slope[i] - want), fabs((double)out[i] - value) / (1 + fabs(value))));
+    }
+    CHECK("gelu and its slope, at any size", worst < 1e-6);
+    CHECK("gelu: NaN stays", slope[13] != slope[13] && out[13] != out[13]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -804,6 +821,7 @@ static void test_options(void) {
     options_default(&b, TRAIN | SAMPLE | BENCH);
     for (int i = 0; i < N_OPTIONS; i++) {
         char text[4096];
+        if (!option_table[i].use) continue; // a title of --help
         option_text(text, sizeof text, &a, &option_table[i]);
         option_set(&b, &option_table[i], strdup(text), "");
         char again[4096];
@@ -840,8 +858,7 @@ static void weights_open(const char *path) { // as sample_main does
     st_open(&f, path);
     options_from_meta(&o, &f, WEIGHTS);
     Model *m = make_model(&o.model, 1, 0, 0, 0);
-    float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "weights");
-    tensors_read(&f, m->tensors, m->n_tensors, "", values);
+    model_load(m, MODEL_WEIGHTS, &f, "");
 }
 
 // Saves a model after changing one thing of its file: a metadata value (NULL: leaves it out), or a tensor.
@@ -850,11 +867,16 @@ static const char *weights_save(Model *m, const char *key, const char *value, vo
     Meta meta[N_OPTIONS];
     Tensor *tensors = (Tensor *)xcalloc((size_t)m->n_tensors, sizeof *tensors, "a test");
     float *values = (float *)xcalloc((size_t)m->n_params, sizeof *values, "a test");
+    int count = m->n_tensors;
     const char *path = test_path("weights.safetensors");
     options_default(&o, TRAIN);
     o.model = m->config;
-    model_download(m, MODEL_WEIGHTS, values);
-    int count = tensors_describe(tensors, m->tensors, m->n_tensors, "", values, NULL);
+    model_download(m, MODEL_WEIGHTS, 0, m->n_params, values);
+    for (int i = 0; i < count; i++) {
+        const ParamTensor *p = &m->tensors[i];
+        tensors[i] =
+            st_tensor(p->name, F32, values + p->offset, p->ndim, p->shape[0], p->shape[1], p->shape[2], p->shape[3]);
+    }
     int n_meta = options_to_meta(meta, &o, WEIGHTS), kept = 0;
     for (int i = 0; i < n_meta; i++) {
         if (key && !strcmp(meta[i].key, key) && !value) continue;
@@ -934,7 +956,10 @@ static void test_weights(void) {
     options_default(&o, SAMPLE);
     st_open(&f, weights_save(m, NULL, NULL, NULL));
     options_from_meta(&o, &f, WEIGHTS);
-    tensors_read(&f, m->tensors, m->n_tensors, "", values);
+    Model *loaded = make_model(&c, 1, 0, 0, 0);
+    model_load(loaded, MODEL_WEIGHTS, &f, "");
+    model_download(loaded, MODEL_WEIGHTS, 0, m->n_params, values);
+    model_free(loaded);
     st_close(&f);
     int same = !memcmp(&o.model, &c, sizeof c);
     for (int64_t i = 0; i < m->n_params; i++) same &= values[i] == (float)m->memory[MODEL_WEIGHTS][i];
@@ -1053,9 +1078,13 @@ static void test_datasets(void) {
     CHECK("to bytes: every value survives", right);
 
     Tensor t = labels;
-    label[7] = 3;
+    label[7] = 4;
     CHECK("data: label beyond the names",
-          test_refuses(dataset_read, dataset_save(bytes, &labels, names), "tensor y: label 3 of sample 7"));
+          test_refuses(dataset_read, dataset_save(bytes, &labels, names), "tensor y: label 4 of sample 7"));
+    label[7] = 3;
+    char said[99];
+    CHECK("data: the number of names is no label",
+          !test_child(dataset_read, dataset_save(bytes, &labels, names), said, sizeof said));
     label[7] = -1;
     CHECK("data: negative label",
           test_refuses(dataset_read, dataset_save(bytes, &labels, NULL), "tensor y: label -1 of sample 7"));
@@ -1096,23 +1125,60 @@ static uint32_t big_endian(const uint8_t *p) {
     return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
 }
 
-// Unpacks a zlib stream of stored blocks into `out`; returns the number of bytes, or -1 if anything is wrong.
-static int64_t inflate_stored(uint8_t *out, size_t room, const uint8_t *in, size_t size) {
-    size_t n = 0, at = 2;
-    uint32_t last = 0, a = 1, b = 0;
+typedef struct {
+    const uint8_t *in;
+    size_t size, at; // in bits
+} BitReader;
+static uint32_t read_bits(BitReader *r, int count) {
+    uint32_t value = 0;
+    for (int i = 0; i < count; i++, r->at++)
+        if (r->at / 8 < r->size) value |= (uint32_t)(r->in[r->at / 8] >> r->at % 8 & 1) << i;
+    return value;
+}
+
+// The next symbol of the fixed code (RFC 1951, 3.2.6), by its ranges of code words
+static int read_symbol(BitReader *r) {
+    uint32_t code = 0;
+    for (int length = 1; length <= 9; length++) {
+        code = code << 1 | read_bits(r, 1);
+        if (length == 7 && code <= 23) return 256 + (int)code;
+        if (length == 8 && code >= 48 && code <= 191) return (int)code - 48;
+        if (length == 8 && code >= 192 && code <= 199) return 280 + (int)code - 192;
+        if (length == 9 && code >= 400) return 144 + (int)code - 400;
+    }
+    return -1;
+}
+
+// Unpacks a zlib stream of one block with the fixed codes into `out`; returns the number of bytes, or -1 if anything is
+// wrong.
+static int64_t inflate_fixed(uint8_t *out, size_t room, const uint8_t *in, size_t size) {
+    // RFC 1951, 3.2.5: the tables of lengths and distances, and of their extra bits
+    static const int base[] = {3,  4,  5,  6,  7,  8,  9,  10, 11,  13,  15,  17,  19,  23, 27,
+                               31, 35, 43, 51, 59, 67, 83, 99, 115, 131, 163, 195, 227, 258};
+    static const int extra[] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0};
+    static const int far_base[] = {1,    2,    3,    4,    5,    7,    9,    13,    17,    25,
+                                   33,   49,   65,   97,   129,  193,  257,  385,   513,   769,
+                                   1025, 1537, 2049, 3073, 4097, 6145, 8193, 12289, 16385, 24577};
+    BitReader r = {in, size, 16};
+    size_t n = 0;
+    uint32_t a = 1, b = 0;
     if (size < 6 || (in[0] & 15) != 8 || (in[0] * 256 + in[1]) % 31 || (in[1] & 32)) return -1;
-    while (!last) {
-        if (size - at < 5) return -1;
-        size_t length = in[at + 1] + 256u * in[at + 2];
-        last = in[at] & 1;
-        if (in[at] > 1 || length + in[at + 3] + 256u * in[at + 4] != 65535) return -1;
-        at += 5;
-        if (size - at < length || room - n < length) return -1;
-        memcpy(out + n, in + at, length);
-        n += length;
-        at += length;
+    if (read_bits(&r, 3) != 3) return -1; // the last block, fixed codes
+    for (int symbol; (symbol = read_symbol(&r)) != 256;) {
+        if (symbol < 0 || symbol > 285 || n == room || r.at / 8 >= size) return -1;
+        if (symbol < 256) {
+            out[n++] = (uint8_t)symbol;
+            continue;
+        }
+        size_t length = (size_t)base[symbol - 257] + read_bits(&r, extra[symbol - 257]), code = 0;
+        for (int bit = 0; bit < 5; bit++) code = code << 1 | read_bits(&r, 1);
+        if (code > 29) return -1;
+        size_t distance = (size_t)far_base[code] + read_bits(&r, code < 2 ? 0 : (int)code / 2 - 1);
+        if (distance > n || length > room - n) return -1;
+        for (; length; length--, n++) out[n] = out[n - distance];
     }
     for (size_t i = 0; i < n; i++) a = (a + out[i]) % 65521, b = (b + a) % 65521;
+    size_t at = (r.at + 7) / 8;
     if (at + 4 != size) return -1;
     return big_endian(in + at) == (b << 16 | a) ? (int64_t)n : -1;
 }
@@ -1160,7 +1226,7 @@ static uint8_t *png_read(const char *path, int *w, int *h) {
     size_t row = 3 * (size_t)*w + 1;
     room = row * (size_t)*h;
     raw = (uint8_t *)xcalloc(room, 1, "a test");
-    if (inflate_stored(raw, room, packed, packed_size) != (int64_t)room) goto end;
+    if (inflate_fixed(raw, room, packed, packed_size) != (int64_t)room) goto end;
     rgb = (uint8_t *)xcalloc(room, 1, "a test");
     for (size_t y = 0; y < (size_t)*h; y++) {
         if (raw[y * row]) goto end; // a filter
@@ -1178,7 +1244,8 @@ end:
 }
 
 static void test_png(void) {
-    static const int sizes[][2] = {{1, 1}, {1, 7}, {7, 1}, {3, 5}, {64, 64}, {33, 100}, {11000, 3}, {300, 200}};
+    static const int sizes[][2] = {{1, 1},    {1, 7},    {7, 1},     {3, 5},    {64, 64},
+                                   {33, 100}, {5000, 9}, {11000, 3}, {300, 200}};
     const char *path = test_path("test.png");
     int same[4] = {1, 1, 1, 1};
     for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
@@ -1263,6 +1330,7 @@ int main(int argc, char **argv) {
         test_gemm(1, 200, 1000);
         test_pairs();
         set_threads(threads);
+        test_gelu();
         test_anderson();
         Case wide = cases[1], alone = cases[7]; // large enough for the matmuls to use threads
         wide.name = "width 72, 25 tokens, B = 3";

@@ -19,6 +19,7 @@ import os
 import re
 import struct
 import sys
+import time
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -38,6 +39,24 @@ CHUNK = 64 << 20  # bytes that are converted at a time, so that memory does not 
 def die(message):
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # tools/latents.py uses this file too
     sys.exit(1)
+
+
+class Progress:
+    """A line on standard error about every two seconds; on a terminal one line that is written over."""
+
+    def __init__(self, what, total):
+        self.what, self.total, self.done, self.begin = what, total, 0, time.monotonic()
+        self.shown = self.begin
+
+    def step(self):
+        self.done += 1
+        now = time.monotonic()
+        if now - self.shown < 2:
+            return
+        left = (now - self.begin) / self.done * (self.total - self.done)
+        line = f"{self.done}/{self.total} {self.what}, {int(left) // 60}:{int(left) % 60:02d} left"
+        print(f"\r{line} " if sys.stderr.isatty() else f"{line}\n", end="", file=sys.stderr, flush=True)
+        self.shown = now
 
 
 def to_dtype(x, dtype, where):
@@ -184,6 +203,11 @@ def emoji_list(path, by, skin_tones):
 
 
 def emoji(args):
+    needs = {args.font: "fonts-noto-color-emoji, or a font with colour bitmaps as --font",
+             args.groups: "unicode-data, or Unicode's emoji-test.txt as --groups"}
+    missing = [path for path in needs if not os.path.exists(path)]
+    if missing:
+        die(f"{' and '.join(missing)}: not there; install Debian's {' and '.join(needs[path] for path in missing)}")
     if not features.check("raqm"):
         die("this pillow was built without libraqm, which joins code points to one emoji; use Debian's python3-pil")
     try:
@@ -224,6 +248,9 @@ def folder(args, writer=Writer):
         die(f"{root}: not a folder; want a folder of pictures, or of folders of pictures, one per class")
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     class_names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if class_names and set(map(str.lower, class_names)) <= {"train", "training", "test", "val", "valid", "validation"}:
+        print(f"data.py: {root}: {', '.join(class_names)} became the classes; if the classes stand inside, give "
+              f"{root / class_names[0]}", file=sys.stderr)
     files = []
     for label, name in enumerate(class_names or ["."]):
         inside = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in endings and path.is_file())
@@ -243,13 +270,15 @@ def folder(args, writer=Writer):
             return f"{type(error).__name__}: {error}"
 
     shape = (args.size, args.size, args.channels)
-    step = max(1, CHUNK // math.prod(shape))
+    step, progress = max(1, CHUNK // math.prod(shape)), Progress("pictures", len(files))
     with writer(args.out, len(files), shape, labelled=bool(class_names), class_names=class_names) as out:
         with ThreadPool(args.workers) as pool:
             for start in range(0, len(files), step):
                 some = files[start : start + step]
-                loaded = pool.map(load, [path for path, _ in some])
-                for (path, _), picture in zip(some, loaded):
+                loaded = []
+                for (path, _), picture in zip(some, pool.imap(load, [path for path, _ in some])):
+                    loaded.append(picture)
+                    progress.step()
                     if isinstance(picture, str):
                         print(f"data.py: skipped {path}: {picture}".replace("\n", " "), file=sys.stderr)
                 good = [i for i, picture in enumerate(loaded) if not isinstance(picture, str)]

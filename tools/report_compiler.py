@@ -21,6 +21,8 @@ def launch(name, args):
     """Threads of a block and bytes of dynamic shared memory, as fpdm.cu launches this kernel."""
     if name == "matmul_bf16":
         return 128, 2 * 3 * int(args[0]) * 32 * 2
+    if name == "matmul_wgmma":  # four steps of both tiles, ones, what eight warps stage, barriers
+        return 384, 2 * (4 * (128 + 192) * 64 + 8 * 64) + 4 * 8 * 16 * 104 + 8 * 10
     if name == "matmul_fp32":
         return 128, 2 * 16 * 68 * 4
     if name.startswith("attention") and len(args) > 1:
@@ -28,8 +30,9 @@ def launch(name, args):
         row, backward = int(args[1]) * size + 16, len(args) == 3
         return 2 * rows, row * rows * (4 if backward else 3) + (8 * rows if backward and args[2] == "true" else 0)
     return {"residual_kernel": (1024, 256), "loss_kernel": (512, 256),
-            "anderson_products_kernel": (512, 256), "norm_kernel": (256, 256),
-            "condition_backward_kernel": (128, 0), "column_sums_kernel": (128, 0)}.get(name, (256, 0))
+             "anderson_products_kernel": (512, 256), "norm_kernel": (256, 256),
+             "condition_backward_kernel": (128, 0), "column_sums_kernel": (128, 0),
+             "patches_kernel": (256, 16384)}.get(name, (256, 0))
 
 
 def occupancy(shared_kib, threads, registers, shared):
@@ -80,6 +83,8 @@ def table(header, rows):
 def resources(found, arch):
     rows = []
     for (name, args), (registers, static, stack, spills) in sorted(found.items()):
+        if name == "matmul_wgmma" and arch != "sm_90a":
+            continue  # empty there
         threads, dynamic = launch(name, args)
         blocks = occupancy(ARCHS[arch], threads, registers, static + dynamic)
         shown = list(args)
@@ -91,37 +96,118 @@ def resources(found, arch):
                   "warps an SM"), rows)
 
 
-def matmuls(found):
+def schedule(form, m, n, k, D):
+    """How matmul() shares a product out on Hopper: rows and columns of what one or two multiprocessors work on, splits,
+    the share of their time that is used in the waves begun, waves."""
+    count = lambda rows, columns: -(-m // rows) * -(-n // columns)
+    large = m >= 128 and n >= 128 if form == "dw" else count(128, 128) >= SMS
+    if large and (form == "dw" or 2 * count(256, 192) >= SMS):
+        rows, columns, slots = 256, 192, SMS // 2
+    else:
+        rows = columns = 128 if large else 64
+        slots = SMS * (2 if large else 4)
+    splits, best, room = 1, 0, max(16 * D * (D + 1), 2 * SMS * 128 * 130)
+    for s in range(1, 17 if form == "dw" else 1):
+        if s * (m * n + m) > room or s * 256 > k:
+            break
+        waves = count(rows, columns) * s / slots
+        if waves / -(-waves // 1) > 1.05 * best:
+            best, splits = waves / -(-waves // 1), s
+    waves = count(rows, columns) * splits / slots
+    return rows, columns, splits, waves / -(-waves // 1), waves
+
+
+def matmuls():
     """Forward, dx and dw of every layer: FLOP for a byte when memory is read and written once, and between L2 and the
-    multiprocessors, where every tile reads its rows of both operands."""
+    multiprocessors, where every tile, or pair of tiles, reads its rows of both operands."""
     rows, M = [], BATCH * TOKENS
     for size, (D, _) in SIZES.items():
         for what, N, K in (("qkv", 3 * D, D), ("proj", D, D), ("fc1", 4 * D, D), ("fc2", D, 4 * D)):
-            for form, m, n, k, out, epilogue in (("forward", M, N, K, 2, ("false", "false", "0")),
-                                                 ("dx", M, K, N, 2, ("false", "true", "0")),
-                                                 ("dw", N, K, M, 8, ("true", "true", "5"))):
-                tiles = lambda t: -(-m // t) * -(-n // t)
-                t = 128 if form == "dw" or tiles(128) >= SMS else 64
-                registers, static, _, _ = found["matmul_bf16", (str(t), *epilogue)]
-                threads, dynamic = launch("matmul_bf16", (t,))
-                slots = SMS * occupancy(ARCHS["sm_90a"], threads, registers, static + dynamic)
-                splits = 1
-                if form == "dw":  # as matmul() chooses
-                    best, room = 0, max(16 * D * D, 2 * SMS * 128 * 130)
-                    for s in range(1, 17):
-                        if s * (m * n + m) > room or s * 256 > k:
-                            break
-                        waves = tiles(t) * s / (SMS * (2 if t == 128 else 4))
-                        if waves / -(-waves // 1) > 1.05 * best:
-                            best, splits = waves / -(-waves // 1), s
-                flop, waves = 2 * m * n * k, tiles(t) * splits / slots
-                memory = 2 * (m * k + n * k) + out * m * n
-                l2 = 2 * tiles(t) * 2 * t * k + out * m * n
-                rows.append((f"{size} {what} {form}", f"{m}x{n}x{k}", t, splits, f"{waves:.2f}",
-                             f"{100 * waves / -(-waves // 1):.0f} %", f"{flop / memory:.0f}", f"{flop / l2:.0f}",
+            for form, m, n, k, out in (("forward", M, N, K, 2), ("dx", M, K, N, 2), ("dw", N, K, M, 8)):
+                tm, tn, splits, full, waves = schedule(form, m, n, k, D)
+                flop, memory = 2 * m * n * k, 2 * (m * k + n * k) + out * m * n
+                l2 = 2 * -(-m // tm) * -(-n // tn) * (tm + tn) * k + out * m * n
+                rows.append((f"{size} {what} {form}", f"{m}x{n}x{k}", f"{tm}x{tn}", splits, f"{waves:.2f}",
+                             f"{100 * full:.0f} %", f"{flop / memory:.0f}", f"{flop / l2:.0f}",
                              f"{1e6 * max(flop / PEAK, memory / MEMORY):.0f}"))
     return table(("product", "MxNxK", "tile", "splits", "waves", "full", "FLOP/B memory", "FLOP/B L2", "floor, us"),
                  rows)
+
+
+def estimate():
+    """A training step of FPDM XL/2, batch 64, n 5, m 6 on an H100: every kernel of it with what it does and moves."""
+    D, H, M, n, m, params = 1152, 16, BATCH * TOKENS, 5, 6, 85e6
+    wgmma, mma_sync, attention, memory, gap = 650e12, 400e12, 300e12, 0.85 * 3.35e12, 1e-6  # the assumptions
+    N, HD, forward, backward = M * D, 80, n + m + 2, m + 2  # blocks: pre, post and the iterations
+    kept = m + 2  # forward passes that keep what goes into gelu and gates
+    rows, total = [], [0, 0, 0]
+
+    def add(name, count, size, form="", a=0, b=0, extra=0, done=0):
+        """A product of a·D by b·D with M, in D x D; size: bytes an element of (B,T,D); or an attention kernel."""
+        flop, moved = 2 * M * D * D * a * b + done, size * N + extra + (2 * D * D * a * b if form else 0)
+        fast = slow = moved / memory
+        if form:
+            shape = (a * D, b * D, M) if form == "dw" else (M, a * D, b * D)
+            tm, tn, splits, full, _ = schedule(form, *shape, D)
+            moved += 4 * D * D * a * b * (2 + (2 * splits if splits > 1 else 0)) if form == "dw" else 0
+            fast, slow = (max(flop / rate, moved / memory) for rate in (wgmma * full, mma_sync * 0.9))
+        elif done:
+            fast = slow = max(done / attention, moved / memory)
+        total[0] += count * fast
+        total[1] += count * slow
+        total[2] += count
+        rows.append((name, f"{count:g}", f"{flop / 1e9:.0f}" if flop else "", f"{moved / 1e6:.0f}", f"{1e6 * fast:.0f}",
+                     f"{1e3 * count * fast:.2f}", f"{1e3 * count * slow:.2f}"))
+
+    def linear(name, count, size, out, into, form="forward"):
+        add(name, count, size, form, out, into)
+
+    keep = kept / forward  # bytes that only the passes with gradient write, spread over all
+    add("layernorm_modulate", 2 * forward + backward, 6)
+    add("layernorm_modulate, mid again", backward, 12)
+    linear("qkv", forward, 2 + 6, 3, 1)
+    add("attention", forward, 8, done=4 * M * TOKENS * HD * H)
+    linear("proj, GATED", forward, 2 + 8 + 2 * keep, 1, 1)
+    linear("fc1, GELU", forward, 2 + 8 + 8 * keep, 4, 1)
+    linear("fc2, GATED", forward, 8 + 8 + 2 + 2 * keep, 1, 4)
+    linear("fp1, GELU and add", n + m, 2 + 8 + 4 + 4 * m / (n + m), 2, 1)
+    linear("fp2, FLOAT", n + m, 4 + 4, 1, 2)
+    add("layernorm_backward, gate alone", backward, 8)
+    linear("dx of fc2, DGELU", backward, 2 + 24, 4, 1, "dx")
+    linear("dw of fc2", backward, 2 + 8, 1, 4, "dw")
+    linear("dx of fc1", backward, 8 + 2, 1, 4, "dx")
+    linear("dw of fc1", backward, 8 + 2, 4, 1, "dw")
+    add("layernorm_backward with the gate below", backward, 18)
+    add("layernorm_backward", backward, 14 + 2 * m / backward)
+    add("column_sums", 3 * backward, 0.4)
+    linear("dx of proj", backward, 4, 1, 1, "dx")
+    linear("dw of proj", backward, 4, 1, 1, "dw")
+    add("attention_delta", backward, 4)
+    add("attention_backward, dq", backward, 10, done=6 * M * TOKENS * HD * H)
+    add("attention_backward, dk dv", backward, 12, done=8 * M * TOKENS * HD * H)
+    linear("dx of qkv", backward, 6 + 2, 1, 3, "dx")
+    linear("dw of qkv", backward, 6 + 2, 3, 1, "dw")
+    linear("dx of fp2, DGELU and sum", m, 2 + 4 + 16 + 8, 2, 1, "dx")
+    linear("dw of fp2", m, 2 + 4, 1, 2, "dw")
+    add("convert z", m + 3, 6)
+    linear("dw of fp1", m, 4 + 2, 2, 1, "dw")
+    linear("dx of fp1, FLOAT", m - 1, 4 + 4, 1, 2, "dx")
+    linear("injection: forward", 1, 4, 1, 1)
+    linear("injection: its part of fp1", 1, 2 + 8, 2, 1)
+    linear("injection: dx", 1, 4 + 2, 1, 2, "dx")
+    linear("injection: dw", 1, 4 + 2, 2, 1, "dw")
+    add("gradients zeroed, norm, AdamW and EMA", 3, 0, extra=params * (4 + 4 + 38) / 3)
+    rows.append(("all of these", f"{total[2]:g}", "", "", "", f"{1e3 * total[0]:.1f}", f"{1e3 * total[1]:.1f}"))
+    rows.append(("with 1 us between kernels", "", "", "", "", f"{1e3 * (total[0] + gap * total[2]):.1f}",
+                 f"{1e3 * (total[1] + gap * total[2]):.1f}"))
+    return ["## Estimate of a training step, not a measurement", "",
+            f"FPDM XL/2, batch {BATCH}, {TOKENS} tokens, n {n}, m {m}, one pre and one post block, on an H100. Time of "
+            f"a kernel = max(FLOP / rate, bytes / {memory / 1e12:.2f} TB/s). Assumed: {wgmma / 1e12:.0f} TFLOP/s for "
+            f"`wgmma`, times the share of full waves above; {mma_sync / 1e12:.0f} for `mma.sync`, times 0.9; "
+            f"{attention / 1e12:.0f} for attention, padding and scores made twice counted; memory at 85 % of its data "
+            "sheet. Bytes: each operand and result once. Left out: conditioning, patch and final layers, what does "
+            "not overlap at the ends of kernels, clocks that fall under load.", "",
+            *table(("kernel", "launches", "GFLOP", "MB", "us", "ms a step, wgmma", "ms a step, mma.sync"), rows)]
 
 
 def attentions():
@@ -150,11 +236,13 @@ def main():
              "## Work for a byte, bf16", "", f"{BATCH} pictures of {TOKENS} tokens. An H200 does {PEAK / 1e12:.0f} "
              f"dense bf16 TFLOP/s (with `wgmma`; `mma.sync` reaches about 2/3) and moves {MEMORY / 1e12:.1f} TB/s: "
              f"below {PEAK / MEMORY:.0f} FLOP/B memory is the limit. FLOP/B memory: every operand once; FLOP/B L2: "
-             "what the tiles read and write. Floor: the longer of both times at these rates. Waves: blocks over those "
+             "what the tiles read and write (256x192: a pair of `matmul_wgmma`'s). Floor: the longer of both times at "
+             "these rates. Waves: blocks over those "
              f"that {SMS} multiprocessors hold at once; full: of what they could do in the waves begun.", ""]
-    lines += matmuls(found["sm_90a"]) + attentions()
+    lines += matmuls() + attentions()
     lines += ["Useful FLOP: the rest is padding of the head size (72 to 80) and, in the backward pass, scores that "
               "both kernels make.", ""]
+    lines += estimate()
     for arch in ARCHS:
         lines += [f"## Kernels on {arch}", "", "matmul: tile, first and second operand with k as the slow dimension, "
                   "epilogue; attention: type, padded head size, whether rows are keys.", ""]

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Trains a fixed-point model and its rivals, measures the paper's claims, and writes tables and plots.
 
-    python3 tools/reproduce.py --scale laptop       # about two hours on 2 cores; --scale smoke: a minute; --scale gpu
+    python3 tools/reproduce.py --scale laptop       # about two hours on 2 cores; --scale gpu: larger
     python3 tools/reproduce.py --scale laptop --data cifar10.safetensors --out reproduce_cifar --results my_results
 
 It builds and runs train_cpu and sample_cpu (the GPU programs if nvidia-smi sees a GPU) and judges pictures with
 tools/evaluate.py. Stop it whenever you like: the same command goes on where it stopped, and once all is measured it
 writes the report again at once. Everything it did is in --out (runs, points.json); the report is claims.md and its
-plots in --results. Guidance is off in all measurements, so that a block pass is a block pass.
+plots in --results. Guidance is off in all measurements, so that a block pass is a block pass. --scale smoke is a
+self-test of this program in a minute: its models are too small and too little trained to say anything of the claims.
 """
 import argparse
 import importlib.util
@@ -455,6 +456,8 @@ class Report:
         images = scale["phases"][-1][0] * scale["batch"]
         self.lines = [
             "# The paper's claims, measured", "",
+            *(["**A self-test of tools/reproduce.py: models this small, trained this little, say nothing of the claims. "
+               "`--scale laptop` measures them.**", ""] if e.args.scale == "smoke" else []),
             f"Made by `{command}`; run it again to make it anew. {data}, {scale['seeds']} training seeds, {images:,} "
             f"pictures seen by each model, width {scale['width']}, patch {scale['patch']}; sampling without guidance, "
             f"flow, a sampling seed for each training seed, {scale['pictures']:,} pictures each. ± is the standard "
@@ -669,7 +672,7 @@ class Report:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--scale", choices=SCALES, default="laptop", help="[laptop]")
+    parser.add_argument("--scale", choices=SCALES, default="laptop", help="[laptop]; smoke: self-test")
     parser.add_argument("--data", default="shapes", help="dataset file, or shapes [shapes]")
     parser.add_argument("--target", choices=["cpu", "gpu"], help="which programs [gpu if nvidia-smi sees one]")
     parser.add_argument("--out", help="folder for runs and measurements [reproduce_SCALE]")
