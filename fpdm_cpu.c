@@ -1567,7 +1567,7 @@ static void train(Run *run) {
     batch_draw(&batch, run->data, o, o->step, 0, run->micro);
     for (;;) {
         int last = o->step == o->steps;
-        if (o->step && (o->step % o->save_every == 0 || last)) run_save(run);
+        if ((o->step > run->begun && o->step % o->save_every == 0) || last) run_save(run);
         if ((o->step && o->sample_every && o->step % o->sample_every == 0 && !interrupted) || last) run_pictures(run);
         if (last || interrupted) break;
         double begin = now_ms();
@@ -1668,13 +1668,20 @@ INLINE void gemm_pack(real *p, const int w, int n, int kc, const real *src, size
 
 // In bf16 the operands are rounded while they are packed. Two neighbours in k fill the place of one float, the first in
 // the low half, so that what holds, splits and moves floats serves pairs as well, with half the k.
-static uint16_t float_to_bf16(float x); // from Part 5
+
+// The upper half is x rounded as float_to_bf16 does, but in 32 bits throughout: vector instructions need no narrowing.
+INLINE bf16x2 rounded_bits(real x) {
+    union {
+        float f;
+        uint32_t i;
+    } bits = {(float)x};
+    return x != x ? bits.i | 0x400000 : bits.i + 0x7fff + (bits.i >> 16 & 1);
+}
+
 // out[i] = the pair x[i*step], y[i*step]; without y the pair x[i*step], 0
 INLINE void pair_row(real *out, const real *x, const real *y, size_t step, int n) {
-    for (int i = 0; i < n; i++) {
-        bf16x2 low = float_to_bf16((float)x[i * step]), high = y ? float_to_bf16((float)y[i * step]) : 0;
-        ((bf16x2 *)out)[i] = low | high << 16;
-    }
+    for (int i = 0; i < n; i++)
+        ((bf16x2 *)out)[i] = rounded_bits(x[i * step]) >> 16 | (y ? rounded_bits(y[i * step]) & 0xffff0000u : 0);
 }
 
 // n rows of kc values, `is` apart, as rows of (kc+1)/2 pairs
@@ -2715,7 +2722,7 @@ static const Option option_table[] = {
     {"", 0, 0, 0, "", 0, 0, "Model"},
     {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
     {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0,
-     "S/2 to XL/8: sets width, heads, depth, patch, and the paper's n, m, lr, ema, no warmup or clipping"},
+     "S/2 to XL/8: sets width, heads, depth, patch, and the paper's n, m, c_pp, constant lr, ema, no clipping"},
     {"width", MODEL, OPT_INT, AT(model.width), "128", 8, 16384, "D, channels of a token; a multiple of 8"},
     {"heads", MODEL, OPT_INT, AT(model.heads), "4", 1, 1024, "attention heads; width / heads is the head size"},
     {"depth", MODEL, OPT_INT, AT(model.depth), "8", 1, 64, "DiT: blocks; fixed point: default iterations + pre + post"},
@@ -2723,7 +2730,7 @@ static const Option option_table[] = {
     {"fixed_point", MODEL, OPT_FLAG, AT(model.fixed_point), "1", 0, 1, "1: one block is iterated; 0: plain DiT"},
     {"pre_depth", MODEL, OPT_INT, AT(model.pre_depth), "1", 0, 32, "blocks before the fixed point"},
     {"post_depth", MODEL, OPT_INT, AT(model.post_depth), "1", 0, 32, "blocks after it"},
-    {"timestep_in_pre_post", MODEL, OPT_FLAG, AT(model.timestep_in_pre_post), "0", 0, 1,
+    {"timestep_in_pre_post", MODEL, OPT_FLAG, AT(model.timestep_in_pre_post), "1", 0, 1,
      "1: pre, post and final layers see the timestep too"},
     {"learn_sigma", MODEL, OPT_FLAG, AT(model.learn_sigma), "0", 0, 1, "1: predict the variance too (eps and v)"},
     {"channels", BENCH | WEIGHTS, OPT_INT, AT(model.channels), "3", 1, 1024, "channels of a picture"},
@@ -2746,12 +2753,13 @@ static const Option option_table[] = {
      "dit|sit|diffusers: what the network sees of t, as those models have it"},
     {"no_grad_iters", TRAIN, OPT_RANGE, AT(no_grad_iters), "0,3", 0, 1000, "range of n: iterations without gradient"},
     {"grad_iters", TRAIN, OPT_RANGE, AT(grad_iters), "1,4", 1, 1000, "range of m: iterations with gradient"},
-    {"steps", TRAIN, OPT_INT, AT(steps), "3000", 1, 2e9, "training steps"},
-    {"batch", TRAIN | BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, "pictures per step"},
+    {"steps", TRAIN, OPT_INT, AT(steps), "7500", 1, 2e9, "training steps"},
+    {"batch", TRAIN, OPT_INT, AT(batch), "32", 1, 1 << 20, "pictures per step"},
+    {"batch", BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, "pictures per step"},
     {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, "pictures at a time; gradients add up; 0: all"},
-    {"lr", TRAIN, OPT_REAL, AT(lr), "2e-3", 0, 10, "learning rate of AdamW"},
-    {"warmup", TRAIN, OPT_INT, AT(warmup), "100", 0, 2e9, "steps of linear warm-up"},
-    {"lr_schedule", TRAIN, OPT_CHOICE, AT(lr_schedule), "constant", 0, 0,
+    {"lr", TRAIN, OPT_REAL, AT(lr), "3e-3", 0, 10, "learning rate of AdamW"},
+    {"warmup", TRAIN, OPT_INT, AT(warmup), "200", 0, 2e9, "steps of linear warm-up"},
+    {"lr_schedule", TRAIN, OPT_CHOICE, AT(lr_schedule), "linear", 0, 0,
      "constant|linear|cosine: the fall of lr after the warm-up, to zero at steps"},
     {"t_sampling", TRAIN, OPT_CHOICE, AT(t_sampling), "uniform", 0, 0,
      "uniform|logit_normal: timesteps trained on; logit_normal: t/1000 = sigmoid(t_mean + t_std g), g normal"},
@@ -2791,8 +2799,8 @@ static const Option option_table[] = {
     {"resume", TRAIN | ONCE, OPT_TEXT, AT(resume), "", 0, 0, "folder of a run to go on with"},
     {"init", TRAIN | ONCE, OPT_TEXT, AT(init), "", 0, 0,
      "weight file to start from, which also says the model; a DiT may start a fixed point: --fixed_point 1"},
-    {"save_every", TRAIN, OPT_INT, AT(save_every), "1000", 1, 2e9, "steps between saves of weights and state"},
-    {"sample_every", TRAIN, OPT_INT, AT(sample_every), "1000", 0, 2e9, "steps between sample grids; 0: at the end"},
+    {"save_every", TRAIN, OPT_INT, AT(save_every), "1500", 1, 2e9, "steps between saves of weights and state"},
+    {"sample_every", TRAIN, OPT_INT, AT(sample_every), "1500", 0, 2e9, "steps between sample grids; 0: at the end"},
     {"log_every", TRAIN, OPT_INT, AT(log_every), "0", 0, 2e9, "steps between progress lines; 0: every few seconds"},
     {"weights_dtype", TRAIN, OPT_CHOICE, AT(weights_dtype), "f32", 0, 0, "f32|bf16: tensors in weights.safetensors"},
     {"tensors", SAMPLE, OPT_TEXT, AT(latents), "", 0, 0, "also write pictures or latents as a safetensors file"},
@@ -2924,7 +2932,9 @@ static void options_model(Options *o) {
     o->model.heads = sizes[size].heads;
     o->no_grad_iters[0] = 0, o->no_grad_iters[1] = 10;
     o->grad_iters[0] = 1, o->grad_iters[1] = 12;
+    o->model.timestep_in_pre_post = 0;
     o->lr = 1e-4;
+    o->lr_schedule = LR_CONSTANT;
     o->ema = 0.9999;
     o->grad_clip = o->warmup = o->ema_warmup = 0;
 }
@@ -3867,6 +3877,18 @@ static int train_main(int argc, char **argv) {
 
     Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, 0, dtype);
     if (!*o->resume) {
+        float *values = (float *)xcalloc(m->n_params, sizeof *values, "initial weights");
+        params_init(values, m->tensors, m->n_tensors, o->seed);
+        if (*o->init) {
+            init_read(values, m, &start, &from);
+            st_close(&start);
+        }
+        model_upload(m, MODEL_WEIGHTS, 0, m->n_params, values);
+        model_upload(m, MODEL_EMA, 0, m->n_params, values);
+        model_use(m, MODEL_WEIGHTS);
+        xfree(values);
+    }
+    if (!*o->resume) {
         if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
         run_folder(o->out);
     }
@@ -3889,18 +3911,6 @@ static int train_main(int argc, char **argv) {
         mb, mb, 2 * mb, mb, activations, saving, 5 * mb + activations + saving);
     for (int i = 0; i < 4 && *o->resume; i++) model_load(m, state_parts[i].kind, &state, state_parts[i].prefix);
     if (*o->resume) st_close(&state);
-    if (!*o->resume) {
-        float *values = (float *)xcalloc(m->n_params, sizeof *values, "initial weights");
-        params_init(values, m->tensors, m->n_tensors, o->seed);
-        if (*o->init) {
-            init_read(values, m, &start, &from);
-            st_close(&start);
-        }
-        model_upload(m, MODEL_WEIGHTS, 0, m->n_params, values);
-        model_upload(m, MODEL_EMA, 0, m->n_params, values);
-        model_use(m, MODEL_WEIGHTS);
-        xfree(values);
-    }
     Run run = {
         o,        &data, m, micro, open_log(o->out, o->step), tensor, o->step, o->step, *o->resume ? o->step : -1, 0,
         now_ms(), 0,     0, 0};

@@ -49,7 +49,7 @@ refuses() {
     result $ok "$name"
 }
 
-small="--image_size 8 --width 32 --heads 2 --patch 2 --batch 6 --log_every 1 --sample_steps 2 --warmup 0"
+small="--image_size 8 --width 32 --heads 2 --patch 2 --batch 6 --log_every 1 --sample_steps 2 --warmup 0 --lr_schedule constant"
 same() { cmp "$1" "$2"; }
 differ() { ! cmp -s "$1" "$2"; }
 absent() { [ ! -e "$1" ]; }
@@ -605,7 +605,7 @@ check "control characters are masked" [ "$("$sample" --weights $'a\302\233\342\2
 
 runs "no label: latents" "$sample" --weights w --n 2 --steps 2 --labels 10,3 --out x.png --latents nolabel
 runs "no label: can be trained on" "$train" $tiny --steps 1 --data nolabel --out nolabel_run
-spins() { OMP_DISPLAY_ENV=verbose "$1" --help 2>&1 | grep -q "GOMP_SPINCOUNT = '1000'"; }
+spins() { env -u OMP_WAIT_POLICY OMP_DISPLAY_ENV=verbose "$1" --help 2>&1 | grep -q "GOMP_SPINCOUNT = '1000'"; }
 ldd "$train" | grep -q libgomp && check "waiting threads do not spin for long" spins "$train"
 
 # ---- What a user meets
@@ -626,7 +626,7 @@ check "pictures as tensors: are there" "$unit" tensors x.safetensors
 for program in train sample; do
     runs "help: $program: examples first" "${!program}" --help
     check "help: $program: examples first, then groups" awk '/^  \.\/'$program'_[a-z_]+ --/ && !groups { examples++ }
-        /^[A-Z][a-z ]+:$/ { groups++ } END { exit !(examples >= 2 && groups >= 3) }' out
+        /^[A-Z][a-z ,]+:$/ { groups++ } END { exit !(examples >= 2 && groups >= 2) }' out
 done
 refuses "advice: iters on a DiT" "option --iters: .*DiT" \
     "$sample" --weights dit/weights.safetensors --iters 3 --n 1 --steps 2 --out no.png

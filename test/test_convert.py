@@ -411,7 +411,7 @@ def test_diffusers():
         {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "epsilon"}))
     Path("pipeline/model_index.json").write_text(json.dumps({"id2label": {str(i): f"class {i}, x" for i in range(10)}}))
     said = run("convert.py", "pipeline", "--out", "a.safetensors")
-    assert "time_embedding diffusers" in said and "norm3" not in said, said
+    assert "time_embedding diffusers" in said and "--cfg_channels 4" in said and "norm3" not in said, said
     metadata = load("a.safetensors")[1]
     assert json.loads(metadata["class_names"])[9] == "class 9" and metadata["time_embedding"] == "diffusers", metadata
     worst = check_against("a.safetensors", model, "diffusers", call_diffusers)

@@ -355,6 +355,8 @@ def apply_config(c, folder, config):
              f"input of its MLP differs by {(eps - 1e-6) / 2:.2g}/v of itself")
     note("diffusers divides the index of the frequencies by 127, DiT by 128: kept as time_embedding diffusers; for "
          "weights that DiT's own code trained, --time_embedding dit is what they saw then")
+    if c["channels"] > 3:
+        note(f"diffusers guides all {c['channels']} channels, DiT and sample_* three: --cfg_channels {c['channels']}")
     scheduler, index = folder.parent / "scheduler" / "scheduler_config.json", folder.parent / "model_index.json"
     if scheduler.exists():
         s = read_json(scheduler)

@@ -140,7 +140,8 @@ class Experiment:
             return self.points[key]
         folder, scale = self.folder(run, seed, lr), self.scale
         options = {k: scale[k] for k in ("image_size", "width", "heads", "patch", "depth", "batch", "warmup", "ema")}
-        options.update(data=self.args.data, seed=seed, sample_every=0, cfg=1, **self.runs[run][1])
+        options.update(data=self.args.data, seed=seed, sample_every=0, cfg=1, lr_schedule="constant",
+                       timestep_in_pre_post=0, **self.runs[run][1])
         if self.args.data != "shapes":
             del options["image_size"]
         facts = os.path.join(folder, "facts.json")
