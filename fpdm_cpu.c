@@ -64,8 +64,8 @@ static void *xcalloc(size_t count, size_t size, const char *what); // zeroed and
 static void xfree(void *p);
 static char *xstrdup(const char *text);
 static double now_ms(void);
-static double memory_limit(void);   // bytes that this process may use
-static void progress(int64_t more); // so much of the task in hand is done
+__attribute__((unused)) static double memory_limit(void); // bytes that this process may use
+static void progress(int64_t more);                       // so much of the task in hand is done
 
 // Random numbers have no state: a draw is a function of (seed, index, step, stream).
 enum Streams {
@@ -3543,7 +3543,7 @@ static void save_singles(const Options *o, const float *x, const int *y, const c
         char path[PATH_MAX], class_name[64] = "";
         int S = c->image_size, width, height;
         if (y[i] < c->classes && class_names) snprintf(class_name, sizeof class_name, "_%s", class_names[y[i]]);
-        for (char *slash; (slash = strchr(class_name, '/'));) *slash = '-';
+        for (char *slash; (slash = strchr(class_name, '/')) != NULL;) *slash = '-';
         snprintf(path, sizeof path, "%s%06d%s.png", o->out, i, class_name);
         uint8_t *rgb =
             picture_grid(x + i * config_pixels(c), 1, c->channels, S, S, 1, o->zoom ? o->zoom : 1, 0, &width, &height);
@@ -3707,7 +3707,7 @@ static void run_folder(const char *folder) {
     if (!files) die("%s: cannot open this folder: %s", folder, strerror(errno));
     if (flock(dirfd(files), LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)
         die("%s: another program is training in this folder; wait for it, or give another --out", folder);
-    for (struct dirent *entry; (entry = readdir(files));)
+    for (struct dirent *entry; (entry = readdir(files)) != NULL;)
         if (!fnmatch("*.??????.tmp", entry->d_name, 0) &&
             (!strncmp(entry->d_name, "weights.safetensors.", 20) || !strncmp(entry->d_name, "state.safetensors.", 18) ||
              !strncmp(entry->d_name, "log.csv.", 8) || !fnmatch("samples_*.png.*", entry->d_name, 0)))

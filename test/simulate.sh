@@ -1,9 +1,11 @@
 #!/bin/bash
 # Runs fpdm.cu as nvcc compiles it, in the simulator of PTX that stands beside the project: every test case and kernel
 # test, twenty training steps at the default size, sampling with graphs; on 3 multiprocessors and on 132, then with every
-# product of bf16 by Hopper's wgmma. Any fault that the simulator finds ends its program. Last, every kernel that the programs have must have been launched by the tests.
+# product of bf16 by Hopper's wgmma. Any fault that the simulator finds ends its program. Last, every kernel that the
+# programs have must have been launched by the tests.
 #
-#   test/simulate.sh [FOLDER]     the simulator's, ../shared/ptxsim otherwise;  STEPS=2: fewer training steps
+#   test/simulate.sh [FOLDER]     the simulator's, ../shared/ptxsim otherwise
+#   STEPS=2 test/simulate.sh      fewer training steps;  QUICK=1: cases and kernel tests alone, on 132 multiprocessors
 #
 # One line for each run, `name ok` or `name FAIL`; last `N passed, N failed`. About 25 minutes on one core.
 
@@ -29,18 +31,19 @@ run() {
     result $status "$name: $(grep -E 'passed,|^step|pictures in' "$name.log" | tail -n 1)"
 }
 
-for sms in 3 132; do
+for sms in $([ "$QUICK" ] || echo 3) 132; do
     export PTXSIM_SMS=$sms
     run cases_$sms test_gpu
     run kernels_$sms test_kernels_gpu
+    [ ! "$QUICK" ] || continue
     run train_$sms train_gpu --steps "${STEPS:-20}" --sample_steps 4 --out "$work/out_$sms"
     run sample_$sms sample_gpu --n 4 --steps 4 --cfg 2 --out "$work/sample_$sms.png"
 done
 export ARCH=compute_90a FPDM_WGMMA=2
 run cases_hopper test_gpu
 run kernels_hopper test_kernels_gpu
-run train_hopper train_gpu --steps 2 --sample_steps 4 --out "$work/out_hopper"
-run sample_hopper sample_gpu --n 4 --steps 4 --cfg 2 --out "$work/sample_hopper.png"
+[ "$QUICK" ] || run train_hopper train_gpu --steps 2 --sample_steps 4 --out "$work/out_hopper"
+[ "$QUICK" ] || run sample_hopper sample_gpu --n 4 --steps 4 --cfg 2 --out "$work/sample_hopper.png"
 
 # Names of kernels without the spaces: of the PTX, and of what the tests launched
 names() { sed -E 's/__nv_bfloat16/bf16/g; s/ //g' | sort -u; }
