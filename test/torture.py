@@ -10,7 +10,7 @@ damaged files, wild options, two runs at once, signals. Needs Python's standard 
 A line for each part: what was tried how often, what went wrong. Last `N passed, N failed`, a part counting one.
 """
 import argparse
-import ctypes
+import fcntl
 import os
 import random
 import re
@@ -21,6 +21,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -360,7 +361,47 @@ def truncation(rng):
     return 1
 
 
-PARTS = [kills, signals, disks, memory, files, options, pairs, truncation]
+def footprint(rng):
+    """training takes the memory that it prints, saving included; less than that is refused before the work"""
+    if "asan" in args.suffix:
+        skipped.add("no measure of memory beside AddressSanitizer's own")
+        return 0
+    large = ["--width", "384", "--heads", "6", "--steps", "2"]
+    process = start("train", "--out", fresh(), *SMALL, *large, stderr=None)
+    said = process.stdout.read().decode()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = status
+    printed = float(re.search(r"in all ([\d.]+) MB", said)[1])
+    peak = used.ru_maxrss * 1024e-6
+    require(status == 0 and peak < 1.03 * printed + 20, f"prints {printed} MB and takes {peak:.0f} MB")
+    limit = (resource.RLIMIT_AS, int(0.9e6 * printed))
+    status, _, err = run("train", "--out", fresh(), *SMALL, *large, limit=limit)
+    require(status == 1 and "this process may use" in err, f"at 90 % of its memory: {err!r}")
+    return 1
+
+
+def terminal(rng):
+    """on a terminal the pictures of --show are no wider than it, and progress is one line that is written over"""
+    pid, screen = os.forkpty()
+    if pid == 0:
+        fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width := rng.randrange(6, 200), 0, 0))
+        print(width, flush=True)
+        os.execv(f"{ROOT}/train_{args.suffix}", ["train", "--out", fresh("shown"), *SMALL, "--show"])
+    said = b""
+    try:
+        while piece := os.read(screen, 65536):
+            said += piece
+    except OSError:  # the other end is closed
+        pass
+    require(os.waitpid(pid, 0)[1] == 0, said[-300:])
+    lines = re.sub(rb"\x1b\[[0-9;]*m", b"", said).decode().split("\r\n")
+    widest = max(line.count("\u2580") for line in lines)
+    require(0 < widest <= int(lines[0]), f"{widest} columns on a terminal of {lines[0]}")
+    require(re.search(r"step 1/24 [^\n]* left\r\x1b\[K", said.decode()), "progress is not written over")
+    return 1
+
+
+PARTS = [kills, signals, disks, memory, files, options, pairs, truncation, footprint, terminal]
 
 
 def main():
