@@ -3846,7 +3846,7 @@ static int train_main(int argc, char **argv) {
         "--out.\n\n"
         "  ./train_" TARGET
         " --data my.safetensors --out my_run     # tools/data.py makes the dataset of a folder\n"
-        "  ./train_" TARGET " --resume my_run --steps 6000           # goes on with a run";
+        "  ./train_" TARGET " --resume my_run                        # goes on with a run";
     Options options, *o = &options;
     Config *c = &o->model, from;
     char path[PATH_MAX];
