@@ -25,8 +25,8 @@ import termios
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SMALL = ("--width 16 --heads 2 --image_size 8 --patch 4 --batch 2 --depth 3 --warmup 0 --sample_steps 2 "
-         "--save_every 5 --sample_every 4 --steps 24").split()
+SMALL = ("--width 16 --heads 2 --image_size 8 --patch 4 --batch 2 --depth 3 --warmup 0 --lr_schedule constant "
+         "--sample_steps 2 --save_every 5 --sample_every 4 --steps 24").split()
 SIGNALS = [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE]
 
 
