@@ -3071,6 +3071,8 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     if (config->patch * config->patch * config_out_channels(config) > 24576) // patches_kernel's shared memory
         die("patch %d: the GPU program takes at most 24576 numbers in a patch; or use the CPU program", config->patch);
     if (batch > 65535) die("%d pictures at a time; the GPU program takes at most 65535: lower --batch", batch);
+    if ((double)batch * config_tokens(config) > 1 << 28) // ints count tokens
+        die("%d pictures of %d tokens at a time are too many: lower --batch", batch, config_tokens(config));
     Model *m = (Model *)xcalloc(1, sizeof *m, "the model");
     m->config = *config;
     m->batch = batch;

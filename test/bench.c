@@ -267,12 +267,12 @@ int main(int argc, char **argv) {
     double *times = (double *)xcalloc(o->rounds, sizeof *times, "times");
 #ifdef GPU
     bench_matmul(c, B, o->bench_gemm ? o->rounds : 0, compute_dtype(o->dtype));
+    Model *m = model_create(c, B, iterations, o->recompute, 1, 0, compute_dtype(o->dtype));
 #else
+    Model *m = model_create(c, B, iterations, o->recompute, 1, 0, compute_dtype(o->dtype)); // refuses before the work
     Calls calls = step_calls(c, n, iterations);
     bench_matmul(c, B, o->bench_gemm ? o->rounds : 0, compute_dtype(o->dtype), calls);
 #endif
-
-    Model *m = model_create(c, B, iterations, o->recompute, 1, 0, compute_dtype(o->dtype));
     float *values = (float *)xcalloc(m->n_params, sizeof *values, "weights");
     rng_normal(values, m->n_params, 0, o->seed, 0, STREAM_INIT);
     for (int64_t i = 0; i < m->n_params; i++) values[i] *= 0.02f;

@@ -314,6 +314,7 @@ check "bench: lines of name, value, unit" awk 'NF != 3 || $2 !~ /^[0-9.]+$/ { ex
 for name in peak_gflops gemm_gflops train_gflops train_images_per_s train_peak_mb sample_passes_per_s; do
     check "bench: $name" awk -v name=$name 'index($1, name) == 1 && $2 > 0 { found = 1 } END { exit !found }' out
 done
+refuses "bench: too large, said before the work" "lower --batch|no memory" timeout 20 "$bench" --width 4096 --heads 32 --batch 65536
 runs "bench: without matmuls" "$bench" --width 32 --heads 2 --image_size 8 --batch 2 --rounds 1 --gemm 0 --recompute 1
 
 # ---- Help
