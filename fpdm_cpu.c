@@ -1715,7 +1715,7 @@ INLINE void pair_pack(real *p, const int w, int n, int kc, const real *src, size
 
 // sum + the products of two pairs in every lane, first of their high halves, then of the low ones. The product of two
 // bf16 is exact in fp32: a fused multiply-add gives the same.
-INLINE vec_float pair_multiply_plain(vec_float sum, bf16x2 a, vec_bf16x2 b) {
+__attribute__((unused)) INLINE vec_float pair_multiply_plain(vec_float sum, bf16x2 a, vec_bf16x2 b) {
     vec_bf16x2 both = (vec_bf16x2){0} + a, high = (vec_bf16x2){0} + 0xffff0000u;
     sum += (vec_float)(both & high) * (vec_float)(b & high);
     return sum + (vec_float)(both << 16) * (vec_float)(b << 16);
