@@ -473,9 +473,9 @@ __global__ void layernorm_modulate_kernel(A *out, const float *x, const float *m
 // The gradient through LN and on into the residual below it, in one pass over dx (B,T,D), the gradient of the stream:
 //   dx += the gradient through LN, with dout (B,T,D) that of its modulated output; copy = dx for a matmul, unless NULL
 //   dbranch = dx·gate: what dx means to the branch of out = x + gate·branch, whose forward is EPI_GATED
-// Without x the first is left out, without branch the second. A block has `chunk` tokens of one picture: first each warp
-// finds what one row has in common, then each thread goes down its own columns. parts (B,gridDim.x,3,D) = the block's
-// sums over tokens of dout, dout·LN(x) and dx·branch: its shares of dshift, dscale and dgate.
+// Without x the first is left out, without branch the second. A block has `chunk` tokens of one picture: first each
+// warp finds what one row has in common, then each thread goes down its own columns. parts (B,gridDim.x,3,D) = the
+// block's sums over tokens of dout, dout·LN(x) and dx·branch: its shares of dshift, dscale and dgate.
 template <typename A>
 __global__ void layernorm_backward_kernel(float *dx, A *copy, float *parts, const A *dout, const float *x,
                                           const float *mod, A *dbranch, const A *branch, const float *gate, int stride,
@@ -557,8 +557,8 @@ __global__ void column_sums_kernel(float *dmod, float *dgate, const float *parts
     out[(size_t)blockIdx.y * stride + (k == 1 ? D : 0) + d] += sum;
 }
 
-// From Part 4: multi-head attention without mask. qkv (B,T,3D): per token q|k|v, head, channel; out (B,T,D). lse (B,H,T),
-// unless NULL, keeps log2 of the sum of each row's exponentials for the backward pass.
+// From Part 4: multi-head attention without mask. qkv (B,T,3D): per token q|k|v, head, channel; out (B,T,D). lse
+// (B,H,T), unless NULL, keeps log2 of the sum of each row's exponentials for the backward pass.
 static void attention_forward(int half, Act *out, float *lse, const Act *qkv, int B, int T, int D, int H);
 // dqkv (B,T,3D) is overwritten; delta (B,H,T) is scratch.
 static void attention_backward(int half, Act *dqkv, float *delta, const Act *dout, const Act *out, const float *lse,
@@ -1218,9 +1218,9 @@ static void schedule_make(Schedule *s, const Config *c, int steps) {
     s->log_var[0] = s->log_var[1]; // at i = 0 it would be log 0
 }
 
-// Other timesteps for models of flow and x. Those above are told t = 0 at the last step, when x_t still holds 1/S noise.
-// These are told what there is: step i goes from tau_i to tau_{i-1} and the last to 0, tau = shift·u/(1+(shift-1)·u) at
-// u = (i+1)/S (arXiv:2403.03206); a shift above 1 gives more of them to large t.
+// Other timesteps for models of flow and x. Those above are told t = 0 at the last step, when x_t still holds 1/S
+// noise. These are told what there is: step i goes from tau_i to tau_{i-1} and the last to 0, tau =
+// shift·u/(1+(shift-1)·u) at u = (i+1)/S (arXiv:2403.03206); a shift above 1 gives more of them to large t.
 static void schedule_shift(Schedule *s, double shift) {
     double before = 0;
     for (int i = 0; i < s->n; i++) {
@@ -1729,8 +1729,8 @@ __global__ void anderson_mix_kernel(float *z, A *copy, const double *gram, const
 }
 
 // Anderson acceleration (Walker and Ni 2011, type II; in equilibrium models arXiv:1909.01377) after iteration k = 1...
-// of a timestep, for each picture alone. z (B,T,D) holds g(z_{k-1}) on entry, a.z_before z_{k-1}. With f_i = g(z_i) - z_i
-// of the last min(k, window+1) iterations, which a.history and a.gram keep:
+// of a timestep, for each picture alone. z (B,T,D) holds g(z_{k-1}) on entry, a.z_before z_{k-1}. With f_i = g(z_i) -
+// z_i of the last min(k, window+1) iterations, which a.history and a.gram keep:
 //   z_k = sum a_i·(z_i + mixing·f_i),   a = argmin ||sum a_i f_i||, sum a_i = 1;   in bf16 also in a.z
 static void anderson_forward(Model *m, float *z, int k, int window, double mixing) {
     size_t count = (size_t)config_tokens(&m->config) * m->config.width;
@@ -4202,8 +4202,8 @@ static void put32(uint8_t *out, uint32_t x) {
     for (int i = 0; i < 4; i++) out[i] = (uint8_t)(x >> (24 - 8 * i));
 }
 
-// A PNG file in the making. Its pixels are a zlib stream (RFC 1950) of one block that deflate (RFC 1951) compresses with
-// its fixed codes.
+// A PNG file in the making. Its pixels are a zlib stream (RFC 1950) of one block that deflate (RFC 1951) compresses
+// with its fixed codes.
 typedef struct {
     FILE *file;
     uint32_t bits; // that do not fill a byte yet
@@ -4680,8 +4680,8 @@ static void save_grid(const char *path, const float *x, int n, const Options *o)
 }
 
 // The path (steps+1,STRIP,C,S,S) of `shown` pictures as PNG: of each a row of x_t and under it one of the x0 that the
-// model saw in it, a column for each timestep, 24 at most. A step is linear in x and x0, so that x0 follows from x before
-// and after it: flow gives x + dt·(x0 - x)/tau, ddim sqrt(prev)·x0 + sqrt(1-prev)·(x - sqrt(ab)·x0)/sqrt(1-ab).
+// model saw in it, a column for each timestep, 24 at most. A step is linear in x and x0, so that x0 follows from x
+// before and after it: flow gives x + dt·(x0 - x)/tau, ddim sqrt(prev)·x0 + sqrt(1-prev)·(x - sqrt(ab)·x0)/sqrt(1-ab).
 static void save_strip(const char *path, const float *x, const Schedule *s, const Config *c, int shown) {
     size_t count = config_pixels(c);
     int S = c->image_size, columns = s->n < 24 ? s->n : 24, zoom = S >= 64 ? 1 : S >= 32 ? 2 : 3, width, height;
@@ -4731,8 +4731,8 @@ static const ModelPart state_parts[4] = {
     {"ema.", MODEL_EMA}, {"model.", MODEL_WEIGHTS}, {"adam_m.", MODEL_ADAM_M}, {"adam_v.", MODEL_ADAM_V}};
 static const ModelPart weights_part = {"", MODEL_EMA};
 
-// Writes OUT/NAME, `parts` of the model one tensor at a time, with the options of `use` as metadata, then class names and
-// the scale of latents if there are any. What is no number is not saved: the file that was there stays.
+// Writes OUT/NAME, `parts` of the model one tensor at a time, with the options of `use` as metadata, then class names
+// and the scale of latents if there are any. What is no number is not saved: the file that was there stays.
 static void save_parts(const Run *run, const char *name, const ModelPart *parts, int n_parts, int dtype, int use) {
     const Options *o = run->o;
     const Model *m = run->model;
@@ -5146,8 +5146,8 @@ static int sample_main(int argc, char **argv) {
 }
 
 // What must be set before anything else, the waiting of OpenMP's threads before OpenMP itself: the program starts anew.
-// They spin for some microseconds, which is as fast as spinning for good where they are alone, and as polite as sleeping
-// at once where they are not.
+// They spin for some microseconds, which is as fast as spinning for good where they are alone, and as polite as
+// sleeping at once where they are not.
 __attribute__((unused)) static void program_begin(char **argv) {
     int fd = open("/dev/null", O_RDWR); // where standard output is closed, a file would take its place
     while (fd >= 0 && fd < 3) fd = dup(fd);

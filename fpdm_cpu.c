@@ -1031,9 +1031,9 @@ static void schedule_make(Schedule *s, const Config *c, int steps) {
     s->log_var[0] = s->log_var[1]; // at i = 0 it would be log 0
 }
 
-// Other timesteps for models of flow and x. Those above are told t = 0 at the last step, when x_t still holds 1/S noise.
-// These are told what there is: step i goes from tau_i to tau_{i-1} and the last to 0, tau = shift·u/(1+(shift-1)·u) at
-// u = (i+1)/S (arXiv:2403.03206); a shift above 1 gives more of them to large t.
+// Other timesteps for models of flow and x. Those above are told t = 0 at the last step, when x_t still holds 1/S
+// noise. These are told what there is: step i goes from tau_i to tau_{i-1} and the last to 0, tau =
+// shift·u/(1+(shift-1)·u) at u = (i+1)/S (arXiv:2403.03206); a shift above 1 gives more of them to large t.
 static void schedule_shift(Schedule *s, double shift) {
     double before = 0;
     for (int i = 0; i < s->n; i++) {
@@ -3032,8 +3032,8 @@ static void put32(uint8_t *out, uint32_t x) {
     for (int i = 0; i < 4; i++) out[i] = (uint8_t)(x >> (24 - 8 * i));
 }
 
-// A PNG file in the making. Its pixels are a zlib stream (RFC 1950) of one block that deflate (RFC 1951) compresses with
-// its fixed codes.
+// A PNG file in the making. Its pixels are a zlib stream (RFC 1950) of one block that deflate (RFC 1951) compresses
+// with its fixed codes.
 typedef struct {
     FILE *file;
     uint32_t bits; // that do not fill a byte yet
@@ -3510,8 +3510,8 @@ static void save_grid(const char *path, const float *x, int n, const Options *o)
 }
 
 // The path (steps+1,STRIP,C,S,S) of `shown` pictures as PNG: of each a row of x_t and under it one of the x0 that the
-// model saw in it, a column for each timestep, 24 at most. A step is linear in x and x0, so that x0 follows from x before
-// and after it: flow gives x + dt·(x0 - x)/tau, ddim sqrt(prev)·x0 + sqrt(1-prev)·(x - sqrt(ab)·x0)/sqrt(1-ab).
+// model saw in it, a column for each timestep, 24 at most. A step is linear in x and x0, so that x0 follows from x
+// before and after it: flow gives x + dt·(x0 - x)/tau, ddim sqrt(prev)·x0 + sqrt(1-prev)·(x - sqrt(ab)·x0)/sqrt(1-ab).
 static void save_strip(const char *path, const float *x, const Schedule *s, const Config *c, int shown) {
     size_t count = config_pixels(c);
     int S = c->image_size, columns = s->n < 24 ? s->n : 24, zoom = S >= 64 ? 1 : S >= 32 ? 2 : 3, width, height;
@@ -3561,8 +3561,8 @@ static const ModelPart state_parts[4] = {
     {"ema.", MODEL_EMA}, {"model.", MODEL_WEIGHTS}, {"adam_m.", MODEL_ADAM_M}, {"adam_v.", MODEL_ADAM_V}};
 static const ModelPart weights_part = {"", MODEL_EMA};
 
-// Writes OUT/NAME, `parts` of the model one tensor at a time, with the options of `use` as metadata, then class names and
-// the scale of latents if there are any. What is no number is not saved: the file that was there stays.
+// Writes OUT/NAME, `parts` of the model one tensor at a time, with the options of `use` as metadata, then class names
+// and the scale of latents if there are any. What is no number is not saved: the file that was there stays.
 static void save_parts(const Run *run, const char *name, const ModelPart *parts, int n_parts, int dtype, int use) {
     const Options *o = run->o;
     const Model *m = run->model;
@@ -3976,8 +3976,8 @@ static int sample_main(int argc, char **argv) {
 }
 
 // What must be set before anything else, the waiting of OpenMP's threads before OpenMP itself: the program starts anew.
-// They spin for some microseconds, which is as fast as spinning for good where they are alone, and as polite as sleeping
-// at once where they are not.
+// They spin for some microseconds, which is as fast as spinning for good where they are alone, and as polite as
+// sleeping at once where they are not.
 __attribute__((unused)) static void program_begin(char **argv) {
     int fd = open("/dev/null", O_RDWR); // where standard output is closed, a file would take its place
     while (fd >= 0 && fd < 3) fd = dup(fd);
