@@ -72,7 +72,26 @@ clean:
 	rm -f $(foreach s,cpu gpu emu,$(foreach p,train sample bench test test_kernels test_report,$p_$s $p_$s_asan)) \
 		$(foreach t,test_unit test_gradient test_harness,$t $t_asan) fuzz compiler.tmp spills.tmp
 
-.PHONY: nvcc all help clean test test_asan shared races spills compiler kernels
+# ---------------------------------------------------------------------------------------------------------------------
+# Data parallel: MPI=1 for train_cpu, train_emu and train_gpu, or NCCL=1 for train_gpu, which then starts by MPI and adds
+# the gradients by NCCL; NCCL_HOME: where its include/ and lib/ are, unless the compiler finds them.
+
+ifneq ($(MPI)$(NCCL),)
+train_cpu: CC := OMPI_CC=$(CC) mpicc -DMPI
+train_emu: CXX := OMPI_CXX=$(CXX) mpicxx -DMPI -DOMPI_SKIP_MPICXX
+train_gpu: NVCC_FLAGS += -ccbin mpicxx -DMPI -DOMPI_SKIP_MPICXX
+endif
+ifneq ($(NCCL),)
+train_gpu: NVCC_FLAGS += -DNCCL \
+	$(if $(NCCL_HOME),-I$(NCCL_HOME)/include -L$(NCCL_HOME)/lib -Xlinker -rpath=$(NCCL_HOME)/lib) \
+	-Xlinker -l:libnccl.so.2
+endif
+# A program that was built with MPI, or without, where the other is asked for, is built again.
+has_mpi = $(if $(shell grep -as MPI_Init_thread $(1)),yes,no)
+$(foreach p,train_cpu train_emu train_gpu,$(if $(filter $(call has_mpi,$p),$(if $(MPI)$(NCCL),yes,no)),,$(eval $p: again)))
+again:
+
+.PHONY: again nvcc all help clean test test_asan shared races spills compiler kernels
 
 # ---------------------------------------------------------------------------------------------------------------------
 # fpdm.cu. With a GPU at hand, for that one; otherwise for all that this nvcc knows of the list, and as PTX for later ones.
