@@ -294,9 +294,7 @@ typedef struct {
 } Solve;
 enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: earlier results, and with the newest
 
-// =====================================================================================================================
 // End of shared block 1
-// =====================================================================================================================
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Layers: each forward above its backward. B pictures, T tokens, D width, H heads, hd head size. Matrices are
@@ -1065,18 +1063,6 @@ typedef struct {
     float *path;      // (steps+1,STRIP,C,S,S) of the first pictures, x before each timestep and at the end; or NULL
 } SampleSettings;
 
-// Which sampler suits the model; dies on one that does not.
-static int resolve_sampler(int sampler, const Config *c) {
-    int flow = config_straight(c);
-    if (c->prediction == PREDICT_EPS && c->zero_terminal_snr)
-        die("option --zero_terminal_snr: a model of eps cannot be sampled with it; train with --prediction v");
-    if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
-    if ((sampler == SAMPLER_FLOW) != flow)
-        die("option --sampler: this model predicts %s; use --sampler auto",
-            flow ? "flow or x and needs the flow sampler" : "noise or v: ddpm or ddim");
-    return sampler;
-}
-
 // Iterations of each timestep in sampling order (large t first), iters[0..S-1]; returns their sum. A real-valued share
 // of 1 + (total - S)·ratio/S is rounded through its running sum: each is then at least 1 and the sum is `total`.
 static int allocate_iterations(int *iters, int S, int total, int alloc) {
@@ -1092,70 +1078,13 @@ static int allocate_iterations(int *iters, int S, int total, int alloc) {
     return spent;
 }
 
-// Iterations of each timestep from --iters, --budget and --alloc
-static void plan_iterations(int iters[DIFFUSION_STEPS], const Options *o, const Config *c) {
-    int S = o->sample_steps, per_step = c->pre_depth + c->post_depth, total = config_iterations(c) * S, listed = 0;
-    for (int i = 0; i < S; i++) iters[i] = 0;
-    if (o->budget && *o->iters) die("option --budget: give either iters or budget");
-    if (!c->fixed_point) {
-        if (*o->iters) die("option --iters: this model is a DiT, which does not iterate; leave it out");
-        if (o->budget && S * c->depth > o->budget)
-            die("option --budget: %d passes allow %d steps of this DiT with %d blocks: lower --steps", o->budget,
-                o->budget / c->depth, c->depth);
-        return;
-    }
-    char *copy = xstrdup(o->iters), *rest = copy;
-    for (char *word; *o->iters && (word = strsep(&rest, ",")); listed++) {
-        char *end;
-        long value = strtol(word, &end, 10);
-        if (!*word || *end || value < 1 || value > 1000)
-            die("option --iters: '%s' is not a whole number from 1 to 1000", word);
-        if (listed < S) iters[listed] = (int)value;
-    }
-    free(copy);
-    if (listed > 1 && listed != S) die("option --iters: %d numbers for %d timesteps; give one, or one each", listed, S);
-    if (listed > 1 && o->alloc) die("option --alloc: a list of iters is an allocation already");
-    if (listed > 1) return;
-    if (listed == 1) total = iters[0] * S;
-    if (o->budget) total = o->budget - per_step * S;
-    if (total < S)
-        die("option --budget: %d passes are too few for %d timesteps of at least %d: lower --steps or raise it",
-            o->budget, S, per_step + 1);
-    allocate_iterations(iters, S, total, o->alloc);
-    for (int i = 0; i < S; i++)
-        if (iters[i] > 1000) die("option --budget: more than 1000 iterations in a timestep; lower it or raise --steps");
-}
-
 // Keeps x (B,C,S,S) of the first pictures, as it is before timestep `step`.
 static void path_keep(const SampleSettings *set, int step, const float *x, int first, int B, size_t count) {
     if (set->path && first == 0)
         memcpy(set->path + step * STRIP * count, x, (B < STRIP ? B : STRIP) * count * sizeof *x);
 }
 
-// All that sampling is told; `iters` is where its plan of iterations goes.
-static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options *o) {
-    int window = o->solver == SOLVER_ANDERSON ? o->window : 0;
-    plan_iterations(iters, o, &o->model);
-    SampleSettings set = {resolve_sampler(o->sampler, &o->model),
-                          o->cfg_channels,
-                          o->reuse,
-                          o->eta,
-                          o->model.classes ? o->cfg : 1, // without labels there is nothing to guide
-                          o->tol,
-                          iters,
-                          NULL,
-                          0,
-                          window,
-                          o->mixing,
-                          NULL};
-    if (*o->strip && (set.sampler == SAMPLER_DDPM || (set.sampler == SAMPLER_DDIM && o->eta > 0)))
-        die("option --strip: the noise that a step adds hides the predicted x0: use --sampler ddim and --eta 0");
-    return set;
-}
-
-// =====================================================================================================================
 // End of shared block 2
-// =====================================================================================================================
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The training loss
@@ -1669,9 +1598,7 @@ static void ranks_same(const char *what, uint64_t hash) {
 }
 #endif
 
-// =====================================================================================================================
 // End of shared block 3
-// =====================================================================================================================
 
 #ifdef MPI
 // The gradient becomes the sum over all ranks.
@@ -3520,6 +3447,89 @@ static void model_load(Model *m, int kind, const SafeTensors *f, const char *pre
     if (kind == MODEL_WEIGHTS) model_use(m, kind);
 }
 
+// What a training step needs: multiply-adds count two; what stays constant while z iterates once, no recomputation.
+// n: iterations without gradient; m: with gradient, which costs three times the forward pass.
+static double model_flops(const Config *c, int B, int n, int m) {
+    double D = c->width, T = config_tokens(c), M = B * T, pixels = (double)c->patch * c->patch;
+    double block = M * (24 * D * D + 4 * T * D), projection = M * 8 * D * D, inject = M * 6 * D * D;
+    double ends = M * 2 * D * pixels * (c->channels + config_out_channels(c));
+    double modulation = B * (2.0 * D * (6 * D * config_blocks(c) + 2 * D) + 2 * (256 * D + D * D));
+    double pixel_gradient = M * 2 * D * pixels * c->channels, z_gradient = M * 4 * D * D; // of the first: not computed
+    if (!c->fixed_point) return 3 * (ends + modulation + c->depth * block) - pixel_gradient;
+    double layers = (c->pre_depth + c->post_depth + m) * block + m * projection + inject;
+    return 3 * (ends + modulation + layers) - pixel_gradient - z_gradient + n * (block + projection);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What sampling is told: sampler, iterations, labels
+
+// Which sampler suits the model; dies on one that does not.
+static int resolve_sampler(int sampler, const Config *c) {
+    int flow = config_straight(c);
+    if (c->prediction == PREDICT_EPS && c->zero_terminal_snr)
+        die("option --zero_terminal_snr: a model of eps cannot be sampled with it; train with --prediction v");
+    if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
+    if ((sampler == SAMPLER_FLOW) != flow)
+        die("option --sampler: this model predicts %s; use --sampler auto",
+            flow ? "flow or x and needs the flow sampler" : "noise or v: ddpm or ddim");
+    return sampler;
+}
+
+// Iterations of each timestep from --iters, --budget and --alloc
+static void plan_iterations(int iters[DIFFUSION_STEPS], const Options *o, const Config *c) {
+    int S = o->sample_steps, per_step = c->pre_depth + c->post_depth, total = config_iterations(c) * S, listed = 0;
+    for (int i = 0; i < S; i++) iters[i] = 0;
+    if (o->budget && *o->iters) die("option --budget: give either iters or budget");
+    if (!c->fixed_point) {
+        if (*o->iters) die("option --iters: this model is a DiT, which does not iterate; leave it out");
+        if (o->budget && S * c->depth > o->budget)
+            die("option --budget: %d passes allow %d steps of this DiT with %d blocks: lower --steps", o->budget,
+                o->budget / c->depth, c->depth);
+        return;
+    }
+    char *copy = xstrdup(o->iters), *rest = copy;
+    for (char *word; *o->iters && (word = strsep(&rest, ",")); listed++) {
+        char *end;
+        long value = strtol(word, &end, 10);
+        if (!*word || *end || value < 1 || value > 1000)
+            die("option --iters: '%s' is not a whole number from 1 to 1000", word);
+        if (listed < S) iters[listed] = (int)value;
+    }
+    free(copy);
+    if (listed > 1 && listed != S) die("option --iters: %d numbers for %d timesteps; give one, or one each", listed, S);
+    if (listed > 1 && o->alloc) die("option --alloc: a list of iters is an allocation already");
+    if (listed > 1) return;
+    if (listed == 1) total = iters[0] * S;
+    if (o->budget) total = o->budget - per_step * S;
+    if (total < S)
+        die("option --budget: %d passes are too few for %d timesteps of at least %d: lower --steps or raise it",
+            o->budget, S, per_step + 1);
+    allocate_iterations(iters, S, total, o->alloc);
+    for (int i = 0; i < S; i++)
+        if (iters[i] > 1000) die("option --budget: more than 1000 iterations in a timestep; lower it or raise --steps");
+}
+
+// All that sampling is told; `iters` is where its plan of iterations goes.
+static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options *o) {
+    int window = o->solver == SOLVER_ANDERSON ? o->window : 0;
+    plan_iterations(iters, o, &o->model);
+    SampleSettings set = {resolve_sampler(o->sampler, &o->model),
+                          o->cfg_channels,
+                          o->reuse,
+                          o->eta,
+                          o->model.classes ? o->cfg : 1, // without labels there is nothing to guide
+                          o->tol,
+                          iters,
+                          NULL,
+                          0,
+                          window,
+                          o->mixing,
+                          NULL};
+    if (*o->strip && (set.sampler == SAMPLER_DDPM || (set.sampler == SAMPLER_DDIM && o->eta > 0)))
+        die("option --strip: the noise that a step adds hides the predicted x0: use --sampler ddim and --eta 0");
+    return set;
+}
+
 // Labels of n pictures from "3,heart,7", in turn; without a list, each class in turn.
 static void parse_labels(int *y, int n, const char *list, int classes, const char *const *names) {
     int *chosen = (int *)xcalloc(strlen(list) + 2, sizeof *chosen, "labels"), count = 0;
@@ -3539,19 +3549,6 @@ static void parse_labels(int *y, int n, const char *list, int classes, const cha
     for (int i = 0; i < n; i++) y[i] = count ? chosen[i % count] : classes ? i % classes : 0;
     free(copy);
     xfree(chosen);
-}
-
-// What a training step needs: multiply-adds count two; what stays constant while z iterates once, no recomputation.
-// n: iterations without gradient; m: with gradient, which costs three times the forward pass.
-static double model_flops(const Config *c, int B, int n, int m) {
-    double D = c->width, T = config_tokens(c), M = B * T, pixels = (double)c->patch * c->patch;
-    double block = M * (24 * D * D + 4 * T * D), projection = M * 8 * D * D, inject = M * 6 * D * D;
-    double ends = M * 2 * D * pixels * (c->channels + config_out_channels(c));
-    double modulation = B * (2.0 * D * (6 * D * config_blocks(c) + 2 * D) + 2 * (256 * D + D * D));
-    double pixel_gradient = M * 2 * D * pixels * c->channels, z_gradient = M * 4 * D * D; // of the first: not computed
-    if (!c->fixed_point) return 3 * (ends + modulation + c->depth * block) - pixel_gradient;
-    double layers = (c->pre_depth + c->post_depth + m) * block + m * projection + inject;
-    return 3 * (ends + modulation + layers) - pixel_gradient - z_gradient + n * (block + projection);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -3980,7 +3977,9 @@ static int train_main(int argc, char **argv) {
         "--out.\n\n"
         "  ./train_" TARGET
         " --data my.safetensors --out my_run     # tools/data.py makes the dataset of a folder\n"
-        "  ./train_" TARGET " --resume my_run                        # goes on with a run";
+        "  ./train_" TARGET
+        " --resume my_run                        # goes on with a run\n"
+        "  mpirun -q -np 4 ./train_" TARGET "                     # 4 ranks share each batch, if built by make MPI=1";
     Options options, *o = &options;
     Config *c = &o->model, from;
     char path[PATH_MAX];
@@ -4148,6 +4147,4 @@ int main(int argc, char **argv) {
 }
 #endif
 
-// =====================================================================================================================
 // End of shared block 4
-// =====================================================================================================================
