@@ -64,6 +64,7 @@ help:
 	@echo "report_gpu                       checks and measures fpdm.cu on this machine's GPU: test/results/GPU.md"
 	@echo "train_gpu sample_gpu bench_gpu   the programs for NVIDIA GPUs (nvcc); test_gpu, test_kernels_gpu: their tests"
 	@echo "train_emu sample_emu bench_emu   the same on a CPU, through test/cuda_emu.h; test_emu, test_kernels_emu, races"
+	@echo "train_cpu MPI=1                  data parallel by MPI, also train_emu; train_gpu NCCL=1: by NCCL (README)"
 	@echo "kernels                          runs those tests and lists which kernels they launched"
 	@echo "compiler                         what nvcc says of the kernels: test/results/compiler.md"
 	@echo "spills                           compiles fpdm.cu for every architecture; fails if a kernel spills registers"

@@ -3979,7 +3979,7 @@ static int train_main(int argc, char **argv) {
         " --data my.safetensors --out my_run     # tools/data.py makes the dataset of a folder\n"
         "  ./train_" TARGET
         " --resume my_run                        # goes on with a run\n"
-        "  mpirun -q -np 4 ./train_" TARGET "                     # 4 ranks share each batch, if built by make MPI=1";
+        "  mpirun -q -np 4 ./train_" TARGET "                        # 4 ranks share each batch; needs make MPI=1";
     Options options, *o = &options;
     Config *c = &o->model, from;
     char path[PATH_MAX];
