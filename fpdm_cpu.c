@@ -886,6 +886,9 @@ static void condition_backward(Model *m) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The whole model
 
+#ifdef FORWARD
+#include FORWARD // another device's model_forward: test/port_example/opencl.c
+#else
 // a.out (B,Cout,S,S) from a.x_t (B,C,S,S), timesteps t (B) and labels y (B): n iterations that keep nothing, then m
 // that keep what backpropagation needs (none in a model that only samples). In DiT n and m mean nothing.
 static void model_forward(Model *m, const int *t, const int *y, int B, int n, int iterations, Solve *solve) {
@@ -900,9 +903,7 @@ static void model_forward(Model *m, const int *t, const int *y, int B, int n, in
     condition_forward(m, t, y);
     unfold(a->patches, a->x_t, B, c->channels, c->image_size, p);
     linear_forward(0, l->x, a->patches, m->p.patch_w, m->p.patch_b, M, c->channels * p * p, D);
-#pragma omp parallel for schedule(static)
-    for (int b = 0; b < B; b++)
-        for (int e = 0; e < T * D; e++) a->layer->x[(size_t)b * T * D + e] += a->pos[e];
+    for (int b = 0; b < B; b++) add(l->x + (size_t)b * T * D, a->pos, (size_t)T * D);
     show_probe(m, "act.tokens", 0, l->x, N);
     for (; i < (c->fixed_point ? c->pre_depth : c->depth); i++, l++) block_forward(m, l[1].x, l->x, l, i);
     if (c->fixed_point) {
@@ -925,6 +926,7 @@ static void model_forward(Model *m, const int *t, const int *y, int B, int n, in
     unpatch(a->out, a->patch_out, 1, B, Cout, c->image_size, p);
     show_probe(m, "output", 0, a->out, (int64_t)B * Cout * c->image_size * c->image_size);
 }
+#endif
 
 // Gradient of block i from that of its output in a.dx
 static void block_backward_at(Model *m, Layer *l, int i) {
@@ -1921,8 +1923,7 @@ static void gemm(int half, real *C, size_t ldc, const real *A, size_t ars, size_
 static inline real exp_real(real x) {
     if (sizeof(real) == 8) return (real)exp((double)x);
     float y = x > 88 ? 88 : x < -87.3f ? -87.3f : (float)x;
-    float t =
-        y * 1.44269504f + 12582912.0f; // 1.5 * 2^23: the sum has no room for a fraction, n stands in its last bits
+    float t = y * 1.44269504f + 12582912.0f; // 1.5 * 2^23: no room for a fraction, n stands in the last bits
     float n = t - 12582912.0f, r = y - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -2046,8 +2047,7 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     need += (double)params_largest(m->tensors, w.count) * sizeof(float);
     if (need > memory_limit() || (double)batch * config_tokens(config) > 1 << 28) // ints count tokens
         die("this model with %d pictures at a time needs %.0f MB; this process may use %.0f MB, and 268 million "
-            "tokens: "
-            "lower --batch%s",
+            "tokens: lower --batch%s",
             batch, need / 1e6, memory_limit() / 1e6, training ? ", set --micro_batch, or set --recompute 1" : "");
     for (int kind = 0; kind < (training ? 5 : 1); kind++)
         m->memory[kind] = xcalloc((size_t)w.size, sizeof(real), "weights, gradients and optimiser");
