@@ -98,7 +98,8 @@ train_gpu: NVCC_FLAGS += -DNCCL \
 endif
 # A program that was built with MPI, or without, where the other is asked for, is built again.
 has_mpi = $(if $(shell grep -as MPI_Init_thread $(1)),yes,no)
-$(foreach p,train_cpu train_emu train_gpu,$(if $(filter $(call has_mpi,$p),$(if $(MPI)$(NCCL),yes,no)),,$(eval $p: again)))
+wants_mpi = $(if $(MPI)$(NCCL),yes,no)
+$(foreach p,train_cpu train_emu train_gpu,$(if $(filter $(wants_mpi),$(call has_mpi,$p)),,$(eval $p: again)))
 again:
 
 .PHONY: again nvcc all help clean test test_asan port_example shared races spills compiler kernels

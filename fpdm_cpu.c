@@ -1570,14 +1570,9 @@ static void ranks_die(const char *line) {
     MPI_Abort(MPI_COMM_WORLD, 1);
 }
 
+// Whether any rank says yes. Should that be the end, the first that does is to tell why.
 static int ranks_any(int yes) {
-    MPI_Allreduce(MPI_IN_PLACE, &yes, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD);
-    return yes;
-}
-
-// Whether something is `wrong` on any rank; the first such is to tell it.
-static int ranks_blame(int wrong) {
-    int first = wrong ? ranks.rank : ranks.count;
+    int first = yes ? ranks.rank : ranks.count;
     MPI_Allreduce(MPI_IN_PLACE, &first, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
     ranks.speaker = first % ranks.count;
     return first < ranks.count;
@@ -1585,7 +1580,7 @@ static int ranks_blame(int wrong) {
 
 static void ranks_reduce(Model *m, Step *did) {
     double loss[2] = {did->mse, did->vb};
-    ranks_blame(!isfinite(did->mse + did->vb + model_gradient_norm(m)));
+    ranks_any(!isfinite(did->mse + did->vb + model_gradient_norm(m)));
     MPI_Allreduce(MPI_IN_PLACE, loss, 2, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
     did->mse = loss[0];
     did->vb = loss[1];
@@ -1596,7 +1591,7 @@ static void ranks_reduce(Model *m, Step *did) {
 static void ranks_same(const char *what, uint64_t hash) {
     uint64_t wanted = hash;
     MPI_Bcast(&wanted, 1, MPI_UINT64_T, 0, MPI_COMM_WORLD);
-    if (ranks_blame(hash != wanted)) die("this rank has %s than rank 0; all need the same", what);
+    if (ranks_any(hash != wanted)) die("this rank has %s than rank 0; all need the same", what);
 }
 #endif
 
@@ -3694,37 +3689,31 @@ static uint64_t hash_bytes(uint64_t hash, const void *data, size_t bytes) { // F
     return hash;
 }
 
+// Whether all ranks run the same with the same. Of a dataset, which may be large, some bytes must do.
+static void ranks_same_start(const Options *o, const SafeTensors *data) {
+    uint64_t program = 0, options = 0, some = 0;
+    if (ranks.count == 1) return;
+    FILE *file = fopen("/proc/self/exe", "rb");
+    for (int c; file && (c = getc(file)) != EOF;) program = hash_bytes(program, &c, 1);
+    if (file) fclose(file);
+    Meta meta[N_OPTIONS];
+    for (int i = options_to_meta(meta, o, WEIGHTS | TRAIN | STATE); i--; free((char *)meta[i].value))
+        options = hash_bytes(options, meta[i].value, strlen(meta[i].value) + 1);
+    for (size_t i = 0; i < data->size; i += i < 1 << 20 ? 1 : 1 + data->size / 1024)
+        some = hash_bytes(some, data->map + i, 1);
+    ranks_same("another program", program);
+    ranks_same("other options", options);
+    ranks_same("other data", some);
+}
+
 static void ranks_same_weights(const Run *run) {
     uint64_t hash = 0;
     if (ranks.count == 1) return;
-    for (int i = 0; i < run->model->n_tensors; i++) {
-        const ParamTensor *t = &run->model->tensors[i];
+    for (const ParamTensor *t = run->model->tensors; t < run->model->tensors + run->model->n_tensors; t++) {
         model_download(run->model, MODEL_WEIGHTS, t->offset, t->count, run->tensor);
         hash = hash_bytes(hash, run->tensor, (size_t)t->count * sizeof *run->tensor);
     }
     ranks_same("other weights", hash);
-}
-
-// Whether all ranks begin with the same. Of a dataset, which may be large and on a disk of its own, some bytes must do.
-static void ranks_same_start(const Run *run) {
-    char block[4096];
-    uint64_t program = 0, options = 0, data = 0;
-    const SafeTensors *f = &run->data->file;
-    if (ranks.count == 1) return;
-    FILE *file = fopen("/proc/self/exe", "rb");
-    for (size_t n; file && (n = fread(block, 1, sizeof block, file));) program = hash_bytes(program, block, n);
-    if (file) fclose(file);
-    Meta meta[N_OPTIONS];
-    int n_meta = options_to_meta(meta, run->o, WEIGHTS | TRAIN | STATE);
-    for (int i = 0; i < n_meta; i++) {
-        options = hash_bytes(options, meta[i].value, strlen(meta[i].value) + 1);
-        free((char *)meta[i].value);
-    }
-    for (size_t i = 0; i < f->size; i += i < 1 << 20 ? 1 : 1 + f->size / 1024) data = hash_bytes(data, f->map + i, 1);
-    ranks_same("another program", program);
-    ranks_same("other options", options);
-    ranks_same("other data", data);
-    ranks_same_weights(run);
 }
 
 // OUT/state.safetensors, all that is needed to go on as if the run had never stopped, and then OUT/weights.safetensors,
@@ -3996,8 +3985,8 @@ static int train_main(int argc, char **argv) {
         run_folder(o->resume);
         resume_settings(o, &state, argc, argv, about);
     }
-    int dtype = compute_dtype(o->dtype), rows = ranks_row(o, ranks.rank + 1) - ranks_row(o, ranks.rank);
-    int micro = o->micro_batch && o->micro_batch < rows ? o->micro_batch : rows;
+    int dtype = compute_dtype(o->dtype), rows = ranks_row(o, ranks.rank + 1) - ranks_row(o, ranks.rank),
+        micro = o->micro_batch && o->micro_batch < rows ? o->micro_batch : rows;
     if (o->batch < ranks.count)
         die("option --batch: %d pictures are too few for %d ranks; start fewer ranks", o->batch, ranks.count);
     dataset_open(&data, o->data, c->image_size, o->seed);
@@ -4010,6 +3999,7 @@ static int train_main(int argc, char **argv) {
     config_check(c, *o->resume ? state.path : "options");
     if (*o->export_to) return ranks.rank ? 0 : export_data(o, &data);
     resolve_sampler(o->sampler, c);
+    ranks_same_start(o, &data.file);
 
     Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, 0, dtype);
     if (!*o->resume) {
@@ -4048,9 +4038,9 @@ static int train_main(int argc, char **argv) {
         mb, mb, 2 * mb, mb, activations, saving, 5 * mb + activations + saving);
     for (int i = 0; i < 4 && *o->resume; i++) model_load(m, state_parts[i].kind, &state, state_parts[i].prefix);
     if (*o->resume) st_close(&state);
-    FILE *log = ranks.rank ? fopen("/dev/null", "w") : open_log(o->out, o->step);
-    Run run = {o, &data, m, micro, log, tensor, o->step, o->step, *o->resume ? o->step : -1, 0, now_ms(), 0, 0, 0};
-    ranks_same_start(&run);
+    Run run = {o, &data, m, micro, NULL, tensor, o->step, o->step, *o->resume ? o->step : -1, 0, now_ms(), 0, 0, 0};
+    ranks_same_weights(&run);
+    run.log = ranks.rank ? fopen("/dev/null", "w") : open_log(o->out, o->step);
     train(&run);
     if (o->step < o->steps) {
         if (run.saved != o->step) run_save(&run);
