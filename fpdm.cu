@@ -692,7 +692,7 @@ __global__ void convert_kernel(A *out, const float *in, size_t count) {
 // and one rest: everything happens in place.
 
 typedef struct {
-    float *x;     // (B,T,D) input: the residual stream
+    float *x;     // (B,T,D) input: the residual stream; of iterations in bf16 training: z in bf16
     Act *u;       // (B,T,2D) iterations only: the projection before its gelu
     float *in;    // (B,T,D)  iterations only: the block's input; elsewhere it is x
     Act *qkv;     // (B,T,3D)
@@ -717,13 +717,13 @@ typedef struct {
     float *mod, *final_mod;          // (blocks,B,6D), (B,2D), computed once per timestep
     Act *inj;                        // (B,T,D) injection
     float *inj_part;                 // (B,T,2D) the half of the projection that does not change while z iterates
-    Act *z;                          // (B,T,D) bf16 only: z for the matmul
+    Act *z;                          // (B,T,D) bf16 only: z for the matmul (sampling)
     Act *normed;                     // (B,T,D) scratch: LN output
     Act *gelu;                       // (B,T,4D) scratch: gelu output
     float *final_normed;             // (B,T,D) the final LN's output, for its backward pass too
     float *final_stats;              // (B,T,2)
     float *z_before;                 // (B,T,D) z_{k-1} where it is needed (sampling)
-    float *reused;                   // (B,T,D) the solution of the timestep before (sampling)
+    float *reused;                   // (B,T,D) the solution of the timestep before; in bf16 training: z
     float *history;                  // (B,window+1,2,T,D) Anderson acceleration: f, then g of the latest iterations
     double *gram;                    // (B,HISTORY,HISTORY) the products of its f
     // backward
@@ -944,16 +944,15 @@ static void block_backward(Model *m, float *dx, Act *copy, const float *x, Layer
 // u = fp1's output. All that follows from it (fp1's right half and bias, inject, h and with it the pre blocks) is
 // linear in du, so one matmul with du_sum after the last iteration does the work of m.
 
-// out = Block(fp2·gelu(z·fp1_z + inj_part), c), where z is l->x; with `keep`, l keeps what the backward pass needs. out
-// may be z. In bf16 the matmul reads z from a.z, where the output goes as well, for the next iteration.
-static void iteration_forward(Model *m, float *out, Layer *l, int keep) {
+// out = Block(fp2·gelu(z·fp1_z + inj_part), c); with `keep`, l keeps what the backward pass needs. copy, unless NULL, is
+// out as activations, for the next iteration; out or copy may be z.
+static void iteration_forward(Model *m, float *out, Act *copy, const Act *z, Layer *l, int keep) {
     Activations *a = &m->a;
     int D = m->config.width, M = m->B * config_tokens(&m->config);
-    const Act *z = m->half ? a->z : (const Act *)l->x;
     gelu_linear_forward(m, a->gelu, keep ? l->u : NULL, z, m->p.fp1_w, 2 * D, NULL, a->inj_part, D, 2 * D);
     matmul<false, false, EPI_FLOAT>(m->half,
                                     linear(l->in, a->gelu, act_weight(m, m->p.fp2_w), 2 * D, m->p.fp2_b, M, 2 * D, D));
-    block_forward(m, out, a->z, l->in, l, m->config.pre_depth, keep);
+    block_forward(m, out, copy, l->in, l, m->config.pre_depth, keep);
 }
 
 // dz (B,T,D): the gradient of the output on entry; on return, unless `first`, of z. Nothing flows into the first z.
@@ -965,7 +964,7 @@ static void iteration_backward(Model *m, float *dz, Layer *l, int first) {
     const Act *dz_act = m->half ? a->dx_act : (const Act *)dz;
     gelu_linear_backward(m, du, a->gelu, a->du_sum, dz_act, m->p.fp2_w, l->u, 2 * D, D);
     linear_weight(m->half, m->g.fp2_w, 2 * D, m->g.fp2_b, dz_act, a->gelu, M, 2 * D, D);
-    linear_weight(m->half, m->g.fp1_w, 2 * D, NULL, du, as_act(m, a->normed, l->x, (size_t)M * D), M, D, 2 * D);
+    linear_weight(m->half, m->g.fp1_w, 2 * D, NULL, du, (const Act *)l->x, M, D, 2 * D);
     if (!first)
         matmul<false, true, EPI_FLOAT>(m->half, linear_input(dz, du, act_weight(m, m->p.fp1_w), 2 * D, M, D, 2 * D));
 }
@@ -996,16 +995,22 @@ static void injection_backward(Model *m, float *dh, const Layer *l) {
 static double residual_of(Model *m, const float *z, size_t count);
 static void anderson_forward(Model *m, float *z, int k, int window, double mixing);
 
-// From z in l->x, n iterations in place, then `iterations` that keep a Layer each. Returns the layer behind the last.
-static Layer *fixed_point_forward(Model *m, Layer *l, int n, int iterations, Solve *solve) {
+// From z = start, n iterations in place, then `iterations` that keep a Layer each. Returns the layer behind the last. In
+// training, of a z that only the next iteration reads, bf16 is enough: that is what l->x is then.
+static Layer *fixed_point_forward(Model *m, Layer *l, const float *start, int n, int iterations, Solve *solve) {
     Activations *a = &m->a;
     size_t count = (size_t)config_tokens(&m->config) * m->config.width, N = m->B * count;
-    as_act(m, a->z, l->x, N);
+    int alone = m->half && !solve;
+    auto z_act = [&](Layer *at) { return m->half && solve ? a->z : (Act *)at->x; };
+    if (l->x != start && !alone) gpu_copy(l->x, start, N * sizeof(float));
+    as_act(m, z_act(l), start, N);
     for (int k = 1; k <= n + iterations; k++) {
         Layer *next = k <= n ? l : l + 1;
-        float *z = next->x;
+        int between = alone && k < n + iterations;
+        float *z = between ? a->reused : next->x;
         if (solve && (solve->want_residual || solve->window)) gpu_copy(a->z_before, l->x, N * sizeof(float));
-        iteration_forward(m, z, l, k > n && !solve && !m->recompute);
+        iteration_forward(m, z, between || (m->half && solve) ? z_act(next) : NULL, z_act(l), l,
+                          k > n && !solve && !m->recompute);
         l = next;
         show_probe(m, "act.z", k, z, 0, N);
         if (!solve) continue;
@@ -1095,8 +1100,7 @@ static void model_forward(Model *m, int B, int n, int iterations, Solve *solve) 
         show_probe(m, "act.inj", 0, a->inj, 1, N);
         const float *start = solve && solve->reuse && solve->reuse_ready ? a->reused : l->x;
         l++;
-        if (l->x != start) gpu_copy(l->x, start, N * sizeof(float));
-        l = fixed_point_forward(m, l, n, iterations, solve);
+        l = fixed_point_forward(m, l, start, n, iterations, solve);
         if (solve && solve->reuse) {
             gpu_copy(a->reused, l->x, N * sizeof(float));
             solve->reuse_ready = 1;
@@ -1138,10 +1142,7 @@ static void model_backward(Model *m) {
         gpu_zero(a->du_sum, 2 * N * sizeof(float));
         for (int k = m->m; k > 0; k--) {
             l--;
-            if (m->recompute) {
-                as_act(m, a->z, l->x, N);
-                iteration_forward(m, a->recomputed, l, 1);
-            }
+            if (m->recompute) iteration_forward(m, a->recomputed, NULL, (const Act *)l->x, l, 1);
             iteration_backward(m, a->dx, l, k == 1);
         }
         injection_backward(m, a->dx, --l);
