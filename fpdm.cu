@@ -2160,11 +2160,31 @@ __device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, in
     __syncwarp(); // before the next results take the place of these
 }
 
-// Each split of a weight gradient has its own place in the workspace: all products first, then all column sums.
-__device__ inline void weight_split(Matmul *g, int split) {
-    if (!g->overwrite) return;
-    g->out = (float *)g->out + (size_t)split * g->M * g->N;
-    if (g->db) g->db += (size_t)split * g->M;
+// Room for the parts of sums that are split
+static struct {
+    float *memory;
+    size_t count; // floats
+} workspace;
+
+// What is worth having for a model of width D: 16 D^2 with column sums, and for small D a tile for each of two blocks a
+// multiprocessor
+static size_t workspace_floats(int D) {
+    size_t floats = 16 * (size_t)D * (D + 1), tiles = 2 * (size_t)gpu.sms * 128 * 130; // 130: column sums too
+    return floats > tiles ? floats : tiles;
+}
+
+static void workspace_reserve(size_t count) {
+    if (count <= workspace.count) return;
+    gpu_free(workspace.memory, workspace.count * sizeof(float));
+    workspace.count = count;
+    workspace.memory = (float *)gpu_malloc(count * sizeof(float), "partial sums");
+}
+
+// A split of a weight gradient has its own place in the workspace: all products first, then all column sums.
+__device__ inline void weight_split(Matmul *g, float *parts, int split, int splits) {
+    g->out = parts + (size_t)split * g->M * g->N;
+    if (g->db) g->db = parts + (size_t)splits * g->M * g->N + (size_t)split * g->M;
+    g->ldc = g->N, g->overwrite = 1;
 }
 
 // bf16 operands on the tensor cores. A block computes TILE x TILE of the product with four warps, each a quarter. Tiles
@@ -2173,7 +2193,7 @@ __device__ inline void weight_split(Matmul *g, int split) {
 //
 // Shared memory has 32 banks of 4 bytes: eight rows of 16 bytes, what a tile of ldmatrix reads, must lie in different
 // ones. Rows are therefore stored with their 16-byte pieces permuted by the row number (a swizzle).
-enum { BK = 32, STAGES = 3, MATMUL_THREADS = 128 };
+enum { BK = 32, STAGES = 3, MATMUL_THREADS = 128, WG_M = 128, WG_N = 192 }; // WG: of matmul_wgmma's tile
 
 template <int COLS>
 __device__ inline int swizzled(int row, int piece) {
@@ -2194,7 +2214,7 @@ __device__ inline void load_tile(bf16 *tile, const bf16 *p, int ld, int row0, in
 }
 
 template <int TILE, bool TA, bool TB, int EPI>
-__global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g) {
+__global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g, float *parts) {
     constexpr int OPERAND = TILE * BK, W = TILE / 2, MI = W / 16, NI = W / 8; // a warp: W x W, in MI x NI pieces of mma
     SHARED_DYNAMIC(bf16, shared);
     const bf16 *a = (const bf16 *)g.a, *b = (const bf16 *)g.b;
@@ -2202,7 +2222,7 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g) {
     int n_tiles = (g.N + TILE - 1) / TILE, m0 = blockIdx.x / n_tiles * TILE, n0 = blockIdx.x % n_tiles * TILE;
     int k_begin = blockIdx.y * g.k_chunk;
     int k_end = min(g.K, k_begin + g.k_chunk), steps = (k_end - k_begin + BK - 1) / BK;
-    if (EPI == EPI_WEIGHT) weight_split(&g, blockIdx.y);
+    if (EPI == EPI_WEIGHT && gridDim.y > 1) weight_split(&g, parts, blockIdx.y, gridDim.y);
     bool sum_rows = EPI == EPI_WEIGHT && g.db && n0 + wn == 0;
     float acc[MI][NI][4] = {}, row_sums[EPI == EPI_WEIGHT ? MI : 1][4] = {};
 
@@ -2281,26 +2301,33 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g) {
 //   - At full speed a tile of 128x192 takes in 53 bytes a cycle, and the L2 cache gives a multiprocessor about 35. So
 //     blocks come in pairs, clusters, with tiles above each other: each copies half of the tile of b into both, 37
 //     bytes a cycle.
-// 192 divides the widths of S, B and XL. Of L's 1024 it wastes a ninth; a tile of 128 would need 48 bytes a cycle.
-enum { WG_M = 128, WG_N = 192, WG_K = 64, WG_STAGES = 4, WG_THREADS = 3 * 128 };
+// 192 divides the widths of S, B and XL. Of L's 1024 it wastes a ninth; a tile of 128 would need 48 bytes a cycle. A last
+// row of tiles without one below it, as 1152 has, is shared out as pairs side by side, which copy nothing for each other.
+enum { WG_K = 64, WG_STAGES = 4, WG_THREADS = 3 * 128 };
 enum { WG_A = WG_M * WG_K, WG_B = WG_N * WG_K, WG_PANEL = 64 * WG_K, WG_ONES = 8 * WG_K, WG_STAGE = 8 * 16 * (96 + 8) };
 enum { WG_SHARED = 2 * (WG_STAGES * (WG_A + WG_B) + WG_ONES) + 4 * WG_STAGE + 8 * (2 * WG_STAGES + 2) };
 
 template <bool TA, bool TB, int EPI>
 __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
     matmul_wgmma(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b, Matmul g,
-                 int splits) {
+                 float *parts, int tiles, int whole, int splits) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     SHARED_DYNAMIC(bf16, shared);
     bf16 *ones = shared + WG_STAGES * (WG_A + WG_B);
     float *stage = (float *)(ones + WG_ONES);
     uint64_t *full = (uint64_t *)(stage + WG_STAGE), *empty = full + WG_STAGES, *order = empty + WG_STAGES;
     int group = threadIdx.x / 128, lane = threadIdx.x % 32, rank = blockIdx.x % 2;
-    int n_tiles = (g.N + WG_N - 1) / WG_N, tiles = (g.M + 2 * WG_M - 1) / (2 * WG_M) * n_tiles; // of both blocks
-    int m0, n0, k0, steps, at = 0; // at: the step's place in the ring, counted on over all tiles
-    auto go_to = [&](int unit) {   // a split of a tile; neighbours share rows of a in the cache
-        m0 = (unit % tiles / n_tiles * 2 + rank) * WG_M, n0 = unit % n_tiles * WG_N;
-        k0 = unit / tiles * g.k_chunk, steps = (max(min(g.K - k0, g.k_chunk), 0) + WG_K - 1) / WG_K;
+    int n_tiles = (g.N + WG_N - 1) / WG_N, pair_rows = (g.M + WG_M - 1) / WG_M / 2; // of tiles above each other
+    int units = whole + (tiles - whole) * splits, m0, n0, k0, steps, split, beside;
+    int at = 0;                  // the step's place in the ring, counted on over all tiles
+    auto go_to = [&](int unit) { // a tile, or a split of one; neighbours share rows of a in the cache
+        int tile = unit < whole ? unit : whole + (unit - whole) % (tiles - whole);
+        split = unit < whole ? -1 : (unit - whole) / (tiles - whole);
+        beside = tile - pair_rows * n_tiles;
+        m0 = (beside < 0 ? tile / n_tiles * 2 + rank : 2 * pair_rows) * WG_M;
+        n0 = (beside < 0 ? tile % n_tiles : 2 * beside + rank) * WG_N;
+        k0 = max(split, 0) * g.k_chunk;
+        steps = (max(min(g.K - k0, split < 0 ? g.K : g.k_chunk), 0) + WG_K - 1) / WG_K;
     };
     for (int i = threadIdx.x; i < WG_ONES / 2; i += WG_THREADS) ((uint32_t *)ones)[i] = 0x3F803F80u;
     for (int i = 0; i < WG_STAGES && threadIdx.x == 0; i++) {
@@ -2312,7 +2339,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
     cluster_sync();
     if (group == 2) {
         registers_down<24>();
-        for (int unit = blockIdx.x / 2; threadIdx.x % 128 == 0 && unit < tiles * splits; unit += gridDim.x / 2) {
+        for (int unit = blockIdx.x / 2; threadIdx.x % 128 == 0 && unit < units; unit += gridDim.x / 2) {
             go_to(unit);
             for (int k = k0; k < k0 + steps * WG_K; k += WG_K, at++) {
                 int i = at % WG_STAGES;
@@ -2321,15 +2348,23 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
                 barrier_expect(full + i, 2 * (WG_A + WG_B));
                 if (!TA) box_load(a, &map_a, m0, k, full + i);
                 for (int j = 0; TA && j < WG_M / 64; j++) box_load(a + j * WG_PANEL, &map_a, k, m0 + 64 * j, full + i);
-                if (!TB) box_load_pair(b + rank * WG_B / 2, &map_b, n0 + rank * WG_N / 2, k, full + i);
-                for (int j = 0; TB && j < WG_N / 64; j++)
-                    box_load_pair(b + j * WG_PANEL + rank * WG_PANEL / 2, &map_b, k + rank * WG_K / 2, n0 + 64 * j,
-                                  full + i);
+                auto copy = [&](bf16 *tile, int row, int col) {
+                    if (beside < 0)
+                        box_load_pair(tile, &map_b, row, col, full + i);
+                    else
+                        box_load(tile, &map_b, row, col, full + i);
+                };
+                for (int half = 0; half < 2; half++) {
+                    if (beside < 0 && half != rank) continue; // the other block copies it
+                    if (!TB) copy(b + half * WG_B / 2, n0 + half * WG_N / 2, k);
+                    for (int j = 0; TB && j < WG_N / 64; j++)
+                        copy(b + j * WG_PANEL + half * WG_PANEL / 2, k + half * WG_K / 2, n0 + 64 * j);
+                }
             }
         }
     } else {
         registers_up<240>();
-        for (int unit = blockIdx.x / 2, turn = 0; unit < tiles * splits; unit += gridDim.x / 2, turn++) {
+        for (int unit = blockIdx.x / 2, turn = 0; unit < units; unit += gridDim.x / 2, turn++) {
             go_to(unit);
             if (turn % 2 != group) { // the other warpgroup's
                 at += steps;
@@ -2337,7 +2372,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
             }
             float acc[2][WG_N / 8][4] = {};
             Matmul part = g;
-            if (EPI == EPI_WEIGHT) weight_split(&part, unit / tiles);
+            if (EPI == EPI_WEIGHT && split >= 0) weight_split(&part, parts, split, splits);
             auto multiply = [&](auto with_sums) {
                 constexpr bool SUMS = decltype(with_sums)::value;
                 float row_sums[2][4] = {};
@@ -2366,7 +2401,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
                 EACH(i, 4) {
                     int row = m0 + i / 2 * 64 + threadIdx.x % 128 / 32 * 16 + i % 2 * 8 + lane / 4;
                     if (SUMS && lane % 4 == 0 && row < g.M)
-                        part.db[row] = row_sums[i / 2][i % 2 * 2] + (g.overwrite ? 0 : part.db[row]);
+                        part.db[row] = row_sums[i / 2][i % 2 * 2] + (part.overwrite ? 0 : part.db[row]);
                 }
             };
             barrier_wait(order + group, (turn + 1) / 2 % 2 ^ 1); // the other's products have been started
@@ -2397,15 +2432,15 @@ static CUtensorMap box_map(const void *p, int rows, int cols, int ld, int box) {
 }
 
 template <bool TA, bool TB, int EPI>
-static void launch_wgmma(const Matmul &g, int tiles, int splits) {
+static void launch_wgmma(const Matmul &g, int tiles, int whole, int splits) {
     CUtensorMap a = TA ? box_map(g.a, g.K, g.M, g.lda, WG_K) : box_map(g.a, g.M, g.K, g.lda, WG_M);
     CUtensorMap b = TB ? box_map(g.b, g.K, g.N, g.ldb, WG_K / 2) : box_map(g.b, g.N, g.K, g.ldb, WG_N / 2);
-    int pairs = imin(tiles * splits, (gpu.sms + 1) / 2);
-    RUN((matmul_wgmma<TA, TB, EPI>), 2 * pairs, WG_THREADS, WG_SHARED, a, b, g, splits);
+    int pairs = imin(whole + (tiles - whole) * splits, (gpu.sms + 1) / 2);
+    RUN((matmul_wgmma<TA, TB, EPI>), 2 * pairs, WG_THREADS, WG_SHARED, a, b, g, workspace.memory, tiles, whole, splits);
 }
 #else
 template <bool TA, bool TB, int EPI>
-static void launch_wgmma(const Matmul &, int, int) {}
+static void launch_wgmma(const Matmul &, int, int, int) {}
 #endif
 
 // The same product in fp32 with plain multiply-adds (tensor cores would round to tf32, which misses 1e-5). A block
@@ -2415,7 +2450,7 @@ static void launch_wgmma(const Matmul &, int, int) {}
 enum { F32_TILE = 64, F32_BK = 16, F32_ROW = F32_TILE + 4 };
 
 template <bool TA, bool TB, int EPI>
-__global__ void __launch_bounds__(128) matmul_fp32(Matmul g) {
+__global__ void __launch_bounds__(128) matmul_fp32(Matmul g, float *parts) {
     SHARED_DYNAMIC(float, ta);
     float *tb = ta + F32_BK * F32_ROW;
     const float *a = (const float *)g.a, *b = (const float *)g.b;
@@ -2423,7 +2458,7 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g) {
     int m0 = blockIdx.x / n_tiles * F32_TILE, n0 = blockIdx.x % n_tiles * F32_TILE;
     int k_end = min(g.K, k_begin + g.k_chunk), ty = threadIdx.x / 16 * 8, tx = threadIdx.x % 16 * 4;
     float acc[2][4][4] = {}, row_sums[8] = {}, next_a[8], next_b[8];
-    if (EPI == EPI_WEIGHT) weight_split(&g, blockIdx.y);
+    if (EPI == EPI_WEIGHT && gridDim.y > 1) weight_split(&g, parts, blockIdx.y, gridDim.y);
 
     // Element i of this thread: neighbouring threads read neighbouring addresses. In shared memory, pairs change places
     // in the second half of the k, for their banks.
@@ -2483,76 +2518,64 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g) {
 }
 
 // dw (M,N; row stride ldc) += the sum over `splits` of the partial products (M,N) in `part`, in order; db (M) likewise
-// from the partial sums behind them
-__global__ void split_sum_kernel(float *dw, int ldc, float *db, const float *part, int M, int N, int splits) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, count = (size_t)M * N;
+// from the partial sums behind them. What comes before row0, and col0 in the first `high` rows, was not split.
+__global__ void split_sum_kernel(float *dw, int ldc, float *db, const float *part, int M, int N, int splits, int row0,
+                                 int high, int col0) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x + (size_t)row0 * N, count = (size_t)M * N;
+    int row = i < count ? (int)(i / N) : (int)(i - count), col = i < count ? (int)(i % N) : 0;
     float sum = 0;
+    if (row >= M || row < row0 || (row < row0 + high && col < col0)) return;
     if (i < count) {
         for (int s = 0; s < splits; s++) sum += part[s * count + i];
-        dw[i / N * ldc + i % N] += sum;
-    } else if (db && i < count + M) {
-        for (int s = 0; s < splits; s++) sum += part[splits * count + (size_t)s * M + i - count];
-        db[i - count] += sum;
+        dw[(size_t)row * ldc + col] += sum;
+    } else if (db) {
+        for (int s = 0; s < splits; s++) sum += part[splits * count + (size_t)s * M + row];
+        db[row] += sum;
     }
-}
-
-// Room for the parts of sums that are split
-static struct {
-    float *memory;
-    size_t count; // floats
-} workspace;
-
-// What is worth having for a model of width D: 16 D^2 with column sums, and for small D a tile for each of two blocks a
-// multiprocessor
-static size_t workspace_floats(int D) {
-    size_t floats = 16 * (size_t)D * (D + 1), tiles = 2 * (size_t)gpu.sms * 128 * 130; // 130: column sums too
-    return floats > tiles ? floats : tiles;
-}
-
-static void workspace_reserve(size_t count) {
-    if (count <= workspace.count) return;
-    gpu_free(workspace.memory, workspace.count * sizeof(float));
-    workspace.count = count;
-    workspace.memory = (float *)gpu_malloc(count * sizeof(float), "partial sums");
 }
 
 // Starts the product; `half` says whether the operands are bf16. The sum over k of a weight gradient is as long as the
 // batch has tokens, and its result small: it is split where that fills the GPU better, as far as the workspace reaches.
+// On Hopper, whose tiles are large, only those are split that do not fill it once more.
 template <bool TA, bool TB, int EPI>
 static void matmul(int half, Matmul g) {
-    size_t large_tiles = ceil_div(g.M, 128) * ceil_div(g.N, 128), pairs = ceil_div(g.M, 256) * ceil_div(g.N, 192);
-    int large = half && (EPI == EPI_WEIGHT ? g.M >= 128 && g.N >= 128 : large_tiles >= (size_t)gpu.sms);
-    int wgmma = half && (gpu.wgmma > 1 || (gpu.wgmma && large && (EPI == EPI_WEIGHT || 2 * pairs >= (size_t)gpu.sms)));
+    int across = (int)ceil_div(g.N, WG_N), down = (int)ceil_div(g.M, WG_M); // tiles of Hopper's, in pairs
+    int pairs = down / 2 * across + down % 2 * (across + 1) / 2;
+    int large = half && (EPI == EPI_WEIGHT ? g.M >= 128 && g.N >= 128
+                                           : ceil_div(g.M, 128) * ceil_div(g.N, 128) >= (size_t)gpu.sms);
+    int wgmma = half && (gpu.wgmma > 1 || (gpu.wgmma && large && (EPI == EPI_WEIGHT || 2 * pairs >= gpu.sms)));
     int tile = large ? 128 : 64, step = wgmma ? 64 : half ? (int)BK : (int)F32_BK, splits = 1;
     int slots = wgmma ? (gpu.sms + 1) / 2 : gpu.sms * (large ? 2 : 4); // tiles that the GPU works on at once
-    dim3 grid((unsigned)(wgmma ? pairs : ceil_div(g.N, tile) * ceil_div(g.M, tile))); // neighbours share rows of a
-    Matmul whole = g;
-    if (EPI == EPI_WEIGHT) { // the fewest splits within 5 % of the best use of all multiprocessors
-        double best = 0;
+    int tiles = wgmma ? pairs : (int)(ceil_div(g.N, tile) * ceil_div(g.M, tile)),
+        whole = wgmma ? tiles / slots * slots : 0;
+    if (EPI == EPI_WEIGHT) { // the fewest splits within 5 % of the shortest time
+        double best = INFINITY;
         for (int s = 1; s <= 16 && s * ((size_t)g.M * g.N + g.M) <= workspace.count && s * 256 <= g.K; s++) {
-            double waves = (double)grid.x * s / slots, use = waves / ceil(waves);
-            if (use > 1.05 * best) best = use, splits = s;
+            double time = whole / slots + (double)ceil_div((size_t)(tiles - whole) * s, slots) / s;
+            if (time < best / 1.05) best = time, splits = s;
         }
     }
+    if (splits == 1) whole = tiles;
     g.k_chunk = (int)ceil_div(ceil_div(g.K, splits), step) * step;
-    grid.y = splits;
-    if (splits > 1) {
-        g.out = workspace.memory, g.ldc = g.N, g.overwrite = 1;
-        if (g.db) g.db = workspace.memory + splits * (size_t)g.M * g.N;
-    }
+    dim3 grid(tiles, splits); // neighbours share rows of a
     if (!half)
-        RUN((matmul_fp32<TA, TB, EPI>), grid, 128, 2 * F32_BK * F32_ROW * sizeof(float), g);
+        RUN((matmul_fp32<TA, TB, EPI>), grid, 128, 2 * F32_BK * F32_ROW * sizeof(float), g, workspace.memory);
     else if constexpr (TA || EPI != EPI_WEIGHT) { // conditioning alone adds to an input's gradient, in fp32
         if (wgmma)
-            launch_wgmma<TA, TB, EPI>(g, (int)grid.x, splits);
+            launch_wgmma<TA, TB, EPI>(g, tiles, whole, splits);
         else if (large)
-            RUN((matmul_bf16<128, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 128 * BK * sizeof(bf16), g);
+            RUN((matmul_bf16<128, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 128 * BK * sizeof(bf16), g,
+                workspace.memory);
         else
-            RUN((matmul_bf16<64, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 64 * BK * sizeof(bf16), g);
+            RUN((matmul_bf16<64, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 64 * BK * sizeof(bf16), g,
+                workspace.memory);
     }
-    if (splits > 1)
-        RUN(split_sum_kernel, (unsigned)ceil_div((size_t)g.M * g.N + g.M, 256), 256, 0, (float *)whole.out, whole.ldc,
-            whole.db, workspace.memory, g.M, g.N, splits);
+    if (splits == 1) return;
+    int beside = whole - down / 2 * across, high = beside < 0 ? 2 * WG_M : WG_M; // of the first tile that is split
+    int row0 = wgmma ? (beside < 0 ? whole / across : down / 2) * 2 * WG_M : 0;
+    int col0 = wgmma ? (beside < 0 ? whole % across : 2 * beside) * WG_N : 0;
+    RUN(split_sum_kernel, (unsigned)ceil_div((size_t)(g.M - row0) * g.N + g.M, 256), 256, 0, (float *)g.out, g.ldc,
+        g.db, workspace.memory, g.M, g.N, splits, row0, high, col0);
 }
 
 // y (M,N) of EPI from x (M,K) and w (N,K), row stride ldw

@@ -149,8 +149,8 @@ static void test_matmul(int half, int M, int N, int K) {
 }
 
 // A weight gradient dw (N,K) and bias gradient over M rows, and the number of parts that its sums were split into: each
-// is a piece of the workspace, which holds nothing else.
-static void test_splits(int half, int M, int N, int K, int splits) {
+// is a piece of the workspace, which holds nothing else. alone: elements of dw and db that are in tiles of one part
+static void test_splits(int half, int M, int N, int K, int splits, size_t alone = 0) {
     char text[100];
     Floats x = random_floats((size_t)M * K, 1, half), dy = random_floats((size_t)M * N, 3, half);
     void *gx = on_gpu(x, half), *gdy = on_gpu(dy, half);
@@ -165,7 +165,7 @@ static void test_splits(int half, int M, int N, int K, int splits) {
     gpu_zero(dw, (size_t)N * K * 4), gpu_zero(db, (size_t)N * 4);
     CHECK(cudaMemsetAsync(workspace.memory, 0xff, workspace.count * sizeof(float), gpu.stream));
     linear_weight(half, dw, K, db, gdy, gx, M, K, N);
-    size_t written = 0, part = (size_t)N * K + N;
+    size_t written = 0, part = (size_t)N * K + N - alone;
     for (float f : from_gpu(workspace.memory, workspace.count, 0)) written += !isnan(f);
     snprintf(text, sizeof text, "%s weight gradient %dx%d of %d rows, %zu splits", half ? "bf16" : "fp32", N, K, M,
              written ? written / part : 1);
@@ -420,6 +420,11 @@ int main(void) {
         test_matmul(1, 520, 392, 328);
         test_matmul(1, 1536, 200, 72);
         test_splits(1, 4104, 136, 144, sms == 132 ? 16 : sms == 6 ? 3 : 1); // the last of 16 are empty
+        if (sms != 6) continue; // three pairs of tiles at a time: of 5 or 8, the last 2 are split, wherever they begin
+        test_splits(1, 1000, 384, 400, 3, 256 * 400 + 256);
+        test_splits(1, 1000, 640, 400, 3, 512 * 400 + 512);
+        test_splits(1, 1000, 256, 904, 3, 256 * 576 + 256);
+        test_splits(1, 1000, 128, 1544, 3, 128 * 1152 + 128);
     }
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;

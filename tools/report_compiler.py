@@ -108,23 +108,27 @@ def resources(found, arch):
 
 def schedule(form, m, n, k, D):
     """How matmul() shares a product out on Hopper: rows and columns of what one or two multiprocessors work on, splits,
-    the share of their time that is used in the waves begun, waves, and the share of a tile that lies in the matrix."""
+    the share of their time that is used in the waves begun, waves, the share of a tile that lies in the matrix,
+    and the share of all tiles that is split."""
     count = lambda rows, columns: -(-m // rows) * -(-n // columns)
+    down, across = -(-m // 128), -(-n // 192)
+    pairs, whole = down // 2 * across + down % 2 * -(-across // 2), 0
     large = m >= 128 and n >= 128 if form == "dw" else count(128, 128) >= SMS
-    if large and (form == "dw" or 2 * count(256, 192) >= SMS):
-        rows, columns, slots = 256, 192, SMS // 2
+    if large and (form == "dw" or 2 * pairs >= SMS):
+        rows, columns, slots, tiles = 256, 192, SMS // 2, pairs
+        whole = tiles // slots * slots
     else:
         rows = columns = 128 if large else 64
-        slots = SMS * (2 if large else 4)
-    splits, best, room = 1, 0, max(16 * D * (D + 1), 2 * SMS * 128 * 130)
-    for s in range(1, 17 if form == "dw" else 1):
-        if s * (m * n + m) > room or s * 256 > k:
+        slots, tiles = SMS * (2 if large else 4), count(rows, columns)
+    splits, best, room = 1, 1e9, max(16 * D * (D + 1), 2 * SMS * 128 * 130)
+    for s in range(1, 17 if form == "dw" else 2):
+        if s > 1 and (s * (m * n + m) > room or s * 256 > k):
             break
-        waves = count(rows, columns) * s / slots
-        if waves / -(-waves // 1) > 1.05 * best:
-            best, splits = waves / -(-waves // 1), s
-    waves = count(rows, columns) * splits / slots
-    return rows, columns, splits, waves / -(-waves // 1), waves, m * n / (count(rows, columns) * rows * columns)
+        time = whole / slots + -(-(tiles - whole) * s // slots) / s
+        if time < best / 1.05:
+            best, splits = time, s
+    area = tiles * rows * columns
+    return rows, columns, splits, tiles / slots / best, tiles / slots, m * n / area, 0 if splits == 1 else 1 - whole / tiles
 
 
 def matmuls():
@@ -134,7 +138,7 @@ def matmuls():
     for size, (D, _) in SIZES.items():
         for what, N, K in (("qkv", 3 * D, D), ("proj", D, D), ("fc1", 4 * D, D), ("fc2", D, 4 * D)):
             for form, m, n, k, out in (("forward", M, N, K, 2), ("dx", M, K, N, 2), ("dw", N, K, M, 8)):
-                tm, tn, splits, full, waves, inside = schedule(form, m, n, k, D)
+                tm, tn, splits, full, waves, inside, _ = schedule(form, m, n, k, D)
                 flop, memory = 2 * m * n * k, 2 * (m * k + n * k) + out * m * n
                 l2 = 2 * -(-m // tm) * -(-n // tn) * (tm + tn) * k + out * m * n
                 rows.append((f"{size} {what} {form}", f"{m}x{n}x{k}", f"{tm}x{tn}", splits, f"{waves:.2f}",
@@ -160,10 +164,10 @@ def estimate():
         sums = 0
         if form:
             shape = (a * D, b * D, M) if form == "dw" else (M, a * D, b * D)
-            tm, tn, splits, full, _, inside = schedule(form, *shape, D)
+            tm, tn, splits, full, _, inside, split = schedule(form, *shape, D)
             result = 4 * D * D * a * b if form == "dw" else 0
-            moved += result * (splits if splits > 1 else 2)
-            sums = result * (splits + 2) / memory if splits > 1 else 0
+            moved += result * (split * splits + 2 * (1 - split))
+            sums = result * split * (splits + 2) / memory
             fast, slow = (max(flop / rate, moved / memory) + sums for rate in (wgmma * full * inside, mma_sync * 0.9))
         total[0] += count * fast
         total[1] += count * slow
