@@ -66,13 +66,14 @@ help:
 	@echo "train_emu sample_emu bench_emu   the same on a CPU, through test/cuda_emu.h; test_emu, test_kernels_emu, races"
 	@echo "kernels                          runs those tests and lists which kernels they launched"
 	@echo "compiler                         what nvcc says of the kernels: test/results/compiler.md"
+	@echo "memory                           device memory of a training step beside PyTorch's: test/results/memory.md"
 	@echo "spills                           compiles fpdm.cu for every architecture; fails if a kernel spills registers"
 
 clean:
 	rm -f $(foreach s,cpu gpu emu,$(foreach p,train sample bench test test_kernels test_report,$p_$s $p_$s_asan)) \
 		$(foreach t,test_unit test_gradient test_harness,$t $t_asan) fuzz compiler.tmp spills.tmp
 
-.PHONY: nvcc all help clean test test_asan shared races spills compiler kernels
+.PHONY: nvcc all help clean test test_asan shared races spills compiler memory kernels
 
 # ---------------------------------------------------------------------------------------------------------------------
 # fpdm.cu. With a GPU at hand, for that one; otherwise for all that this nvcc knows of the list, and as PTX for later ones.
@@ -161,6 +162,10 @@ races: test_emu test_kernels_emu
 compiler: fpdm.cu
 	@mkdir -p test/results
 	@$(PYTHON) tools/report_compiler.py $(NVCC) > compiler.tmp && mv compiler.tmp test/results/compiler.md
+
+# What a training step allocates beside what PyTorch saves, without a GPU
+memory: fpdm.cu
+	@$(PYTHON) tools/report_memory.py > compiler.tmp && mv compiler.tmp test/results/memory.md
 
 # Every kernel on every architecture without spills
 spills: fpdm.cu
