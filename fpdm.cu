@@ -461,13 +461,13 @@ __global__ void layernorm_modulate_kernel(A *out, float *stats, const float *x, 
 //   dx += the gradient through LN, with dout (B,T,D) that of its modulated output; copy = dx for a matmul, unless NULL
 //   normed, unless NULL, = that output once more, which nobody kept: the weight gradient of what follows needs it
 //   dbranch = dx·gate: what dx means to the branch of out = x + gate·branch, whose forward is EPI_GATED
-// Without x the first is left out, without branch the last; with both, LN's input was that `out`. A block has `chunk`
+// Without x the first is left out, without branch the last; `add`: LN's input was x + gate·branch, not x. A block has `chunk`
 // tokens of one picture: first each warp finds what one row has in common, then each thread goes down its own columns.
 // parts (B,gridDim.x,3,D) = the block's sums over tokens of dout, dout·LN(x) and dx·branch: its shares of dshift, dscale
 // and dgate.
 template <typename A>
 __global__ void layernorm_backward_kernel(float *dx, A *copy, A *normed, float *parts, const A *dout, const float *x,
-                                          const float *stats, const float *mod, A *dbranch, const A *branch,
+                                          const float *stats, int add, const float *mod, A *dbranch, const A *branch,
                                           const float *gate, int stride, int chunk, int T, int D) {
     // Of each row: mean, 1/sigma, and of g = dout·(1+scale) the mean and that of g·LN(x)
     __shared__ __align__(16) float rows[ROWS_PER_BLOCK][4];
@@ -478,12 +478,12 @@ __global__ void layernorm_backward_kernel(float *dx, A *copy, A *normed, float *
     if (branch) gate += (size_t)blockIdx.y * stride;
     for (int window = 0; window < D; window += 8 * ROW_THREADS) { // one for D up to 2048
         float sums[3][2][4] = {}, v[4], g[4], s[4], b[4] = {}, a[4] = {};
-        auto load_input = [&](size_t at, int d) { // v = LN's input, b = branch, a = gate
+        auto load_input = [&](size_t at, int d, int all) { // v = LN's input, b = branch, a = gate
             if (x) load(v, x + at);
-            if (branch) {
+            if (branch && (add || all)) {
                 load(b, branch + at);
                 load(a, gate + d);
-                EACH(i, 4) v[i] += a[i] * b[i];
+                EACH(i, 4) v[i] += add ? a[i] * b[i] : 0;
             }
         };
         for (int r0 = first; r0 < end; r0 += ROWS_PER_BLOCK) {
@@ -492,7 +492,7 @@ __global__ void layernorm_backward_kernel(float *dx, A *copy, A *normed, float *
                 float row[4], both[2], g_sum = 0, gx_sum = 0;
                 load(both, stats + at / D * 2);
                 for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
-                    load_input(at + d, d);
+                    load_input(at + d, d, 0);
                     load(g, dout + at + d);
                     load(s, scale + d);
                     EACH(i, 4) {
@@ -511,7 +511,7 @@ __global__ void layernorm_backward_kernel(float *dx, A *copy, A *normed, float *
                     size_t at = (picture + r) * D + d;
                     float out[4], row[4];
                     load(out, dx + at);
-                    load_input(at, d);
+                    load_input(at, d, 1);
                     if (x) {
                         load(g, dout + at);
                         load(s, scale + d);
@@ -804,12 +804,12 @@ static void layernorm_forward(Model *m, int half, Act *normed, float *stats, con
 // goes on to, with dgate += its gate's gradient: see the kernel
 static void layernorm_backward(Model *m, int half, float *dx, Act *copy, Act *normed, float *dmod, const Act *dout,
                                const float *x, const float *stats, const float *mod, int vectors, Act *dbranch = NULL,
-                               float *dgate = NULL, const float *gate = NULL, const Act *branch = NULL) {
+                               float *dgate = NULL, const float *gate = NULL, const Act *branch = NULL, int add = 0) {
     int T = config_tokens(&m->config), D = m->config.width, stride = vectors * D;
     int chunk = (size_t)m->B * T >= (size_t)64 * gpu.sms ? 32 : ROWS_PER_BLOCK, chunks = (int)ceil_div(T, chunk);
-    TYPED(half,
-          RUN((layernorm_backward_kernel<A>), dim3(chunks, m->B), ROW_THREADS, 0, dx, (A *)copy, (A *)normed,
-              m->a.parts, (const A *)dout, x, stats, mod, (A *)dbranch, (const A *)branch, gate, stride, chunk, T, D));
+    TYPED(half, RUN((layernorm_backward_kernel<A>), dim3(chunks, m->B), ROW_THREADS, 0, dx, (A *)copy, (A *)normed,
+                    m->a.parts, (const A *)dout, x, stats, add, mod, (A *)dbranch, (const A *)branch, gate, stride,
+                    chunk, T, D));
     RUN(column_sums_kernel, dim3((unsigned)ceil_div(D, 128), m->B, 3), 128, 0, dmod, dgate, m->a.parts, stride, chunks,
         D);
 }
@@ -906,8 +906,9 @@ static void block_forward(Model *m, float *out, Act *copy, const float *x, Layer
 }
 
 // dx (B,T,D): the gradient of the output on entry, of the input on return, then also in copy (unless NULL). x is the
-// input.
-static void block_backward(Model *m, float *dx, Act *copy, const float *x, Layer *l, int index) {
+// input. Where the input is another block's output, `above` that one, its MLP branch gets its gradient in the same pass;
+// this block's has it already if it is `below` another.
+static void block_backward(Model *m, float *dx, Act *copy, const float *x, Layer *l, int index, int below, int above) {
     Activations *a = &m->a;
     const BlockParams *p = &m->p.block[index], *g = &m->g.block[index];
     const float *mod = block_mod(m, a->mod, index);
@@ -915,19 +916,21 @@ static void block_backward(Model *m, float *dx, Act *copy, const float *x, Layer
     Act *dfc2 = a->dbranch, *dproj = a->dbranch, *dfc1 = a->dwide, *dqkv = a->dwide;
     int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T;
     // MLP branch
-    gate_backward(m, dfc2, dmod + 5 * D, dx, mod + 5 * D, l->fc2);
+    if (!below) gate_backward(m, dfc2, dmod + 5 * D, dx, mod + 5 * D, l->fc2);
     gelu_linear_backward(m, dfc1, a->gelu, NULL, dfc2, p->fc2_w, l->fc1, 4 * D, D);
     linear_weight(m->half, g->fc2_w, 4 * D, g->fc2_b, dfc2, a->gelu, M, 4 * D, D);
     linear_input_backward(m, a->dnormed, dfc1, p->fc1_w, M, D, 4 * D);
     layernorm_backward(m, m->half, dx, NULL, a->normed, dmod + 3 * D, a->dnormed, x, l->stats + 2 * M, mod + 3 * D, 6,
-                       dproj, dmod + 2 * D, mod + 2 * D, l->proj);
+                       dproj, dmod + 2 * D, mod + 2 * D, l->proj, 1);
     linear_weight(m->half, g->fc1_w, D, g->fc1_b, dfc1, a->normed, M, D, 4 * D);
     // Attention branch
     linear_input_backward(m, a->dnormed, dproj, p->proj_w, M, D, D);
     linear_weight(m->half, g->proj_w, D, g->proj_b, dproj, l->att, M, D, D);
     attention_backward(m->half, dqkv, a->dq, a->dnormed, l->att, l->lse, l->qkv, B, T, D, m->config.heads);
     linear_input_backward(m, a->dnormed, dqkv, p->qkv_w, M, D, 3 * D);
-    layernorm_backward(m, m->half, dx, copy, a->normed, dmod, a->dnormed, x, l->stats, mod, 6);
+    size_t next = (size_t)m->batch * 6 * D; // from the modulation of the block below
+    layernorm_backward(m, m->half, dx, copy, a->normed, dmod, a->dnormed, x, l->stats, mod, 6, a->dbranch,
+                       above ? dmod - next + 5 * D : NULL, above ? mod - next + 5 * D : NULL, above ? l[-1].fc2 : NULL);
     linear_weight(m->half, g->qkv_w, D, g->qkv_b, dqkv, a->normed, M, D, 3 * D);
 }
 
@@ -955,12 +958,13 @@ static void iteration_forward(Model *m, float *out, Act *copy, const Act *z, Lay
     block_forward(m, out, copy, l->in, l, m->config.pre_depth, keep);
 }
 
-// dz (B,T,D): the gradient of the output on entry; on return, unless `first`, of z. Nothing flows into the first z.
-static void iteration_backward(Model *m, float *dz, Layer *l, int first) {
+// dz (B,T,D): the gradient of the output on entry; on return, unless `first`, of z. Nothing flows into the first z. below:
+// see block_backward
+static void iteration_backward(Model *m, float *dz, Layer *l, int first, int below) {
     Activations *a = &m->a;
     int D = m->config.width, M = m->B * config_tokens(&m->config);
     Act *du = a->dwide;
-    block_backward(m, dz, a->dx_act, l->in, l, m->config.pre_depth);
+    block_backward(m, dz, a->dx_act, l->in, l, m->config.pre_depth, below, 0);
     const Act *dz_act = m->half ? a->dx_act : (const Act *)dz;
     gelu_linear_backward(m, du, a->gelu, a->du_sum, dz_act, m->p.fp2_w, l->u, 2 * D, D);
     linear_weight(m->half, m->g.fp2_w, 2 * D, m->g.fp2_b, dz_act, a->gelu, M, 2 * D, D);
@@ -1115,10 +1119,11 @@ static void model_forward(Model *m, int B, int n, int iterations, Solve *solve) 
     show_probe(m, "output", 0, a->out, 0, (int64_t)B * Cout * c->image_size * c->image_size);
 }
 
-// Gradient of block i from that of its output in a.dx
-static void block_backward_at(Model *m, Layer *l, int i) {
+// Gradient of block i, of which `last` has the gradient of its output in a.dx alone
+static void block_backward_at(Model *m, Layer *l, int i, int last) {
+    int chain = !m->recompute; // otherwise the branch of the block below is not there yet
     if (m->recompute) block_forward(m, m->a.recomputed, NULL, l->x, l, i, 1);
-    block_backward(m, m->a.dx, NULL, l->x, l, i);
+    block_backward(m, m->a.dx, NULL, l->x, l, i, chain && !last, chain && i > 0);
 }
 
 // Adds to the gradients those of the loss whose gradient with respect to the output is a.dout.
@@ -1138,17 +1143,17 @@ static void model_backward(Model *m) {
     matmul<false, true, EPI_FLOAT>(0, linear_input(dfinal_normed, a->patch_out, m->p.final_w, D, M, D, p * p * Cout));
     layernorm_backward(m, 0, a->dx, NULL, NULL, a->dfinal_mod, dfinal_normed, l->x, a->final_stats, a->final_mod, 2);
     if (c->fixed_point) {
-        for (; i > c->pre_depth; i--) block_backward_at(m, --l, i);
+        for (; i > c->pre_depth; i--) block_backward_at(m, --l, i, i == config_blocks(c) - 1);
         gpu_zero(a->du_sum, 2 * N * sizeof(float));
         for (int k = m->m; k > 0; k--) {
             l--;
             if (m->recompute) iteration_forward(m, a->recomputed, NULL, (const Act *)l->x, l, 1);
-            iteration_backward(m, a->dx, l, k == 1);
+            iteration_backward(m, a->dx, l, k == 1, k == m->m && c->post_depth && !m->recompute);
         }
         injection_backward(m, a->dx, --l);
         i--;
     }
-    for (; i >= 0; i--) block_backward_at(m, --l, i);
+    for (int last = i; i >= 0; i--) block_backward_at(m, --l, i, i == last);
     linear_weight(0, m->g.patch_w, c->channels * p * p, m->g.patch_b, a->dx, a->patches, M, c->channels * p * p, D);
     condition_backward(m);
 }
