@@ -2315,22 +2315,20 @@ enum { WG_SHARED = 2 * (WG_STAGES * (WG_A + WG_B) + WG_ONES) + 4 * WG_STAGE + 8 
 template <bool TA, bool TB, int EPI>
 __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
     matmul_wgmma(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b, Matmul g,
-                 float *parts, int tiles, int whole, int splits) {
+                 float *parts, int across, int upright, int whole, int rest, int splits) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     SHARED_DYNAMIC(bf16, shared);
     bf16 *ones = shared + WG_STAGES * (WG_A + WG_B);
     float *stage = (float *)(ones + WG_ONES);
     uint64_t *full = (uint64_t *)(stage + WG_STAGE), *empty = full + WG_STAGES, *order = empty + WG_STAGES;
     int group = threadIdx.x / 128, lane = threadIdx.x % 32, rank = blockIdx.x % 2;
-    int n_tiles = (g.N + WG_N - 1) / WG_N, pair_rows = (g.M + WG_M - 1) / WG_M / 2; // of tiles above each other
-    int units = whole + (tiles - whole) * splits, m0, n0, k0, steps, split, beside;
-    int at = 0;                  // the step's place in the ring, counted on over all tiles
-    auto go_to = [&](int unit) { // a tile, or a split of one; neighbours share rows of a in the cache
-        int tile = unit < whole ? unit : whole + (unit - whole) % (tiles - whole);
-        split = unit < whole ? -1 : (unit - whole) / (tiles - whole);
-        beside = tile - pair_rows * n_tiles;
-        m0 = (beside < 0 ? tile / n_tiles * 2 + rank : 2 * pair_rows) * WG_M;
-        n0 = (beside < 0 ? tile % n_tiles : 2 * beside + rank) * WG_N;
+    int m0, n0, k0, steps, split, beside, at = 0; // at: the step's place in the ring, counted on over all tiles
+    auto go_to = [&](int unit) { // a tile of `whole`, or a split of the rest; neighbours share rows of a in the cache
+        int tile = unit < whole ? unit : whole + (unit - whole) % rest;
+        split = unit < whole ? -1 : (unit - whole) / rest;
+        beside = tile - upright;
+        m0 = (beside < 0 ? tile / across * 2 + rank : (g.M - 1) / WG_M) * WG_M;
+        n0 = (beside < 0 ? tile % across : 2 * beside + rank) * WG_N;
         k0 = max(split, 0) * g.k_chunk;
         steps = (max(min(g.K - k0, split < 0 ? g.K : g.k_chunk), 0) + WG_K - 1) / WG_K;
     };
@@ -2344,7 +2342,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
     cluster_sync();
     if (group == 2) {
         registers_down<24>();
-        for (int unit = blockIdx.x / 2; threadIdx.x % 128 == 0 && unit < units; unit += gridDim.x / 2) {
+        for (int unit = blockIdx.x / 2; threadIdx.x % 128 == 0 && unit < whole + rest * splits; unit += gridDim.x / 2) {
             go_to(unit);
             for (int k = k0; k < k0 + steps * WG_K; k += WG_K, at++) {
                 int i = at % WG_STAGES;
@@ -2369,7 +2367,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
         }
     } else {
         registers_up<240>();
-        for (int unit = blockIdx.x / 2, turn = 0; unit < units; unit += gridDim.x / 2, turn++) {
+        for (int unit = blockIdx.x / 2, turn = 0; unit < whole + rest * splits; unit += gridDim.x / 2, turn++) {
             go_to(unit);
             if (turn % 2 != group) { // the other warpgroup's
                 at += steps;
@@ -2437,15 +2435,16 @@ static CUtensorMap box_map(const void *p, int rows, int cols, int ld, int box) {
 }
 
 template <bool TA, bool TB, int EPI>
-static void launch_wgmma(const Matmul &g, int tiles, int whole, int splits) {
+static void launch_wgmma(const Matmul &g, int across, int upright, int whole, int rest, int splits) {
     CUtensorMap a = TA ? box_map(g.a, g.K, g.M, g.lda, WG_K) : box_map(g.a, g.M, g.K, g.lda, WG_M);
     CUtensorMap b = TB ? box_map(g.b, g.K, g.N, g.ldb, WG_K / 2) : box_map(g.b, g.N, g.K, g.ldb, WG_N / 2);
-    int pairs = imin(whole + (tiles - whole) * splits, (gpu.sms + 1) / 2);
-    RUN((matmul_wgmma<TA, TB, EPI>), 2 * pairs, WG_THREADS, WG_SHARED, a, b, g, workspace.memory, tiles, whole, splits);
+    int pairs = imin(whole + rest * splits, (gpu.sms + 1) / 2);
+    RUN((matmul_wgmma<TA, TB, EPI>), 2 * pairs, WG_THREADS, WG_SHARED, a, b, g, workspace.memory, across, upright,
+        whole, rest, splits);
 }
 #else
 template <bool TA, bool TB, int EPI>
-static void launch_wgmma(const Matmul &, int, int, int) {}
+static void launch_wgmma(const Matmul &, int, int, int, int, int) {}
 #endif
 
 // The same product in fp32 with plain multiply-adds (tensor cores would round to tf32, which misses 1e-5). A block
@@ -2545,7 +2544,7 @@ __global__ void split_sum_kernel(float *dw, int ldc, float *db, const float *par
 template <bool TA, bool TB, int EPI>
 static void matmul(int half, Matmul g) {
     int across = (int)ceil_div(g.N, WG_N), down = (int)ceil_div(g.M, WG_M); // tiles of Hopper's, in pairs
-    int pairs = down / 2 * across + down % 2 * (across + 1) / 2;
+    int upright = down / 2 * across, pairs = upright + down % 2 * (across + 1) / 2;
     int large = half && (EPI == EPI_WEIGHT ? g.M >= 128 && g.N >= 128
                                            : ceil_div(g.M, 128) * ceil_div(g.N, 128) >= (size_t)gpu.sms);
     int wgmma = half && (gpu.wgmma > 1 || (gpu.wgmma && large && (EPI == EPI_WEIGHT || 2 * pairs >= gpu.sms)));
@@ -2567,7 +2566,7 @@ static void matmul(int half, Matmul g) {
         RUN((matmul_fp32<TA, TB, EPI>), grid, 128, 2 * F32_BK * F32_ROW * sizeof(float), g, workspace.memory);
     else if constexpr (TA || EPI != EPI_WEIGHT) { // conditioning alone adds to an input's gradient, in fp32
         if (wgmma)
-            launch_wgmma<TA, TB, EPI>(g, tiles, whole, splits);
+            launch_wgmma<TA, TB, EPI>(g, across, upright, whole, tiles - whole, splits);
         else if (large)
             RUN((matmul_bf16<128, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 128 * BK * sizeof(bf16), g,
                 workspace.memory);
@@ -2576,7 +2575,7 @@ static void matmul(int half, Matmul g) {
                 workspace.memory);
     }
     if (splits == 1) return;
-    int beside = whole - down / 2 * across, high = beside < 0 ? 2 * WG_M : WG_M; // of the first tile that is split
+    int beside = whole - upright, high = beside < 0 ? 2 * WG_M : WG_M; // of the first tile that is split
     int row0 = wgmma ? (beside < 0 ? whole / across : down / 2) * 2 * WG_M : 0;
     int col0 = wgmma ? (beside < 0 ? whole % across : 2 * beside) * WG_N : 0;
     RUN(split_sum_kernel, (unsigned)ceil_div((size_t)(g.M - row0) * g.N + g.M, 256), 256, 0, (float *)g.out, g.ldc,
