@@ -76,6 +76,7 @@ help:
 	@echo "train_cpu MPI=1                  data parallel by MPI, also train_emu; train_gpu NCCL=1: by NCCL (README)"
 	@echo "kernels                          runs those tests and lists which kernels they launched"
 	@echo "compiler                         what nvcc says of the kernels: test/results/compiler.md"
+	@echo "memory                           device memory of a training step beside PyTorch's: test/results/memory.md"
 	@echo "spills                           compiles fpdm.cu for every architecture; fails if a kernel spills registers"
 
 clean:
@@ -102,7 +103,7 @@ wants_mpi = $(if $(MPI)$(NCCL),yes,no)
 $(foreach p,train_cpu train_emu train_gpu,$(if $(filter $(wants_mpi),$(call has_mpi,$p)),,$(eval $p: again)))
 again:
 
-.PHONY: again nvcc all help clean test test_asan port_example shared races spills compiler kernels
+.PHONY: again nvcc all help clean test test_asan port_example shared races spills compiler memory kernels
 
 # ---------------------------------------------------------------------------------------------------------------------
 # fpdm.cu. With a GPU at hand, for that one; otherwise for all that this nvcc knows of the list, and as PTX for later ones.
@@ -191,6 +192,10 @@ races: test_emu test_kernels_emu
 compiler: fpdm.cu
 	@mkdir -p test/results
 	@$(PYTHON) tools/report_compiler.py $(NVCC) > compiler.tmp && mv compiler.tmp test/results/compiler.md
+
+# What a training step allocates beside what PyTorch saves, without a GPU
+memory: fpdm.cu
+	@$(PYTHON) tools/report_memory.py > compiler.tmp && mv compiler.tmp test/results/memory.md
 
 # Every kernel on every architecture without spills
 spills: fpdm.cu

@@ -15,6 +15,7 @@
 //        mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2])            d += a b, 16x8 += 16x16 * 16x8
 //        cp_async16(void *smem, const void *gmem, bool valid)                      zeros if not valid
 //        cp_async_commit(), cp_async_wait<N>()                                     all but the N newest groups landed
+//        fast_exp2(float x)                                                        2^x, within 2 ulp
 //   4. two macros, for what is not C++:
 //        LAUNCH(kernel, grid, block, smem_bytes, stream, arguments...)             LAUNCH((kernel<A, B>), ...)
 //        SHARED_DYNAMIC(type, name);                                               type *name = dynamic shared memory
@@ -247,6 +248,7 @@ inline void ldmatrix_x4(uint32_t *r, const void *smem, EMU_LINE) { emu::ldmatrix
 inline void ldmatrix_x4_trans(uint32_t *r, const void *smem, EMU_LINE) { emu::ldmatrix(r, smem, true, line); }
 inline void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2], EMU_LINE) { emu::mma(d, a, b, line); }
 inline void cp_async16(void *smem, const void *gmem, bool valid, EMU_LINE) { emu::cp_async(smem, gmem, valid, line); }
+inline float fast_exp2(float x) { return exp2f(x); }
 inline void cp_async_commit() { emu::cp_async_commit(); }
 template <int N>
 inline void cp_async_wait(EMU_LINE) {
