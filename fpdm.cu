@@ -2825,9 +2825,10 @@ __device__ inline void tile_apply(float (&out)[1][HD / 8][4], const float (&p)[1
     }
 }
 
-// out (16,8·N) += p^T·cols for 16 columns of p (rows,..) and 8·N of `cols` (rows,..); rows: groups of 32, GROUP apart
+// out (16,8·N) += p^T·cols for 16 columns of p (rows,..) and 8·N of `cols` (rows,..), or without `all` eight fewer; rows:
+// groups of 32, GROUP apart
 template <int HD, int N>
-__device__ inline void tile_apply_groups(float (&out)[N][4], const bf16 *p, const bf16 *cols, int rows) {
+__device__ inline void tile_apply_groups(float (&out)[N][4], const bf16 *p, const bf16 *cols, int rows, bool all) {
     typedef Tiles<bf16, HD> S;
     int lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -2838,6 +2839,7 @@ __device__ inline void tile_apply_groups(float (&out)[N][4], const bf16 *p, cons
             ldmatrix_x4_trans(a[i], p + row * S::COLS_LD + lane / 8 % 2 * 8);
         }
         EACH(j, N) {
+            if (j == N - 1 && !all) break;
             ldmatrix_x4_trans(b, cols + lane * S::LD + 8 * j);
             EACH(i, 2) mma_bf16(out[j], a[i], b + 2 * i);
         }
@@ -2845,13 +2847,14 @@ __device__ inline void tile_apply_groups(float (&out)[N][4], const bf16 *p, cons
 }
 
 template <int HD, int N>
-__device__ inline void tile_apply_groups(float (&out)[N][4], const float *p, const float *cols, int rows) {
+__device__ inline void tile_apply_groups(float (&out)[N][4], const float *p, const float *cols, int rows, bool all) {
     typedef Tiles<float, HD> S;
     int lane = threadIdx.x % 32;
     for (int k = 0; k < rows; k++) {
         int row = k / 32 * S::GROUP + k % 32 * S::LD, weight = k / 32 * S::GROUP + k % 32 * S::COLS_LD + lane / 4;
         EACH(j, N) {
             float c[2];
+            if (j == N - 1 && !all) break;
             load(c, cols + row + 8 * j + lane % 4 * 2);
             EACH(i, 4) out[j][i] += p[weight + i / 2 * 8] * c[i % 2];
         }
@@ -3027,7 +3030,7 @@ __global__ void __launch_bounds__(256, 1)
                 each_pair(dq, row, T, hd - col, [&](int r, int c, float *two) {
                     *(float2 *)two = *(const float2 *)(sums + (size_t)r * D + col + c);
                 });
-            tile_apply_groups<HD>(dq, groups + 64 * S::LD + row - q0, groups + col, keys);
+            tile_apply_groups<HD>(dq, groups + 64 * S::LD + row - q0, groups + col, keys, col + 8 * HALF <= HD);
             if (first + keys < T)
                 store_head(sums + col, D, row, T, hd - col, dq, 1);
             else
