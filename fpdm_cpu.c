@@ -1679,8 +1679,7 @@ enum {
     NR = 2 * VL,
     KC = 384, // a tile's rows of A, MR x KC, stay in the first-level cache
     NC = 512, // the block of B, KC x NC, in the second
-    MC = 8 * MR,
-    AW = 2 * MR // with AVX-512 a cache line
+    MC = 8 * MR
 };
 #define VECTOR(bytes) __attribute__((vector_size(bytes), aligned(sizeof(real)), may_alias)) // may stand anywhere
 typedef real vec VECTOR(VEC_BYTES);
@@ -1751,7 +1750,7 @@ INLINE void pair_pack(real *p, const int w, int n, int kc, const bf16 *src, size
             bf16x2 *out = (bf16x2 *)(p + i * pairs + k * w);
             if (is == 1 && 2 * k + 1 < kc && i + w <= n) {
                 if (2 * k + 16 < kc) __builtin_prefetch(x + 16 * ks), __builtin_prefetch(y + 16 * ks);
-                for (int j = 0; j < w; j++) out[j] = x[j] | (bf16x2)y[j] << 16;
+                SIMD for (int j = 0; j < w; j++) out[j] = x[j] | (bf16x2)y[j] << 16;
             } else
                 for (int j = 0; j < imin(w, n - i); j++) out[j] = x[j * is] | (2 * k + 1 < kc ? (bf16x2)y[j * is] << 16 : 0);
         }
@@ -1891,17 +1890,17 @@ static void gemm_thread(Gemm *g, int thread, int threads) {
                 const Act *A = act_at(g->half, g->A, m0 * g->ars + k0 * step * g->acs);
                 const Act *rest = act_at(g->half, A, inside * g->ars); // goes into panels
                 if (g->half)
-                    pair_pack(gemm_a, AW, m - inside, values, rest, g->ars, g->acs);
+                    pair_pack(gemm_a, MR, m - inside, values, rest, g->ars, g->acs);
                 else
-                    gemm_pack(gemm_a, AW, m - inside, values, rest, g->ars, g->acs);
+                    gemm_pack(gemm_a, MR, m - inside, values, rest, g->ars, g->acs);
                 for (int i = 0; i < m; i += MR)
                     for (int j = 0; j < n; j += NR) {
                         int in = i < inside, next_row = j / NR * share;
                         const real *a = in ? (const real *)A + i * ars
-                                           : gemm_a + (i - inside) / AW * AW * kc + (i - inside) % AW;
+                                           : gemm_a + (i - inside) * kc;
                         Ahead next = {a, 0, 1};
                         if (next_row < 8 && i + MR < inside) next = (Ahead){a + (MR + next_row) * ars, ars, share};
-                        (g->half ? pair_tile : float_tile)(g, m0 + i, n0 + j, a, in ? ars : 1, in ? 1 : AW,
+                        (g->half ? pair_tile : float_tile)(g, m0 + i, n0 + j, a, in ? ars : 1, in ? 1 : MR,
                                                            panel + j * kc, !kb, kc, next);
                     }
             }
