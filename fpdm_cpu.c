@@ -314,17 +314,18 @@ static inline void put(int half, Act *p, size_t i, real x) {
         ((real *)p)[i] = x;
 }
 // A loop over elements once for each type: its `HALF` is a constant, so that it becomes vector instructions.
-#define TYPED(half, ...)            \
-    do {                            \
-        if (half) {                 \
-            enum { HALF = 1 };      \
-            __VA_ARGS__;            \
-        } else {                    \
-            enum { HALF = 0 };      \
-            __VA_ARGS__;            \
-        }                           \
+#define TYPED(half, ...)       \
+    do {                       \
+        if (half) {            \
+            enum { HALF = 1 }; \
+            __VA_ARGS__;       \
+        } else {               \
+            enum { HALF = 0 }; \
+            __VA_ARGS__;       \
+        }                      \
     } while (0)
 #define SIMD _Pragma("omp simd")
+#define SIMD_DOT _Pragma("omp simd reduction(+ : dot)")
 static inline const Act *act_at(int half, const Act *p, size_t i) {
     return (const char *)p + i * (half ? sizeof(bf16) : sizeof(real));
 }
@@ -361,8 +362,7 @@ static void bias_backward(int half, real *db, const Act *dout, int M, int N) {
 }
 
 // dw (N,K) += dout^T·in,  db += column sums of dout
-static void linear_weight_backward(int half, real *dw, real *db, const Act *dout, const Act *in, int M, int K,
-                                   int N) {
+static void linear_weight_backward(int half, real *dw, real *db, const Act *dout, const Act *in, int M, int K, int N) {
     gemm(half, dw, K, dout, 1, N, in, K, 1, dw, K, N, K, M);
     bias_backward(half, db, dout, M, N);
 }
@@ -372,8 +372,8 @@ static void linear_input_backward(int half, real *din, const Act *dout, const Ac
     gemm(half, din, K, dout, N, 1, w, K, 1, NULL, 0, M, K, N);
 }
 
-static void linear_backward(int half, real *din, real *dw, real *db, const Act *dout, const Act *in, const Act *w, int M,
-                            int K, int N) {
+static void linear_backward(int half, real *din, real *dw, real *db, const Act *dout, const Act *in, const Act *w,
+                            int M, int K, int N) {
     linear_weight_backward(half, dw, db, dout, in, M, K, N);
     linear_input_backward(half, din, dout, w, M, K, N);
 }
@@ -447,7 +447,8 @@ static void layernorm_modulate_backward(real *dx, real *dmod, real *stats, const
 // query rows of one head, so the T×T matrix never exists; lse (B,H,T) keeps log sum exp of each row for the backward
 // pass.
 enum { QUERY_ROWS = 128 };
-static void attention_forward(int half, real *out, real *lse, const Act *qkv, real *scores, int B, int T, int D, int H) {
+static void attention_forward(int half, real *out, real *lse, const Act *qkv, real *scores, int B, int T, int D,
+                              int H) {
     int hd = D / H, row_blocks = (T + QUERY_ROWS - 1) / QUERY_ROWS;
     real scale = 1 / (real)sqrt((double)hd);
 #pragma omp parallel for schedule(static)
@@ -473,8 +474,8 @@ static void attention_forward(int half, real *out, real *lse, const Act *qkv, re
             TYPED(half, SIMD for (int j = 0; j < T; j++) put(HALF, p, (size_t)i * T + j, si[j] * inverse));
             row_lse[i] = max * scale + (real)log((double)sum);
         }
-        gemm(half, out + ((size_t)b * T + first) * D + h * hd, D, p, T, 1, act_at(half, qkv, at + 2 * D), 3 * D, 1, NULL,
-             0, rows, hd, T);
+        gemm(half, out + ((size_t)b * T + first) * D + h * hd, D, p, T, 1, act_at(half, qkv, at + 2 * D), 3 * D, 1,
+             NULL, 0, rows, hd, T);
     }
 }
 
@@ -501,12 +502,13 @@ static void attention_backward(int half, real *dqkv, const Act *dout, const real
             for (int i = 0; i < rows; i++) {
                 const real *si = s + (size_t)i * T, *di = ds + (size_t)i * T, *oi = out + out_at + (size_t)i * D;
                 real row_lse = lse[((size_t)b * H + h) * T + first + i], dot = 0;
-                TYPED(half, _Pragma("omp simd reduction(+ : dot)") for (int d = 0; d < hd; d++)  //
-                                dot += get(HALF, go, (size_t)i * D + d) * oi[d]);
-                TYPED(half, SIMD for (int j = 0; j < T; j++) {
-                    real e = exp_real(si[j] * scale - row_lse);
-                    put(HALF, p, (size_t)i * T + j, e);
-                    put(HALF, dp, (size_t)i * T + j, e * (di[j] - dot) * scale);
+                TYPED(half, {
+                    SIMD_DOT for (int d = 0; d < hd; d++) dot += get(HALF, go, (size_t)i * D + d) * oi[d];
+                    SIMD for (int j = 0; j < T; j++) {
+                        real e = exp_real(si[j] * scale - row_lse);
+                        put(HALF, p, (size_t)i * T + j, e);
+                        put(HALF, dp, (size_t)i * T + j, e * (di[j] - dot) * scale);
+                    }
                 });
             }
             gemm(half, dv, 3 * D, p, 1, T, go, D, 1, first ? dv : NULL, 3 * D, T, hd, rows);
@@ -521,36 +523,38 @@ static void attention_backward(int half, real *dqkv, const Act *dout, const real
 enum { PIECE = 1 << 12 };
 #define FOR_EACH_PIECE \
     _Pragma("omp parallel for schedule(static)") for (size_t piece = 0; piece < count; piece += PIECE)
-#define FOR_EACH_ELEMENT \
-    _Pragma("omp simd") for (size_t i = piece; i < (piece + PIECE < count ? piece + PIECE : count); i++)
+#define PIECE_END (piece + PIECE < count ? piece + PIECE : count)
 
 // gelu in its tanh form: with u = 2·sqrt(2/pi)·(x + 0.044715·x^3), gelu(x) = x/2·(1 + tanh(u/2)) = x·sigmoid(u)
 #define GELU_SLOPE ((real)1.5957691216057308)
 #define GELU_CUBIC ((real)0.044715)
 static void gelu_forward(int half, Act *out, const real *in, size_t count) {
-    FOR_EACH_PIECE TYPED(half, FOR_EACH_ELEMENT {
-        put(HALF, out, i, in[i] / (1 + exp_real(-GELU_SLOPE * in[i] * (1 + GELU_CUBIC * in[i] * in[i]))));
+    FOR_EACH_PIECE TYPED(half, {
+        SIMD for (size_t i = piece; i < PIECE_END; i++)
+            put(HALF, out, i, in[i] / (1 + exp_real(-GELU_SLOPE * in[i] * (1 + GELU_CUBIC * in[i] * in[i]))));
     });
 }
 
 // dx = dout·gelu'(x), and out = gelu(x) once more: the exponential is shared. dx may be dout.
 static void gelu_backward(int half, Act *dx, Act *out, const real *dout, const real *x, size_t count) {
-    FOR_EACH_PIECE TYPED(half, FOR_EACH_ELEMENT {
-        real xi = x[i] < -100 ? -100 : x[i] > 100 ? 100 : x[i]; // beyond, the slope is 0 or 1, and a cube is too large
-        real xx = xi * xi, e = exp_real(-GELU_SLOPE * xi * (1 + GELU_CUBIC * xx)), s = 1 / (1 + e);
-        put(HALF, out, i, x[i] * s);
-        put(HALF, dx, i, dout[i] * (s * (1 + xi * (e * s) * GELU_SLOPE * (1 + 3 * GELU_CUBIC * xx))));
+    FOR_EACH_PIECE TYPED(half, {
+        SIMD for (size_t i = piece; i < PIECE_END; i++) {
+            real xi = x[i] < -100 ? -100 : x[i] > 100 ? 100 : x[i]; // beyond, the slope is 0 or 1, a cube too large
+            real xx = xi * xi, e = exp_real(-GELU_SLOPE * xi * (1 + GELU_CUBIC * xx)), s = 1 / (1 + e);
+            put(HALF, out, i, x[i] * s);
+            put(HALF, dx, i, dout[i] * (s * (1 + xi * (e * s) * GELU_SLOPE * (1 + 3 * GELU_CUBIC * xx))));
+        }
     });
 }
 
 static void add(int half, real *x, const Act *y, size_t count) {
-    FOR_EACH_PIECE TYPED(half, FOR_EACH_ELEMENT x[i] += get(HALF, y, i));
+    FOR_EACH_PIECE TYPED(half, SIMD for (size_t i = piece; i < PIECE_END; i++) x[i] += get(HALF, y, i));
 }
 
 // in (count) as an operand: in fp32 simply `in`, else a copy
 static const Act *as_act(int half, Act *copy, const real *in, size_t count) {
     if (!half) return in;
-    FOR_EACH_PIECE FOR_EACH_ELEMENT put(1, copy, i, in[i]);
+    FOR_EACH_PIECE SIMD for (size_t i = piece; i < PIECE_END; i++) put(1, copy, i, in[i]);
     return copy;
 }
 
@@ -588,9 +592,11 @@ static void gated_residual_backward(int half, Act *dbranch, real *dgate, const r
             real *dg = dgate + (size_t)b * stride;
             const real *g = gate + (size_t)b * stride;
             for (size_t i = (size_t)b * T; i < (size_t)(b + 1) * T; i++)
-                TYPED(half, SIMD for (int d = first; d < last; d++) {
-                    dg[d] += dout[i * D + d] * branch[i * D + d];
-                    put(HALF, dbranch, i * D + d, dout[i * D + d] * g[d]);
+                TYPED(half, {
+                    SIMD for (int d = first; d < last; d++) {
+                        dg[d] += dout[i * D + d] * branch[i * D + d];
+                        put(HALF, dbranch, i * D + d, dout[i * D + d] * g[d]);
+                    }
                 });
         }
 }
@@ -834,7 +840,8 @@ static void injection_forward(Model *m, const Layer *l) {
     Activations *a = &m->a;
     int D = m->config.width, M = m->B * config_tokens(&m->config), half = m->half;
     size_t N = (size_t)M * D;
-    linear_forward(half, a->inj, as_act(half, a->normed, l->x, N), act_weight(m, m->p.inject_w), m->p.inject_b, M, D, D);
+    linear_forward(half, a->inj, as_act(half, a->normed, l->x, N), act_weight(m, m->p.inject_w), m->p.inject_b, M, D,
+                   D);
     gemm(half, a->inj_part, 2 * D, as_act(half, a->normed, a->inj, N), D, 1, act_weight(m, m->p.fp1_w + D), 1, 2 * D,
          m->p.fp1_b, 0, M, 2 * D, D);
 }
@@ -1506,7 +1513,7 @@ static void model_update(Model *model, int64_t step, double lr, double beta1, do
     real *first = model->memory[MODEL_ADAM_M], *second = model->memory[MODEL_ADAM_V],
          *grads = model->memory[MODEL_GRADS];
     bf16 *half = model->half_weights;
-    FOR_EACH_PIECE FOR_EACH_ELEMENT {
+    FOR_EACH_PIECE SIMD for (size_t i = piece; i < PIECE_END; i++) {
         real g = grads[i] * scale, m = b1 * first[i] + new1 * g, v = b2 * second[i] + new2 * g * g;
         real w = weights[i] * keep - size * m / (sqrt_real(v) * correct + epsilon);
         first[i] = m;
@@ -1714,7 +1721,8 @@ INLINE void gemm_pack(real *p, const int w, int n, int kc, const real *src, size
         for (; i + 4 <= n; i += 4) {
             const real *s = src + i * is, *end = s + kc / 4 * 4;
             real *d = p + i / w * w * kc + i % w;
-            for (; s < end; s += 4, d += 4 * w) {
+            for (int t = 0; s < end; s += 4, d += 4 * w, t++) {
+                __builtin_prefetch(s + (4 + t % 4) * is); // of the next four rows
                 vec4 s0 = *(const vec4 *)s, s1 = *(const vec4 *)(s + is);
                 vec4 s2 = *(const vec4 *)(s + 2 * is), s3 = *(const vec4 *)(s + 3 * is);
                 vec4 a = SHUFFLE(s0, s1, 0, 4, 1, 5), b = SHUFFLE(s2, s3, 0, 4, 1, 5);
@@ -1752,7 +1760,8 @@ INLINE void pair_pack(real *p, const int w, int n, int kc, const bf16 *src, size
                 if (2 * k + 16 < kc) __builtin_prefetch(x + 16 * ks), __builtin_prefetch(y + 16 * ks);
                 SIMD for (int j = 0; j < w; j++) out[j] = x[j] | (bf16x2)y[j] << 16;
             } else
-                for (int j = 0; j < imin(w, n - i); j++) out[j] = x[j * is] | (2 * k + 1 < kc ? (bf16x2)y[j * is] << 16 : 0);
+                for (int j = 0; j < imin(w, n - i); j++)
+                    out[j] = x[j * is] | (2 * k + 1 < kc ? (bf16x2)y[j * is] << 16 : 0);
         }
 }
 
@@ -1896,8 +1905,7 @@ static void gemm_thread(Gemm *g, int thread, int threads) {
                 for (int i = 0; i < m; i += MR)
                     for (int j = 0; j < n; j += NR) {
                         int in = i < inside, next_row = j / NR * share;
-                        const real *a = in ? (const real *)A + i * ars
-                                           : gemm_a + (i - inside) * kc;
+                        const real *a = in ? (const real *)A + i * ars : gemm_a + (i - inside) * kc;
                         Ahead next = {a, 0, 1};
                         if (next_row < 8 && i + MR < inside) next = (Ahead){a + (MR + next_row) * ars, ars, share};
                         (g->half ? pair_tile : float_tile)(g, m0 + i, n0 + j, a, in ? ars : 1, in ? 1 : MR,
@@ -2053,7 +2061,8 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     params_point(&m->p, config, NULL, m->tensors);
     size_t reals = activations_point(m, NULL);
     m->activation_bytes = reals * sizeof(real);
-    double need = (double)m->activation_bytes + (double)w.size * (sizeof(real) * (training ? 5 : 1) + (m->half ? sizeof(bf16) : 0));
+    double need = (double)m->activation_bytes +
+                  (double)w.size * (sizeof(real) * (training ? 5 : 1) + (m->half ? sizeof(bf16) : 0));
     need += (double)params_largest(m->tensors, w.count) * sizeof(float);
     if (need > memory_limit() || (double)batch * config_tokens(config) > 1 << 28) // ints count tokens
         die("this model with %d pictures at a time needs %.0f MB; this process may use %.0f MB, and 268 million "
