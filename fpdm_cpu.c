@@ -311,22 +311,20 @@ static inline void put(int half, Act *p, size_t i, real x) {
     else
         ((real *)p)[i] = x;
 }
-// A loop over elements once for each type: its `HALF` is a constant, so that it becomes vector instructions.
-#define TYPED(half, ...)       \
-    do {                       \
-        if (half) {            \
-            enum { HALF = 1 }; \
-            __VA_ARGS__;       \
-        } else {               \
-            enum { HALF = 0 }; \
-            __VA_ARGS__;       \
-        }                      \
-    } while (0)
-#define SIMD _Pragma("omp simd")
-#define SIMD_DOT _Pragma("omp simd reduction(+ : dot)")
 static inline const Act *act_at(int half, const Act *p, size_t i) {
     return (const char *)p + i * (half ? sizeof(bf16) : sizeof(real));
 }
+// A loop over elements once for each type: its `HALF` is a constant, so that it becomes vector instructions.
+#define TYPED(half, ...)   \
+    if (half) {            \
+        enum { HALF = 1 }; \
+        __VA_ARGS__;       \
+    } else {               \
+        enum { HALF = 0 }; \
+        __VA_ARGS__;       \
+    }
+#define SIMD _Pragma("omp simd")
+#define SIMD_DOT _Pragma("omp simd reduction(+ : dot)")
 
 // From Part 4: C (M,N; row stride ldc) = A.B + from; element (i,k) of A is A[i*ars + k*acs], (k,j) of B is B[k*brs +
 // j*bcs]. `from` is NULL, a bias (N) with ldf 0, or (M,N) with row stride ldf: C itself for C += A.B. Uses all threads,
@@ -1593,8 +1591,8 @@ static void train(Run *run) {
 // packed 83; A read in place 88; the next rows of A prefetched 91. Prefetching them in one burst before a tile stalls
 // it: one line at each k instead. dy^T.x, where A is packed, reaches 80 to 88. No gain: tiles of 12 x 2 and 14 x 2
 // vectors, the loop over panels outside that over rows, huge pages.
-// With bf16's instruction the peak is twice as high, and A is always packed. In % of that peak: 65 to 88; the next rows
-// of A or B prefetched, both before they are packed and while dy^T.x is, 78 to 90.
+// With bf16's instruction the peak is twice as high. In % of that peak: 65 to 90 while operands were rounded as they
+// were packed; now that they come as bf16, BF16_NOW.
 
 // Vectors as wide as the machine's registers; plain C operators act on all lanes, so no instruction is named below but
 // one, in pair_multiply. A tile has 2 MR sums in registers, with room for two vectors of B and one of A: there are 32
@@ -1613,7 +1611,8 @@ enum {
     NR = 2 * VL,
     KC = 384, // a tile's rows of A, MR x KC, stay in the first-level cache
     NC = 512, // the block of B, KC x NC, in the second
-    MC = 8 * MR
+    MC = 8 * MR,
+    AW = MR % 4 ? 2 * MR : MR // a panel of A: whole tiles, and a multiple of four
 };
 #define VECTOR(bytes) __attribute__((vector_size(bytes), aligned(sizeof(real)), may_alias)) // may stand anywhere
 typedef real vec VECTOR(VEC_BYTES);
@@ -1826,16 +1825,17 @@ static void gemm_thread(Gemm *g, int thread, int threads) {
                 const Act *A = act_at(g->half, g->A, m0 * g->ars + k0 * step * g->acs);
                 const Act *rest = act_at(g->half, A, inside * g->ars); // goes into panels
                 if (g->half)
-                    pair_pack(gemm_a, MR, m - inside, values, rest, g->ars, g->acs);
+                    pair_pack(gemm_a, AW, m - inside, values, rest, g->ars, g->acs);
                 else
-                    gemm_pack(gemm_a, MR, m - inside, values, rest, g->ars, g->acs);
+                    gemm_pack(gemm_a, AW, m - inside, values, rest, g->ars, g->acs);
                 for (int i = 0; i < m; i += MR)
                     for (int j = 0; j < n; j += NR) {
                         int in = i < inside, next_row = j / NR * share;
-                        const real *a = in ? (const real *)A + i * ars : gemm_a + (i - inside) * kc;
+                        const real *a =
+                            in ? (const real *)A + i * ars : gemm_a + (i - inside) / AW * AW * kc + (i - inside) % AW;
                         Ahead next = {a, 0, 1};
                         if (next_row < 8 && i + MR < inside) next = (Ahead){a + (MR + next_row) * ars, ars, share};
-                        (g->half ? pair_tile : float_tile)(g, m0 + i, n0 + j, a, in ? ars : 1, in ? 1 : MR,
+                        (g->half ? pair_tile : float_tile)(g, m0 + i, n0 + j, a, in ? ars : 1, in ? 1 : AW,
                                                            panel + j * kc, !kb, kc, next);
                     }
             }
