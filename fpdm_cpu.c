@@ -477,7 +477,7 @@ static void attention_forward(int half, real *out, real *lse, const Act *qkv, re
 
 // dqkv (B,T,3D) is overwritten. Row block by row block, with P recomputed from q, k and lse:
 // dv += P^T·dout;  dP = dout·v^T;  dS = P·(dP - sum(dout·out))·scale;  dq = dS·k;  dk += dS^T·q
-static void attention_backward(int half, real *dqkv, const Act *dout, const real *out, const real *lse, const Act *qkv,
+static void attention_backward(int half, real *dqkv, const Act *dout, const Act *out, const real *lse, const Act *qkv,
                                real *scores, int B, int T, int D, int H) {
     int hd = D / H;
     real scale = 1 / (real)sqrt((double)hd);
@@ -492,14 +492,15 @@ static void attention_backward(int half, real *dqkv, const Act *dout, const real
         for (int first = 0; first < T; first += QUERY_ROWS) {
             int rows = T - first < QUERY_ROWS ? T - first : QUERY_ROWS;
             size_t q_at = at + (size_t)first * 3 * D, out_at = ((size_t)b * T + first) * D + h * hd;
-            const Act *q = act_at(half, qkv, q_at), *go = act_at(half, dout, out_at);
+            const Act *q = act_at(half, qkv, q_at), *go = act_at(half, dout, out_at), *o = act_at(half, out, out_at);
             gemm(half, s, T, q, 3 * D, 1, k, 1, 3 * D, NULL, 0, rows, T, hd);
             gemm(half, ds, T, go, D, 1, v, 1, 3 * D, NULL, 0, rows, T, hd);
             for (int i = 0; i < rows; i++) {
-                const real *si = s + (size_t)i * T, *di = ds + (size_t)i * T, *oi = out + out_at + (size_t)i * D;
+                const real *si = s + (size_t)i * T, *di = ds + (size_t)i * T;
                 real row_lse = lse[((size_t)b * H + h) * T + first + i], dot = 0;
                 TYPED(half, {
-                    SIMD_DOT for (int d = 0; d < hd; d++) dot += get(HALF, go, (size_t)i * D + d) * oi[d];
+                    SIMD_DOT for (size_t d = (size_t)i * D; d < (size_t)i * D + hd; d++) dot +=
+                        get(HALF, go, d) * get(HALF, o, d);
                     SIMD for (int j = 0; j < T; j++) {
                         real e = exp_real(si[j] * scale - row_lse);
                         put(HALF, p, (size_t)i * T + j, e);
@@ -658,9 +659,9 @@ typedef struct {
     real *x;    // (B,T,D) input
     real *u;    // (B,T,2D) iterations only: the projection before its gelu
     real *in;   // (B,T,D)  iterations only: the block's input; elsewhere it is x
-    real *qkv;  // (B,T,3D)
+    Act *qkv;   // (B,T,3D)
     real *lse;  // (B,H,T)
-    real *att;  // (B,T,D)
+    Act *att;   // (B,T,D)
     real *proj; // (B,T,D)
     real *fc1;  // (B,T,4D) before its gelu
     real *fc2;  // (B,T,D)
@@ -747,10 +748,11 @@ static void block_forward(Model *m, real *out, const real *x, Layer *l, int inde
     const real *mod = block_mod(m, a->mod, index);
     int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T, stride = 6 * D, half = m->half;
     size_t N = (size_t)M * D;
+    real *qkv = half ? l->fc1 : l->qkv, *att = half ? l->fc2 : l->att; // before rounding
     layernorm_modulate_forward(half, a->normed, x, mod, stride, B, T, D);
-    linear_forward(half, l->qkv, a->normed, act_weight(m, p->qkv_w), p->qkv_b, M, D, 3 * D);
-    attention_forward(half, l->att, l->lse, as_act(half, a->gelu, l->qkv, 3 * N), a->scores, B, T, D, m->config.heads);
-    linear_forward(half, l->proj, as_act(half, a->gelu, l->att, N), act_weight(m, p->proj_w), p->proj_b, M, D, D);
+    linear_forward(half, qkv, a->normed, act_weight(m, p->qkv_w), p->qkv_b, M, D, 3 * D);
+    attention_forward(half, att, l->lse, as_act(half, l->qkv, qkv, 3 * N), a->scores, B, T, D, m->config.heads);
+    linear_forward(half, l->proj, as_act(half, l->att, att, N), act_weight(m, p->proj_w), p->proj_b, M, D, D);
     gated_residual_forward(out, x, mod + 2 * D, stride, l->proj, B, T, D);
     layernorm_modulate_forward(half, a->normed, out, mod + 3 * D, stride, B, T, D);
     linear_forward(half, l->fc1, a->normed, act_weight(m, p->fc1_w), p->fc1_b, M, D, 4 * D);
@@ -780,10 +782,9 @@ static void block_backward(Model *m, real *dx, const real *x, Layer *l, int inde
     layernorm_modulate_backward(dx, dmod + 3 * D, a->stats, a->dnormed, a->mid, mod + 3 * D, stride, B, T, D);
     // Attention branch
     gated_residual_backward(half, dproj, dmod + 2 * D, dx, mod + 2 * D, stride, l->proj, B, T, D);
-    linear_backward(half, a->dnormed, g->proj_w, g->proj_b, dproj, as_act(half, a->gelu, l->att, N),
-                    act_weight(m, p->proj_w), M, D, D);
-    attention_backward(half, dqkv, as_act(half, a->normed, a->dnormed, N), l->att, l->lse,
-                       as_act(half, a->gelu, l->qkv, 3 * N), a->scores, B, T, D, m->config.heads);
+    linear_backward(half, a->dnormed, g->proj_w, g->proj_b, dproj, l->att, act_weight(m, p->proj_w), M, D, D);
+    attention_backward(half, dqkv, as_act(half, a->normed, a->dnormed, N), l->att, l->lse, l->qkv, a->scores, B, T, D,
+                       m->config.heads);
     layernorm_modulate_forward(half, a->normed, x, mod, stride, B, T, D);
     linear_backward(half, a->dnormed, g->qkv_w, g->qkv_b, as_act(half, a->dwide_act, dqkv, 3 * N), a->normed,
                     act_weight(m, p->qkv_w), M, D, 3 * D);
@@ -1919,9 +1920,9 @@ static size_t activations_point(Model *m, real *memory) {
         int iteration = c->fixed_point && (l > c->pre_depth || one);
         at->u = iteration ? take(r, 2 * N) : NULL;
         at->in = iteration ? take(r, N) : NULL;
-        at->qkv = take(r, 3 * N);
+        at->qkv = take(r, m->half ? 3 * N / 2 : 3 * N);
         at->lse = take(r, B * c->heads * T);
-        at->att = take(r, N);
+        at->att = take(r, m->half ? N / 2 : N);
         at->proj = take(r, N);
         at->fc1 = take(r, 4 * N);
         at->fc2 = take(r, N);
