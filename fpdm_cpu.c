@@ -972,7 +972,7 @@ static void model_forward(Model *m, const int *t, const int *y, int B, int n, in
     condition_forward(m, t, y);
     unfold(a->patches, a->x_t, B, c->channels, c->image_size, p);
     linear_forward(0, l->x, a->patches, m->p.patch_w, m->p.patch_b, M, c->channels * p * p, D);
-    for (int b = 0; b < B; b++) add(l->x + (size_t)b * T * D, a->pos, (size_t)T * D);
+    for (int b = 0; b < B; b++) add(0, l->x + (size_t)b * T * D, a->pos, (size_t)T * D);
     show_probe(m, "act.tokens", 0, l->x, N);
     for (; i < (c->fixed_point ? c->pre_depth : c->depth); i++, l++) block_forward(m, l[1].x, l->x, l, i);
     if (c->fixed_point) {
