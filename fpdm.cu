@@ -51,13 +51,16 @@
 #include <omp.h>
 #endif
 
-#ifdef __CUDACC__
+#if defined(__HIP__)
+#include "test/hip.h" // gives all of this a meaning on AMD's GPUs
+#elif defined(__CUDACC__)
 #include <cuda.h> // its types alone: nothing of it is linked
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#define NVIDIA
 #define HOPPER (CUDART_VERSION >= 12000) // whether this compiler knows wgmma
 #else
-#include "test/cuda_emu.h" // gives all of this a meaning on a CPU
+#include "test/cuda_emu.h" // and on a CPU
 #endif
 
 #define TARGET "gpu" // what this program's name ends in
@@ -308,7 +311,10 @@ enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: ear
 // Kernels: what it takes to write and to start them. A port to another accelerator gives a meaning to what stands here
 // and under "Instructions" in Part 4; test/cuda_emu.h lists it.
 
-#ifdef __CUDACC__
+#ifndef WARP
+#define WARP 32 // lanes of a warp
+#endif
+#ifndef SHARED_DYNAMIC
 #define SHARED_DYNAMIC(type, name)                                  \
     extern __shared__ __align__(1024) unsigned char shared_bytes[]; \
     type *name = reinterpret_cast<type *>(shared_bytes)
@@ -373,6 +379,7 @@ __device__ inline void load(float (&x)[V], const T *p);
 template <int V, typename T>
 __device__ inline void store(T *p, const float (&x)[V]);
 // The sum over the lanes of a warp, or over the threads of a block (shared: an element for each warp), in all of them
+enum { MAX_WARPS = 1024 / WARP };
 template <typename T>
 __device__ inline T warp_sum(T x);
 template <typename T>
@@ -424,15 +431,15 @@ static Matmul linear_input(void *dx, const void *dy, const void *w, int ldw, int
 static void linear_weight(int half, float *dw, int ldw, float *db, const void *dy, const void *x, int M, int K, int N);
 
 // A row of x (D) for each warp: mean and 1/sigma, eps 1e-6. Read twice; the second time, it is in the cache.
-enum { ROW_THREADS = 256, ROWS_PER_BLOCK = ROW_THREADS / 32 };
+enum { ROW_THREADS = 256, ROWS_PER_BLOCK = ROW_THREADS / WARP };
 __device__ inline void row_statistics(float *mean, float *rstd, const float *x, int D) {
     float sum = 0, var = 0, v[4];
-    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+    for (int d = threadIdx.x % WARP * 4; d < D; d += 4 * WARP) {
         load(v, x + d);
         sum += v[0] + v[1] + v[2] + v[3];
     }
     *mean = warp_sum(sum) / D;
-    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+    for (int d = threadIdx.x % WARP * 4; d < D; d += 4 * WARP) {
         load(v, x + d);
         EACH(i, 4) var += (v[i] - *mean) * (v[i] - *mean);
     }
@@ -445,13 +452,13 @@ __device__ inline void row_statistics(float *mean, float *rstd, const float *x, 
 template <typename A>
 __global__ void layernorm_modulate_kernel(A *out, const float *x, const float *mod, int stride, int rows, int T, int D,
                                           float *mid, const A *branch, const float *gate) {
-    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32;
+    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / WARP;
     if (row >= rows) return;
     size_t at = (size_t)row * D, picture = (size_t)(row / T) * stride;
     const float *shift = mod + picture, *scale = shift + D;
     float v[4], s[4], b[4], mean, rstd;
     if (mid) {
-        for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+        for (int d = threadIdx.x % WARP * 4; d < D; d += 4 * WARP) {
             load(v, x + at + d);
             load(s, gate + picture + d);
             load(b, branch + at + d);
@@ -461,7 +468,7 @@ __global__ void layernorm_modulate_kernel(A *out, const float *x, const float *m
         x = mid;
     }
     row_statistics(&mean, &rstd, x + at, D);
-    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+    for (int d = threadIdx.x % WARP * 4; d < D; d += 4 * WARP) {
         load(v, x + at + d);
         load(s, scale + d);
         load(b, shift + d);
@@ -482,7 +489,7 @@ __global__ void layernorm_backward_kernel(float *dx, A *copy, float *parts, cons
                                           int chunk, int T, int D) {
     // Of each row: mean, 1/sigma, and of g = dout·(1+scale) the mean and that of g·LN(x)
     __shared__ __align__(16) float rows[ROWS_PER_BLOCK][4];
-    int first = blockIdx.x * chunk, end = min(T, first + chunk), warp = threadIdx.x / 32;
+    int first = blockIdx.x * chunk, end = min(T, first + chunk), warp = threadIdx.x / WARP;
     size_t picture = (size_t)blockIdx.y * T * D;
     const float *scale = x ? mod + (size_t)blockIdx.y * stride + D : NULL;
     parts += ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * 3 * D;
@@ -493,7 +500,7 @@ __global__ void layernorm_backward_kernel(float *dx, A *copy, float *parts, cons
                 size_t at = picture + (size_t)(r0 + warp) * D;
                 float v[4], g[4], s[4], mean, rstd, g_sum = 0, gx_sum = 0;
                 row_statistics(&mean, &rstd, x + at, D);
-                for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+                for (int d = threadIdx.x % WARP * 4; d < D; d += 4 * WARP) {
                     load(v, x + at + d);
                     load(g, dout + at + d);
                     load(s, scale + d);
@@ -503,7 +510,7 @@ __global__ void layernorm_backward_kernel(float *dx, A *copy, float *parts, cons
                     }
                 }
                 float row[4] = {mean, rstd, warp_sum(g_sum) / D, warp_sum(gx_sum) * rstd / D};
-                if (threadIdx.x % 32 == 0) store(rows[warp], row);
+                if (threadIdx.x % WARP == 0) store(rows[warp], row);
             }
             __syncthreads();
             EACH(c, 2) {
@@ -1457,7 +1464,7 @@ static void model_loss(Model *model, const Schedule *s, const float *x0, const f
         RUN(diffuse_kernel, dim3((unsigned)ceil_div(count, 256), B), 256, 0, a->x_t, a->t, a->picture, a->noise,
             a->places, count);
         model_forward(model, B, n, m, NULL);
-        RUN(loss_kernel, B, 512, 32 * sizeof(double), a->sums, a->dout, a->out, a->picture, a->noise, a->places,
+        RUN(loss_kernel, B, 512, MAX_WARPS * sizeof(double), a->sums, a->dout, a->out, a->picture, a->noise, a->places,
             c->learn_sigma, scale, count);
         model_backward(model);
         if (!record) return;
@@ -1654,7 +1661,7 @@ __global__ void residual_kernel(double *sums, const float *z, const float *befor
 // Mean over the pictures of ||z - z_before|| / ||z||
 static double residual_of(Model *m, const float *z, size_t count) {
     double *sums = (double *)xcalloc(2 * (size_t)m->B, sizeof *sums, "residuals"), sum = 0;
-    RUN(residual_kernel, m->B, 1024, 32 * sizeof(double), m->a.sums, z, m->a.z_before, count);
+    RUN(residual_kernel, m->B, 1024, MAX_WARPS * sizeof(double), m->a.sums, z, m->a.z_before, count);
     gpu_download(sums, m->a.sums, 2 * (size_t)m->B * sizeof *sums);
     for (int b = 0; b < m->B; b++) sum += sqrt(sums[2 * b] / (sums[2 * b + 1] > 0 ? sums[2 * b + 1] : 1));
     xfree(sums);
@@ -1735,7 +1742,7 @@ __global__ void anderson_mix_kernel(float *z, A *copy, const double *gram, const
 static void anderson_forward(Model *m, float *z, int k, int window, double mixing) {
     size_t count = (size_t)config_tokens(&m->config) * m->config.width;
     int slots = window + 1, used = imin(k, slots), newest = (k - 1) % slots;
-    RUN(anderson_products_kernel, dim3(used, m->B), 512, 32 * sizeof(double), m->a.gram, m->a.history, z, m->a.z_before,
+    RUN(anderson_products_kernel, dim3(used, m->B), 512, MAX_WARPS * sizeof(double), m->a.gram, m->a.history, z, m->a.z_before,
         newest, slots, count);
     unsigned blocks = imin((int)ceil_div(count, 4 * 256), (int)ceil_div(8 * gpu.sms, m->B));
     TYPED(m->half, RUN((anderson_mix_kernel<A>), dim3(blocks, m->B), 256, 0, z, (A *)m->a.z, m->a.gram, m->a.history,
@@ -1765,7 +1772,7 @@ __global__ void norm_kernel(double *partial, const float *grads, size_t count) {
 
 static double model_gradient_norm(const Model *m) {
     double partial[NORM_BLOCKS], sum = 0;
-    RUN(norm_kernel, NORM_BLOCKS, 256, 32 * sizeof(double), m->a.sums, m->memory[MODEL_GRADS], (size_t)m->n_params);
+    RUN(norm_kernel, NORM_BLOCKS, 256, MAX_WARPS * sizeof(double), m->a.sums, m->memory[MODEL_GRADS], (size_t)m->n_params);
     gpu_download(partial, m->a.sums, sizeof partial);
     for (int i = 0; i < NORM_BLOCKS; i++) sum += partial[i];
     return sqrt(sum);
@@ -1934,7 +1941,7 @@ static void train(Run *run) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Instructions of the GPU, and vectors
 
-#ifdef __CUDACC__
+#ifdef NVIDIA
 
 __device__ inline uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
@@ -1953,12 +1960,13 @@ __device__ inline void ldmatrix_x4_trans(uint32_t *r, const void *smem) {
                  : "memory");
 }
 
-// d (16,8) += a (16,16)·b (16,8), by a warp. Lane l holds of d: rows l/4 and l/4+8, columns 2·(l%4) and the next one;
-// a: the four 8x8 quarters, upper left, lower left, upper right, lower right; b: upper and lower half, transposed.
-__device__ inline void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+// d (16,8) += a (16,16)·b (16,8), by a warp. Lane l holds of d: columns 2·(l%4) and the next one of rows l/4, `upper`,
+// and l/4+8; a: the four 8x8 quarters, upper left, lower left, upper right, lower right; b: upper and lower half,
+// transposed.
+__device__ inline void mma_bf16(float upper[2], float lower[2], const uint32_t a[4], const uint32_t b[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "+f"(upper[0]), "+f"(upper[1]), "+f"(lower[0]), "+f"(lower[1])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
@@ -2040,12 +2048,12 @@ __device__ inline void box_load_pair(bf16 *tile, const CUtensorMap *map, int row
 }
 
 // d += a·b for the four warps of a warpgroup, a (64,16) and b (16,192) in shared memory; a warp holds 16 rows of d, as
-// mma_bf16 has them. TA, TB: k is the slow dimension there. It runs on: wgmma_commit closes a group, wgmma_wait<N>
+// fragments. TA, TB: k is the slow dimension there. It runs on: wgmma_commit closes a group, wgmma_wait<N>
 // waits until at most the N newest are under way, and wgmma_fence stands between other use of d and the next product.
-#define FOUR(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
-#define SIXTEEN(d) FOUR((d)[0]), FOUR((d)[1]), FOUR((d)[2]), FOUR((d)[3])
+#define FOUR(d, c) "+f"((d)[0][c][0]), "+f"((d)[0][c][1]), "+f"((d)[1][c][0]), "+f"((d)[1][c][1])
+#define SIXTEEN(d) FOUR((d)[0], 0), FOUR((d)[0], 1), FOUR((d)[1], 0), FOUR((d)[1], 1)
 template <bool TA, bool TB>
-__device__ inline void wgmma(float (&d)[24][4], uint64_t a, uint64_t b) {
+__device__ inline void wgmma(float (&d)[12][2][2][2], uint64_t a, uint64_t b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
@@ -2053,13 +2061,13 @@ __device__ inline void wgmma(float (&d)[24][4], uint64_t a, uint64_t b) {
         "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
         "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "
         "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, %96, %97, 1, 1, 1, %98, %99;"
-        : SIXTEEN(d), SIXTEEN(d + 4), SIXTEEN(d + 8), SIXTEEN(d + 12), SIXTEEN(d + 16), SIXTEEN(d + 20)
+        : SIXTEEN(d), SIXTEEN(d + 2), SIXTEEN(d + 4), SIXTEEN(d + 6), SIXTEEN(d + 8), SIXTEEN(d + 10)
         : "l"(a), "l"(b), "n"(TA), "n"(TB));
 }
 template <bool TA>
-__device__ inline void wgmma(float (&d)[4], uint64_t a, uint64_t b) { // the same with b (16,8)
+__device__ inline void wgmma(float (&d)[2][2][2], uint64_t a, uint64_t b) { // the same with b (16,8)
     asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, %6, 0;"
-                 : FOUR(d)
+                 : FOUR(d, 0)
                  : "l"(a), "l"(b), "n"(TA));
 }
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -2113,21 +2121,93 @@ __device__ inline uint32_t pack_bf16(float x, float y) {
     return bits;
 }
 
-// The sum over the lanes of a warp, in all of them
+// ---------------------------------------------------------------------------------------------------------------------
+// Fragments: how a warp holds 16x16 pieces of matrices. Of a result, a Frag, a lane has FRAG_ROWS rows and of each
+// FRAG_RUNS runs of FRAG_RUN neighbours: f[r][c] is in row frag_row(r) from column frag_col(c) on. The lanes that share
+// a row are FRAG_STEP apart. An Operand is 16 rows of 16 k, in bf16, of either matrix of a product. This is all that
+// knows which lane has what; test/hip.h says the same for AMD.
+
+#ifndef AMD
+enum { FRAG_ROWS = 2, FRAG_RUNS = 2, FRAG_RUN = 2, FRAG_STEP = 1 };
+typedef float Frag[FRAG_ROWS][FRAG_RUNS][FRAG_RUN];
+typedef uint32_t Operand[4];
+__device__ inline int frag_row(int r) {
+    int lane = threadIdx.x % WARP;
+    return 8 * r + lane / 4;
+}
+__device__ inline int frag_col(int c) {
+    int lane = threadIdx.x % WARP;
+    return 8 * c + lane % 4 * 2;
+}
+
+// From shared memory, where at(row, i) is number i of the eights of neighbours in a row. RIGHT: for the second matrix;
+// SLOW: a row there is one k, and its columns are the operand's rows.
+template <bool RIGHT, bool SLOW, typename F>
+__device__ inline void operand_load(Operand r, F at) {
+    int lane = threadIdx.x % WARP;
+    const bf16 *mine = RIGHT == SLOW ? at(lane % 16, lane / 16) : at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    if (SLOW)
+        ldmatrix_x4_trans(r, mine);
+    else
+        ldmatrix_x4(r, mine);
+}
+
+// d += a·b^T
+__device__ inline void frag_multiply(Frag d, const Operand a, const Operand b) {
+    mma_bf16(d[0][0], d[1][0], a, b);
+    mma_bf16(d[0][1], d[1][1], a, b + 2);
+}
+
+// Column 0 of d += the sums of a's rows
+__device__ inline void frag_row_sums(Frag d, const Operand a) {
+    const uint32_t ones[2] = {0x3F803F80u, 0x3F803F80u};
+    mma_bf16(d[0][0], d[1][0], a, ones);
+}
+
+// A result as the first operand of the next product: a lane holds what it needs
+__device__ inline void frag_to_operand(Operand a, const Frag p) {
+    EACH(i, 4) a[i] = pack_bf16(p[i % 2][i / 2][0], p[i % 2][i / 2][1]);
+}
+
+// The value in row frag_row(r), column k, of whichever lane has it
+__device__ inline float frag_value(const Frag p, int r, int k) {
+    return __shfl_sync(0xffffffffu, p[r][k / 8][k % 2], k % 8 / 2, 4);
+}
+
+// x of lane number (this one's ^ i)
+template <typename T>
+__device__ inline T lane_xor(T x, int i) {
+    return __shfl_xor_sync(0xffffffffu, x, i);
+}
+#endif
+
+// Over the lanes that share a row
+__device__ inline float row_sum(float x) {
+#pragma unroll
+    for (int i = FRAG_STEP; i < FRAG_STEP * 16 / (FRAG_RUNS * FRAG_RUN); i *= 2) x += lane_xor(x, i);
+    return x;
+}
+__device__ inline float row_max(float x) {
+#pragma unroll
+    for (int i = FRAG_STEP; i < FRAG_STEP * 16 / (FRAG_RUNS * FRAG_RUN); i *= 2) x = fmaxf(x, lane_xor(x, i));
+    return x;
+}
+
+// Over all lanes of a warp
 template <typename T>
 __device__ inline T warp_sum(T x) {
 #pragma unroll
-    for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
+    for (int i = WARP / 2; i > 0; i /= 2) x += lane_xor(x, i);
     return x;
 }
 
 template <typename T>
 __device__ inline T block_sum(T x, T *shared) {
     x = warp_sum(x);
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = x;
     __syncthreads();
     x = 0;
-    for (int w = 0; w < (int)blockDim.x / 32; w++) x += shared[w];
+    for (int w = 0; w < (int)blockDim.x / WARP; w++) x += shared[w];
     __syncthreads();
     return x;
 }
@@ -2186,33 +2266,35 @@ __device__ inline void epilogue(const Matmul &g, int row0, int hop, const int (&
     }
 }
 
-// The same for 16 rows and 32·CHUNKS columns that a warp holds as results of mma, acc[j] at column 8·j. They go through
+// The same for 16 rows and 32·CHUNKS columns that a warp holds as fragments, acc[j] at column 16·j. They go through
 // shared memory, `stage`, so that a lane gets neighbours and the warp's accesses to memory fill sectors of 32 bytes: 8
 // to a lane where all is bf16, 4 where fp32 comes with it. What a lane writes and reads there lies in banks of its own:
 // rows are 8 banks apart, and in every second four rows, every two fours of columns change places.
 template <int EPI, int CHUNKS>
-__device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, int col0, const float (*acc)[4]) {
-    constexpr int V = EPI == EPI_STORE || EPI == EPI_GELU ? 8 : 4, ROWS = 16 / V, STRIDE = 32 * CHUNKS + 8;
-    int lane = threadIdx.x % 32, row = V == 8 ? lane / 4 % 2 * 4 + lane / 8 : lane / 8, col = lane % (32 / V) * V;
-    int other[ROWS];
-    stage += threadIdx.x / 32 * 16 * STRIDE;
-    EACH(i, ROWS) other[i] = row_of_other<EPI>(g, row0 + row + i * V);
-    EACH(i, 8 * CHUNKS) {
-        int r = lane / 4 + i % 2 * 8, c = i / 2 * 8 + lane % 4 * 2;
-        *(float2 *)(stage + r * STRIDE + (c ^ (r & 4))) = make_float2(acc[i / 2][i % 2 * 2], acc[i / 2][i % 2 * 2 + 1]);
+__device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, int col0, const Frag *acc) {
+    constexpr int V = EPI == EPI_STORE || EPI == EPI_GELU ? 8 : 4, HOP = WARP / 32 * V, ROWS = 16 / HOP, STRIDE = 32 * CHUNKS + 8;
+    int lane = threadIdx.x % WARP, col = lane % (32 / V) * V;
+    int row = V == 8 ? lane / 4 % 2 * 4 + lane / 8 % 4 + lane / 32 * 8 : lane / 8, other[ROWS];
+    stage += threadIdx.x / WARP * 16 * STRIDE;
+    EACH(i, ROWS) other[i] = row_of_other<EPI>(g, row0 + row + i * HOP);
+    EACH(j, 2 * CHUNKS * FRAG_RUNS) {
+        EACH(i, FRAG_ROWS) {
+            int r = frag_row(i), c = j / FRAG_RUNS * 16 + frag_col(j % FRAG_RUNS);
+            store(stage + r * STRIDE + (c ^ (r & 4)), acc[j / FRAG_RUNS][i][j % FRAG_RUNS]);
+        }
     }
     __syncwarp();
 #pragma unroll 1                                  // saves registers
-    for (int c = col; c < 32 * CHUNKS; c += 32) { // V rows at a time
+    for (int c = col; c < 32 * CHUNKS; c += 32) { // HOP rows at a time
         auto product = [&](float(&v)[V], int i) {
-            int r = row + i * V;
+            int r = row + i * HOP;
             EACH(part, V / 4) {
                 float four[4];
                 load(four, stage + r * STRIDE + ((c + 4 * part) ^ (r & 4)));
                 EACH(j, 4) v[4 * part + j] = four[j];
             }
         };
-        if (col0 + c < g.N) epilogue<EPI, bf16, ROWS, V>(g, row0 + row, V, other, col0 + c, product);
+        if (col0 + c < g.N) epilogue<EPI, bf16, ROWS, V>(g, row0 + row, HOP, other, col0 + c, product);
     }
     __syncwarp(); // before the next results take the place of these
 }
@@ -2230,7 +2312,7 @@ __device__ inline void weight_split(Matmul *g, int split) {
 //
 // Shared memory has 32 banks of 4 bytes: eight rows of 16 bytes, what a tile of ldmatrix reads, must lie in different
 // ones. Rows are therefore stored with their 16-byte pieces permuted by the row number (a swizzle).
-enum { BK = 32, STAGES = 3, MATMUL_THREADS = 128 };
+enum { BK = 32, STAGES = 3, MATMUL_THREADS = 4 * WARP };
 
 template <int COLS>
 __device__ inline int swizzled(int row, int piece) {
@@ -2252,16 +2334,16 @@ __device__ inline void load_tile(bf16 *tile, const bf16 *p, int ld, int row0, in
 
 template <int TILE, bool TA, bool TB, int EPI>
 __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g) {
-    constexpr int OPERAND = TILE * BK, W = TILE / 2, MI = W / 16, NI = W / 8; // a warp: W x W, in MI x NI pieces of mma
+    constexpr int OPERAND = TILE * BK, W = TILE / 2, N = W / 16; // a warp: W x W, in N x N fragments
     SHARED_DYNAMIC(bf16, shared);
     const bf16 *a = (const bf16 *)g.a, *b = (const bf16 *)g.b;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, wm = warp / 2 * W, wn = warp % 2 * W;
+    int warp = threadIdx.x / WARP, wm = warp / 2 * W, wn = warp % 2 * W;
     int n_tiles = (g.N + TILE - 1) / TILE, m0 = blockIdx.x / n_tiles * TILE, n0 = blockIdx.x % n_tiles * TILE;
     int k_begin = blockIdx.y * g.k_chunk;
     int k_end = min(g.K, k_begin + g.k_chunk), steps = (k_end - k_begin + BK - 1) / BK;
     if (EPI == EPI_WEIGHT) weight_split(&g, blockIdx.y);
     bool sum_rows = EPI == EPI_WEIGHT && g.db && n0 + wn == 0;
-    float acc[MI][NI][4] = {}, row_sums[EPI == EPI_WEIGHT ? MI : 1][4] = {};
+    Frag acc[N][N] = {}, row_sums[EPI == EPI_WEIGHT ? N : 1] = {};
 
     auto load_step = [&](int step) {
         bf16 *ta = shared + step % STAGES * 2 * OPERAND, *tb = ta + OPERAND;
@@ -2287,38 +2369,34 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g) {
         const bf16 *ta = shared + step % STAGES * 2 * OPERAND, *tb = ta + OPERAND;
 #pragma unroll
         for (int k = 0; k < BK; k += 16) {
-            uint32_t fa[MI][4], fb[NI / 2][4];
-            EACH(i, MI) {
-                int m = wm + 16 * i;
-                if (TA)
-                    ldmatrix_x4_trans(fa[i], ta + swizzled<TILE>(k + lane % 8 + lane / 16 * 8, m / 8 + lane / 8 % 2));
-                else
-                    ldmatrix_x4(fa[i], ta + swizzled<BK>(m + lane % 16, k / 8 + lane / 16));
+            Operand fa[N], fb[N];
+            EACH(i, N) {
+                operand_load<false, TA>(fa[i], [&](int row, int piece) {
+                    int m = wm + 16 * i;
+                    return ta + (TA ? swizzled<TILE>(k + row, m / 8 + piece) : swizzled<BK>(m + row, k / 8 + piece));
+                });
             }
-            EACH(j, NI / 2) {
-                int n = wn + 16 * j;
-                if (TB)
-                    ldmatrix_x4_trans(fb[j], tb + swizzled<TILE>(k + lane % 16, n / 8 + lane / 16));
-                else
-                    ldmatrix_x4(fb[j], tb + swizzled<BK>(n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
+            EACH(j, N) {
+                operand_load<true, TB>(fb[j], [&](int row, int piece) {
+                    int n = wn + 16 * j;
+                    return tb + (TB ? swizzled<TILE>(k + row, n / 8 + piece) : swizzled<BK>(n + row, k / 8 + piece));
+                });
             }
-            EACH(i, MI) {
-                EACH(j, NI) mma_bf16(acc[i][j], fa[i], fb[j / 2] + j % 2 * 2);
+            EACH(i, N) {
+                EACH(j, N) frag_multiply(acc[i][j], fa[i], fb[j]);
             }
-            if (sum_rows) { // the bias gradient is dy^T times a matrix of ones
-                const uint32_t ones[2] = {0x3F803F80u, 0x3F803F80u};
-                EACH(i, MI) mma_bf16(row_sums[EPI == EPI_WEIGHT ? i : 0], fa[i], ones);
+            if (sum_rows) { // the bias gradient
+                EACH(i, N) frag_row_sums(row_sums[EPI == EPI_WEIGHT ? i : 0], fa[i]);
             }
         }
     }
     __syncthreads(); // the ring is free: warps stage their results there
-    EACH(i, MI) {
-        int row = m0 + wm + 16 * i;
-        warp_epilogue<EPI, NI / 4>(g, (float *)shared, row, n0 + wn, acc[i]);
-        EACH(half, 2) {
-            int r = row + 8 * half + lane / 4;
-            if (sum_rows && lane % 4 == 0 && r < g.M)
-                g.db[r] = row_sums[EPI == EPI_WEIGHT ? i : 0][2 * half] + (g.overwrite ? 0 : g.db[r]);
+    EACH(i, N) {
+        warp_epilogue<EPI, N / 2>(g, (float *)shared, m0 + wm + 16 * i, n0 + wn, acc[i]);
+        EACH(r, FRAG_ROWS) {
+            int row = m0 + wm + 16 * i + frag_row(r);
+            if (sum_rows && frag_col(0) == 0 && row < g.M)
+                g.db[row] = row_sums[EPI == EPI_WEIGHT ? i : 0][r][0][0] + (g.overwrite ? 0 : g.db[row]);
         }
     }
 }
@@ -2352,7 +2430,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
     bf16 *ones = shared + WG_STAGES * (WG_A + WG_B);
     float *stage = (float *)(ones + WG_ONES);
     uint64_t *full = (uint64_t *)(stage + WG_STAGE), *empty = full + WG_STAGES, *order = empty + WG_STAGES;
-    int group = threadIdx.x / 128, lane = threadIdx.x % 32, rank = blockIdx.x % 2;
+    int group = threadIdx.x / 128, lane = threadIdx.x % WARP, rank = blockIdx.x % 2;
     int n_tiles = (g.N + WG_N - 1) / WG_N, tiles = (g.M + 2 * WG_M - 1) / (2 * WG_M) * n_tiles; // of both blocks
     int m0, n0, k0, steps, at = 0; // at: the step's place in the ring, counted on over all tiles
     auto go_to = [&](int unit) {   // a split of a tile; neighbours share rows of a in the cache
@@ -2392,12 +2470,12 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
                 at += steps;
                 continue;
             }
-            float acc[2][WG_N / 8][4] = {};
+            Frag acc[2][WG_N / 16] = {};
             Matmul part = g;
             if (EPI == EPI_WEIGHT) weight_split(&part, unit / tiles);
             auto multiply = [&](auto with_sums) {
                 constexpr bool SUMS = decltype(with_sums)::value;
-                float row_sums[2][4] = {};
+                Frag row_sums[2] = {};
                 auto release = [&](int i) { // both blocks' next copies to this place wait for it
                     if (lane < 2) barrier_arrive(empty + i % WG_STAGES, lane);
                 };
@@ -2421,9 +2499,9 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
                 wgmma_wait<0>();
                 if (steps > 0) release(at - 1); // the last splits may be empty
                 EACH(i, 4) {
-                    int row = m0 + i / 2 * 64 + threadIdx.x % 128 / 32 * 16 + i % 2 * 8 + lane / 4;
-                    if (SUMS && lane % 4 == 0 && row < g.M)
-                        part.db[row] = row_sums[i / 2][i % 2 * 2] + (g.overwrite ? 0 : part.db[row]);
+                    int row = m0 + i / 2 * 64 + threadIdx.x % 128 / WARP * 16 + frag_row(i % 2);
+                    if (SUMS && frag_col(0) == 0 && row < g.M)
+                        part.db[row] = row_sums[i / 2][i % 2][0][0] + (g.overwrite ? 0 : part.db[row]);
                 }
             };
             barrier_wait(order + group, (turn + 1) / 2 % 2 ^ 1); // the other's products have been started
@@ -2432,8 +2510,8 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
             else
                 multiply(std::false_type());
             EACH(i, 4) {
-                int row = m0 + i / 2 * 64 + threadIdx.x % 128 / 32 * 16, col = i % 2 * 96;
-                warp_epilogue<EPI, 3>(part, stage, row, n0 + col, acc[i / 2] + col / 8);
+                int row = m0 + i / 2 * 64 + threadIdx.x % 128 / WARP * 16, col = i % 2 * 96;
+                warp_epilogue<EPI, 3>(part, stage, row, n0 + col, acc[i / 2] + col / 16);
             }
         }
     }
@@ -2638,13 +2716,13 @@ static void linear_weight(int half, float *dw, int ldw, float *db, const void *d
 
 // Multi-head attention without mask (FlashAttention, arXiv:2205.14135 and 2307.08691). A block has ROWS rows (queries)
 // of one head of one picture and walks over the columns (keys), COLS at a time; each warp makes 16 rows of S = q·k^T in
-// registers, in the layout of mma_bf16, and turns them into its part of the result: the T x T matrix exists nowhere. HD
+// registers, as fragments, and turns them into its part of the result: the T x T matrix exists nowhere. HD
 // is the head size rounded up to what the kernels are made for; channels beyond it are zeros. In fp32 the same steps
 // run on plain multiply-adds. Rows of a tile are 16 bytes longer than they need: an odd number of 16-byte pieces has no
 // bank conflicts.
 template <typename A>
 struct Tiles {
-    enum { WARPS = sizeof(A) == 2 ? 4 : 2, THREADS = 32 * WARPS, ROWS = 16 * WARPS, COLS = ROWS, NT = COLS / 8 };
+    enum { WARPS = sizeof(A) == 2 ? 4 : 2, THREADS = WARP * WARPS, ROWS = 16 * WARPS, COLS = ROWS, NT = COLS / 16 };
     enum { PIECE = 16 / sizeof(A) }; // elements in 16 bytes
 };
 
@@ -2659,91 +2737,81 @@ __device__ inline void load_head(A *tile, const A *p, int ld, int first, int T, 
     }
 }
 
-// s (16,8·NT) = rows (16,HD)·cols (8·NT,HD)^T
+// s (16,16·NT) = rows (16,HD)·cols (16·NT,HD)^T
 template <int HD, int NT>
-__device__ inline void tile_scores(float (&s)[NT][4], const bf16 *rows, const bf16 *cols) {
+__device__ inline void tile_scores(Frag (&s)[NT], const bf16 *rows, const bf16 *cols) {
     enum { LD = HD + 8 };
-    int lane = threadIdx.x % 32;
-    EACH(j, NT) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0;
+    memset(s, 0, sizeof s);
 #pragma unroll
     for (int k = 0; k < HD; k += 16) {
-        uint32_t a[4], b[4];
-        ldmatrix_x4(a, rows + lane % 16 * LD + k + lane / 16 * 8);
-#pragma unroll
-        for (int j = 0; j < NT; j += 2) {
-            ldmatrix_x4(b, cols + (8 * j + lane % 8 + lane / 16 * 8) * LD + k + lane / 8 % 2 * 8);
-            mma_bf16(s[j], a, b);
-            mma_bf16(s[j + 1], a, b + 2);
-        }
-    }
-}
-
-template <int HD, int NT>
-__device__ inline void tile_scores(float (&s)[NT][4], const float *rows, const float *cols) {
-    enum { LD = HD + 4 };
-    int lane = threadIdx.x % 32;
-    EACH(j, NT) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0;
-    for (int k = 0; k < HD; k += 4) {
-        float r[2][4], c[2][4];
-        load(r[0], rows + lane / 4 * LD + k);
-        load(r[1], rows + (lane / 4 + 8) * LD + k);
+        Operand a, b;
+        operand_load<false, false>(a, [&](int row, int piece) { return rows + row * LD + k + 8 * piece; });
         EACH(j, NT) {
-            load(c[0], cols + (8 * j + lane % 4 * 2) * LD + k);
-            load(c[1], cols + (8 * j + lane % 4 * 2 + 1) * LD + k);
-            EACH(i, 16) s[j][i / 4] += r[i / 8][i % 4] * c[i / 4 % 2][i % 4];
-        }
-    }
-}
-
-// out (16,HD) += p (16,8·NT)·cols (8·NT,HD). What a lane holds of the result of one mma is what the next one wants of
-// its first operand, so p goes from registers to registers.
-template <int HD, int NT>
-__device__ inline void tile_apply(float (&out)[HD / 8][4], float (&p)[NT][4], const bf16 *cols) {
-    enum { LD = HD + 8 };
-    int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int k = 0; k < NT; k += 2) {
-        uint32_t a[4] = {pack_bf16(p[k][0], p[k][1]), pack_bf16(p[k][2], p[k][3]), pack_bf16(p[k + 1][0], p[k + 1][1]),
-                         pack_bf16(p[k + 1][2], p[k + 1][3])};
-#pragma unroll
-        for (int j = 0; j < HD / 8; j += 2) {
-            uint32_t b[4];
-            ldmatrix_x4_trans(b, cols + (8 * k + lane % 16) * LD + 8 * j + lane / 16 * 8);
-            mma_bf16(out[j], a, b);
-            mma_bf16(out[j + 1], a, b + 2);
+            operand_load<true, false>(b, [&](int row, int piece) { return cols + (16 * j + row) * LD + k + 8 * piece; });
+            frag_multiply(s[j], a, b);
         }
     }
 }
 
 template <int HD, int NT>
-__device__ inline void tile_apply(float (&out)[HD / 8][4], float (&p)[NT][4], const float *cols) {
+__device__ inline void tile_scores(Frag (&s)[NT], const float *rows, const float *cols) {
     enum { LD = HD + 4 };
-    int lane = threadIdx.x % 32;
-    EACH(k, 8 * NT) { // the four lanes of a row hold two columns each
-        float p0 = __shfl_sync(0xffffffffu, p[k / 8][k % 2], k % 8 / 2, 4);
-        float p1 = __shfl_sync(0xffffffffu, p[k / 8][k % 2 + 2], k % 8 / 2, 4);
-        EACH(j, HD / 8) {
-            float c[2];
-            load(c, cols + k * LD + 8 * j + lane % 4 * 2);
-            out[j][0] += p0 * c[0];
-            out[j][1] += p0 * c[1];
-            out[j][2] += p1 * c[0];
-            out[j][3] += p1 * c[1];
+    memset(s, 0, sizeof s);
+    for (int k = 0; k < HD; k += 4) {
+        float row[FRAG_ROWS][4], col[FRAG_RUN][4];
+        EACH(r, FRAG_ROWS) load(row[r], rows + frag_row(r) * LD + k);
+        EACH(j, NT * FRAG_RUNS) {
+            int run = j % FRAG_RUNS;
+            EACH(c, FRAG_RUN) load(col[c], cols + (j / FRAG_RUNS * 16 + frag_col(run) + c) * LD + k);
+            EACH(r, FRAG_ROWS) {
+                EACH(i, 4 * FRAG_RUN) s[j / FRAG_RUNS][r][run][i / 4] += row[r][i % 4] * col[i / 4][i % 4];
+            }
         }
     }
 }
 
-// Rows of a result to memory: p (T,hd) at `first`, row stride ld; times by[0], the second eight times by[1]
+// out (16,HD) += p (16,16·NT)·cols (16·NT,HD); p goes from registers to registers.
+template <int HD, int NT>
+__device__ inline void tile_apply(Frag (&out)[HD / 16], Frag (&p)[NT], const bf16 *cols) {
+    enum { LD = HD + 8 };
+    EACH(k, NT) {
+        Operand a, b;
+        frag_to_operand(a, p[k]);
+        EACH(j, HD / 16) {
+            operand_load<true, true>(b, [&](int row, int piece) { return cols + (16 * k + row) * LD + 16 * j + 8 * piece; });
+            frag_multiply(out[j], a, b);
+        }
+    }
+}
+
+template <int HD, int NT>
+__device__ inline void tile_apply(Frag (&out)[HD / 16], Frag (&p)[NT], const float *cols) {
+    enum { LD = HD + 4 };
+    EACH(k, 16 * NT) {
+        float x[FRAG_ROWS], y[FRAG_RUN];
+        EACH(r, FRAG_ROWS) x[r] = frag_value(p[k / 16], r, k % 16);
+        EACH(j, HD / 16 * FRAG_RUNS) {
+            int run = j % FRAG_RUNS;
+            load(y, cols + k * LD + j / FRAG_RUNS * 16 + frag_col(run));
+            EACH(r, FRAG_ROWS) {
+                EACH(i, FRAG_RUN) out[j / FRAG_RUNS][r][run][i] += x[r] * y[i];
+            }
+        }
+    }
+}
+
+// Rows of a result to memory: p (T,hd) at `first`, row stride ld; each times its `by`
 template <int HD, typename A>
-__device__ inline void store_head(A *p, int ld, int first, int T, int hd, const float (&x)[HD / 8][4],
-                                  const float (&by)[2]) {
-    int lane = threadIdx.x % 32;
-    EACH(half, 2) {
-        int row = first + lane / 4 + 8 * half;
+__device__ inline void store_head(A *p, int ld, int first, int T, int hd, const Frag (&x)[HD / 16],
+                                  const float (&by)[FRAG_ROWS]) {
+    EACH(r, FRAG_ROWS) {
+        int row = first + frag_row(r);
         if (row >= T) continue;
-        EACH(j, HD / 8) {
-            float v[2] = {by[half] * x[j][2 * half], by[half] * x[j][2 * half + 1]};
-            if (8 * j < hd) store(p + (size_t)row * ld + 8 * j + lane % 4 * 2, v);
+        EACH(j, HD / 16 * FRAG_RUNS) {
+            int col = j / FRAG_RUNS * 16 + frag_col(j % FRAG_RUNS);
+            float v[FRAG_RUN];
+            EACH(i, FRAG_RUN) v[i] = by[r] * x[j / FRAG_RUNS][r][j % FRAG_RUNS][i];
+            if (col / 8 * 8 < hd) store(p + (size_t)row * ld + col, v);
         }
     }
 }
@@ -2752,17 +2820,19 @@ __device__ inline void store_head(A *p, int ld, int first, int T, int hd, const 
 // exponentials, for the backward pass. `scale` is log2(e)/sqrt(hd): everything is in powers of two. The running maximum
 // and sum of a row are corrected as larger scores turn up (the online softmax).
 template <typename A, int HD>
-__global__ void __launch_bounds__(128, HD <= 64 ? 4 : 3)
+__global__ void __launch_bounds__(4 * WARP, HD <= 64 ? 4 : 3)
     attention_kernel(A *out, float *lse, const A *qkv, int T, int D, int hd, float scale) {
     enum { LD = HD + Tiles<A>::PIECE, ROWS = Tiles<A>::ROWS, COLS = Tiles<A>::COLS, NT = Tiles<A>::NT };
     SHARED_DYNAMIC(A, tq);
     A *tk = tq + ROWS * LD, *tv = tk + COLS * LD;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * ROWS + 16 * warp;
+    int warp = threadIdx.x / WARP, first = blockIdx.x * ROWS + 16 * warp;
     const A *q = qkv + (size_t)blockIdx.z * T * 3 * D + blockIdx.y * hd;
-    float o[HD / 8][4] = {}, largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    Frag o[HD / 16] = {};
+    float largest[FRAG_ROWS], sum[FRAG_ROWS];
+    EACH(r, FRAG_ROWS) largest[r] = -INFINITY, sum[r] = 0;
     load_head<A, HD>(tq, q, 3 * D, blockIdx.x * ROWS, T, hd);
     for (int c0 = 0; c0 < T; c0 += COLS) {
-        float s[NT][4];
+        Frag s[NT];
         load_head<A, HD>(tk, q + D, 3 * D, c0, T, hd);
         cp_async_commit();
         load_head<A, HD>(tv, q + 2 * D, 3 * D, c0, T, hd);
@@ -2770,26 +2840,28 @@ __global__ void __launch_bounds__(128, HD <= 64 ? 4 : 3)
         cp_async_wait<1>(); // v may arrive while the scores are made
         __syncthreads();
         tile_scores<HD>(s, tq + 16 * warp * LD, tk);
-        EACH(i, 2) { // rows lane/4 and lane/4 + 8
-            float top = largest[i];
-            EACH(j, 2 * NT) {
-                float *x = &s[j / 2][2 * i + j % 2];
-                if (c0 + j / 2 * 8 + lane % 4 * 2 + j % 2 >= T) *x = -INFINITY;
-                top = fmaxf(top, *x);
+        EACH(r, FRAG_ROWS) {
+            float top = largest[r];
+            EACH(j, NT * FRAG_RUNS) {
+                EACH(i, FRAG_RUN) {
+                    float *x = &s[j / FRAG_RUNS][r][j % FRAG_RUNS][i];
+                    if (c0 + j / FRAG_RUNS * 16 + frag_col(j % FRAG_RUNS) + i >= T) *x = -INFINITY;
+                    top = fmaxf(top, *x);
+                }
             }
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-            float correct = exp2f((largest[i] - top) * scale);
-            largest[i] = top;
-            sum[i] *= correct;
-            EACH(j, HD / 8) {
-                o[j][2 * i] *= correct;
-                o[j][2 * i + 1] *= correct;
+            top = row_max(top);
+            float correct = exp2f((largest[r] - top) * scale);
+            largest[r] = top;
+            sum[r] *= correct;
+            EACH(j, HD / 16 * FRAG_RUNS) {
+                EACH(i, FRAG_RUN) o[j / FRAG_RUNS][r][j % FRAG_RUNS][i] *= correct;
             }
-            EACH(j, 2 * NT) {
-                float *x = &s[j / 2][2 * i + j % 2];
-                *x = exp2f((*x - top) * scale);
-                sum[i] += *x;
+            EACH(j, NT * FRAG_RUNS) {
+                EACH(i, FRAG_RUN) {
+                    float *x = &s[j / FRAG_RUNS][r][j % FRAG_RUNS][i];
+                    *x = exp2f((*x - top) * scale);
+                    sum[r] += *x;
+                }
             }
         }
         cp_async_wait<0>();
@@ -2797,13 +2869,12 @@ __global__ void __launch_bounds__(128, HD <= 64 ? 4 : 3)
         tile_apply<HD>(o, s, tv);
         __syncthreads(); // before the next columns take the place of these
     }
-    EACH(i, 2) {
-        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
-        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
-        int row = first + lane / 4 + 8 * i;
-        if (lse && lane % 4 == 0 && row < T)
-            lse[((size_t)blockIdx.z * gridDim.y + blockIdx.y) * T + row] = largest[i] * scale + log2f(sum[i]);
-        sum[i] = 1 / sum[i];
+    EACH(r, FRAG_ROWS) {
+        sum[r] = row_sum(sum[r]);
+        int row = first + frag_row(r);
+        if (lse && frag_col(0) == 0 && row < T)
+            lse[((size_t)blockIdx.z * gridDim.y + blockIdx.y) * T + row] = largest[r] * scale + log2f(sum[r]);
+        sum[r] = 1 / sum[r];
     }
     store_head<HD>(out + (size_t)blockIdx.z * T * D + blockIdx.y * hd, D, first, T, hd, o, sum);
 }
@@ -2812,17 +2883,17 @@ __global__ void __launch_bounds__(128, HD <= 64 ? 4 : 3)
 // of D.
 template <typename A>
 __global__ void attention_delta_kernel(float *delta, const A *dout, const A *out, int rows, int T, int D, int H) {
-    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32, hd = D / H;
+    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / WARP, hd = D / H;
     if (row >= rows) return;
     for (int h = 0; h < H; h++) {
         float sum = 0, g[2], o[2];
-        for (int d = threadIdx.x % 32 * 2; d < hd; d += 64) {
+        for (int d = threadIdx.x % WARP * 2; d < hd; d += 2 * WARP) {
             load(g, dout + (size_t)row * D + h * hd + d);
             load(o, out + (size_t)row * D + h * hd + d);
             sum += g[0] * o[0] + g[1] * o[1];
         }
         sum = warp_sum(sum);
-        if (threadIdx.x % 32 == 0) delta[((size_t)(row / T) * H + h) * T + row % T] = sum;
+        if (threadIdx.x % WARP == 0) delta[((size_t)(row / T) * H + h) * T + row % T] = sum;
     }
 }
 
@@ -2830,7 +2901,7 @@ __global__ void attention_delta_kernel(float *delta, const A *dout, const A *out
 // with KEYS dk = dS^T·q, dv = P^T·dout. Rows are queries, or with KEYS keys: P^T and dS^T then come out of the products
 // directly. d_rows is dq, or dk. Two kernels cost the scores twice, and save adding up dq across blocks in some order.
 template <typename A, int HD, bool KEYS>
-__global__ void __launch_bounds__(128, HD < 64 || (!KEYS && HD < 128) ? 3 : 2)
+__global__ void __launch_bounds__(4 * WARP, HD < 64 || (!KEYS && HD < 128) ? 3 : 2)
     attention_backward_kernel(A *dqkv, const A *dout, const float *lse, const float *delta, const A *qkv, int T, int D,
                               int hd, float scale) {
     enum { LD = HD + Tiles<A>::PIECE, ROWS = Tiles<A>::ROWS, COLS = Tiles<A>::COLS, NT = Tiles<A>::NT };
@@ -2838,20 +2909,22 @@ __global__ void __launch_bounds__(128, HD < 64 || (!KEYS && HD < 128) ? 3 : 2)
     SHARED_DYNAMIC(A, rows_s);
     A *rows_g = rows_s + ROWS * LD, *cols_s = rows_g + ROWS * LD, *cols_g = cols_s + COLS * LD;
     float *col_lse = (float *)(cols_g + COLS * LD), *col_delta = col_lse + COLS;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row0 = blockIdx.x * ROWS, first = row0 + 16 * warp;
+    int warp = threadIdx.x / WARP, row0 = blockIdx.x * ROWS, first = row0 + 16 * warp;
     size_t at = (size_t)blockIdx.z * T * 3 * D + blockIdx.y * hd, head = (size_t)blockIdx.z * gridDim.y + blockIdx.y;
     const A *q = qkv + at, *k = q + D, *v = k + D, *g = dout + (size_t)blockIdx.z * T * D + blockIdx.y * hd;
-    float d_rows[HD / 8][4] = {}, dv[KEYS ? HD / 8 : 1][4] = {}, row_lse[2] = {0, 0}, row_delta[2] = {0, 0};
+    Frag d_rows[HD / 16] = {}, dv[HD / 16] = {};
+    float row_lse[FRAG_ROWS] = {}, row_delta[FRAG_ROWS] = {}, by[FRAG_ROWS], one[FRAG_ROWS];
     lse += head * T;
     delta += head * T;
-    EACH(i, 2) {
-        int row = first + lane / 4 + 8 * i;
-        if (row < T) row_lse[i] = lse[row], row_delta[i] = delta[row];
+    EACH(r, FRAG_ROWS) {
+        int row = first + frag_row(r);
+        if (row < T) row_lse[r] = lse[row], row_delta[r] = delta[row];
     }
     load_head<A, HD>(rows_s, KEYS ? k : q, 3 * D, row0, T, hd);
     load_head<A, HD>(rows_g, KEYS ? v : g, KEYS ? 3 * D : D, row0, T, hd);
     for (int c0 = 0; c0 < T; c0 += COLS) {
-        float p[NT][4], ds[NT][4], l[2] = {};
+        Frag p[NT], ds[NT];
+        float l[FRAG_RUN] = {};
         load_head<A, HD>(cols_s, KEYS ? q : k, 3 * D, c0, T, hd);
         load_head<A, HD>(cols_g, KEYS ? g : v, KEYS ? D : 3 * D, c0, T, hd);
         cp_async_commit();
@@ -2863,20 +2936,27 @@ __global__ void __launch_bounds__(128, HD < 64 || (!KEYS && HD < 128) ? 3 : 2)
         cp_async_wait<0>();
         __syncthreads();
         tile_scores<HD>(p, rows_s + 16 * warp * LD, cols_s);
-        EACH(j, NT) { // a key beyond T meets a row of zeros in k: all its weight must be is finite
-            if (KEYS) load(l, col_lse + 8 * j + lane % 4 * 2);
-            EACH(i, 4) p[j][i] = exp2f(fminf(p[j][i] * scale - (KEYS ? l[i % 2] : row_lse[i / 2]), 0));
+        EACH(j, NT * FRAG_RUNS) { // a key beyond T meets a row of zeros in k: all its weight must be is finite
+            if (KEYS) load(l, col_lse + j / FRAG_RUNS * 16 + frag_col(j % FRAG_RUNS));
+            EACH(i, FRAG_ROWS * FRAG_RUN) {
+                float *x = &p[j / FRAG_RUNS][i / FRAG_RUN][j % FRAG_RUNS][i % FRAG_RUN];
+                *x = exp2f(fminf(*x * scale - (KEYS ? l[i % FRAG_RUN] : row_lse[i / FRAG_RUN]), 0));
+            }
         }
         tile_scores<HD>(ds, rows_g + 16 * warp * LD, cols_g);
-        EACH(j, NT) {
-            if (KEYS) load(l, col_delta + 8 * j + lane % 4 * 2);
-            EACH(i, 4) ds[j][i] = p[j][i] * (ds[j][i] - (KEYS ? l[i % 2] : row_delta[i / 2]));
+        EACH(j, NT * FRAG_RUNS) {
+            if (KEYS) load(l, col_delta + j / FRAG_RUNS * 16 + frag_col(j % FRAG_RUNS));
+            EACH(i, FRAG_ROWS * FRAG_RUN) {
+                float *x = &ds[j / FRAG_RUNS][i / FRAG_RUN][j % FRAG_RUNS][i % FRAG_RUN];
+                *x = p[j / FRAG_RUNS][i / FRAG_RUN][j % FRAG_RUNS][i % FRAG_RUN] *
+                     (*x - (KEYS ? l[i % FRAG_RUN] : row_delta[i / FRAG_RUN]));
+            }
         }
         if constexpr (KEYS) tile_apply<HD>(dv, p, cols_g);
         tile_apply<HD>(d_rows, ds, cols_s);
         __syncthreads();
     }
-    const float by[2] = {scale * 0.6931471806f, scale * 0.6931471806f}, one[2] = {1, 1};
+    EACH(r, FRAG_ROWS) by[r] = scale * 0.6931471806f, one[r] = 1;
     store_head<HD>(dqkv + at + (KEYS ? D : 0), 3 * D, first, T, hd, d_rows, by);
     if constexpr (KEYS) store_head<HD>(dqkv + at + 2 * D, 3 * D, first, T, hd, dv, one);
 }
@@ -2943,7 +3023,7 @@ typedef struct {
 static char *take(Arena *a, size_t bytes) {
     char *at = a->memory ? a->memory + a->bytes : NULL;
     a->bytes += ceil_div(bytes, 256) * 256;
-#ifndef __CUDACC__
+#ifdef CUDA_EMU_H
     if (a->memory) emu::redzone(at + bytes, a->memory + a->bytes + 256 - at - bytes);
     a->bytes += 256;
 #endif
