@@ -303,9 +303,7 @@ typedef struct {
 } Solve;
 enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: earlier results, and with the newest
 
-// =====================================================================================================================
 // End of shared block 1
-// =====================================================================================================================
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernels: what it takes to write and to start them. A port to another accelerator gives a meaning to what stands here
@@ -1255,18 +1253,6 @@ typedef struct {
     float *path;      // (steps+1,STRIP,C,S,S) of the first pictures, x before each timestep and at the end; or NULL
 } SampleSettings;
 
-// Which sampler suits the model; dies on one that does not.
-static int resolve_sampler(int sampler, const Config *c) {
-    int flow = config_straight(c);
-    if (c->prediction == PREDICT_EPS && c->zero_terminal_snr)
-        die("option --zero_terminal_snr: a model of eps cannot be sampled with it; train with --prediction v");
-    if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
-    if ((sampler == SAMPLER_FLOW) != flow)
-        die("option --sampler: this model predicts %s; use --sampler auto",
-            flow ? "flow or x and needs the flow sampler" : "noise or v: ddpm or ddim");
-    return sampler;
-}
-
 // Iterations of each timestep in sampling order (large t first), iters[0..S-1]; returns their sum. A real-valued share
 // of 1 + (total - S)·ratio/S is rounded through its running sum: each is then at least 1 and the sum is `total`.
 static int allocate_iterations(int *iters, int S, int total, int alloc) {
@@ -1282,70 +1268,13 @@ static int allocate_iterations(int *iters, int S, int total, int alloc) {
     return spent;
 }
 
-// Iterations of each timestep from --iters, --budget and --alloc
-static void plan_iterations(int iters[DIFFUSION_STEPS], const Options *o, const Config *c) {
-    int S = o->sample_steps, per_step = c->pre_depth + c->post_depth, total = config_iterations(c) * S, listed = 0;
-    for (int i = 0; i < S; i++) iters[i] = 0;
-    if (o->budget && *o->iters) die("option --budget: give either iters or budget");
-    if (!c->fixed_point) {
-        if (*o->iters) die("option --iters: this model is a DiT, which does not iterate; leave it out");
-        if (o->budget && S * c->depth > o->budget)
-            die("option --budget: %d passes allow %d steps of this DiT with %d blocks: lower --steps", o->budget,
-                o->budget / c->depth, c->depth);
-        return;
-    }
-    char *copy = xstrdup(o->iters), *rest = copy;
-    for (char *word; *o->iters && (word = strsep(&rest, ",")); listed++) {
-        char *end;
-        long value = strtol(word, &end, 10);
-        if (!*word || *end || value < 1 || value > 1000)
-            die("option --iters: '%s' is not a whole number from 1 to 1000", word);
-        if (listed < S) iters[listed] = (int)value;
-    }
-    free(copy);
-    if (listed > 1 && listed != S) die("option --iters: %d numbers for %d timesteps; give one, or one each", listed, S);
-    if (listed > 1 && o->alloc) die("option --alloc: a list of iters is an allocation already");
-    if (listed > 1) return;
-    if (listed == 1) total = iters[0] * S;
-    if (o->budget) total = o->budget - per_step * S;
-    if (total < S)
-        die("option --budget: %d passes are too few for %d timesteps of at least %d: lower --steps or raise it",
-            o->budget, S, per_step + 1);
-    allocate_iterations(iters, S, total, o->alloc);
-    for (int i = 0; i < S; i++)
-        if (iters[i] > 1000) die("option --budget: more than 1000 iterations in a timestep; lower it or raise --steps");
-}
-
 // Keeps x (B,C,S,S) of the first pictures, as it is before timestep `step`.
 static void path_keep(const SampleSettings *set, int step, const float *x, int first, int B, size_t count) {
     if (set->path && first == 0)
         memcpy(set->path + step * STRIP * count, x, (B < STRIP ? B : STRIP) * count * sizeof *x);
 }
 
-// All that sampling is told; `iters` is where its plan of iterations goes.
-static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options *o) {
-    int window = o->solver == SOLVER_ANDERSON ? o->window : 0;
-    plan_iterations(iters, o, &o->model);
-    SampleSettings set = {resolve_sampler(o->sampler, &o->model),
-                          o->cfg_channels,
-                          o->reuse,
-                          o->eta,
-                          o->model.classes ? o->cfg : 1, // without labels there is nothing to guide
-                          o->tol,
-                          iters,
-                          NULL,
-                          0,
-                          window,
-                          o->mixing,
-                          NULL};
-    if (*o->strip && (set.sampler == SAMPLER_DDPM || (set.sampler == SAMPLER_DDIM && o->eta > 0)))
-        die("option --strip: the noise that a step adds hides the predicted x0: use --sampler ddim and --eta 0");
-    return set;
-}
-
-// =====================================================================================================================
 // End of shared block 2
-// =====================================================================================================================
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The training loss
@@ -1930,9 +1859,7 @@ static void train(Run *run) {
     }
 }
 
-// =====================================================================================================================
 // End of shared block 3
-// =====================================================================================================================
 
 // =====================================================================================================================
 // Part 4. Speed and memory
@@ -4126,19 +4053,14 @@ static void options_default(Options *o, int use) {
             if (opt->use & (pass ? use : ~0)) option_set(o, opt, opt->initial, "default of ");
 }
 
-// Levenshtein distance, to name the option that was probably meant. b has less than 64 characters.
-static int edit_distance(const char *a, const char *b) {
-    int row[64], length = (int)strlen(b);
-    for (int j = 0; j <= length; j++) row[j] = j;
-    for (; *a; a++) {
-        int diagonal = row[0]++;
-        for (int j = 1; j <= length; j++) {
-            int change = diagonal + (*a != b[j - 1]), insert = 1 + (row[j] < row[j - 1] ? row[j] : row[j - 1]);
-            diagonal = row[j];
-            row[j] = change < insert ? change : insert;
-        }
-    }
-    return row[length];
+// Levenshtein distance up to `most`, to name the option that was probably meant
+static int edit_distance(const char *a, const char *b, int most) {
+    while (*a && *a == *b) a++, b++;
+    if (!*a && !*b) return 0;
+    if (most == 0) return 1;
+    int change = *a && *b ? edit_distance(a + 1, b + 1, most - 1) : most;
+    int drop = *a ? edit_distance(a + 1, b, most - 1) : most, add = *b ? edit_distance(a, b + 1, most - 1) : most;
+    return 1 + (change < drop ? change < add ? change : add : drop < add ? drop : add);
 }
 
 // The option of a program that has this name.
@@ -4146,7 +4068,7 @@ static const Option *option_find(const char *name, int use) {
     const Option *nearest = NULL;
     int distance = INT_MAX;
     for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
-        int d = opt->use & use ? edit_distance(name, opt->name) : INT_MAX;
+        int d = opt->use & use ? edit_distance(name, opt->name, 6) : INT_MAX;
         if (d < distance) distance = d, nearest = opt;
     }
     if (distance) die("unknown option --%s; did you mean --%s? (--help lists them)", name, nearest->name);
@@ -4393,27 +4315,34 @@ static void show_picture(const uint8_t *rgb, int w, int h, int step) {
     }
 }
 
-// images (n,C,h,w) in -1..1, side by side in `columns`, a pixel enlarged to zoom x zoom, `gap` light pixels between
+// images (n,C,S,S) in -1..1, side by side in `columns`, a pixel enlarged to zoom x zoom, `gap` light pixels between
 // them. Of latents (C=4) the first three channels show. Returns rgb (*out_h,*out_w,3), to be released with xfree.
-static uint8_t *picture_grid(const float *images, int n, int C, int h, int w, int columns, int zoom, int gap,
-                             int *out_w, int *out_h) {
+static uint8_t *picture_grid(const float *images, int n, int C, int S, int columns, int zoom, int gap, int *out_w,
+                             int *out_h) {
     if (columns > n) columns = n;
-    *out_w = columns * (w * zoom + gap) + gap;
-    *out_h = (n + columns - 1) / columns * (h * zoom + gap) + gap;
+    *out_w = columns * (S * zoom + gap) + gap;
+    *out_h = (n + columns - 1) / columns * (S * zoom + gap) + gap;
     size_t size = 3 * (size_t)*out_w * *out_h;
     uint8_t *rgb = (uint8_t *)xcalloc(size, 1, "a picture");
     memset(rgb, 230, size);
     for (int i = 0; i < n; i++) {
-        for (int y = 0; y < h * zoom; y++) {
-            int Y = gap + i / columns * (h * zoom + gap) + y, X = gap + i % columns * (w * zoom + gap);
+        for (int y = 0; y < S * zoom; y++) {
+            int Y = gap + i / columns * (S * zoom + gap) + y, X = gap + i % columns * (S * zoom + gap);
             uint8_t *out = rgb + 3 * ((size_t)Y * *out_w + X);
-            for (int x = 0; x < w * zoom * 3; x++) {
+            for (int x = 0; x < S * zoom * 3; x++) {
                 size_t plane = (size_t)i * C + (C < 3 ? 0 : x % 3);
-                out[x] = to_byte(images[(plane * h + y / zoom) * w + x / 3 / zoom]);
+                out[x] = to_byte(images[(plane * S + y / zoom) * S + x / 3 / zoom]);
             }
         }
     }
     return rgb;
+}
+
+static void save_png(const char *path, const float *images, int n, int C, int S, int columns, int zoom, int gap) {
+    int width, height;
+    uint8_t *rgb = picture_grid(images, n, C, S, columns, zoom, gap, &width, &height);
+    png_write(path, rgb, width, height);
+    xfree(rgb);
 }
 
 // `shapes`, the data that needs no file: ten kinds of coloured shape on a light background, as many as anyone wants.
@@ -4639,40 +4568,116 @@ static int64_t first_bad(const float *value, int64_t count, int kind) {
     return -1;
 }
 
-// Reads the tensors PREFIX + name into memory; dies with the names of file and tensor when one is missing or unfit.
-static void tensors_read(const SafeTensors *f, const ParamTensor *list, int count, const char *prefix, float *memory) {
-    for (const ParamTensor *p = list; p < list + count; p++) {
-        char name[160], want[200], got[200];
-        snprintf(name, sizeof name, "%s%s", prefix, p->name);
-        const Tensor *t = st_find(f, name);
-        if (!t) die("%s: tensor %s is missing: this is not a file of this model", f->path, name);
-        shape_text(want, sizeof want, p->shape, p->ndim);
-        shape_text(got, sizeof got, t->shape, t->ndim);
-        if (strcmp(want, got))
-            die("%s: tensor %s has the shape (%s), but the metadata asks for (%s)", f->path, name, got, want);
-        float *value = memory + p->offset;
-        st_to_float(f, t, value);
-        for (int64_t e = 0; e < p->count; e++)
-            if (!isfinite(value[e]))
-                die("%s: tensor %s holds %g at element %lld", f->path, name, value[e], (long long)e);
-    }
+// value = the tensor PREFIX + name of a file; dies with the names of file and tensor when it is missing or unfit.
+static void tensor_read(float *value, const SafeTensors *f, const char *prefix, const ParamTensor *p, int kind) {
+    char name[160], want[200], got[200];
+    snprintf(name, sizeof name, "%s%s", prefix, p->name);
+    const Tensor *t = st_find(f, name);
+    if (!t) die("%s: tensor %s is missing: this is not a file of this model", f->path, name);
+    shape_text(want, sizeof want, p->shape, p->ndim);
+    shape_text(got, sizeof got, t->shape, t->ndim);
+    if (strcmp(want, got))
+        die("%s: tensor %s has the shape (%s), but the metadata asks for (%s)", f->path, name, got, want);
+    st_to_float(f, t, value);
+    int64_t bad = first_bad(value, p->count, kind);
+    if (bad >= 0)
+        die("%s: tensor %s holds %g at element %lld; take an earlier copy", f->path, name, value[bad], (long long)bad);
 }
 
 // Reads the tensors PREFIX + name of a file into the model, one at a time, as they may be as large as its memory.
 static void model_load(Model *m, int kind, const SafeTensors *f, const char *prefix) {
     float *value = (float *)xcalloc(params_largest(m->tensors, m->n_tensors), sizeof *value, "loading");
     progress_begin("loading", m->n_tensors);
-    for (int i = 0; i < m->n_tensors; i++) {
-        ParamTensor one = m->tensors[i];
-        one.offset = 0;
-        tensors_read(f, &one, 1, prefix, value);
-        int64_t bad = first_bad(value, one.count, kind);
-        if (bad >= 0) die("%s: tensor %s%s holds %g; take an earlier copy", f->path, prefix, one.name, value[bad]);
-        model_upload(m, kind, m->tensors[i].offset, one.count, value);
+    for (const ParamTensor *p = m->tensors; p < m->tensors + m->n_tensors; p++) {
+        tensor_read(value, f, prefix, p, kind);
+        model_upload(m, kind, p->offset, p->count, value);
         progress(1);
     }
     xfree(value);
     if (kind == MODEL_WEIGHTS) model_use(m, kind);
+}
+
+// What a training step needs: multiply-adds count two; what stays constant while z iterates once, no recomputation.
+// n: iterations without gradient; m: with gradient, which costs three times the forward pass.
+static double model_flops(const Config *c, int B, int n, int m) {
+    double D = c->width, T = config_tokens(c), M = B * T, pixels = (double)c->patch * c->patch;
+    double block = M * (24 * D * D + 4 * T * D), projection = M * 8 * D * D, inject = M * 6 * D * D;
+    double ends = M * 2 * D * pixels * (c->channels + config_out_channels(c));
+    double modulation = B * (2.0 * D * (6 * D * config_blocks(c) + 2 * D) + 2 * (256 * D + D * D));
+    double pixel_gradient = M * 2 * D * pixels * c->channels, z_gradient = M * 4 * D * D; // of the first: not computed
+    if (!c->fixed_point) return 3 * (ends + modulation + c->depth * block) - pixel_gradient;
+    double layers = (c->pre_depth + c->post_depth + m) * block + m * projection + inject;
+    return 3 * (ends + modulation + layers) - pixel_gradient - z_gradient + n * (block + projection);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What sampling is told: sampler, iterations, labels
+
+// Which sampler suits the model; dies on one that does not.
+static int resolve_sampler(int sampler, const Config *c) {
+    int flow = config_straight(c);
+    if (c->prediction == PREDICT_EPS && c->zero_terminal_snr)
+        die("option --zero_terminal_snr: a model of eps cannot be sampled with it; train with --prediction v");
+    if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
+    if ((sampler == SAMPLER_FLOW) != flow)
+        die("option --sampler: this model predicts %s; use --sampler auto",
+            flow ? "flow or x and needs the flow sampler" : "noise or v: ddpm or ddim");
+    return sampler;
+}
+
+// Iterations of each timestep from --iters, --budget and --alloc
+static void plan_iterations(int iters[DIFFUSION_STEPS], const Options *o, const Config *c) {
+    int S = o->sample_steps, per_step = c->pre_depth + c->post_depth, total = config_iterations(c) * S, listed = 0;
+    for (int i = 0; i < S; i++) iters[i] = 0;
+    if (o->budget && *o->iters) die("option --budget: give either iters or budget");
+    if (!c->fixed_point) {
+        if (*o->iters) die("option --iters: this model is a DiT, which does not iterate; leave it out");
+        if (o->budget && S * c->depth > o->budget)
+            die("option --budget: %d passes allow %d steps of this DiT with %d blocks: lower --steps", o->budget,
+                o->budget / c->depth, c->depth);
+        return;
+    }
+    char *copy = xstrdup(o->iters), *rest = copy;
+    for (char *word; *o->iters && (word = strsep(&rest, ",")); listed++) {
+        char *end;
+        long value = strtol(word, &end, 10);
+        if (!*word || *end || value < 1 || value > 1000)
+            die("option --iters: '%s' is not a whole number from 1 to 1000", word);
+        if (listed < S) iters[listed] = (int)value;
+    }
+    free(copy);
+    if (listed > 1 && listed != S) die("option --iters: %d numbers for %d timesteps; give one, or one each", listed, S);
+    if (listed > 1 && o->alloc) die("option --alloc: a list of iters is an allocation already");
+    if (listed > 1) return;
+    if (listed == 1) total = iters[0] * S;
+    if (o->budget) total = o->budget - per_step * S;
+    if (total < S)
+        die("option --budget: %d passes are too few for %d timesteps of at least %d: lower --steps or raise it",
+            o->budget, S, per_step + 1);
+    allocate_iterations(iters, S, total, o->alloc);
+    for (int i = 0; i < S; i++)
+        if (iters[i] > 1000) die("option --budget: more than 1000 iterations in a timestep; lower it or raise --steps");
+}
+
+// All that sampling is told; `iters` is where its plan of iterations goes.
+static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options *o) {
+    int window = o->solver == SOLVER_ANDERSON ? o->window : 0;
+    plan_iterations(iters, o, &o->model);
+    SampleSettings set = {resolve_sampler(o->sampler, &o->model),
+                          o->cfg_channels,
+                          o->reuse,
+                          o->eta,
+                          o->model.classes ? o->cfg : 1, // without labels there is nothing to guide
+                          o->tol,
+                          iters,
+                          NULL,
+                          0,
+                          window,
+                          o->mixing,
+                          NULL};
+    if (*o->strip && (set.sampler == SAMPLER_DDPM || (set.sampler == SAMPLER_DDIM && o->eta > 0)))
+        die("option --strip: the noise that a step adds hides the predicted x0: use --sampler ddim and --eta 0");
+    return set;
 }
 
 // Labels of n pictures from "3,heart,7", in turn; without a list, each class in turn.
@@ -4694,19 +4699,6 @@ static void parse_labels(int *y, int n, const char *list, int classes, const cha
     for (int i = 0; i < n; i++) y[i] = count ? chosen[i % count] : classes ? i % classes : 0;
     free(copy);
     xfree(chosen);
-}
-
-// What a training step needs: multiply-adds count two; what stays constant while z iterates once, no recomputation.
-// n: iterations without gradient; m: with gradient, which costs three times the forward pass.
-static double model_flops(const Config *c, int B, int n, int m) {
-    double D = c->width, T = config_tokens(c), M = B * T, pixels = (double)c->patch * c->patch;
-    double block = M * (24 * D * D + 4 * T * D), projection = M * 8 * D * D, inject = M * 6 * D * D;
-    double ends = M * 2 * D * pixels * (c->channels + config_out_channels(c));
-    double modulation = B * (2.0 * D * (6 * D * config_blocks(c) + 2 * D) + 2 * (256 * D + D * D));
-    double pixel_gradient = M * 2 * D * pixels * c->channels, z_gradient = M * 4 * D * D; // of the first: not computed
-    if (!c->fixed_point) return 3 * (ends + modulation + c->depth * block) - pixel_gradient;
-    double layers = (c->pre_depth + c->post_depth + m) * block + m * projection + inject;
-    return 3 * (ends + modulation + layers) - pixel_gradient - z_gradient + n * (block + projection);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -4746,14 +4738,16 @@ static void save_grid(const char *path, const float *x, int n, const Options *o)
     const Config *c = &o->model;
     int S = c->image_size, zoom = o->zoom ? o->zoom : S >= 64 ? 1 : S >= 32 ? 2 : 4, width, height;
     int columns = c->classes > 1 && c->classes <= 20 && n > c->classes ? c->classes : (int)ceil(sqrt(n));
-    uint8_t *rgb = picture_grid(x, n, c->channels, S, S, columns, zoom, 2, &width, &height);
-    png_write(path, rgb, width, height);
-    xfree(rgb);
+    save_png(path, x, n, c->channels, S, columns, zoom, 2);
     if (!o->show) return;
     struct winsize window = {0, 0, 0, 0};
     ioctl(1, TIOCGWINSZ, &window); // a file has none
     int room = window.ws_col ? window.ws_col : INT_MAX, fit = (room - 1) / (S + 1);
-    rgb = picture_grid(x, n, c->channels, S, S, fit < 1 ? 1 : fit < columns ? fit : columns, 1, 1, &width, &height);
+    uint8_t *rgb = picture_grid(x, n, c->channels, S,
+                                fit < 1         ? 1
+                                : fit < columns ? fit
+                                                : columns,
+                                1, 1, &width, &height);
     end_passing();
     show_picture(rgb, width, height, fit < 1 ? (width + room - 1) / room : 1);
     xfree(rgb);
@@ -4764,7 +4758,7 @@ static void save_grid(const char *path, const float *x, int n, const Options *o)
 // before and after it: flow gives x + dt·(x0 - x)/tau, ddim sqrt(prev)·x0 + sqrt(1-prev)·(x - sqrt(ab)·x0)/sqrt(1-ab).
 static void save_strip(const char *path, const float *x, const Schedule *s, const Config *c, int shown) {
     size_t count = config_pixels(c);
-    int S = c->image_size, columns = s->n < 24 ? s->n : 24, zoom = S >= 64 ? 1 : S >= 32 ? 2 : 3, width, height;
+    int S = c->image_size, columns = s->n < 24 ? s->n : 24, zoom = S >= 64 ? 1 : S >= 32 ? 2 : 3;
     float *tiles = (float *)xcalloc(2 * shown * columns * count, sizeof *tiles, "the strip");
     for (int column = 0; column < columns; column++) {
         int step = columns > 1 ? column * (s->n - 1) / (columns - 1) : 0, i = s->n - 1 - step;
@@ -4780,9 +4774,7 @@ static void save_strip(const char *path, const float *x, const Schedule *s, cons
             }
         }
     }
-    uint8_t *rgb = picture_grid(tiles, 2 * shown * columns, c->channels, S, S, columns, zoom, 2, &width, &height);
-    png_write(path, rgb, width, height);
-    xfree(rgb);
+    save_png(path, tiles, 2 * shown * columns, c->channels, S, columns, zoom, 2);
     xfree(tiles);
 }
 
@@ -4791,14 +4783,10 @@ static void save_singles(const Options *o, const float *x, const int *y, const c
     const Config *c = &o->model;
     for (int i = 0; i < o->n; i++) {
         char path[PATH_MAX], class_name[64] = "";
-        int S = c->image_size, width, height;
         if (y[i] < c->classes && class_names) snprintf(class_name, sizeof class_name, "_%s", class_names[y[i]]);
         for (char *slash; (slash = strchr(class_name, '/')) != NULL;) *slash = '-';
         snprintf(path, sizeof path, "%s%06d%s.png", o->out, i, class_name);
-        uint8_t *rgb =
-            picture_grid(x + i * config_pixels(c), 1, c->channels, S, S, 1, o->zoom ? o->zoom : 1, 0, &width, &height);
-        png_write(path, rgb, width, height);
-        xfree(rgb);
+        save_png(path, x + i * config_pixels(c), 1, c->channels, c->image_size, 1, o->zoom ? o->zoom : 1, 0);
     }
 }
 
@@ -4980,6 +4968,20 @@ static int export_data(const Options *o, Dataset *d) {
     return 0;
 }
 
+// Dies unless the run's model is the one that a file stands for.
+static void same_model(const char *option, const char *path, const Config *have, const Options *o) {
+    Options file = *o;
+    file.model = *have;
+    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
+        char there[4096], here[4096];
+        if (!(opt->use & WEIGHTS)) continue;
+        option_text(there, sizeof there, &file, opt);
+        option_text(here, sizeof here, o, opt);
+        if (strcmp(there, here))
+            die("option --%s: %s has %s %s, this run %s; they must be the same", option, path, opt->name, there, here);
+    }
+}
+
 // The settings of the run in --resume, then the command line over them; opens the run's state.
 static void resume_settings(Options *o, SafeTensors *state, int argc, char **argv, const char *about) {
     char path[PATH_MAX];
@@ -4991,8 +4993,7 @@ static void resume_settings(Options *o, SafeTensors *state, int argc, char **arg
     o->out = folder;
     o->model_name = ""; // what it stood for is in the settings
     options_parse(o, TRAIN, argc, argv, about);
-    if (memcmp(&before, &o->model, sizeof before))
-        die("option --resume: %s holds another model; leave out the options that describe it", path);
+    same_model("resume", path, &before, o);
     if (strcmp(o->out, folder))
         die("option --out: a run goes on in its folder %s; to branch off, copy the folder and --resume the copy",
             folder);
@@ -5008,36 +5009,27 @@ static Config init_settings(Options *o, SafeTensors *f, int argc, char **argv, c
     options_from_meta(o, f, WEIGHTS);
     Config from = o->model;
     options_parse(o, TRAIN, argc, argv, about);
-    if (o->model.fixed_point && !from.fixed_point) {
-        o->model.pre_depth = asked.pre_depth;
-        o->model.post_depth = asked.post_depth;
-        o->model.timestep_in_pre_post = asked.timestep_in_pre_post;
-        if (asked.pre_depth + asked.post_depth > from.depth)
-            die("option --init: %s has %d blocks; lower --pre_depth or --post_depth", o->init, from.depth);
-    }
+    if (from.fixed_point || !o->model.fixed_point) return from;
+    o->model.pre_depth = asked.pre_depth;
+    o->model.post_depth = asked.post_depth;
+    o->model.timestep_in_pre_post = asked.timestep_in_pre_post;
+    if (asked.pre_depth + asked.post_depth > from.depth)
+        die("option --init: %s has %d blocks; lower --pre_depth or --post_depth", o->init, from.depth);
     return from;
 }
 
-// Dies unless the run's model, which by now knows its data, can start from the model `from` of --init. Only labels may
-// differ.
-static void init_check(const Options *o, const Config *from) {
-    Options start = *o;
-    start.model = *from;
-    start.model.classes = o->model.classes;
-    if (o->model.fixed_point && !from->fixed_point) {
-        start.model.fixed_point = 1;
-        start.model.pre_depth = o->model.pre_depth;
-        start.model.post_depth = o->model.post_depth;
-        start.model.timestep_in_pre_post = o->model.timestep_in_pre_post;
+// Dies unless the run's model, which by now knows its data, can start from the model `from` of --init: only labels may
+// differ, and what makes a fixed point of a DiT.
+static void init_check(const Options *o, Config from) {
+    const Config *c = &o->model;
+    from.classes = c->classes;
+    if (c->fixed_point && !from.fixed_point) {
+        from.fixed_point = 1;
+        from.pre_depth = c->pre_depth;
+        from.post_depth = c->post_depth;
+        from.timestep_in_pre_post = c->timestep_in_pre_post;
     }
-    for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
-        char have[4096], want[4096];
-        if (!(opt->use & WEIGHTS)) continue;
-        option_text(have, sizeof have, &start, opt);
-        option_text(want, sizeof want, o, opt);
-        if (strcmp(have, want))
-            die("option --init: %s has %s %s, this run %s; they must be the same", o->init, opt->name, have, want);
-    }
+    same_model("init", o->init, &from, o);
 }
 
 // Where the file of --init has a tensor: under its name, or a fixed point's in a DiT, whose first blocks become pre,
@@ -5062,24 +5054,21 @@ static int init_source(ParamTensor *t, const Config *from, const Config *c) {
 // the row "no label" is kept.
 static void init_read(float *values, const Model *m, const SafeTensors *f, const Config *from) {
     const Config *c = &m->config;
-    ParamTensor *found = (ParamTensor *)xcalloc(m->n_tensors, sizeof *found, "the list of tensors");
-    int count = 0, relabelled = from->classes != c->classes, D = c->width;
+    int relabelled = from->classes != c->classes, D = c->width;
     for (int i = 0; i < m->n_tensors; i++) {
         ParamTensor t = m->tensors[i];
+        float *value = values + t.offset;
         if (relabelled && !strcmp(t.name, "y_embedder.embedding_table.weight")) {
-            float *no_label = values + t.offset + (int64_t)c->classes * D;
-            t.offset = 0;
             t.shape[0] = from->classes + 1;
             t.count = t.shape[0] * D;
             float *table = (float *)xcalloc(t.count, sizeof *table, "the label table");
-            tensors_read(f, &t, 1, "", table);
-            memcpy(no_label, table + t.count - D, D * sizeof *table);
+            tensor_read(table, f, "", &t, MODEL_WEIGHTS);
+            memcpy(value + (int64_t)c->classes * D, table + t.count - D, D * sizeof *table);
             xfree(table);
-        } else if (init_source(&t, from, c))
-            found[count++] = t;
+        } else if (init_source(&t, from, c)) {
+            tensor_read(value, f, "", &t, MODEL_WEIGHTS);
+        }
     }
-    tensors_read(f, found, count, "", values);
-    xfree(found);
     printf("init: %s", f->path);
     if (from->fixed_point != c->fixed_point)
         printf(", a DiT of %d blocks: the first %d, the last %d, and number %d as the fixed point's", from->depth,
@@ -5120,7 +5109,7 @@ static int train_main(int argc, char **argv) {
     c->image_size = data.size;
     c->channels = data.channels;
     c->classes = data.classes;
-    if (*o->init) init_check(o, &from);
+    if (*o->init) init_check(o, from);
     config_check(c, *o->resume ? state.path : "options");
     if (*o->export_to) return export_data(o, &data);
     resolve_sampler(o->sampler, c);
@@ -5260,6 +5249,4 @@ int main(int argc, char **argv) {
 }
 #endif
 
-// =====================================================================================================================
 // End of shared block 4
-// =====================================================================================================================

@@ -832,8 +832,8 @@ static void test_options(void) {
     }
     CHECK("options: text and back",
           same && a.lr == b.lr && a.seed == b.seed && b.grad_iters[1] == 17 && b.model.prediction == PREDICT_V);
-    CHECK("options: distance", edit_distance("", "abc") == 3 && edit_distance("steps", "stesp") == 2 &&
-                                   !edit_distance("lr", "lr") && edit_distance("kitten", "sitting") == 3);
+    CHECK("options: distance", edit_distance("", "abc", 6) == 3 && edit_distance("steps", "stesp", 6) == 2 &&
+                                   !edit_distance("lr", "lr", 6) && edit_distance("kitten", "sitting", 6) == 3);
     static const char *const names[] = {"cat", "dog"};
     int y[5];
     parse_labels(y, 5, "", 3, NULL);
@@ -1274,7 +1274,7 @@ static void test_png(void) {
     float images[5 * 1 * 2 * 2];
     for (int i = 0; i < 20; i++) images[i] = (float)i / 10 - 1;
     int w, h;
-    uint8_t *grid = picture_grid(images, 5, 1, 2, 2, 3, 2, 1, &w, &h); // 5 grey pictures in two rows
+    uint8_t *grid = picture_grid(images, 5, 1, 2, 3, 2, 1, &w, &h); // 5 grey pictures in two rows
     CHECK("grid: size", w == 3 * 5 + 1 && h == 2 * 5 + 1);
     CHECK("grid: pixels", grid[0] == 230 && grid[3 * (w + 1)] == to_byte(-1) &&
                               grid[3 * (w * 9 + 8) + 2] == to_byte(images[19]) && grid[3 * (w * 9 + 14)] == 230);
