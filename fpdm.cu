@@ -1671,8 +1671,8 @@ __global__ void anderson_mix_kernel(float *z, A *copy, const double *gram, const
 static void anderson_forward(Model *m, float *z, int k, int window, double mixing) {
     size_t count = (size_t)config_tokens(&m->config) * m->config.width;
     int slots = window + 1, used = imin(k, slots), newest = (k - 1) % slots;
-    RUN(anderson_products_kernel, dim3(used, m->B), 512, MAX_WARPS * sizeof(double), m->a.gram, m->a.history, z, m->a.z_before,
-        newest, slots, count);
+    RUN(anderson_products_kernel, dim3(used, m->B), 512, MAX_WARPS * sizeof(double), m->a.gram, m->a.history, z,
+        m->a.z_before, newest, slots, count);
     unsigned blocks = imin((int)ceil_div(count, 4 * 256), (int)ceil_div(8 * gpu.sms, m->B));
     TYPED(m->half, RUN((anderson_mix_kernel<A>), dim3(blocks, m->B), 256, 0, z, (A *)m->a.z, m->a.gram, m->a.history,
                        used, newest, slots, (float)(1 - mixing), count));
@@ -1701,7 +1701,8 @@ __global__ void norm_kernel(double *partial, const float *grads, size_t count) {
 
 static double model_gradient_norm(const Model *m) {
     double partial[NORM_BLOCKS], sum = 0;
-    RUN(norm_kernel, NORM_BLOCKS, 256, MAX_WARPS * sizeof(double), m->a.sums, m->memory[MODEL_GRADS], (size_t)m->n_params);
+    RUN(norm_kernel, NORM_BLOCKS, 256, MAX_WARPS * sizeof(double), m->a.sums, m->memory[MODEL_GRADS],
+        (size_t)m->n_params);
     gpu_download(partial, m->a.sums, sizeof partial);
     for (int i = 0; i < NORM_BLOCKS; i++) sum += partial[i];
     return sqrt(sum);
@@ -2050,9 +2051,10 @@ __device__ inline uint32_t pack_bf16(float x, float y) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Fragments: how a warp holds 16x16 pieces of matrices. Of a result, a Frag, a lane has FRAG_ROWS rows and of each
-// FRAG_RUNS runs of FRAG_RUN neighbours: f[r][c] is in row frag_row(r) from column frag_col(c) on. The lanes that share
-// a row are FRAG_STEP apart. An Operand is 16 rows of 16 k, in bf16, of either matrix of a product. This is all that
-// knows which lane has what; test/hip.h says the same for AMD.
+// FRAG_RUNS runs of FRAG_RUN neighbours: f[r][c] is in row frag_row(r) from column frag_col(c) on, and f[1][r][c] of
+// the next fragment on the right from frag_col(FRAG_RUNS + c) on. The lanes that share a row are FRAG_STEP apart. An
+// Operand is 16 rows of 16 k, in bf16, of either matrix of a product. This is all that knows which lane has what;
+// test/hip.h says the same for AMD.
 
 #ifndef AMD
 enum { FRAG_ROWS = 2, FRAG_RUNS = 2, FRAG_RUN = 2, FRAG_STEP = 1 };
@@ -2060,11 +2062,11 @@ typedef float Frag[FRAG_ROWS][FRAG_RUNS][FRAG_RUN];
 typedef uint32_t Operand[4];
 __device__ inline int frag_row(int r) {
     int lane = threadIdx.x % WARP;
-    return 8 * r + lane / 4;
+    return lane / 4 + 8 * r;
 }
-__device__ inline int frag_col(int c) {
+__device__ inline int frag_col(int j) {
     int lane = threadIdx.x % WARP;
-    return 8 * c + lane % 4 * 2;
+    return lane % 4 * 2 + 8 * j;
 }
 
 // From shared memory, where at(row, i) is number i of the eights of neighbours in a row. RIGHT: for the second matrix;
@@ -2199,15 +2201,18 @@ __device__ inline void epilogue(const Matmul &g, int row0, int hop, const int (&
 // rows are 8 banks apart, and in every second four rows, every two fours of columns change places.
 template <int EPI, int CHUNKS>
 __device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, int col0, const Frag *acc) {
-    constexpr int V = EPI == EPI_STORE || EPI == EPI_GELU ? 8 : 4, HOP = WARP / 32 * V, ROWS = 16 / HOP, STRIDE = 32 * CHUNKS + 8;
+    constexpr int V = EPI == EPI_STORE || EPI == EPI_GELU ? 8 : 4, HOP = WARP / 32 * V, ROWS = 16 / HOP,
+                  STRIDE = 32 * CHUNKS + 8;
     int lane = threadIdx.x % WARP, col = lane % (32 / V) * V;
     int row = V == 8 ? lane / 4 % 2 * 4 + lane / 8 % 4 + lane / 32 * 8 : lane / 8, other[ROWS];
     stage += threadIdx.x / WARP * 16 * STRIDE;
     EACH(i, ROWS) other[i] = row_of_other<EPI>(g, row0 + row + i * HOP);
     EACH(j, 2 * CHUNKS * FRAG_RUNS) {
         EACH(i, FRAG_ROWS) {
-            int r = frag_row(i), c = j / FRAG_RUNS * 16 + frag_col(j % FRAG_RUNS);
-            store(stage + r * STRIDE + (c ^ (r & 4)), acc[j / FRAG_RUNS][i][j % FRAG_RUNS]);
+            int r = frag_row(i), c = frag_col(j);
+            Vec<float, FRAG_RUN> run;
+            EACH(e, FRAG_RUN) run.v[e] = acc[j / FRAG_RUNS][i][j % FRAG_RUNS][e];
+            *(Vec<float, FRAG_RUN> *)(stage + r * STRIDE + (c ^ (r & 4))) = run;
         }
     }
     __syncwarp();
@@ -2674,7 +2679,8 @@ __device__ inline void tile_scores(Frag (&s)[NT], const bf16 *rows, const bf16 *
         Operand a, b;
         operand_load<false, false>(a, [&](int row, int piece) { return rows + row * LD + k + 8 * piece; });
         EACH(j, NT) {
-            operand_load<true, false>(b, [&](int row, int piece) { return cols + (16 * j + row) * LD + k + 8 * piece; });
+            operand_load<true, false>(b,
+                                      [&](int row, int piece) { return cols + (16 * j + row) * LD + k + 8 * piece; });
             frag_multiply(s[j], a, b);
         }
     }
@@ -2689,7 +2695,7 @@ __device__ inline void tile_scores(Frag (&s)[NT], const float *rows, const float
         EACH(r, FRAG_ROWS) load(row[r], rows + frag_row(r) * LD + k);
         EACH(j, NT * FRAG_RUNS) {
             int run = j % FRAG_RUNS;
-            EACH(c, FRAG_RUN) load(col[c], cols + (j / FRAG_RUNS * 16 + frag_col(run) + c) * LD + k);
+            EACH(c, FRAG_RUN) load(col[c], cols + (frag_col(j) + c) * LD + k);
             EACH(r, FRAG_ROWS) {
                 EACH(i, 4 * FRAG_RUN) s[j / FRAG_RUNS][r][run][i / 4] += row[r][i % 4] * col[i / 4][i % 4];
             }
@@ -2705,7 +2711,8 @@ __device__ inline void tile_apply(Frag (&out)[HD / 16], Frag (&p)[NT], const bf1
         Operand a, b;
         frag_to_operand(a, p[k]);
         EACH(j, HD / 16) {
-            operand_load<true, true>(b, [&](int row, int piece) { return cols + (16 * k + row) * LD + 16 * j + 8 * piece; });
+            operand_load<true, true>(
+                b, [&](int row, int piece) { return cols + (16 * k + row) * LD + 16 * j + 8 * piece; });
             frag_multiply(out[j], a, b);
         }
     }
@@ -2719,7 +2726,7 @@ __device__ inline void tile_apply(Frag (&out)[HD / 16], Frag (&p)[NT], const flo
         EACH(r, FRAG_ROWS) x[r] = frag_value(p[k / 16], r, k % 16);
         EACH(j, HD / 16 * FRAG_RUNS) {
             int run = j % FRAG_RUNS;
-            load(y, cols + k * LD + j / FRAG_RUNS * 16 + frag_col(run));
+            load(y, cols + k * LD + frag_col(j));
             EACH(r, FRAG_ROWS) {
                 EACH(i, FRAG_RUN) out[j / FRAG_RUNS][r][run][i] += x[r] * y[i];
             }
@@ -2735,10 +2742,10 @@ __device__ inline void store_head(A *p, int ld, int first, int T, int hd, const 
         int row = first + frag_row(r);
         if (row >= T) continue;
         EACH(j, HD / 16 * FRAG_RUNS) {
-            int col = j / FRAG_RUNS * 16 + frag_col(j % FRAG_RUNS);
             float v[FRAG_RUN];
             EACH(i, FRAG_RUN) v[i] = by[r] * x[j / FRAG_RUNS][r][j % FRAG_RUNS][i];
-            if (col / 8 * 8 < hd) store(p + (size_t)row * ld + col, v);
+            if (frag_col(j) / 8 * 8 < hd) // the lane's part of the address first: sm_80 spills otherwise
+                store(p + (size_t)row * ld + frag_col(0) + (frag_col(j) - frag_col(0)), v);
         }
     }
 }
@@ -2772,7 +2779,7 @@ __global__ void __launch_bounds__(4 * WARP, HD <= 64 ? 4 : 3)
             EACH(j, NT * FRAG_RUNS) {
                 EACH(i, FRAG_RUN) {
                     float *x = &s[j / FRAG_RUNS][r][j % FRAG_RUNS][i];
-                    if (c0 + j / FRAG_RUNS * 16 + frag_col(j % FRAG_RUNS) + i >= T) *x = -INFINITY;
+                    if (c0 + frag_col(j) + i >= T) *x = -INFINITY;
                     top = fmaxf(top, *x);
                 }
             }
@@ -2839,7 +2846,7 @@ __global__ void __launch_bounds__(4 * WARP, HD < 64 || (!KEYS && HD < 128) ? 3 :
     int warp = threadIdx.x / WARP, row0 = blockIdx.x * ROWS, first = row0 + 16 * warp;
     size_t at = (size_t)blockIdx.z * T * 3 * D + blockIdx.y * hd, head = (size_t)blockIdx.z * gridDim.y + blockIdx.y;
     const A *q = qkv + at, *k = q + D, *v = k + D, *g = dout + (size_t)blockIdx.z * T * D + blockIdx.y * hd;
-    Frag d_rows[HD / 16] = {}, dv[HD / 16] = {};
+    Frag d_rows[HD / 16] = {}, dv[KEYS ? HD / 16 : 1] = {};
     float row_lse[FRAG_ROWS] = {}, row_delta[FRAG_ROWS] = {}, by[FRAG_ROWS], one[FRAG_ROWS];
     lse += head * T;
     delta += head * T;
@@ -2864,7 +2871,7 @@ __global__ void __launch_bounds__(4 * WARP, HD < 64 || (!KEYS && HD < 128) ? 3 :
         __syncthreads();
         tile_scores<HD>(p, rows_s + 16 * warp * LD, cols_s);
         EACH(j, NT * FRAG_RUNS) { // a key beyond T meets a row of zeros in k: all its weight must be is finite
-            if (KEYS) load(l, col_lse + j / FRAG_RUNS * 16 + frag_col(j % FRAG_RUNS));
+            if (KEYS) load(l, col_lse + frag_col(j));
             EACH(i, FRAG_ROWS * FRAG_RUN) {
                 float *x = &p[j / FRAG_RUNS][i / FRAG_RUN][j % FRAG_RUNS][i % FRAG_RUN];
                 *x = exp2f(fminf(*x * scale - (KEYS ? l[i % FRAG_RUN] : row_lse[i / FRAG_RUN]), 0));
@@ -2872,7 +2879,7 @@ __global__ void __launch_bounds__(4 * WARP, HD < 64 || (!KEYS && HD < 128) ? 3 :
         }
         tile_scores<HD>(ds, rows_g + 16 * warp * LD, cols_g);
         EACH(j, NT * FRAG_RUNS) {
-            if (KEYS) load(l, col_delta + j / FRAG_RUNS * 16 + frag_col(j % FRAG_RUNS));
+            if (KEYS) load(l, col_delta + frag_col(j));
             EACH(i, FRAG_ROWS * FRAG_RUN) {
                 float *x = &ds[j / FRAG_RUNS][i / FRAG_RUN][j % FRAG_RUNS][i % FRAG_RUN];
                 *x = p[j / FRAG_RUNS][i / FRAG_RUN][j % FRAG_RUNS][i % FRAG_RUN] *

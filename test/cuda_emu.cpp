@@ -558,7 +558,8 @@ void complete_matrix(Thread *lanes, Lanes) {
         for (int i = 0; i < (WARP == 64 ? 4 : 16); i++) {
             int k = WARP == 64 ? lane / 16 * 4 + i : i;
             float x = number(static_cast<const uint32_t *>(lanes[lane].in[0])[i / 2], i % 2), &there = a[lane % 16][k];
-            float y = number(static_cast<const uint32_t *>(lanes[lane].in[1])[i / 2], i % 2), &there_b = b[k][lane % 16];
+            float y = number(static_cast<const uint32_t *>(lanes[lane].in[1])[i / 2], i % 2),
+                  &there_b = b[k][lane % 16];
             if (WARP == 32 && lane >= 16 && (memcmp(&x, &there, 4) || memcmp(&y, &there_b, 4)))
                 fail("matrix_bf16, line %d: the halves of the warp differ at k = %d", lanes[lane].line, k);
             there = x, there_b = y;
@@ -735,7 +736,8 @@ void emu::run(const Grid &grid, const std::function<void()> &thread) {
             t.place = place;
             in_place[place++] = &t;
         }
-        place = (place + WARP - 1) / WARP * WARP; // the last warp of the block may be short, and stand anywhere in the order
+        place = (place + WARP - 1) / WARP *
+                WARP; // the last warp of the block may be short, and stand anywhere in the order
     }
     for (unsigned block : ordered(gridDim.x * gridDim.y * gridDim.z)) {
         blockIdx = {block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y};

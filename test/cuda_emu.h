@@ -211,7 +211,7 @@ namespace emu {
 extern unsigned order;                            // EMU_ORDER; a test may set it between launches
 extern unsigned char *dynamic_shared;             // of the block that runs
 extern void (*before_kernel)(const char *kernel); // unless null, called before each kernel runs
-typedef uint64_t Lanes; // a bit for each lane of a warp
+typedef uint64_t Lanes;                           // a bit for each lane of a warp
 constexpr Lanes ALL_LANES = ~Lanes(0) >> (64 - WARP);
 enum Source { INDEX, UP, DOWN, XOR }; // how a shuffle finds the lane to read
 
@@ -239,10 +239,10 @@ inline T shuffle_bits(Lanes mask, T value, Source source, int x, int width, int 
 #define EMU_LINE int line = __builtin_LINE()
 inline void __syncthreads(EMU_LINE) { emu::barrier(line); }
 inline void __syncwarp(emu::Lanes mask = emu::ALL_LANES, EMU_LINE) { emu::sync_warp(mask, line); }
-#define EMU_SHUFFLE(name, source)                                            \
-    template <typename T>                                                    \
+#define EMU_SHUFFLE(name, source)                                                \
+    template <typename T>                                                        \
     inline T name(emu::Lanes mask, T value, int x, int width = WARP, EMU_LINE) { \
-        return emu::shuffle_bits(mask, value, source, x, width, line);       \
+        return emu::shuffle_bits(mask, value, source, x, width, line);           \
     }
 EMU_SHUFFLE(__shfl_sync, emu::INDEX)
 EMU_SHUFFLE(__shfl_up_sync, emu::UP)

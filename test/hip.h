@@ -34,14 +34,14 @@ struct dim3 {
     unsigned x, y, z;
     __host__ __device__ constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
 };
-#define BUILTIN(name, read)                                          \
-    struct {                                                         \
-        __device__ unsigned read_x() const { return read(x); }       \
-        __device__ unsigned read_y() const { return read(y); }       \
-        __device__ unsigned read_z() const { return read(z); }       \
-        __declspec(property(get = read_x)) unsigned x;               \
-        __declspec(property(get = read_y)) unsigned y;               \
-        __declspec(property(get = read_z)) unsigned z;               \
+#define BUILTIN(name, read)                                    \
+    struct {                                                   \
+        __device__ unsigned read_x() const { return read(x); } \
+        __device__ unsigned read_y() const { return read(y); } \
+        __device__ unsigned read_z() const { return read(z); } \
+        __declspec(property(get = read_x)) unsigned x;         \
+        __declspec(property(get = read_y)) unsigned y;         \
+        __declspec(property(get = read_z)) unsigned z;         \
     } static const __device__ name __attribute__((unused)) = {}
 #define THREAD(d) __builtin_amdgcn_workitem_id_##d()
 #define BLOCK(d) __builtin_amdgcn_workgroup_id_##d()
@@ -85,7 +85,13 @@ static __device__ inline int max(int a, int b) { return a > b ? a : b; }
 // The runtime, for the sake of the host's code, which is read but not compiled here
 typedef int hipError_t;
 typedef struct Unknown *hipStream_t, *hipGraph_t, *hipGraphExec_t;
-enum Error { hipSuccess, hipErrorNoBinaryForGpu, hipMemcpyHostToDevice, hipMemcpyDeviceToHost, hipMemcpyDeviceToDevice };
+enum Error {
+    hipSuccess,
+    hipErrorNoBinaryForGpu,
+    hipMemcpyHostToDevice,
+    hipMemcpyDeviceToHost,
+    hipMemcpyDeviceToDevice
+};
 enum Flags { hipStreamNonBlocking, hipStreamCaptureModeRelaxed, hipFuncAttributeMaxDynamicSharedMemorySize };
 struct hipDeviceProp_t {
     char name[256];
@@ -93,7 +99,7 @@ struct hipDeviceProp_t {
 };
 extern "C" unsigned __hipPushCallConfiguration(dim3 grid, dim3 block, size_t shared, hipStream_t stream);
 extern "C" const char *hipGetErrorString(hipError_t error);
-#define DECLARE(name)       \
+#define DECLARE(name)        \
     template <typename... P> \
     hipError_t name(P...)
 DECLARE(hipMalloc);
@@ -243,7 +249,9 @@ enum { FRAG_ROWS = 1, FRAG_RUNS = 64 / WARP, FRAG_RUN = 4, FRAG_STEP = 16 };
 typedef float Frag[FRAG_ROWS][FRAG_RUNS][FRAG_RUN];
 typedef uint32_t Operand[WARP == 64 ? 2 : 8];
 __device__ inline int frag_row(int) { return threadIdx.x % 16; }
-__device__ inline int frag_col(int c) { return threadIdx.x % WARP / 16 * (4 * FRAG_RUNS) + 4 * c; }
+__device__ inline int frag_col(int j) {
+    return threadIdx.x % WARP / 16 * (4 * FRAG_RUNS) + j / FRAG_RUNS * 16 + j % FRAG_RUNS * 4;
+}
 
 template <bool RIGHT, bool SLOW, typename F>
 __device__ inline void operand_load(Operand r, F at) {
