@@ -2680,7 +2680,7 @@ static const Option option_table[] = {
      "dit|sit|diffusers: what the network sees of t, as those models have it"},
     {"no_grad_iters", TRAIN, OPT_RANGE, AT(no_grad_iters), "0,3", 0, 1000, "range of n: iterations without gradient"},
     {"grad_iters", TRAIN, OPT_RANGE, AT(grad_iters), "1,4", 1, 1000, "range of m: iterations with gradient"},
-    {"steps", TRAIN, OPT_INT, AT(steps), "7500", 1, 2e9, "training steps"},
+    {"steps", TRAIN, OPT_INT, AT(steps), "9000", 1, 2e9, "training steps"},
     {"batch", TRAIN, OPT_INT, AT(batch), "32", 1, 1 << 20, "pictures per step"},
     {"batch", BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, "pictures per step"},
     {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, "pictures at a time; gradients add up; 0: all"},
