@@ -67,6 +67,7 @@ help:
 	@echo "kernels                          runs those tests and lists which kernels they launched"
 	@echo "compiler                         what nvcc says of the kernels: test/results/compiler.md"
 	@echo "hip                              compiles fpdm.cu for AMD's GPUs: test/results/hip.md; test_cdna, test_rdna"
+	@echo "memory                           device memory of a training step beside PyTorch's: test/results/memory.md"
 	@echo "spills                           compiles fpdm.cu for every architecture; fails if a kernel spills registers"
 
 clean:
@@ -74,7 +75,7 @@ clean:
 		$(foreach s,cdna rdna,test_$s test_kernels_$s) hip.tmp \
 		$(foreach t,test_unit test_gradient test_harness,$t $t_asan) fuzz compiler.tmp spills.tmp
 
-.PHONY: nvcc all help clean test test_asan shared races spills compiler kernels hip
+.PHONY: nvcc all help clean test test_asan shared races spills compiler memory kernels hip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # fpdm.cu. With a GPU at hand, for that one; otherwise for all that this nvcc knows of the list, and as PTX for later ones.
@@ -166,6 +167,10 @@ races: test_emu test_kernels_emu
 compiler: fpdm.cu
 	@mkdir -p test/results
 	@$(PYTHON) tools/report_compiler.py $(NVCC) > compiler.tmp && mv compiler.tmp test/results/compiler.md
+
+# What a training step allocates beside what PyTorch saves, without a GPU
+memory: fpdm.cu
+	@$(PYTHON) tools/report_memory.py > compiler.tmp && mv compiler.tmp test/results/memory.md
 
 # The kernels for AMD's GPUs, by clang alone; CLANG: another one than the newest
 hip: fpdm.cu test/hip.h

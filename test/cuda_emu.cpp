@@ -169,7 +169,7 @@ struct Thread {
     Lanes mask;               // the lanes that it waits for
     int line;                 // and where in the source
     const void *in[2];        // an ldmatrix's address or mma's a and b
-    void *out, *lower;        // and where the result goes
+    void *out;                // and where the result goes
     uint64_t value;           // what a shuffle gives and gets
     unsigned source;          // and from which lane
     std::vector<Copy> copies; // in flight, oldest first
@@ -536,7 +536,7 @@ void complete_mma(Thread *lanes, Lanes) {
     }
     for (int lane = 0; lane < 32; lane++)
         for (int i = 0; i < 4; i++) {
-            float &out = static_cast<float *>(i < 2 ? lanes[lane].out : lanes[lane].lower)[i % 2];
+            float &out = static_cast<float *>(lanes[lane].out)[i];
             int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
             if (emu::roughly)
                 for (int k = 0; k < 16; k += 8) out = truncated_sum(out, a[row] + k, b + k, column);
@@ -582,11 +582,10 @@ void emu::ldmatrix(uint32_t *r, const void *smem, bool trans, int line) {
     warp_operation(LDMATRIX[trans], ALL_LANES, line);
 }
 
-void emu::mma(float *upper, float *lower, const uint32_t *a, const uint32_t *b, int line) {
+void emu::mma(float *d, const uint32_t *a, const uint32_t *b, int line) {
     current->in[0] = a;
     current->in[1] = b;
-    current->out = upper;
-    current->lower = lower;
+    current->out = d;
     warp_operation(MMA, ALL_LANES, line);
 }
 

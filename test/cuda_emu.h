@@ -13,9 +13,10 @@
 //   2. what the threads of a block do together: __syncthreads, __syncwarp, shuffles
 //   3. what stands in fpdm.cu as PTX under #ifdef NVIDIA, here under the same names:
 //        ldmatrix_x4, ldmatrix_x4_trans (uint32_t *r, const void *smem)            8x8 tiles of 16 bits to registers
-//        mma_bf16(float upper[2], float lower[2], a, b)                            d += a b, 16x8 += 16x16 * 16x8
+//        mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2])            d += a b, 16x8 += 16x16 * 16x8
 //        cp_async16(void *smem, const void *gmem, bool valid)                      zeros if not valid
 //        cp_async_commit(), cp_async_wait<N>()                                     all but the N newest groups landed
+//        fast_exp2(float x)                                                        2^x, within 2 ulp
 //   4. two macros, for what is not C++:
 //        LAUNCH(kernel, grid, block, smem_bytes, stream, arguments...)             LAUNCH((kernel<A, B>), ...)
 //        SHARED_DYNAMIC(type, name);                                               type *name = dynamic shared memory
@@ -219,7 +220,7 @@ void barrier(int line);
 void sync_warp(Lanes mask, int line);
 uint64_t shuffle(Lanes mask, uint64_t value, Source source, int x, int width, int line);
 void ldmatrix(uint32_t *r, const void *smem, bool trans, int line);
-void mma(float *upper, float *lower, const uint32_t *a, const uint32_t *b, int line);
+void mma(float *d, const uint32_t *a, const uint32_t *b, int line);
 void matrix(float *d, const uint32_t *a, const uint32_t *b, int line);
 void cp_async(void *smem, const void *gmem, bool valid, int line);
 void cp_async_commit();
@@ -251,10 +252,9 @@ EMU_SHUFFLE(__shfl_xor_sync, emu::XOR)
 
 inline void ldmatrix_x4(uint32_t *r, const void *smem, EMU_LINE) { emu::ldmatrix(r, smem, false, line); }
 inline void ldmatrix_x4_trans(uint32_t *r, const void *smem, EMU_LINE) { emu::ldmatrix(r, smem, true, line); }
-inline void mma_bf16(float upper[2], float lower[2], const uint32_t a[4], const uint32_t b[2], EMU_LINE) {
-    emu::mma(upper, lower, a, b, line);
-}
+inline void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2], EMU_LINE) { emu::mma(d, a, b, line); }
 inline void cp_async16(void *smem, const void *gmem, bool valid, EMU_LINE) { emu::cp_async(smem, gmem, valid, line); }
+inline float fast_exp2(float x) { return exp2f(x); }
 inline void cp_async_commit() { emu::cp_async_commit(); }
 template <int N>
 inline void cp_async_wait(EMU_LINE) {

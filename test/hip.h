@@ -95,7 +95,7 @@ enum Error {
 enum Flags { hipStreamNonBlocking, hipStreamCaptureModeRelaxed, hipFuncAttributeMaxDynamicSharedMemorySize };
 struct hipDeviceProp_t {
     char name[256];
-    int major, minor, multiProcessorCount, warpSize;
+    int major, minor, multiProcessorCount, warpSize, sharedMemPerBlock;
 };
 extern "C" unsigned __hipPushCallConfiguration(dim3 grid, dim3 block, size_t shared, hipStream_t stream);
 extern "C" const char *hipGetErrorString(hipError_t error);
@@ -140,6 +140,7 @@ static_assert(WARP == __AMDGCN_WAVEFRONT_SIZE, "say -DWARP=32 for RDNA, -DWARP=6
 #define cudaGetDeviceCount hipGetDeviceCount
 #define cudaDeviceProp hipDeviceProp_t
 #define cudaGetDeviceProperties hipGetDeviceProperties
+#define sharedMemPerBlockOptin sharedMemPerBlock // there is no more to ask for
 #define cudaMemGetInfo hipMemGetInfo
 #define cudaMalloc hipMalloc
 #define cudaFree hipFree
@@ -199,6 +200,8 @@ __device__ inline void cp_async_commit() {}
 template <int N>
 __device__ inline void cp_async_wait() {}
 
+__device__ inline float fast_exp2(float x) { return exp2f(x); }
+
 // x of another lane: of 4 or 8 bytes
 template <typename T>
 __device__ inline T lane_get(T x, int lane) {
@@ -236,6 +239,11 @@ inline T lane_get(T x, int lane) {
 }
 #endif
 
+template <typename T>
+__device__ inline T lane_xor(T x, int i) {
+    return lane_get(x, (int)(threadIdx.x % WARP) ^ i);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Fragments, as under that word in fpdm.cu. Of d = a·b, lane l of matrix_bf16 has in place i
 //   a: CDNA row l%16, column 4·(l/16) + i (4 places); RDNA row l%16, column i (16, the same in both halves of the warp)
@@ -245,20 +253,20 @@ inline T lane_get(T x, int lane) {
 // lane then has one row of the result, and on CDNA neighbours in it, as on RDNA too when b's rows come in the order 0, 8,
 // 1, 9, ... And a result is laid out as the next product's operand, but that RDNA wants both halves.
 
-enum { FRAG_ROWS = 1, FRAG_RUNS = 64 / WARP, FRAG_RUN = 4, FRAG_STEP = 16 };
+enum { FRAG_ROWS = 1, FRAG_COLS = 16, FRAG_RUNS = 64 / WARP, FRAG_RUN = 4, FRAG_STEP = 16 };
 typedef float Frag[FRAG_ROWS][FRAG_RUNS][FRAG_RUN];
-typedef uint32_t Operand[WARP == 64 ? 2 : 8];
+typedef uint32_t Left[WARP == 64 ? 2 : 8], Right[WARP == 64 ? 2 : 8];
 __device__ inline int frag_row(int) { return threadIdx.x % 16; }
 __device__ inline int frag_col(int j) {
     return threadIdx.x % WARP / 16 * (4 * FRAG_RUNS) + j / FRAG_RUNS * 16 + j % FRAG_RUNS * 4;
 }
 
-template <bool RIGHT, bool SLOW, typename F>
-__device__ inline void operand_load(Operand r, F at) {
-    int lane = threadIdx.x % WARP, row = lane % 16, k = WARP == 64 ? lane / 16 * 4 : 0;
-    if (RIGHT && WARP == 32) row = row / 2 + row % 2 * 8;
+// `row` of a Left or a Right
+template <bool SLOW, typename F>
+__device__ inline void operand_load(Left r, int row, F at) {
+    int k = WARP == 64 ? threadIdx.x % WARP / 16 * 4 : 0;
     if (SLOW) {
-        uint16_t v[sizeof(Operand) / 2];
+        uint16_t v[sizeof(Left) / 2];
         for (int i = 0; i < (int)sizeof v / 2; i++) memcpy(&v[i], at(k + i, row / 8) + row % 8, 2);
         memcpy(r, v, sizeof v);
     } else if (WARP == 64) {
@@ -269,23 +277,30 @@ __device__ inline void operand_load(Operand r, F at) {
     }
 }
 
-__device__ inline void frag_multiply(Frag d, const Operand a, const Operand b) { matrix_bf16(d[0][0], b, a); }
-
-__device__ inline void frag_row_sums(Frag d, const Operand a) {
-    Operand ones;
-    for (uint32_t &two : ones) two = 0x3F803F80u;
-    frag_multiply(d, a, ones);
+template <bool SLOW, bool HALF, typename F>
+__device__ inline void left_load(Left a, F at) {
+    static_assert(!HALF, "a head's channels are a multiple of 16 here");
+    operand_load<SLOW>(a, threadIdx.x % 16, at);
 }
 
-template <typename T>
-__device__ inline T lane_xor(T x, int i) {
-    return lane_get(x, (int)(threadIdx.x % WARP) ^ i);
+enum RightForm { RIGHT_FAST, RIGHT_SLOW, RIGHT_SLOW_DEEP };
+template <int FORM, bool HALF, typename F>
+__device__ inline void right_load(Right (&b)[2], F at) {
+    static_assert(!HALF, "");
+    int col = threadIdx.x % 16;
+    if (WARP == 32) col = col / 2 + col % 2 * 8;
+    for (int i = 0; i < 2; i++)
+        operand_load<FORM != RIGHT_FAST>(b[i], col, [&](int row, int piece) {
+            return FORM == RIGHT_SLOW ? at(row, 2 * i + piece) : at(16 * i + row, piece);
+        });
 }
 
-__device__ inline void frag_to_operand(Operand a, const Frag p) {
+__device__ inline void frag_multiply(Frag d, const Left a, const Right b) { matrix_bf16(d[0][0], b, a); }
+
+__device__ inline void left_from(Left a, const Frag *p) {
     __nv_bfloat162 pair[2 * FRAG_RUNS];
     for (int i = 0; i < 2 * FRAG_RUNS; i++)
-        pair[i] = __floats2bfloat162_rn(p[0][i / 2][i % 2 * 2], p[0][i / 2][i % 2 * 2 + 1]);
+        pair[i] = __floats2bfloat162_rn((*p)[0][i / 2][i % 2 * 2], (*p)[0][i / 2][i % 2 * 2 + 1]);
     memcpy(a, pair, sizeof pair);
     for (int i = 0; WARP == 32 && i < 4; i++) {
         bool upper = threadIdx.x % 32 >= 16; // k from 8 on

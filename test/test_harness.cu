@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(64)
         else
             ldmatrix_x4(fragment_b, &tile_b[buffer][lane % 8 + lane / 16 * 8][lane / 8 % 2 * 8]);
 #pragma unroll
-        for (int half = 0; half < 2; half++) mma_bf16(d[half], d[half] + 2, fragment_a, fragment_b + 2 * half);
+        for (int half = 0; half < 2; half++) mma_bf16(d[half], fragment_a, fragment_b + 2 * half);
         __syncthreads();
     }
     for (int half = 0; half < 2; half++)
@@ -518,7 +518,7 @@ __global__ void mistake(float *x, int n, Mistake what) {
                 __syncthreads();
             break;
         case HALF_WARP_MMA:
-            if (i % 32 < 16) mma_bf16(d, d + 2, r, r);
+            if (i % 32 < 16) mma_bf16(d, r, r);
             break;
         case WRONG_MASK:
             x[i] = __shfl_xor_sync(i < 7 ? 0x0000ffffu : 0xffffffffu, x[i], 1);
@@ -711,7 +711,7 @@ static void test_streams() {
 __global__ void small_terms(float *out) {
     float d[4] = {1, 1, 1, 1};
     const uint32_t a[4] = {0x39803980u, 0x39803980u, 0x39803980u, 0x39803980u}, b[2] = {a[0], a[0]}; // 2^-12
-    mma_bf16(d, d + 2, a, b);
+    mma_bf16(d, a, b);
     out[threadIdx.x] = d[0];
 }
 
@@ -745,7 +745,7 @@ __global__ void many_shuffles(float *out, int n) {
 __global__ void many_mmas(float *out, int n) {
     float d[4] = {};
     uint32_t a[4] = {threadIdx.x, 1, 2, 3}, b[2] = {4, 5};
-    for (int i = 0; i < n; i++) mma_bf16(d, d + 2, a, b);
+    for (int i = 0; i < n; i++) mma_bf16(d, a, b);
     out[threadIdx.x] = d[0];
 }
 __global__ void many_ldmatrices(uint32_t *out, int n) {
