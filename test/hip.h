@@ -25,6 +25,7 @@
 #ifdef __CLANG_HIP_RUNTIME_WRAPPER_H__ // ROCm is there
 #include <hip/hip_runtime.h>
 #undef __launch_bounds__ // its second number means something else there
+#undef __align__
 #else
 #define __global__ __attribute__((global))
 #define __device__ __attribute__((device))
@@ -76,6 +77,7 @@ static __device__ inline float fmaxf(float x, float y) { return __builtin_fmaxf(
 static __device__ inline float exp2f(float x) { return __builtin_exp2f(x); }
 static __device__ inline float log2f(float x) { return __builtin_log2f(x); }
 static __device__ inline float expf(float x) { return __builtin_exp2f(1.4426950408889634f * x); }
+static __device__ inline float __fdividef(float x, float y) { return x * __builtin_amdgcn_rcpf(y); }
 static __device__ inline float rsqrtf(float x) { return 1 / __builtin_sqrtf(x); }
 static __device__ inline void *memcpy(void *to, const void *from, size_t n) { return __builtin_memcpy(to, from, n); }
 static __device__ inline void *memset(void *to, int byte, size_t n) { return __builtin_memset(to, byte, n); }
@@ -180,9 +182,6 @@ __device__ inline __nv_bfloat16 __float2bfloat16_rn(float a) {
 __device__ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
     return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }
-#ifndef __fdividef
-__device__ inline float __fdividef(float x, float y) { return x * __builtin_amdgcn_rcpf(y); }
-#endif
 
 // The lanes of a wave go in step: what they write to shared memory must only not be moved.
 __device__ inline void __syncwarp() {
