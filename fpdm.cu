@@ -50,6 +50,13 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef MPI
+#include <mpi.h>
+#include <sched.h>
+#endif
+#ifdef NCCL
+#include <nccl.h>
+#endif
 
 #if defined(__HIP__)
 #include "test/hip.h" // gives all of this a meaning on AMD's GPUs
@@ -1801,6 +1808,15 @@ typedef struct { // what a step did: a row of the log
     double mse, vb, norm, lr;
 } Step;
 
+// Who this process is among those that train together, see "Data parallel". It has some rows of each batch.
+static struct {
+    int rank, count, local, here; // here: ranks on this machine, local: this one's number among them
+    int speaker;                  // the rank that tells what is wrong
+} ranks = {0, 1, 0, 1, 0};
+static int ranks_row(const Options *o, int rank) { return (int)((int64_t)rank * o->batch / ranks.count); }
+static void ranks_reduce(Model *m, Step *did); // gradient and losses become the sum over all ranks
+static int ranks_any(int yes);                 // whether any rank says so
+
 // Step number `step` (from 0): draws n and m, sums the gradient over the batch, `micro` pictures at a time, and updates
 // the weights. *b holds the step's first pictures; while a GPU works on some, the next are drawn, and in the end those
 // that the next step begins with. `spare` is the room for that.
@@ -1808,22 +1824,24 @@ static Step train_step(Model *model, const Schedule *s, Dataset *data, Batch *b,
                        int step, int micro) {
     Step did = {0, 0, 0, 0, 0, 0};
     uint32_t word[4];
+    int begin = ranks_row(o, ranks.rank), end = ranks_row(o, ranks.rank + 1);
     philox(word, o->seed, 0, (uint32_t)step, STREAM_NM);
     did.n = o->no_grad_iters[0] + (int)rng_below(word[0], o->no_grad_iters[1] - o->no_grad_iters[0] + 1);
     did.m = o->grad_iters[0] + (int)rng_below(word[1], o->grad_iters[1] - o->grad_iters[0] + 1);
     model_zero_gradients(model);
-    for (int first = 0; first < o->batch; first += micro) {
-        int B = o->batch - first < micro ? o->batch - first : micro, left = o->batch - first - B;
+    for (int first = begin; first < end; first += micro) {
+        int B = end - first < micro ? end - first : micro, left = end - first - B;
         model_loss(model, s, b->x0, b->noise, b->t, b->y, B, did.n, did.m, 1.0 / o->batch, b->mse, b->vb);
         if (left)
             batch_draw(spare, data, o, step, first + B, left < micro ? left : micro);
         else if (step + 1 < o->steps)
-            batch_draw(spare, data, o, step + 1, 0, micro);
+            batch_draw(spare, data, o, step + 1, begin, micro);
         model_wait(model);
         for (int i = 0; i < B; i++) did.mse += b->mse[i] / o->batch, did.vb += b->vb[i] / o->batch;
         Batch done = *b;
         *b = *spare, *spare = done;
     }
+    ranks_reduce(model, &did);
     did.norm = model_gradient_norm(model);
     did.lr = learning_rate(o, step);
     double ema = o->ema_warmup ? fmin(o->ema, (1.0 + step) / (10.0 + step)) : o->ema;
@@ -1858,12 +1876,12 @@ static void train(Run *run) {
     Batch batch = batch_create(run->micro, pixels), spare = batch_create(run->micro, pixels);
     Schedule schedule;
     schedule_make(&schedule, &o->model, DIFFUSION_STEPS);
-    batch_draw(&batch, run->data, o, o->step, 0, run->micro);
+    batch_draw(&batch, run->data, o, o->step, ranks_row(o, ranks.rank), run->micro);
     for (;;) {
         int last = o->step == o->steps;
         if ((o->step > run->begun && o->step % o->save_every == 0) || last) run_save(run);
         if ((o->step && o->sample_every && o->step % o->sample_every == 0 && !interrupted) || last) run_pictures(run);
-        if (last || interrupted) break;
+        if (ranks_any(last || interrupted)) break;
         double begin = now_ms();
         Step did = train_step(run->model, &schedule, run->data, &batch, &spare, o, o->step, run->micro);
         o->step++;
@@ -1871,7 +1889,110 @@ static void train(Run *run) {
     }
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Data parallel, for many processors or GPUs: `mpirun -np R` starts R ranks, each with the whole model. To skip at first
+//
+// Rank r has rows r·batch/R to (r+1)·batch/R - 1 of each batch. As every draw follows from (seed, index, step), they are
+// the rows that one process would see, and n and m are the same on all ranks; once the gradients are summed, so is the
+// update. Rank 0 alone prints, samples and writes. The loss differs from one process's by the rounding of one sum.
+
+#ifndef MPI // one rank
+static void ranks_open(void) {}
+static void ranks_die(const char *line) { (void)line; }
+static void ranks_reduce(Model *m, Step *did) { (void)m, (void)did; }
+static int ranks_any(int yes) { return yes; }
+static void ranks_same(const char *what, uint64_t hash) { (void)what, (void)hash; }
+#else
+static void model_reduce(Model *m); // behind this block: the gradient becomes the sum over all ranks
+static void ranks_close(void) { MPI_Finalize(); }
+
+// Joins the other ranks. Those of a machine share its cores, unless mpirun gave each its own or OMP_NUM_THREADS is set.
+static void ranks_open(void) {
+    int level;
+    MPI_Comm machine;
+    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
+    atexit(ranks_close);
+    MPI_Comm_rank(MPI_COMM_WORLD, &ranks.rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &ranks.count);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine);
+    MPI_Comm_rank(machine, &ranks.local);
+    MPI_Comm_size(machine, &ranks.here);
+    if (ranks.rank && !freopen("/dev/null", "w", stdout)) die("/dev/null: cannot open: %s", strerror(errno));
+#ifdef _OPENMP
+    cpu_set_t mine, all;
+    sched_getaffinity(0, sizeof mine, &mine);
+    MPI_Allreduce(&mine, &all, sizeof mine, MPI_BYTE, MPI_BOR, machine);
+    int own = CPU_COUNT(&mine), share = CPU_COUNT(&all) / ranks.here;
+    if (!getenv("OMP_NUM_THREADS")) omp_set_num_threads(share < 1 ? 1 : share < own ? share : own);
+#endif
+}
+
+// How die ends: the first message ends all ranks, by a SIGTERM. What several find wrong at once only `speaker` tells:
+// the others wait for that.
+static void ranks_die(const char *line) {
+    if (ranks.count == 1) return;
+    if (ranks.rank != ranks.speaker && sleep(2 + 2 * (ranks.rank < 3 ? ranks.rank : 3))) _exit(1);
+    fprintf(stderr, "error: rank %d of %d: %s\n", ranks.rank, ranks.count, line);
+    MPI_Abort(MPI_COMM_WORLD, 1);
+}
+
+// Whether any rank says yes. Should that be the end, the first that does is to tell why.
+static int ranks_any(int yes) {
+    int first = yes ? ranks.rank : ranks.count;
+    MPI_Allreduce(MPI_IN_PLACE, &first, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
+    ranks.speaker = first % ranks.count;
+    return first < ranks.count;
+}
+
+static void ranks_reduce(Model *m, Step *did) {
+    double loss[2] = {did->mse, did->vb};
+    ranks_any(!isfinite(did->mse + did->vb + model_gradient_norm(m)));
+    MPI_Allreduce(MPI_IN_PLACE, loss, 2, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
+    did->mse = loss[0];
+    did->vb = loss[1];
+    model_reduce(m);
+}
+
+// Ends all ranks if one has another `what` than rank 0.
+static void ranks_same(const char *what, uint64_t hash) {
+    uint64_t wanted = hash;
+    MPI_Bcast(&wanted, 1, MPI_UINT64_T, 0, MPI_COMM_WORLD);
+    if (ranks_any(hash != wanted)) die("this rank has %s than rank 0; all need the same", what);
+}
+#endif
+
 // End of shared block 3
+
+#ifdef MPI
+// The gradient becomes the sum over all ranks: between GPUs by NCCL, else by MPI through the host's memory.
+#ifdef NCCL
+static void nccl_check(ncclResult_t result) {
+    if (result != ncclSuccess) die("NCCL: %s", ncclGetErrorString(result));
+}
+
+static void model_reduce(Model *m) {
+    static ncclComm_t comm;
+    if (!comm) {
+        ncclUniqueId id;
+        if (ranks.rank == 0) nccl_check(ncclGetUniqueId(&id));
+        MPI_Bcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD);
+        nccl_check(ncclCommInitRank(&comm, ranks.count, id, ranks.rank));
+    }
+    real *grads = m->memory[MODEL_GRADS];
+    nccl_check(ncclAllReduce(grads, grads, (size_t)m->n_params, ncclFloat, ncclSum, comm, gpu.stream));
+}
+#else
+static void model_reduce(Model *m) {
+    size_t bytes = (size_t)m->n_params * sizeof(real);
+    real *grads = (real *)xcalloc(m->n_params, sizeof *grads, "gradients on their way between the ranks");
+    gpu_download(grads, m->memory[MODEL_GRADS], bytes);
+    MPI_Allreduce(MPI_IN_PLACE, grads, (int)m->n_params, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
+    gpu_upload(m->memory[MODEL_GRADS], grads, bytes);
+    gpu_wait();
+    xfree(grads);
+}
+#endif
+#endif
 
 // =====================================================================================================================
 // Part 4. Speed and memory
@@ -2407,22 +2528,20 @@ enum { WG_SHARED = 2 * (WG_STAGES * (WG_A + WG_B) + WG_ONES) + 4 * WG_STAGE + 8 
 template <bool TA, bool TB, int EPI>
 __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
     matmul_wgmma(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b, Matmul g,
-                 float *parts, int tiles, int whole, int splits) {
+                 float *parts, int across, int upright, int whole, int rest, int splits) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     SHARED_DYNAMIC(bf16, shared);
     bf16 *ones = shared + WG_STAGES * (WG_A + WG_B);
     float *stage = (float *)(ones + WG_ONES);
     uint64_t *full = (uint64_t *)(stage + WG_STAGE), *empty = full + WG_STAGES, *order = empty + WG_STAGES;
     int group = threadIdx.x / 128, lane = threadIdx.x % WARP, rank = blockIdx.x % 2;
-    int n_tiles = (g.N + WG_N - 1) / WG_N, pair_rows = (g.M + WG_M - 1) / WG_M / 2; // of tiles above each other
-    int units = whole + (tiles - whole) * splits, m0, n0, k0, steps, split, beside;
-    int at = 0;                  // the step's place in the ring, counted on over all tiles
-    auto go_to = [&](int unit) { // a tile, or a split of one; neighbours share rows of a in the cache
-        int tile = unit < whole ? unit : whole + (unit - whole) % (tiles - whole);
-        split = unit < whole ? -1 : (unit - whole) / (tiles - whole);
-        beside = tile - pair_rows * n_tiles;
-        m0 = (beside < 0 ? tile / n_tiles * 2 + rank : 2 * pair_rows) * WG_M;
-        n0 = (beside < 0 ? tile % n_tiles : 2 * beside + rank) * WG_N;
+    int m0, n0, k0, steps, split, beside, at = 0; // at: the step's place in the ring, counted on over all tiles
+    auto go_to = [&](int unit) { // a tile of `whole`, or a split of the rest; neighbours share rows of a in the cache
+        int tile = unit < whole ? unit : whole + (unit - whole) % rest;
+        split = unit < whole ? -1 : (unit - whole) / rest;
+        beside = tile - upright;
+        m0 = (beside < 0 ? tile / across * 2 + rank : (g.M - 1) / WG_M) * WG_M;
+        n0 = (beside < 0 ? tile % across : 2 * beside + rank) * WG_N;
         k0 = max(split, 0) * g.k_chunk;
         steps = (max(min(g.K - k0, split < 0 ? g.K : g.k_chunk), 0) + WG_K - 1) / WG_K;
     };
@@ -2436,7 +2555,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
     cluster_sync();
     if (group == 2) {
         registers_down<24>();
-        for (int unit = blockIdx.x / 2; threadIdx.x % 128 == 0 && unit < units; unit += gridDim.x / 2) {
+        for (int unit = blockIdx.x / 2; threadIdx.x % 128 == 0 && unit < whole + rest * splits; unit += gridDim.x / 2) {
             go_to(unit);
             for (int k = k0; k < k0 + steps * WG_K; k += WG_K, at++) {
                 int i = at % WG_STAGES;
@@ -2461,7 +2580,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
         }
     } else {
         registers_up<240>();
-        for (int unit = blockIdx.x / 2, turn = 0; unit < units; unit += gridDim.x / 2, turn++) {
+        for (int unit = blockIdx.x / 2, turn = 0; unit < whole + rest * splits; unit += gridDim.x / 2, turn++) {
             go_to(unit);
             if (turn % 2 != group) { // the other warpgroup's
                 at += steps;
@@ -2529,15 +2648,16 @@ static CUtensorMap box_map(const void *p, int rows, int cols, int ld, int box) {
 }
 
 template <bool TA, bool TB, int EPI>
-static void launch_wgmma(const Matmul &g, int tiles, int whole, int splits) {
+static void launch_wgmma(const Matmul &g, int across, int upright, int whole, int rest, int splits) {
     CUtensorMap a = TA ? box_map(g.a, g.K, g.M, g.lda, WG_K) : box_map(g.a, g.M, g.K, g.lda, WG_M);
     CUtensorMap b = TB ? box_map(g.b, g.K, g.N, g.ldb, WG_K / 2) : box_map(g.b, g.N, g.K, g.ldb, WG_N / 2);
-    int pairs = imin(whole + (tiles - whole) * splits, (gpu.sms + 1) / 2);
-    RUN((matmul_wgmma<TA, TB, EPI>), 2 * pairs, WG_THREADS, WG_SHARED, a, b, g, workspace.memory, tiles, whole, splits);
+    int pairs = imin(whole + rest * splits, (gpu.sms + 1) / 2);
+    RUN((matmul_wgmma<TA, TB, EPI>), 2 * pairs, WG_THREADS, WG_SHARED, a, b, g, workspace.memory, across, upright,
+        whole, rest, splits);
 }
 #else
 template <bool TA, bool TB, int EPI>
-static void launch_wgmma(const Matmul &, int, int, int) {}
+static void launch_wgmma(const Matmul &, int, int, int, int, int) {}
 #endif
 
 // The same product in fp32 with plain multiply-adds (tensor cores would round to tf32, which misses 1e-5). A block
@@ -2637,7 +2757,7 @@ __global__ void split_sum_kernel(float *dw, int ldc, float *db, const float *par
 template <bool TA, bool TB, int EPI>
 static void matmul(int half, Matmul g) {
     int across = (int)ceil_div(g.N, WG_N), down = (int)ceil_div(g.M, WG_M); // tiles of Hopper's, in pairs
-    int pairs = down / 2 * across + down % 2 * (across + 1) / 2;
+    int upright = down / 2 * across, pairs = upright + down % 2 * (across + 1) / 2;
     int large = half && (EPI == EPI_WEIGHT ? g.M >= 128 && g.N >= 128
                                            : ceil_div(g.M, 128) * ceil_div(g.N, 128) >= (size_t)gpu.sms);
     int wgmma = half && (gpu.wgmma > 1 || (gpu.wgmma && large && (EPI == EPI_WEIGHT || 2 * pairs >= gpu.sms)));
@@ -2659,7 +2779,7 @@ static void matmul(int half, Matmul g) {
         RUN((matmul_fp32<TA, TB, EPI>), grid, 128, 2 * F32_BK * F32_ROW * sizeof(float), g, workspace.memory);
     else if constexpr (TA || EPI != EPI_WEIGHT) { // conditioning alone adds to an input's gradient, in fp32
         if (wgmma)
-            launch_wgmma<TA, TB, EPI>(g, tiles, whole, splits);
+            launch_wgmma<TA, TB, EPI>(g, across, upright, whole, tiles - whole, splits);
         else if (large)
             RUN((matmul_bf16<128, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 128 * BK * sizeof(bf16), g,
                 workspace.memory);
@@ -2668,7 +2788,7 @@ static void matmul(int half, Matmul g) {
                 workspace.memory);
     }
     if (splits == 1) return;
-    int beside = whole - down / 2 * across, high = beside < 0 ? 2 * WG_M : WG_M; // of the first tile that is split
+    int beside = whole - upright, high = beside < 0 ? 2 * WG_M : WG_M; // of the first tile that is split
     int row0 = wgmma ? (beside < 0 ? whole / across : down / 2) * 2 * WG_M : 0;
     int col0 = wgmma ? (beside < 0 ? whole % across : 2 * beside) * WG_N : 0;
     RUN(split_sum_kernel, (unsigned)ceil_div((size_t)(g.M - row0) * g.N + g.M, 256), 256, 0, (float *)g.out, g.ldc,
@@ -2794,10 +2914,10 @@ __device__ inline void tile_apply(Frag (&out)[1][HD / FRAG_COLS], const Frag (&p
     }
 }
 
-// out (16,N fragments) += p^T·cols for 16 columns of p (rows,..) and as many as out has of `cols` (rows,..); rows: groups
-// of 32, GROUP apart
+// out (16,N fragments) += p^T·cols for 16 columns of p (rows,..) and as many as out has of `cols` (rows,..), or without
+// `all` one fragment fewer; rows: groups of 32, GROUP apart
 template <int HD, int N>
-__device__ inline void tile_apply_groups(Frag (&out)[N], const bf16 *p, const bf16 *cols, int rows) {
+__device__ inline void tile_apply_groups(Frag (&out)[N], const bf16 *p, const bf16 *cols, int rows, bool all) {
     typedef Tiles<bf16, HD> S;
 #pragma unroll 1
     for (int k = 0; k < rows; k += 32, p += S::GROUP, cols += S::GROUP) {
@@ -2806,6 +2926,7 @@ __device__ inline void tile_apply_groups(Frag (&out)[N], const bf16 *p, const bf
         EACH(i, 2)
             left_load<true, false>(a[i], [&](int r, int piece) { return p + (16 * i + r) * S::COLS_LD + 8 * piece; });
         EACH(j, N) {
+            if (j == N - 1 && !all) break;
             right_load<RIGHT_SLOW_DEEP, false>(
                 b, [&](int r, int piece) { return cols + r * S::LD + FRAG_COLS * j + 8 * piece; });
             EACH(i, 2) frag_multiply(out[j], a[i], b[i]);
@@ -2814,12 +2935,13 @@ __device__ inline void tile_apply_groups(Frag (&out)[N], const bf16 *p, const bf
 }
 
 template <int HD, int N>
-__device__ inline void tile_apply_groups(Frag (&out)[N], const float *p, const float *cols, int rows) {
+__device__ inline void tile_apply_groups(Frag (&out)[N], const float *p, const float *cols, int rows, bool all) {
     typedef Tiles<float, HD> S;
     for (int k = 0; k < rows; k++) {
         int row = k / 32 * S::GROUP + k % 32 * S::LD, weight = k / 32 * S::GROUP + k % 32 * S::COLS_LD;
         EACH(j, N * FRAG_RUNS) {
             float c[FRAG_RUN];
+            if (j / FRAG_RUNS == N - 1 && !all) break;
             load(c, cols + row + frag_col(j));
             EACH(i, FRAG_ROWS * FRAG_RUN)
                 out[j / FRAG_RUNS][i / FRAG_RUN][j % FRAG_RUNS][i % FRAG_RUN] +=
@@ -3001,7 +3123,7 @@ __global__ void __launch_bounds__(8 * WARP, 1)
             if (first)
                 each_run(dq, row, T, hd - col,
                          [&](int r, int c, float(&run)[FRAG_RUN]) { load(run, sums + (size_t)r * D + col + c); });
-            tile_apply_groups<HD>(dq, groups + 64 * S::LD + row - q0, groups + col, keys);
+            tile_apply_groups<HD>(dq, groups + 64 * S::LD + row - q0, groups + col, keys, col + FRAG_COLS * HALF <= HD);
             if (first + keys < T)
                 store_head(sums + col, D, row, T, hd - col, dq, 1);
             else
@@ -3295,7 +3417,8 @@ static void gpu_open(void) {
         die("no GPU that this program can use: %s; install a current NVIDIA driver, or use the CPU program",
             error != cudaSuccess ? cudaGetErrorString(error) : "none was found");
     cudaDeviceProp info;
-    CHECK(cudaGetDeviceProperties(&info, 0));
+    CHECK(cudaSetDevice(ranks.local % count));
+    CHECK(cudaGetDeviceProperties(&info, ranks.local % count));
     if (info.major < 8)
         die("the GPU %s has compute capability %d.%d; this program needs 8.0 (Ampere) or newer", info.name, info.major,
             info.minor);
@@ -3405,6 +3528,7 @@ static void die(const char *fmt, ...) {
     end_passing();
 #pragma omp critical(die) // one line, even when several threads find something wrong
     {
+        ranks_die(line);
         fprintf(stderr, "error: %s\n", line);
         exit(1);
     }
@@ -3467,7 +3591,7 @@ static double memory_limit(void) {
         }
     }
     if (groups) fclose(groups);
-    return have;
+    return have / ranks.here;
 }
 
 static double pause_ms(void) { return isatty(1) ? 2000 : 10000; } // between two lines about how far the program is
@@ -4969,13 +5093,47 @@ static void save_parts(const Run *run, const char *name, const ModelPart *parts,
     xfree(names);
 }
 
+static uint64_t hash_bytes(uint64_t hash, const void *data, size_t bytes) { // FNV-1a
+    for (size_t i = 0; i < bytes; i++) hash = (hash ^ ((const unsigned char *)data)[i]) * 0x100000001b3u;
+    return hash;
+}
+
+// Whether all ranks run the same with the same. Of a dataset, which may be large, some bytes must do.
+static void ranks_same_start(const Options *o, const SafeTensors *data) {
+    uint64_t program = 0, options = 0, some = 0;
+    if (ranks.count == 1) return;
+    FILE *file = fopen("/proc/self/exe", "rb");
+    for (int c; file && (c = getc(file)) != EOF;) program = hash_bytes(program, &c, 1);
+    if (file) fclose(file);
+    Meta meta[N_OPTIONS];
+    for (int i = options_to_meta(meta, o, WEIGHTS | TRAIN | STATE); i--; free((char *)meta[i].value))
+        options = hash_bytes(options, meta[i].value, strlen(meta[i].value) + 1);
+    for (size_t i = 0; i < data->size; i += i < 1 << 20 ? 1 : 1 + data->size / 1024)
+        some = hash_bytes(some, data->map + i, 1);
+    ranks_same("another program", program);
+    ranks_same("other options", options);
+    ranks_same("other data", some);
+}
+
+static void ranks_same_weights(const Run *run) {
+    uint64_t hash = 0;
+    if (ranks.count == 1) return;
+    for (const ParamTensor *t = run->model->tensors; t < run->model->tensors + run->model->n_tensors; t++) {
+        model_download(run->model, MODEL_WEIGHTS, t->offset, t->count, run->tensor);
+        hash = hash_bytes(hash, run->tensor, (size_t)t->count * sizeof *run->tensor);
+    }
+    ranks_same("other weights", hash);
+}
+
 // OUT/state.safetensors, all that is needed to go on as if the run had never stopped, and then OUT/weights.safetensors,
 // the EMA weights, ready to sample. The log comes before: after a loss of power it must not be older than the state.
 static void run_save(Run *run) {
+    ranks_same_weights(run);
+    run->saved = run->o->step;
+    if (ranks.rank) return;
     if (fsync(fileno(run->log))) die("%s/log.csv: cannot write: %s", run->o->out, strerror(errno));
     save_parts(run, "state", state_parts, 4, F32, WEIGHTS | TRAIN | STATE);
     save_parts(run, "weights", &weights_part, 1, run->o->weights_dtype ? BF16 : F32, WEIGHTS);
-    run->saved = run->o->step;
 }
 
 // Pictures x (n,C,S,S) of the labels y (n) from the weights in use; to be released with xfree. Writes --trace.
@@ -4999,6 +5157,7 @@ static float *draw_pictures(const Options *o, Model *m, SampleSettings *set, con
 
 // OUT/samples_STEP.png: pictures from the EMA weights with the settings of --sample_steps, --cfg, --sampler, --reuse
 static void run_pictures(Run *run) {
+    if (ranks.rank) return;
     Options o = *run->o; // what only sample_* asks for has its default there
     const Config *c = &o.model;
     char path[PATH_MAX];
@@ -5071,6 +5230,7 @@ static void on_interrupt(int number) {
 
 // Takes the folder of a run for this process alone, until it ends, and removes what a killed one left there.
 static void run_folder(const char *folder) {
+    if (ranks.rank) return;
     DIR *files = opendir(folder); // never closed: it holds the lock
     if (!files) die("%s: cannot open this folder: %s", folder, strerror(errno));
     if (flock(dirfd(files), LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)
@@ -5215,13 +5375,16 @@ static int train_main(int argc, char **argv) {
         "--out.\n\n"
         "  ./train_" TARGET
         " --data my.safetensors --out my_run     # tools/data.py makes the dataset of a folder\n"
-        "  ./train_" TARGET " --resume my_run                        # goes on with a run";
+        "  ./train_" TARGET
+        " --resume my_run                        # goes on with a run\n"
+        "  mpirun -q -np 4 ./train_" TARGET "                        # 4 ranks share each batch; needs make MPI=1";
     Options options, *o = &options;
     Config *c = &o->model, from;
     char path[PATH_MAX];
     SafeTensors state, start;
     Dataset data;
     options_default(o, TRAIN);
+    ranks_open();
     options_parse(o, TRAIN, argc, argv, about);
     static const int stop[] = {SIGINT, SIGTERM, SIGPIPE, SIGHUP};
     for (int i = 0; i < 4; i++)
@@ -5231,8 +5394,10 @@ static int train_main(int argc, char **argv) {
         run_folder(o->resume);
         resume_settings(o, &state, argc, argv, about);
     }
-    int dtype = compute_dtype(o->dtype),
-        micro = o->micro_batch && o->micro_batch < o->batch ? o->micro_batch : o->batch;
+    int dtype = compute_dtype(o->dtype), rows = ranks_row(o, ranks.rank + 1) - ranks_row(o, ranks.rank),
+        micro = o->micro_batch && o->micro_batch < rows ? o->micro_batch : rows;
+    if (o->batch < ranks.count)
+        die("option --batch: %d pictures are too few for %d ranks; start fewer ranks", o->batch, ranks.count);
     dataset_open(&data, o->data, c->image_size, o->seed);
     if (*o->resume && (data.size != c->image_size || data.channels != c->channels || data.classes != c->classes))
         die("%s: other sizes or classes than the run in %s was started with", o->data, o->resume);
@@ -5241,8 +5406,9 @@ static int train_main(int argc, char **argv) {
     c->classes = data.classes;
     if (*o->init) init_check(o, from);
     config_check(c, *o->resume ? state.path : "options");
-    if (*o->export_to) return export_data(o, &data);
+    if (*o->export_to) return ranks.rank ? 0 : export_data(o, &data);
     resolve_sampler(o->sampler, c);
+    ranks_same_start(o, &data.file);
 
     Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, 0, dtype);
     if (!*o->resume) {
@@ -5257,11 +5423,11 @@ static int train_main(int argc, char **argv) {
         model_use(m, MODEL_WEIGHTS);
         xfree(values);
     }
-    if (!*o->resume) {
+    if (!*o->resume && !ranks.rank) {
         if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: cannot make this folder: %s", o->out, strerror(errno));
         run_folder(o->out);
     }
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 2 && !ranks.rank; i++) {
         snprintf(path, sizeof path, "%s/%s.safetensors", o->out, i ? "weights" : "state");
         if (!*o->resume && !access(path, F_OK))
             die("%s: a run is stored here; give another --out, or go on with it: --resume %s", path, o->out);
@@ -5272,6 +5438,7 @@ static int train_main(int argc, char **argv) {
     double saving = 4e-6 * (double)params_largest(m->tensors, m->n_tensors);
     say(0, "data: %s, %dx%d, %d channels, %d classes%s", o->data, c->image_size, c->image_size, c->channels, c->classes,
         data.count ? "" : ", endless");
+    if (ranks.count > 1) say(0, "ranks: %d, each with its %d or so of %d pictures", ranks.count, rows, o->batch);
     say(0, "model: %s, width %d, %d heads, patch %d, %.2f million parameters", c->fixed_point ? "fixed point" : "DiT",
         c->width, c->heads, c->patch, 1e-6 * (double)m->n_params);
     say(0,
@@ -5280,9 +5447,9 @@ static int train_main(int argc, char **argv) {
         mb, mb, 2 * mb, mb, activations, saving, 5 * mb + activations + saving);
     for (int i = 0; i < 4 && *o->resume; i++) model_load(m, state_parts[i].kind, &state, state_parts[i].prefix);
     if (*o->resume) st_close(&state);
-    Run run = {
-        o,        &data, m, micro, open_log(o->out, o->step), tensor, o->step, o->step, *o->resume ? o->step : -1, 0,
-        now_ms(), 0,     0, 0};
+    Run run = {o, &data, m, micro, NULL, tensor, o->step, o->step, *o->resume ? o->step : -1, 0, now_ms(), 0, 0, 0};
+    ranks_same_weights(&run);
+    run.log = ranks.rank ? fopen("/dev/null", "w") : open_log(o->out, o->step);
     train(&run);
     if (o->step < o->steps) {
         if (run.saved != o->step) run_save(&run);
