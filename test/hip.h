@@ -111,6 +111,7 @@ DECLARE(hipMemsetAsync);
 DECLARE(hipMemGetInfo);
 DECLARE(hipGetLastError);
 DECLARE(hipGetDeviceCount);
+DECLARE(hipSetDevice);
 DECLARE(hipGetDeviceProperties);
 DECLARE(hipStreamCreateWithFlags);
 DECLARE(hipStreamSynchronize);
@@ -140,6 +141,7 @@ static_assert(WARP == __AMDGCN_WAVEFRONT_SIZE, "say -DWARP=32 for RDNA, -DWARP=6
 #define cudaGetErrorString hipGetErrorString
 #define cudaGetLastError hipGetLastError
 #define cudaGetDeviceCount hipGetDeviceCount
+#define cudaSetDevice hipSetDevice
 #define cudaDeviceProp hipDeviceProp_t
 #define cudaGetDeviceProperties hipGetDeviceProperties
 #define sharedMemPerBlockOptin sharedMemPerBlock // there is no more to ask for
