@@ -58,13 +58,16 @@
 #include <nccl.h>
 #endif
 
-#ifdef __CUDACC__
+#if defined(__HIP__)
+#include "test/hip.h" // gives all of this a meaning on AMD's GPUs
+#elif defined(__CUDACC__)
 #include <cuda.h> // its types alone: nothing of it is linked
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#define NVIDIA
 #define HOPPER (CUDART_VERSION >= 12000) // whether this compiler knows wgmma
 #else
-#include "test/cuda_emu.h" // gives all of this a meaning on a CPU
+#include "test/cuda_emu.h" // and on a CPU
 #endif
 
 #define TARGET "gpu" // what this program's name ends in
@@ -313,7 +316,10 @@ enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: ear
 // Kernels: what it takes to write and to start them. A port to another accelerator gives a meaning to what stands here
 // and under "Instructions" in Part 4; test/cuda_emu.h lists it.
 
-#ifdef __CUDACC__
+#ifndef WARP
+#define WARP 32 // lanes of a warp
+#endif
+#ifdef NVIDIA
 #define SHARED_DYNAMIC(type, name)                                  \
     extern __shared__ __align__(1024) unsigned char shared_bytes[]; \
     type *name = reinterpret_cast<type *>(shared_bytes)
@@ -374,7 +380,7 @@ typedef struct Act Act;
 #define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
 
 // From Part 4: 2^x; V neighbours as one access of up to 16 bytes, converted to float and back
-#ifdef __CUDACC__
+#ifdef NVIDIA
 __device__ inline float fast_exp2(float x);
 #endif
 template <int V, typename T>
@@ -382,6 +388,7 @@ __device__ inline void load(float (&x)[V], const T *p);
 template <int V, typename T>
 __device__ inline void store(T *p, const float (&x)[V]);
 // The sum over the lanes of a warp, or over the threads of a block (shared: an element for each warp), in all of them
+enum { MAX_WARPS = 1024 / WARP };
 template <typename T>
 __device__ inline T warp_sum(T x);
 template <typename T>
@@ -435,27 +442,27 @@ static void linear_weight(int half, float *dw, int ldw, float *db, const void *d
 // out (B,T,D) = LN(x)·(1+scale)+shift; LN without weights, eps 1e-6. mod points at picture 0's shift (D) and, after it,
 // scale (D); `stride` is the distance to the next picture's. stats (B,T,2), unless NULL, keeps mean and 1/sigma. A warp a
 // row, which is read three times; from the second time on it is in the cache.
-enum { ROW_THREADS = 256, ROWS_PER_BLOCK = ROW_THREADS / 32 };
+enum { ROW_THREADS = 256, ROWS_PER_BLOCK = ROW_THREADS / WARP };
 template <typename A>
 __global__ void layernorm_modulate_kernel(A *out, float *stats, const float *x, const float *mod, int stride, int rows,
                                           int T, int D) {
-    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32;
+    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / WARP;
     if (row >= rows) return;
     const float *shift = mod + (size_t)(row / T) * stride, *scale = shift + D;
     float v[4], s[4], b[4], sum = 0, var = 0;
     x += (size_t)row * D;
-    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+    for (int d = threadIdx.x % WARP * 4; d < D; d += 4 * WARP) {
         load(v, x + d);
         sum += v[0] + v[1] + v[2] + v[3];
     }
     float mean = warp_sum(sum) / D;
-    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+    for (int d = threadIdx.x % WARP * 4; d < D; d += 4 * WARP) {
         load(v, x + d);
         EACH(i, 4) var += (v[i] - mean) * (v[i] - mean);
     }
     float rstd = rsqrtf(warp_sum(var) / D + 1e-6f), both[2] = {mean, rstd};
-    if (stats && threadIdx.x % 32 == 0) store(stats + 2 * row, both);
-    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+    if (stats && threadIdx.x % WARP == 0) store(stats + 2 * row, both);
+    for (int d = threadIdx.x % WARP * 4; d < D; d += 4 * WARP) {
         load(v, x + d);
         load(s, scale + d);
         load(b, shift + d);
@@ -478,7 +485,7 @@ __global__ void layernorm_backward_kernel(float *dx, A *copy, A *normed, float *
                                           const float *gate, int stride, int chunk, int T, int D) {
     // Of each row: mean, 1/sigma, and of g = dout·(1+scale) the mean and that of g·LN(x)
     __shared__ __align__(16) float rows[ROWS_PER_BLOCK][4];
-    int first = blockIdx.x * chunk, end = min(T, first + chunk), warp = threadIdx.x / 32;
+    int first = blockIdx.x * chunk, end = min(T, first + chunk), warp = threadIdx.x / WARP;
     size_t picture = (size_t)blockIdx.y * T;
     const float *shift = x ? mod + (size_t)blockIdx.y * stride : NULL, *scale = x ? shift + D : NULL;
     parts += ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * 3 * D;
@@ -498,7 +505,7 @@ __global__ void layernorm_backward_kernel(float *dx, A *copy, A *normed, float *
                 size_t at = (picture + r0 + warp) * D;
                 float row[4], both[2], g_sum = 0, gx_sum = 0;
                 load(both, stats + at / D * 2);
-                for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+                for (int d = threadIdx.x % WARP * 4; d < D; d += 4 * WARP) {
                     load_input(at + d, d, 0);
                     load(g, dout + at + d);
                     load(s, scale + d);
@@ -509,7 +516,7 @@ __global__ void layernorm_backward_kernel(float *dx, A *copy, A *normed, float *
                 }
                 row[0] = both[0], row[1] = both[1], row[2] = warp_sum(g_sum) / D;
                 row[3] = warp_sum(gx_sum) * both[1] / D;
-                if (threadIdx.x % 32 == 0) store(rows[warp], row);
+                if (threadIdx.x % WARP == 0) store(rows[warp], row);
             }
             __syncthreads();
             EACH(c, 2) {
@@ -1404,7 +1411,7 @@ static void model_loss(Model *model, const Schedule *s, const float *x0, const f
         RUN(diffuse_kernel, dim3((unsigned)ceil_div(count, 256), B), 256, 0, a->x_t, a->t, a->picture, a->noise,
             a->places, count);
         model_forward(model, B, n, m, NULL);
-        RUN(loss_kernel, B, 512, 32 * sizeof(double), a->sums, a->dout, a->out, a->picture, a->noise, a->places,
+        RUN(loss_kernel, B, 512, MAX_WARPS * sizeof(double), a->sums, a->dout, a->out, a->picture, a->noise, a->places,
             c->learn_sigma, scale, count);
         model_backward(model);
         if (!record) return;
@@ -1601,7 +1608,7 @@ __global__ void residual_kernel(double *sums, const float *z, const float *befor
 // Mean over the pictures of ||z - z_before|| / ||z||
 static double residual_of(Model *m, const float *z, size_t count) {
     double *sums = (double *)xcalloc(2 * (size_t)m->B, sizeof *sums, "residuals"), sum = 0;
-    RUN(residual_kernel, m->B, 1024, 32 * sizeof(double), m->a.sums, z, m->a.z_before, count);
+    RUN(residual_kernel, m->B, 1024, MAX_WARPS * sizeof(double), m->a.sums, z, m->a.z_before, count);
     gpu_download(sums, m->a.sums, 2 * (size_t)m->B * sizeof *sums);
     for (int b = 0; b < m->B; b++) sum += sqrt(sums[2 * b] / (sums[2 * b + 1] > 0 ? sums[2 * b + 1] : 1));
     xfree(sums);
@@ -1682,8 +1689,8 @@ __global__ void anderson_mix_kernel(float *z, A *copy, const double *gram, const
 static void anderson_forward(Model *m, float *z, int k, int window, double mixing) {
     size_t count = (size_t)config_tokens(&m->config) * m->config.width;
     int slots = window + 1, used = imin(k, slots), newest = (k - 1) % slots;
-    RUN(anderson_products_kernel, dim3(used, m->B), 512, 32 * sizeof(double), m->a.gram, m->a.history, z, m->a.z_before,
-        newest, slots, count);
+    RUN(anderson_products_kernel, dim3(used, m->B), 512, MAX_WARPS * sizeof(double), m->a.gram, m->a.history, z,
+        m->a.z_before, newest, slots, count);
     unsigned blocks = imin((int)ceil_div(count, 4 * 256), (int)ceil_div(8 * gpu.sms, m->B));
     TYPED(m->half, RUN((anderson_mix_kernel<A>), dim3(blocks, m->B), 256, 0, z, (A *)m->a.z, m->a.gram, m->a.history,
                        used, newest, slots, (float)(1 - mixing), count));
@@ -1712,7 +1719,8 @@ __global__ void norm_kernel(double *partial, const float *grads, size_t count) {
 
 static double model_gradient_norm(const Model *m) {
     double partial[NORM_BLOCKS], sum = 0;
-    RUN(norm_kernel, NORM_BLOCKS, 256, 32 * sizeof(double), m->a.sums, m->memory[MODEL_GRADS], (size_t)m->n_params);
+    RUN(norm_kernel, NORM_BLOCKS, 256, MAX_WARPS * sizeof(double), m->a.sums, m->memory[MODEL_GRADS],
+        (size_t)m->n_params);
     gpu_download(partial, m->a.sums, sizeof partial);
     for (int i = 0; i < NORM_BLOCKS; i++) sum += partial[i];
     return sqrt(sum);
@@ -1993,7 +2001,7 @@ static void model_reduce(Model *m) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Instructions of the GPU, and vectors
 
-#ifdef __CUDACC__
+#ifdef NVIDIA
 
 __device__ inline uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
@@ -2104,12 +2112,12 @@ __device__ inline void box_load_pair(bf16 *tile, const CUtensorMap *map, int row
 }
 
 // d += a·b for the four warps of a warpgroup, a (64,16) and b (16,192) in shared memory; a warp holds 16 rows of d, as
-// mma_bf16 has them. TA, TB: k is the slow dimension there. It runs on: wgmma_commit closes a group, wgmma_wait<N>
+// fragments. TA, TB: k is the slow dimension there. It runs on: wgmma_commit closes a group, wgmma_wait<N>
 // waits until at most the N newest are under way, and wgmma_fence stands between other use of d and the next product.
-#define FOUR(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
+#define FOUR(d) "+f"((d)[0][0][0]), "+f"((d)[0][0][1]), "+f"((d)[1][0][0]), "+f"((d)[1][0][1])
 #define SIXTEEN(d) FOUR((d)[0]), FOUR((d)[1]), FOUR((d)[2]), FOUR((d)[3])
 template <bool TA, bool TB>
-__device__ inline void wgmma(float (&d)[24][4], uint64_t a, uint64_t b) {
+__device__ inline void wgmma(float (&d)[24][2][1][2], uint64_t a, uint64_t b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
@@ -2121,7 +2129,7 @@ __device__ inline void wgmma(float (&d)[24][4], uint64_t a, uint64_t b) {
         : "l"(a), "l"(b), "n"(TA), "n"(TB));
 }
 template <bool TA>
-__device__ inline void wgmma(float (&d)[4], uint64_t a, uint64_t b) { // the same with b (16,8)
+__device__ inline void wgmma(float (&d)[2][1][2], uint64_t a, uint64_t b) { // the same with b (16,8)
     asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, %6, 0;"
                  : FOUR(d)
                  : "l"(a), "l"(b), "n"(TA));
@@ -2182,21 +2190,99 @@ __device__ inline void store(T *p, const float (&x)[V]) {
     *static_cast<Vec<T, V> *>(__builtin_assume_aligned(p, alignof(decltype(vec)))) = vec;
 }
 
-// The sum over the lanes of a warp, in all of them
+// ---------------------------------------------------------------------------------------------------------------------
+// Fragments: how a warp holds pieces of matrices. Of a result, 16 rows and FRAG_COLS columns, a lane has FRAG_ROWS rows
+// and of each FRAG_RUNS runs of FRAG_RUN neighbours: of Frag f, f[r][c] is in row frag_row(r), from column frag_col(c)
+// on, and of the next one to the right from frag_col(FRAG_RUNS + c) on. The lanes that share a row are FRAG_STEP apart.
+// What is multiplied is in bf16: a Left is 16 rows of 16 k, a Right FRAG_COLS columns of 16 k. This is all that knows
+// which lane has what; test/hip.h says the same for AMD.
+
+#ifndef AMD
+enum { FRAG_ROWS = 2, FRAG_COLS = 8, FRAG_RUNS = 1, FRAG_RUN = 2, FRAG_STEP = 1 };
+typedef float Frag[FRAG_ROWS][FRAG_RUNS][FRAG_RUN];
+typedef uint32_t Left[4], Right[2];
+__device__ inline int frag_row(int r) {
+    int lane = threadIdx.x % WARP;
+    return lane / 4 + 8 * r;
+}
+__device__ inline int frag_col(int j) {
+    int lane = threadIdx.x % WARP;
+    return 8 * j + lane % 4 * 2;
+}
+
+// From shared memory, where at(i, j) is number j of the eights of neighbours in row i. SLOW: such a row is one k, not the
+// k of one row. HALF: there are 8 k; the others are zeros.
+template <bool SLOW, bool HALF, typename F>
+__device__ inline void left_load(Left a, F at) {
+    int lane = threadIdx.x % WARP;
+    if (SLOW)
+        ldmatrix_x4_trans(a, at(lane % 8 + lane / 16 * 8, lane / 8 % 2));
+    else
+        ldmatrix_x4(a, at(lane % 16, HALF ? 0 : lane / 16));
+    if (HALF) a[2] = a[3] = 0;
+}
+
+// Two at once: the next one to the right, or with DEEP the next 16 k
+enum RightForm { RIGHT_FAST, RIGHT_SLOW, RIGHT_SLOW_DEEP };
+template <int FORM, bool HALF, typename F>
+__device__ inline void right_load(Right (&b)[2], F at) {
+    int lane = threadIdx.x % WARP;
+    if (FORM == RIGHT_FAST)
+        ldmatrix_x4(b[0], at(lane % 8 + lane / 16 * 8, HALF ? 0 : lane / 8 % 2));
+    else if (FORM == RIGHT_SLOW)
+        ldmatrix_x4_trans(b[0], at(lane % 16, lane / 16));
+    else
+        ldmatrix_x4_trans(b[0], at(lane, 0));
+    if (HALF) b[0][1] = b[1][1] = 0;
+}
+
+// d += a·b
+__device__ inline void frag_multiply(Frag d, const Left a, const Right b) { mma_bf16(d[0][0], a, b); }
+
+// Columns of p, 16 in all, as what the next product has on its left: a lane holds what it needs
+__device__ inline void left_from(Left a, const Frag *p) {
+    EACH(i, 4) a[i] = pack_bf16(p[i / 2][i % 2][0][0], p[i / 2][i % 2][0][1]);
+}
+
+// The value in row frag_row(r), column k, of whichever lane has it
+__device__ inline float frag_value(const Frag p, int r, int k) {
+    return __shfl_sync(0xffffffffu, p[r][0][k % 2], k / 2, 4);
+}
+
+// x of lane number (this one's ^ i)
+template <typename T>
+__device__ inline T lane_xor(T x, int i) {
+    return __shfl_xor_sync(0xffffffffu, x, i);
+}
+#endif
+
+// Over the lanes that share a row
+__device__ inline float row_sum(float x) {
+#pragma unroll
+    for (int i = FRAG_STEP; i < FRAG_STEP * FRAG_COLS / (FRAG_RUNS * FRAG_RUN); i *= 2) x += lane_xor(x, i);
+    return x;
+}
+__device__ inline float row_max(float x) {
+#pragma unroll
+    for (int i = FRAG_STEP; i < FRAG_STEP * FRAG_COLS / (FRAG_RUNS * FRAG_RUN); i *= 2) x = fmaxf(x, lane_xor(x, i));
+    return x;
+}
+
+// Over all lanes of a warp
 template <typename T>
 __device__ inline T warp_sum(T x) {
 #pragma unroll
-    for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
+    for (int i = WARP / 2; i > 0; i /= 2) x += lane_xor(x, i);
     return x;
 }
 
 template <typename T>
 __device__ inline T block_sum(T x, T *shared) {
     x = warp_sum(x);
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = x;
     __syncthreads();
     x = 0;
-    for (int w = 0; w < (int)blockDim.x / 32; w++) x += shared[w];
+    for (int w = 0; w < (int)blockDim.x / WARP; w++) x += shared[w];
     __syncthreads();
     return x;
 }
@@ -2255,33 +2341,38 @@ __device__ inline void epilogue(const Matmul &g, int row0, int hop, const int (&
     }
 }
 
-// The same for 16 rows and 32·CHUNKS columns that a warp holds as results of mma, acc[j] at column 8·j. They go through
+// The same for 16 rows and 32·CHUNKS columns that a warp holds as fragments, acc[j] at column FRAG_COLS·j. They go through
 // shared memory, `stage`, so that a lane gets neighbours and the warp's accesses to memory fill sectors of 32 bytes: 8
 // to a lane where all is bf16, 4 where fp32 comes with it. What a lane writes and reads there lies in banks of its own:
 // rows are 8 banks apart, and in every second four rows, every two fours of columns change places.
 template <int EPI, int CHUNKS>
-__device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, int col0, const float (*acc)[4]) {
-    constexpr int V = EPI == EPI_STORE || EPI == EPI_GELU ? 8 : 4, ROWS = 16 / V, STRIDE = 32 * CHUNKS + 8;
-    int lane = threadIdx.x % 32, row = V == 8 ? lane / 4 % 2 * 4 + lane / 8 : lane / 8, col = lane % (32 / V) * V;
-    int other[ROWS];
-    stage += threadIdx.x / 32 * 16 * STRIDE;
-    EACH(i, ROWS) other[i] = row_of_other<EPI>(g, row0 + row + i * V);
-    EACH(i, 8 * CHUNKS) {
-        int r = lane / 4 + i % 2 * 8, c = i / 2 * 8 + lane % 4 * 2;
-        *(float2 *)(stage + r * STRIDE + (c ^ (r & 4))) = make_float2(acc[i / 2][i % 2 * 2], acc[i / 2][i % 2 * 2 + 1]);
+__device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, int col0, const Frag *acc) {
+    constexpr int V = EPI == EPI_STORE || EPI == EPI_GELU ? 8 : 4, HOP = WARP / 32 * V, ROWS = 16 / HOP,
+                  STRIDE = 32 * CHUNKS + 8;
+    int lane = threadIdx.x % WARP, col = lane % (32 / V) * V;
+    int row = V == 8 ? lane / 4 % 2 * 4 + lane / 8 % 4 + lane / 32 * 8 : lane / 8, other[ROWS];
+    stage += threadIdx.x / WARP * 16 * STRIDE;
+    EACH(i, ROWS) other[i] = row_of_other<EPI>(g, row0 + row + i * HOP);
+    EACH(j, 32 * CHUNKS / FRAG_COLS * FRAG_RUNS) {
+        EACH(i, FRAG_ROWS) {
+            int r = frag_row(i), c = frag_col(j);
+            Vec<float, FRAG_RUN> run;
+            EACH(e, FRAG_RUN) run.v[e] = acc[j / FRAG_RUNS][i][j % FRAG_RUNS][e];
+            *(Vec<float, FRAG_RUN> *)(stage + r * STRIDE + (c ^ (r & 4))) = run;
+        }
     }
     __syncwarp();
 #pragma unroll 1                                  // saves registers
-    for (int c = col; c < 32 * CHUNKS; c += 32) { // V rows at a time
+    for (int c = col; c < 32 * CHUNKS; c += 32) { // HOP rows at a time
         auto product = [&](float(&v)[V], int i) {
-            int r = row + i * V;
+            int r = row + i * HOP;
             EACH(part, V / 4) {
                 float four[4];
                 load(four, stage + r * STRIDE + ((c + 4 * part) ^ (r & 4)));
                 EACH(j, 4) v[4 * part + j] = four[j];
             }
         };
-        if (col0 + c < g.N) epilogue<EPI, bf16, ROWS, V>(g, row0 + row, V, other, col0 + c, product);
+        if (col0 + c < g.N) epilogue<EPI, bf16, ROWS, V>(g, row0 + row, HOP, other, col0 + c, product);
     }
     __syncwarp(); // before the next results take the place of these
 }
@@ -2319,7 +2410,7 @@ __device__ inline void weight_split(Matmul *g, float *parts, int split, int spli
 //
 // Shared memory has 32 banks of 4 bytes: eight rows of 16 bytes, what a tile of ldmatrix reads, must lie in different
 // ones. Rows are therefore stored with their 16-byte pieces permuted by the row number (a swizzle).
-enum { BK = 32, STAGES = 3, MATMUL_THREADS = 128, WG_M = 128, WG_N = 192 }; // WG: of matmul_wgmma's tile
+enum { BK = 32, STAGES = 3, MATMUL_THREADS = 4 * WARP, WG_M = 128, WG_N = 192 }; // WG: of matmul_wgmma's tile
 
 template <int COLS>
 __device__ inline int swizzled(int row, int piece) {
@@ -2341,16 +2432,17 @@ __device__ inline void load_tile(bf16 *tile, const bf16 *p, int ld, int row0, in
 
 template <int TILE, bool TA, bool TB, int EPI>
 __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g, float *parts) {
-    constexpr int OPERAND = TILE * BK, W = TILE / 2, MI = W / 16, NI = W / 8; // a warp: W x W, in MI x NI pieces of mma
+    constexpr int OPERAND = TILE * BK, W = TILE / 2, MI = W / 16,
+                  NI = W / FRAG_COLS; // a warp: W x W, MI x NI fragments
     SHARED_DYNAMIC(bf16, shared);
     const bf16 *a = (const bf16 *)g.a, *b = (const bf16 *)g.b;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, wm = warp / 2 * W, wn = warp % 2 * W;
+    int warp = threadIdx.x / WARP, wm = warp / 2 * W, wn = warp % 2 * W;
     int n_tiles = (g.N + TILE - 1) / TILE, m0 = blockIdx.x / n_tiles * TILE, n0 = blockIdx.x % n_tiles * TILE;
     int k_begin = blockIdx.y * g.k_chunk;
     int k_end = min(g.K, k_begin + g.k_chunk), steps = (k_end - k_begin + BK - 1) / BK;
     if (EPI == EPI_WEIGHT && gridDim.y > 1) weight_split(&g, parts, blockIdx.y, gridDim.y);
     bool sum_rows = EPI == EPI_WEIGHT && g.db && n0 + wn == 0;
-    float acc[MI][NI][4] = {}, row_sums[EPI == EPI_WEIGHT ? MI : 1][4] = {};
+    Frag acc[MI][NI] = {}, row_sums[EPI == EPI_WEIGHT ? MI : 1] = {};
 
     auto load_step = [&](int step) {
         bf16 *ta = shared + step % STAGES * 2 * OPERAND, *tb = ta + OPERAND;
@@ -2376,38 +2468,38 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g, float
         const bf16 *ta = shared + step % STAGES * 2 * OPERAND, *tb = ta + OPERAND;
 #pragma unroll
         for (int k = 0; k < BK; k += 16) {
-            uint32_t fa[MI][4], fb[NI / 2][4];
+            Left fa[MI];
+            Right fb[NI / 2][2];
             EACH(i, MI) {
                 int m = wm + 16 * i;
-                if (TA)
-                    ldmatrix_x4_trans(fa[i], ta + swizzled<TILE>(k + lane % 8 + lane / 16 * 8, m / 8 + lane / 8 % 2));
-                else
-                    ldmatrix_x4(fa[i], ta + swizzled<BK>(m + lane % 16, k / 8 + lane / 16));
+                left_load<TA, false>(fa[i], [&](int row, int piece) {
+                    return ta + (TA ? swizzled<TILE>(k + row, m / 8 + piece) : swizzled<BK>(m + row, k / 8 + piece));
+                });
             }
             EACH(j, NI / 2) {
-                int n = wn + 16 * j;
-                if (TB)
-                    ldmatrix_x4_trans(fb[j], tb + swizzled<TILE>(k + lane % 16, n / 8 + lane / 16));
-                else
-                    ldmatrix_x4(fb[j], tb + swizzled<BK>(n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
+                int n = wn + 2 * FRAG_COLS * j;
+                right_load<TB ? RIGHT_SLOW : RIGHT_FAST, false>(fb[j], [&](int row, int piece) {
+                    return tb + (TB ? swizzled<TILE>(k + row, n / 8 + piece) : swizzled<BK>(n + row, k / 8 + piece));
+                });
             }
             EACH(i, MI) {
-                EACH(j, NI) mma_bf16(acc[i][j], fa[i], fb[j / 2] + j % 2 * 2);
+                EACH(j, NI) frag_multiply(acc[i][j], fa[i], fb[j / 2][j % 2]);
             }
             if (sum_rows) { // the bias gradient is dy^T times a matrix of ones
-                const uint32_t ones[2] = {0x3F803F80u, 0x3F803F80u};
-                EACH(i, MI) mma_bf16(row_sums[EPI == EPI_WEIGHT ? i : 0], fa[i], ones);
+                Right ones;
+                EACH(i, (int)(sizeof ones / 4)) ones[i] = 0x3F803F80u;
+                EACH(i, MI) frag_multiply(row_sums[EPI == EPI_WEIGHT ? i : 0], fa[i], ones);
             }
         }
     }
     __syncthreads(); // the ring is free: warps stage their results there
     EACH(i, MI) {
         int row = m0 + wm + 16 * i;
-        warp_epilogue<EPI, NI / 4>(g, (float *)shared, row, n0 + wn, acc[i]);
-        EACH(half, 2) {
-            int r = row + 8 * half + lane / 4;
-            if (sum_rows && lane % 4 == 0 && r < g.M)
-                g.db[r] = row_sums[EPI == EPI_WEIGHT ? i : 0][2 * half] + (g.overwrite ? 0 : g.db[r]);
+        warp_epilogue<EPI, W / 32>(g, (float *)shared, row, n0 + wn, acc[i]);
+        EACH(h, FRAG_ROWS) {
+            int r = row + frag_row(h);
+            if (sum_rows && frag_col(0) == 0 && r < g.M)
+                g.db[r] = row_sums[EPI == EPI_WEIGHT ? i : 0][h][0][0] + (g.overwrite ? 0 : g.db[r]);
         }
     }
 }
@@ -2442,7 +2534,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
     bf16 *ones = shared + WG_STAGES * (WG_A + WG_B);
     float *stage = (float *)(ones + WG_ONES);
     uint64_t *full = (uint64_t *)(stage + WG_STAGE), *empty = full + WG_STAGES, *order = empty + WG_STAGES;
-    int group = threadIdx.x / 128, lane = threadIdx.x % 32, rank = blockIdx.x % 2;
+    int group = threadIdx.x / 128, lane = threadIdx.x % WARP, rank = blockIdx.x % 2;
     int m0, n0, k0, steps, split, beside, at = 0; // at: the step's place in the ring, counted on over all tiles
     auto go_to = [&](int unit) { // a tile of `whole`, or a split of the rest; neighbours share rows of a in the cache
         int tile = unit < whole ? unit : whole + (unit - whole) % rest;
@@ -2494,12 +2586,12 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
                 at += steps;
                 continue;
             }
-            float acc[2][WG_N / 8][4] = {};
+            Frag acc[2][WG_N / 8] = {};
             Matmul part = g;
             if (EPI == EPI_WEIGHT && split >= 0) weight_split(&part, parts, split, splits);
             auto multiply = [&](auto with_sums) {
                 constexpr bool SUMS = decltype(with_sums)::value;
-                float row_sums[2][4] = {};
+                Frag row_sums[2] = {};
                 auto release = [&](int i) { // both blocks' next copies to this place wait for it
                     if (lane < 2) barrier_arrive(empty + i % WG_STAGES, lane);
                 };
@@ -2523,9 +2615,9 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
                 wgmma_wait<0>();
                 if (steps > 0) release(at - 1); // the last splits may be empty
                 EACH(i, 4) {
-                    int row = m0 + i / 2 * 64 + threadIdx.x % 128 / 32 * 16 + i % 2 * 8 + lane / 4;
-                    if (SUMS && lane % 4 == 0 && row < g.M)
-                        part.db[row] = row_sums[i / 2][i % 2 * 2] + (part.overwrite ? 0 : part.db[row]);
+                    int row = m0 + i / 2 * 64 + threadIdx.x % 128 / WARP * 16 + frag_row(i % 2);
+                    if (SUMS && frag_col(0) == 0 && row < g.M)
+                        part.db[row] = row_sums[i / 2][i % 2][0][0] + (part.overwrite ? 0 : part.db[row]);
                 }
             };
             barrier_wait(order + group, (turn + 1) / 2 % 2 ^ 1); // the other's products have been started
@@ -2534,7 +2626,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
             else
                 multiply(std::false_type());
             EACH(i, 4) {
-                int row = m0 + i / 2 * 64 + threadIdx.x % 128 / 32 * 16, col = i % 2 * 96;
+                int row = m0 + i / 2 * 64 + threadIdx.x % 128 / WARP * 16, col = i % 2 * 96;
                 warp_epilogue<EPI, 3>(part, stage, row, n0 + col, acc[i / 2] + col / 8);
             }
         }
@@ -2728,8 +2820,8 @@ static void linear_weight(int half, float *dw, int ldw, float *db, const void *d
 // Attention
 
 // Multi-head attention without mask (FlashAttention, arXiv:2205.14135 and 2307.08691). A block has some rows of one
-// head of one picture and walks over the columns, COLS at a time; each warp makes its ROWS of S = q·k^T in registers, in
-// the layout of mma_bf16, and turns them into its part of the result: the T x T matrix exists nowhere. HD is the head
+// head of one picture and walks over the columns, COLS at a time; each warp makes its ROWS of S = q·k^T in registers, as
+// fragments, and turns them into its part of the result: the T x T matrix exists nowhere. HD is the head
 // size rounded up to what the kernels are made for; channels beyond it are zeros. In fp32 the same steps run on plain
 // multiply-adds. A row of a tile, LD, is an odd number of 16-byte pieces: no bank conflicts. Two times 16 rows a warp,
 // where registers allow it, because shared memory is what limits this: every fragment of columns then serves two mma.
@@ -2751,133 +2843,130 @@ __device__ inline void load_head(A *tile, int rows, const A *p, int ld, int firs
     }
 }
 
-// s (16·MI,8·NT) = rows (16·MI,HD)·cols (8·NT,HD)^T
+// s (16·MI,NT fragments) = rows (16·MI,HD)·cols (..,HD)^T
 template <int HD, int MI, int NT>
-__device__ inline void tile_scores(float (&s)[MI][NT][4], const bf16 *rows, const bf16 *cols) {
+__device__ inline void tile_scores(Frag (&s)[MI][NT], const bf16 *rows, const bf16 *cols) {
     enum { LD = Tiles<bf16, HD>::LD };
-    int lane = threadIdx.x % 32;
-    EACH(i, 4 * MI * NT) s[i / 4 / NT][i / 4 % NT][i % 4] = 0;
-    auto add = [&](int k, int second) { // 16 channels; second 0: 8 and zeros
-        uint32_t a[MI][4], b[4];
-        EACH(i, MI) {
-            ldmatrix_x4(a[i], rows + (16 * i + lane % 16) * LD + k + lane / 16 * second);
-            if (!second) a[i][2] = a[i][3] = 0;
-        }
+    memset(s, 0, sizeof s);
+    auto add = [&](auto half, int k) { // 16 channels; half: 8 and zeros
+        constexpr bool HALF = decltype(half)::value;
+        Left a[MI];
+        Right b[2];
+        EACH(i, MI)
+            left_load<false, HALF>(a[i], [&](int r, int piece) { return rows + (16 * i + r) * LD + k + 8 * piece; });
 #pragma unroll
         for (int j = 0; j < NT; j += 2) {
-            ldmatrix_x4(b, cols + (8 * j + lane % 8 + lane / 16 * 8) * LD + k + lane / 8 % 2 * second);
-            if (!second) b[1] = b[3] = 0;
-            EACH(i, 2 * MI) mma_bf16(s[i / 2][j + i % 2], a[i / 2], b + i % 2 * 2);
+            right_load<RIGHT_FAST, HALF>(
+                b, [&](int r, int piece) { return cols + (FRAG_COLS * j + r) * LD + k + 8 * piece; });
+            EACH(i, 2 * MI) frag_multiply(s[i / 2][j + i % 2], a[i / 2], b[i % 2]);
         }
     };
 #pragma unroll 2 // more would take registers
-    for (int k = 0; k + 16 <= HD; k += 16) add(k, 8);
-    if (HD % 16) add(HD - 8, 0);
+    for (int k = 0; k + 16 <= HD; k += 16) add(std::false_type(), k);
+    if constexpr (HD % 16 != 0) add(std::true_type(), HD - 8);
 }
 
 template <int HD, int NT>
-__device__ inline void tile_scores(float (&s)[1][NT][4], const float *rows, const float *cols) {
+__device__ inline void tile_scores(Frag (&s)[1][NT], const float *rows, const float *cols) {
     enum { LD = Tiles<float, HD>::LD };
-    int lane = threadIdx.x % 32;
-    EACH(j, NT) s[0][j][0] = s[0][j][1] = s[0][j][2] = s[0][j][3] = 0;
+    memset(s, 0, sizeof s);
     for (int k = 0; k < HD; k += 4) {
-        float r[2][4], c[2][4];
-        load(r[0], rows + lane / 4 * LD + k);
-        load(r[1], rows + (lane / 4 + 8) * LD + k);
-        EACH(j, NT) {
-            load(c[0], cols + (8 * j + lane % 4 * 2) * LD + k);
-            load(c[1], cols + (8 * j + lane % 4 * 2 + 1) * LD + k);
-            EACH(i, 16) s[0][j][i / 4] += r[i / 8][i % 4] * c[i / 4 % 2][i % 4];
+        float row[FRAG_ROWS][4], col[FRAG_RUN][4];
+        EACH(r, FRAG_ROWS) load(row[r], rows + frag_row(r) * LD + k);
+        EACH(j, NT * FRAG_RUNS) {
+            EACH(c, FRAG_RUN) load(col[c], cols + (frag_col(j) + c) * LD + k);
+            EACH(i, FRAG_ROWS * FRAG_RUN * 4) {
+                int r = i / (4 * FRAG_RUN), c = i / 4 % FRAG_RUN;
+                s[0][j / FRAG_RUNS][r][j % FRAG_RUNS][c] += row[r][i % 4] * col[c][i % 4];
+            }
         }
     }
 }
 
-// out (16·MI,HD) += p (16·MI,8·NT)·cols (8·NT,HD). What a lane holds of the result of one mma is what the next one wants
-// of its first operand, so p goes from registers to registers.
+// out (16·MI,HD) += p (16·MI,NT fragments)·cols (..,HD); p goes from registers to registers.
 template <int HD, int MI, int NT>
-__device__ inline void tile_apply(float (&out)[MI][HD / 8][4], const float (&p)[MI][NT][4], const bf16 *cols) {
-    int lane = threadIdx.x % 32;
+__device__ inline void tile_apply(Frag (&out)[MI][HD / FRAG_COLS], const Frag (&p)[MI][NT], const bf16 *cols) {
+    enum { N16 = 16 / FRAG_COLS };
 #pragma unroll
-    for (int k = 0; k < NT; k += 4) { // 32 columns at a time
-        uint32_t a[2][MI][4], b[4];
-        EACH(i, 8 * MI) {
-            const float *two = p[i / 4 % MI][k + i / 4 / MI * 2 + i % 4 / 2] + i % 2 * 2;
-            a[i / 4 / MI][i / 4 % MI][i % 4] = pack_bf16(two[0], two[1]);
-        }
-        EACH(j, HD / 8) {
-            ldmatrix_x4_trans(b, cols + (8 * k + lane) * Tiles<bf16, HD>::LD + 8 * j);
-            EACH(i, 2 * MI) mma_bf16(out[i % MI][j], a[i / MI][i % MI], b + i / MI * 2);
+    for (int k = 0; k < NT; k += 2 * N16) { // 32 columns at a time
+        Left a[2][MI];
+        Right b[2];
+        EACH(i, 2 * MI) left_from(a[i / MI][i % MI], p[i % MI] + k + i / MI * N16);
+        EACH(j, HD / FRAG_COLS) {
+            right_load<RIGHT_SLOW_DEEP, false>(b, [&](int r, int piece) {
+                return cols + (FRAG_COLS * k + r) * Tiles<bf16, HD>::LD + FRAG_COLS * j + 8 * piece;
+            });
+            EACH(i, 2 * MI) frag_multiply(out[i % MI][j], a[i / MI][i % MI], b[i / MI]);
         }
     }
 }
 
 template <int HD, int NT>
-__device__ inline void tile_apply(float (&out)[1][HD / 8][4], const float (&p)[1][NT][4], const float *cols) {
-    int lane = threadIdx.x % 32;
-    EACH(k, 8 * NT) { // the four lanes of a row hold two columns each
-        float p0 = __shfl_sync(0xffffffffu, p[0][k / 8][k % 2], k % 8 / 2, 4);
-        float p1 = __shfl_sync(0xffffffffu, p[0][k / 8][k % 2 + 2], k % 8 / 2, 4);
-        EACH(j, HD / 8) {
-            float c[2];
-            load(c, cols + k * Tiles<float, HD>::LD + 8 * j + lane % 4 * 2);
-            EACH(i, 4) out[0][j][i] += (i < 2 ? p0 : p1) * c[i % 2];
+__device__ inline void tile_apply(Frag (&out)[1][HD / FRAG_COLS], const Frag (&p)[1][NT], const float *cols) {
+    EACH(k, FRAG_COLS * NT) {
+        float x[FRAG_ROWS], y[FRAG_RUN];
+        EACH(r, FRAG_ROWS) x[r] = frag_value(p[0][k / FRAG_COLS], r, k % FRAG_COLS);
+        EACH(j, HD / FRAG_COLS * FRAG_RUNS) {
+            load(y, cols + k * Tiles<float, HD>::LD + frag_col(j));
+            EACH(i, FRAG_ROWS * FRAG_RUN)
+                out[0][j / FRAG_RUNS][i / FRAG_RUN][j % FRAG_RUNS][i % FRAG_RUN] += x[i / FRAG_RUN] * y[i % FRAG_RUN];
         }
     }
 }
 
-// out (16,8·N) += p^T·cols for 16 columns of p (rows,..) and 8·N of `cols` (rows,..), or without `all` eight fewer; rows:
-// groups of 32, GROUP apart
+// out (16,N fragments) += p^T·cols for 16 columns of p (rows,..) and as many as out has of `cols` (rows,..), or without
+// `all` one fragment fewer; rows: groups of 32, GROUP apart
 template <int HD, int N>
-__device__ inline void tile_apply_groups(float (&out)[N][4], const bf16 *p, const bf16 *cols, int rows, bool all) {
+__device__ inline void tile_apply_groups(Frag (&out)[N], const bf16 *p, const bf16 *cols, int rows, bool all) {
     typedef Tiles<bf16, HD> S;
-    int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int k = 0; k < rows; k += 32, p += S::GROUP, cols += S::GROUP) {
-        uint32_t a[2][4], b[4];
-        EACH(i, 2) {
-            int row = 16 * i + lane % 8 + lane / 16 * 8;
-            ldmatrix_x4_trans(a[i], p + row * S::COLS_LD + lane / 8 % 2 * 8);
-        }
+        Left a[2];
+        Right b[2];
+        EACH(i, 2)
+            left_load<true, false>(a[i], [&](int r, int piece) { return p + (16 * i + r) * S::COLS_LD + 8 * piece; });
         EACH(j, N) {
             if (j == N - 1 && !all) break;
-            ldmatrix_x4_trans(b, cols + lane * S::LD + 8 * j);
-            EACH(i, 2) mma_bf16(out[j], a[i], b + 2 * i);
+            right_load<RIGHT_SLOW_DEEP, false>(
+                b, [&](int r, int piece) { return cols + r * S::LD + FRAG_COLS * j + 8 * piece; });
+            EACH(i, 2) frag_multiply(out[j], a[i], b[i]);
         }
     }
 }
 
 template <int HD, int N>
-__device__ inline void tile_apply_groups(float (&out)[N][4], const float *p, const float *cols, int rows, bool all) {
+__device__ inline void tile_apply_groups(Frag (&out)[N], const float *p, const float *cols, int rows, bool all) {
     typedef Tiles<float, HD> S;
-    int lane = threadIdx.x % 32;
     for (int k = 0; k < rows; k++) {
-        int row = k / 32 * S::GROUP + k % 32 * S::LD, weight = k / 32 * S::GROUP + k % 32 * S::COLS_LD + lane / 4;
-        EACH(j, N) {
-            float c[2];
-            if (j == N - 1 && !all) break;
-            load(c, cols + row + 8 * j + lane % 4 * 2);
-            EACH(i, 4) out[j][i] += p[weight + i / 2 * 8] * c[i % 2];
+        int row = k / 32 * S::GROUP + k % 32 * S::LD, weight = k / 32 * S::GROUP + k % 32 * S::COLS_LD;
+        EACH(j, N * FRAG_RUNS) {
+            float c[FRAG_RUN];
+            if (j / FRAG_RUNS == N - 1 && !all) break;
+            load(c, cols + row + frag_col(j));
+            EACH(i, FRAG_ROWS * FRAG_RUN)
+                out[j / FRAG_RUNS][i / FRAG_RUN][j % FRAG_RUNS][i % FRAG_RUN] +=
+                    p[weight + frag_row(i / FRAG_RUN)] * c[i % FRAG_RUN];
         }
     }
 }
 
-// Does something with each pair of neighbours x[0], x[1] of a result (16,8·N) that lies in memory: at(row, column, x)
+// Does something with each run of neighbours of a result (16,..) that lies in memory: at(row, column, run)
 template <int N, typename F>
-__device__ inline void each_pair(float (&x)[N][4], int first, int T, int cols, F at) {
-    int lane = threadIdx.x % 32;
-    EACH(half, 2) {
-        int row = first + lane / 4 + 8 * half;
-        EACH(j, N) {
-            if (row < T && 8 * j < cols) at(row, 8 * j + lane % 4 * 2, x[j] + 2 * half);
+__device__ inline void each_run(Frag (&x)[N], int first, int T, int cols, F at) {
+    EACH(r, FRAG_ROWS) {
+        int row = first + frag_row(r);
+        EACH(j, N * FRAG_RUNS) {
+            if (row < T && frag_col(j) / 8 * 8 < cols) at(row, frag_col(j), x[j / FRAG_RUNS][r][j % FRAG_RUNS]);
         }
     }
 }
 
 // Such a result times `by` to rows first.. of p (T,cols), row stride ld
 template <int N, typename A>
-__device__ inline void store_head(A *p, int ld, int first, int T, int cols, float (&x)[N][4], float by) {
-    each_pair(x, first, T, cols, [&](int row, int col, const float *two) {
-        float v[2] = {by * two[0], by * two[1]};
+__device__ inline void store_head(A *p, int ld, int first, int T, int cols, Frag (&x)[N], float by) {
+    each_run(x, first, T, cols, [&](int row, int col, float(&run)[FRAG_RUN]) {
+        float v[FRAG_RUN];
+        EACH(i, FRAG_RUN) v[i] = by * run[i];
         store(p + (size_t)row * ld + col, v);
     });
 }
@@ -2886,20 +2975,21 @@ __device__ inline void store_head(A *p, int ld, int first, int T, int cols, floa
 // exponentials, for the backward pass. `scale` is log2(e)/sqrt(hd): everything is in powers of two. The running maximum
 // and sum of a row are corrected as larger scores turn up (the online softmax).
 template <typename A, int HD>
-__global__ void __launch_bounds__(128, 2)
+__global__ void __launch_bounds__(4 * WARP, 2)
     attention_kernel(A *out, float *lse, const A *qkv, int T, int D, int hd, float scale) {
     typedef Tiles<A, HD> S;
-    enum { MI = S::MI, COLS = S::COLS, NT = COLS / 8 };
+    enum { MI = S::MI, COLS = S::COLS, NT = COLS / FRAG_COLS, NO = HD / FRAG_COLS };
     SHARED_DYNAMIC(A, tq);
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rows = blockDim.x / 32 * S::ROWS;
+    int warp = threadIdx.x / WARP, rows = blockDim.x / WARP * S::ROWS;
     int first = blockIdx.x * rows + warp * S::ROWS;
     A *tk = tq + rows * S::LD, *tv = tk + COLS * S::LD;
     const A *q = qkv + (size_t)blockIdx.z * T * 3 * D + blockIdx.y * hd;
-    float o[MI][HD / 8][4] = {}, largest[MI][2], sum[MI][2] = {};
-    EACH(i, 2 * MI) largest[i / 2][i % 2] = -INFINITY;
+    Frag o[MI][NO] = {};
+    float largest[MI][FRAG_ROWS], sum[MI][FRAG_ROWS] = {};
+    EACH(i, FRAG_ROWS * MI) largest[i / FRAG_ROWS][i % FRAG_ROWS] = -INFINITY;
     load_head<A, HD>(tq, rows, q, 3 * D, blockIdx.x * rows, T, hd, blockDim.x);
     for (int c0 = 0; c0 < T; c0 += COLS) {
-        float s[MI][NT][4];
+        Frag s[MI][NT];
         load_head<A, HD>(tk, COLS, q + D, 3 * D, c0, T, hd, blockDim.x);
         cp_async_commit();
         load_head<A, HD>(tv, COLS, q + 2 * D, 3 * D, c0, T, hd, blockDim.x);
@@ -2908,23 +2998,25 @@ __global__ void __launch_bounds__(128, 2)
         __syncthreads();
         tile_scores<HD>(s, tq + S::ROWS * warp * S::LD, tk);
         EACH(mi, MI) {
-            EACH(i, 2) { // rows lane/4 and lane/4 + 8
-                float top = largest[mi][i];
-                EACH(j, 2 * NT) {
-                    float *x = &s[mi][j / 2][2 * i + j % 2];
-                    if (c0 + j / 2 * 8 + lane % 4 * 2 + j % 2 >= T) *x = -INFINITY;
+            EACH(r, FRAG_ROWS) {
+                float top = largest[mi][r];
+                EACH(i, NT * FRAG_RUNS * FRAG_RUN) {
+                    int j = i / FRAG_RUN;
+                    float *x = &s[mi][j / FRAG_RUNS][r][j % FRAG_RUNS][i % FRAG_RUN];
+                    if (c0 + frag_col(j) + i % FRAG_RUN >= T) *x = -INFINITY;
                     top = fmaxf(top, *x);
                 }
-                top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-                top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-                float correct = fast_exp2((largest[mi][i] - top) * scale);
-                largest[mi][i] = top;
-                sum[mi][i] *= correct;
-                EACH(j, HD / 4) o[mi][j / 2][2 * i + j % 2] *= correct;
-                EACH(j, 2 * NT) {
-                    float *x = &s[mi][j / 2][2 * i + j % 2];
+                top = row_max(top);
+                float correct = fast_exp2((largest[mi][r] - top) * scale);
+                largest[mi][r] = top;
+                sum[mi][r] *= correct;
+                EACH(i, NO * FRAG_RUNS * FRAG_RUN) {
+                    o[mi][i / FRAG_RUN / FRAG_RUNS][r][i / FRAG_RUN % FRAG_RUNS][i % FRAG_RUN] *= correct;
+                }
+                EACH(i, NT * FRAG_RUNS * FRAG_RUN) {
+                    float *x = &s[mi][i / FRAG_RUN / FRAG_RUNS][r][i / FRAG_RUN % FRAG_RUNS][i % FRAG_RUN];
                     *x = fast_exp2((*x - top) * scale);
-                    sum[mi][i] += *x;
+                    sum[mi][r] += *x;
                 }
             }
         }
@@ -2934,15 +3026,15 @@ __global__ void __launch_bounds__(128, 2)
         __syncthreads(); // before the next columns take the place of these
     }
     EACH(mi, MI) {
-        EACH(i, 2) {
-            float all = sum[mi][i];
-            all += __shfl_xor_sync(0xffffffffu, all, 1);
-            all += __shfl_xor_sync(0xffffffffu, all, 2);
-            int row = first + 16 * mi + lane / 4 + 8 * i;
-            if (lse && lane % 4 == 0 && row < T)
-                lse[((size_t)blockIdx.z * gridDim.y + blockIdx.y) * T + row] = largest[mi][i] * scale + log2f(all);
+        EACH(r, FRAG_ROWS) {
+            float all = row_sum(sum[mi][r]);
+            int row = first + 16 * mi + frag_row(r);
+            if (lse && frag_col(0) == 0 && row < T)
+                lse[((size_t)blockIdx.z * gridDim.y + blockIdx.y) * T + row] = largest[mi][r] * scale + log2f(all);
             all = 1 / all;
-            EACH(j, HD / 4) o[mi][j / 2][2 * i + j % 2] *= all;
+            EACH(i, NO * FRAG_RUNS * FRAG_RUN) {
+                o[mi][i / FRAG_RUN / FRAG_RUNS][r][i / FRAG_RUN % FRAG_RUNS][i % FRAG_RUN] *= all;
+            }
         }
         store_head(out + (size_t)blockIdx.z * T * D + blockIdx.y * hd, D, first + 16 * mi, T, hd, o[mi], 1);
     }
@@ -2955,13 +3047,13 @@ __global__ void __launch_bounds__(128, 2)
 // the channels at a time. A launch does up to 256 keys, fewer where shared memory is small; if T is more, dq waits in
 // `sums` (B,T,D) for the rest.
 template <typename A, int HD>
-__global__ void __launch_bounds__(256, 1)
+__global__ void __launch_bounds__(8 * WARP, 1)
     attention_backward_kernel(A *dqkv, float *sums, const A *dout, const A *out, const float *lse, const A *qkv,
                               int first, int T, int D, int hd, float scale) {
     typedef Tiles<A, HD> S;
-    enum { MI = S::MI, QUERIES = S::COLS, HALF = (HD / 8 + 1) / 2 };
+    enum { MI = S::MI, QUERIES = S::COLS, NO = HD / FRAG_COLS, HALF = (NO + 1) / 2, NT = 32 / FRAG_COLS };
     SHARED_DYNAMIC(A, tq);
-    int warp = threadIdx.x / 32, warps = blockDim.x / 32, keys = warps * S::ROWS, mine = warp * S::ROWS;
+    int warp = threadIdx.x / WARP, warps = blockDim.x / WARP, keys = warps * S::ROWS, mine = warp * S::ROWS;
     A *tg = tq + QUERIES * S::LD, *groups = tg + QUERIES * S::LD; // of 32 keys: k, v, dS
     A *tk = groups + mine / 32 * S::GROUP + mine % 32 * S::LD, *tv = tk + 32 * S::LD;
     A *ds = groups + mine / 32 * S::GROUP + 64 * S::LD + mine % 32 * S::COLS_LD;
@@ -2982,55 +3074,56 @@ __global__ void __launch_bounds__(256, 1)
                 load(o, out + (size_t)row * D + c);
                 EACH(j, S::PIECE) delta += g[j] * o[j];
             }
-            delta += __shfl_xor_sync(0xffffffffu, delta, 1);
-            delta += __shfl_xor_sync(0xffffffffu, delta, 2);
+            delta += lane_xor(delta, 1);
+            delta += lane_xor(delta, 2);
             if (i % 4 == 0) q_delta[i / 4] = delta, q_lse[i / 4] = row < T ? lse[row] : INFINITY; // without weight
         }
     };
-    float dk[MI][HD / 8][4] = {}, dv[MI][HD / 8][4] = {};
+    Frag dk[MI][NO] = {}, dv[MI][NO] = {};
     for (int q0 = -QUERIES; q0 < T; q0 += QUERIES) { // to begin with, the first are loaded
         cp_async_wait<0>();
         __syncthreads();
 #pragma unroll 1
         for (int c = 0; q0 >= 0 && c < min((int)QUERIES, T - q0); c += 32) {
-            float p[MI][4][4], g[MI][4][4], two[2];
-            auto query = [&](int j) { return c + 8 * j + threadIdx.x % 4 * 2; };
+            Frag p[MI][NT], g[MI][NT];
+            float of[FRAG_RUN]; // these queries
             tile_scores<HD>(p, tk, tq + c * S::LD);
-            EACH(j, 4) { // a key beyond T meets a row of zeros in k: all its weight must be is finite
-                load(two, q_lse + query(j));
-                EACH(i, 4 * MI) {
-                    float *x = &p[i / 4][j][i % 4];
-                    *x = fast_exp2(fminf(*x * scale - two[i % 2], 0));
+            EACH(j, NT * FRAG_RUNS) { // a key beyond T meets a row of zeros in k: all its weight must be is finite
+                load(of, q_lse + c + frag_col(j));
+                EACH(i, MI * FRAG_ROWS * FRAG_RUN) {
+                    int r = i / FRAG_RUN;
+                    float *x = &p[r / FRAG_ROWS][j / FRAG_RUNS][r % FRAG_ROWS][j % FRAG_RUNS][i % FRAG_RUN];
+                    *x = fast_exp2(fminf(*x * scale - of[i % FRAG_RUN], 0));
                 }
             }
             tile_apply<HD>(dv, p, tg + c * S::LD);
             tile_scores<HD>(g, tv, tg + c * S::LD);
-            EACH(j, 4) {
-                load(two, q_delta + query(j));
-                EACH(i, 4 * MI) g[i / 4][j][i % 4] = p[i / 4][j][i % 4] * (g[i / 4][j][i % 4] - two[i % 2]);
-                EACH(i, 2 * MI) {
-                    float pair[2] = {g[i / 2][j][i % 2 * 2], g[i / 2][j][i % 2 * 2 + 1]};
-                    store(ds + (8 * i + threadIdx.x % 32 / 4) * S::COLS_LD + query(j), pair);
+            EACH(j, NT * FRAG_RUNS) {
+                load(of, q_delta + c + frag_col(j));
+                EACH(r, MI * FRAG_ROWS) {
+                    float(&x)[FRAG_RUN] = g[r / FRAG_ROWS][j / FRAG_RUNS][r % FRAG_ROWS][j % FRAG_RUNS];
+                    EACH(i, FRAG_RUN)
+                        x[i] = p[r / FRAG_ROWS][j / FRAG_RUNS][r % FRAG_ROWS][j % FRAG_RUNS][i] * (x[i] - of[i]);
+                    store(ds + (r / FRAG_ROWS * 16 + frag_row(r % FRAG_ROWS)) * S::COLS_LD + c + frag_col(j), x);
                 }
             }
             tile_apply<HD>(dk, g, tq + c * S::LD);
         }
         __syncthreads(); // dS is whole, and nobody needs these queries, or the keys before, any more
         if (q0 < 0) {
-            load_head<A, HD>(tk, S::ROWS, q + D, 3 * D, first + mine, T, hd, 32);
-            load_head<A, HD>(tv, S::ROWS, q + 2 * D, 3 * D, first + mine, T, hd, 32);
+            load_head<A, HD>(tk, S::ROWS, q + D, 3 * D, first + mine, T, hd, WARP);
+            load_head<A, HD>(tv, S::ROWS, q + 2 * D, 3 * D, first + mine, T, hd, WARP);
         }
         if (q0 + QUERIES < T) load_queries(q0 + QUERIES);
 #pragma unroll 1
         for (int unit = warp; q0 >= 0 && unit < QUERIES / 8; unit += warps) {
-            float dq[HALF][4] = {};
-            int row = q0 + unit / 2 * 16, col = unit % 2 * HALF * 8;
+            Frag dq[HALF] = {};
+            int row = q0 + unit / 2 * 16, col = unit % 2 * HALF * FRAG_COLS;
             if (row >= T) break;
             if (first)
-                each_pair(dq, row, T, hd - col, [&](int r, int c, float *two) {
-                    *(float2 *)two = *(const float2 *)(sums + (size_t)r * D + col + c);
-                });
-            tile_apply_groups<HD>(dq, groups + 64 * S::LD + row - q0, groups + col, keys, col + 8 * HALF <= HD);
+                each_run(dq, row, T, hd - col,
+                         [&](int r, int c, float(&run)[FRAG_RUN]) { load(run, sums + (size_t)r * D + col + c); });
+            tile_apply_groups<HD>(dq, groups + 64 * S::LD + row - q0, groups + col, keys, col + FRAG_COLS * HALF <= HD);
             if (first + keys < T)
                 store_head(sums + col, D, row, T, hd - col, dq, 1);
             else
@@ -3045,21 +3138,21 @@ __global__ void __launch_bounds__(256, 1)
 }
 
 // Runs a statement with HD standing for the smallest size that the kernels are made for and that holds head size hd.
-#define HEAD_SIZE(hd, ...)       \
-    do {                         \
-        if ((hd) <= 32) {        \
-            enum { HD = 32 };    \
-            __VA_ARGS__;         \
-        } else if ((hd) <= 64) { \
-            enum { HD = 64 };    \
-            __VA_ARGS__;         \
-        } else if ((hd) <= 72) { \
-            enum { HD = 72 };    \
-            __VA_ARGS__;         \
-        } else {                 \
-            enum { HD = 128 };   \
-            __VA_ARGS__;         \
-        }                        \
+#define HEAD_SIZE(hd, ...)                                              \
+    do {                                                                \
+        if ((hd) <= 32) {                                               \
+            enum { HD = 32 };                                           \
+            __VA_ARGS__;                                                \
+        } else if ((hd) <= 64) {                                        \
+            enum { HD = 64 };                                           \
+            __VA_ARGS__;                                                \
+        } else if ((hd) <= 72) {                                        \
+            enum { HD = (72 + FRAG_COLS - 1) / FRAG_COLS * FRAG_COLS }; \
+            __VA_ARGS__;                                                \
+        } else {                                                        \
+            enum { HD = 128 };                                          \
+            __VA_ARGS__;                                                \
+        }                                                               \
     } while (0)
 
 static void attention_forward(int half, Act *out, float *lse, const Act *qkv, int B, int T, int D, int H) {
@@ -3069,8 +3162,8 @@ static void attention_forward(int half, Act *out, float *lse, const Act *qkv, in
               typedef Tiles<A, HD> S;
               int warps = imin(4, (int)ceil_div(T, S::ROWS)), rows = warps * S::ROWS;
               dim3 grid((unsigned)ceil_div(T, rows), H, B);
-              RUN((attention_kernel<A, HD>), grid, 32 * warps, S::LD * (rows + 2 * S::COLS) * sizeof(A), (A *)out, lse,
-                  (const A *)qkv, T, D, hd, scale);
+              RUN((attention_kernel<A, HD>), grid, WARP * warps, S::LD * (rows + 2 * S::COLS) * sizeof(A), (A *)out,
+                  lse, (const A *)qkv, T, D, hd, scale);
           }));
 }
 
@@ -3089,7 +3182,7 @@ static void attention_backward(int half, Act *dqkv, float *sums, const Act *dout
               int parts = (int)ceil_div(T, most * S::ROWS),
                   warps = (int)ceil_div(ceil_div(T, parts), 32) * 32 / S::ROWS;
               for (int first = 0; first < T; first += warps * S::ROWS)
-                  RUN((attention_backward_kernel<A, HD>), dim3(H, B), 32 * warps, shared(warps * S::ROWS), (A *)dqkv,
+                  RUN((attention_backward_kernel<A, HD>), dim3(H, B), WARP * warps, shared(warps * S::ROWS), (A *)dqkv,
                       sums, (const A *)dout, (const A *)out, lse, (const A *)qkv, first, T, D, hd, scale);
           }));
 }
@@ -3107,7 +3200,7 @@ typedef struct {
 static char *take(Arena *a, size_t bytes) {
     char *at = a->memory ? a->memory + a->bytes : NULL;
     a->bytes += ceil_div(bytes, 256) * 256;
-#ifndef __CUDACC__
+#ifdef CUDA_EMU_H
     if (a->memory) emu::redzone(at + bytes, a->memory + a->bytes + 256 - at - bytes);
     a->bytes += 256;
 #endif
