@@ -54,9 +54,6 @@
 #include <mpi.h>
 #include <sched.h>
 #endif
-#ifdef NCCL
-#include <nccl.h>
-#endif
 
 #ifdef __CUDACC__
 #include <cuda.h> // its types alone: nothing of it is linked
@@ -65,6 +62,9 @@
 #define HOPPER (CUDART_VERSION >= 12000) // whether this compiler knows wgmma
 #else
 #include "test/cuda_emu.h" // gives all of this a meaning on a CPU
+#endif
+#ifdef NCCL
+#include <nccl.h>
 #endif
 
 #define TARGET "gpu" // what this program's name ends in
@@ -3207,6 +3207,9 @@ static void gpu_open(void) {
         die("no GPU that this program can use: %s; install a current NVIDIA driver, or use the CPU program",
             error != cudaSuccess ? cudaGetErrorString(error) : "none was found");
     cudaDeviceProp info;
+#ifdef NCCL
+    if (ranks.here > count) die("%d ranks on a machine with %d GPUs: start as many as GPUs", ranks.here, count);
+#endif
     CHECK(cudaSetDevice(ranks.local % count));
     CHECK(cudaGetDeviceProperties(&info, ranks.local % count));
     if (info.major < 8)
