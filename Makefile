@@ -35,6 +35,14 @@ test_unit test_unit_asan: test/test_unit.c test/test_files.h fpdm_cpu.c
 test_gradient test_gradient_asan: test/test_unit.c test/test_files.h fpdm_cpu.c
 	$(CPU) $(TEST) -DREAL=double $< -o $@ -lm
 
+# The forward pass on an OpenCL device: an example of a port
+test_opencl sample_opencl: test/test.c fpdm_cpu.c test/port_example/opencl.c
+	$(CPU) $(TEST) -DFORWARD='"test/port_example/opencl.c"' $(if $(filter test%,$@),$<,-DPROGRAM=SAMPLE fpdm_cpu.c) \
+		-o $@ -lm -lOpenCL
+
+port_example: test_opencl
+	@./test_opencl --dtype=fp32
+
 # The reader of files under libFuzzer
 fuzz: test/fuzz.c fpdm_cpu.c
 	clang -std=gnu11 -O1 -g -fsanitize=fuzzer,address,undefined $(WARN) $(TEST) -Wno-unknown-pragmas $< -o $@ -lm
@@ -60,20 +68,42 @@ help:
 	@echo "test_cpu                         runs test cases: ./test_cpu [FILE ...]"
 	@echo "test                             builds and runs all tests that need neither GPU nor Python; V=1: prints all"
 	@echo "fuzz                             the reader of files under libFuzzer (clang): ./fuzz -max_total_time=60"
+	@echo "port_example                     the forward pass in OpenCL, an example of a port, through the test cases"
 	@echo "test_asan                        the same under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "report_gpu                       checks and measures fpdm.cu on this machine's GPU: test/results/GPU.md"
 	@echo "train_gpu sample_gpu bench_gpu   the programs for NVIDIA GPUs (nvcc); test_gpu, test_kernels_gpu: their tests"
 	@echo "train_emu sample_emu bench_emu   the same on a CPU, through test/cuda_emu.h; test_emu, test_kernels_emu, races"
+	@echo "train_cpu MPI=1                  data parallel by MPI, also train_emu; train_gpu NCCL=1: by NCCL (README)"
 	@echo "kernels                          runs those tests and lists which kernels they launched"
 	@echo "compiler                         what nvcc says of the kernels: test/results/compiler.md"
 	@echo "memory                           device memory of a training step beside PyTorch's: test/results/memory.md"
 	@echo "spills                           compiles fpdm.cu for every architecture; fails if a kernel spills registers"
 
 clean:
-	rm -f $(foreach s,cpu gpu emu,$(foreach p,train sample bench test test_kernels test_report,$p_$s $p_$s_asan)) \
+	rm -f $(foreach s,cpu gpu emu opencl,$(foreach p,train sample bench test test_kernels test_report,$p_$s $p_$s_asan)) \
 		$(foreach t,test_unit test_gradient test_harness,$t $t_asan) fuzz compiler.tmp spills.tmp
 
-.PHONY: nvcc all help clean test test_asan shared races spills compiler memory kernels
+# ---------------------------------------------------------------------------------------------------------------------
+# Data parallel: MPI=1 for train_cpu, train_emu and train_gpu, or NCCL=1 for train_gpu, which then starts by MPI and adds
+# the gradients by NCCL; NCCL_HOME: where its include/ and lib/ are, unless the compiler finds them.
+
+ifneq ($(MPI)$(NCCL),)
+train_cpu: CC := OMPI_CC=$(CC) mpicc -DMPI
+train_emu: CXX := OMPI_CXX=$(CXX) mpicxx -DMPI -DOMPI_SKIP_MPICXX
+train_gpu: NVCC_FLAGS += -ccbin mpicxx -DMPI -DOMPI_SKIP_MPICXX
+endif
+ifneq ($(NCCL),)
+train_gpu: NVCC_FLAGS += -DNCCL \
+	$(if $(NCCL_HOME),-I$(NCCL_HOME)/include -L$(NCCL_HOME)/lib -Xlinker -rpath=$(NCCL_HOME)/lib) \
+	-Xlinker -l:libnccl.so.2
+endif
+# A program that was built with MPI, or without, where the other is asked for, is built again.
+has_mpi = $(if $(shell grep -as MPI_Init_thread $(1)),yes,no)
+wants_mpi = $(if $(MPI)$(NCCL),yes,no)
+$(foreach p,train_cpu train_emu train_gpu,$(if $(filter $(wants_mpi),$(call has_mpi,$p)),,$(eval $p: again)))
+again:
+
+.PHONY: again nvcc all help clean test test_asan port_example shared races spills compiler memory kernels
 
 # ---------------------------------------------------------------------------------------------------------------------
 # fpdm.cu. With a GPU at hand, for that one; otherwise for all that this nvcc knows of the list, and as PTX for later ones.

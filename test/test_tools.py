@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -796,6 +797,16 @@ def test_evaluate():
     again = json.loads(Path("again.json").read_text())
     assert "training" not in said and again["network"] == figures["network"], said
     assert all(abs(again["pictures"][name]["fd"] - figures["pictures"][name]["fd"]) < 1e-4 for name in files), again
+    copies = as_samples(np.ascontiguousarray(x[:40, :, ::-1]))  # learnt by heart, mirrored: found in the second row
+    save("copies.safetensors", copies + np.float32(0.02), y[:40], **STRIPES)
+    medians = []
+    for name in ("copies", "good"):
+        said, _ = run("evaluate.py", "data.safetensors", f"{name}.safetensors", "--nearest", "near.png")
+        medians += [list(map(float, re.search(r"median: ([\d.]+); of a real picture ([\d.]+)", said).groups()))]
+    assert 0 < medians[0][0] < 4 < 0.5 * medians[0][1] and 0.5 < medians[1][0] / medians[1][1] < 2, medians
+    sheet = np.asarray(Image.open("near.png"))
+    side = x.shape[1] + 2
+    assert sheet.shape == (9 * side, 30 * side, 3), sheet.shape
     save("data.safetensors", x[::-1], y[::-1], **STRIPES)
     assert "training" in judged("data.safetensors")[0], "used the cache of another dataset"
     Path("data.features.safetensors").write_bytes(b"broken")
@@ -889,6 +900,8 @@ def test_evaluate_broken_input():
     misjudged("broken/1.png", "data.safetensors", "broken")
     misjudged("sizes/2.png", "data.safetensors", "sizes")
     misjudged("no/a.json", "data.safetensors", "--json", "no/a.json")
+    misjudged("no/a.png", "data.safetensors", "--nearest", "no/a.png")
+    misjudged("--nearest", "data.safetensors", "--nearest", "a.png")
     fails("missing", "evaluate.py", "missing.safetensors")
     misjudged("--help", "data.safetensors", "--nonsense")
 
@@ -913,22 +926,34 @@ def test_reproduce():
     assert all(points[key] == value for key, value in done.items()), "measured again what was measured already"
     claims = Path("out/claims.md").read_text()
     assert "A self-test" in claims
-    for heading in ("Parameters, memory", "Quality against budget", "Smoothing", "Reuse and allocation", "Solvers",
-                    "Training: S-JFB"):
+    for heading in ("When should I use a fixed-point model?", "Parameters, memory", "Quality against budget: shapes",
+                    "Smoothing", "Reuse and allocation", "Solvers", "Training: S-JFB", "What holds it back"):
         assert f"## {heading}" in claims, heading
-    for picture in ("budget", "smoothing", "residual", "training"):
-        assert f"claims_{picture}.png" in claims and is_plot(f"out/claims_{picture}.png") is None
-    both = [points[f"fpdm {seed} steps=4 budget=12 reuse=1 alloc=const"] for seed in (1, 2)]
+    for picture in ("claims", "claims_shapes", "claims_smoothing", "claims_residual", "claims_training"):
+        assert f"({picture}.png)" in claims and is_plot(f"out/{picture}.png") is None
+    shift = {run: int(re.search(rf"\n\| {words}, t_shift (\d) \|", claims)[1])
+             for run, words in (("fpdm", "FPDM"), ("dit", "DiT, 6 blocks"), ("dit_deep", "DiT, 12 blocks"))}
+    for name, k in shift.items():  # the one with the lowest distance at a budget in the middle
+        settings = {"fpdm": "steps=4 budget=12 reuse=1 alloc=const", "dit": "steps=2", "dit_deep": "steps=2"}[name]
+        assert k == min(range(3), key=lambda i: points[f"{name} 1 {settings} t_shift={i}"]["fd"])
+    both = [points[f"fpdm {seed} steps=4 budget=12 reuse=1 alloc=const t_shift={shift['fpdm']}"] for seed in (1, 2)]
     mean, deviation = np.mean([p["fd"] for p in both]), np.std([p["fd"] for p in both], ddof=1)
     assert f"{mean:.2f} ± {deviation:.2f} (4)" in claims, (mean, deviation)
     assert both[0]["passes"] == 12 and both[0]["fd"] != both[1]["fd"]
-    assert points["dit_cost 1 steps=2 budget=12"]["passes"] == 12 and points["dit_params 1 steps=4 budget=12"]["fd"] > 0
-    weights = next(Path("out").glob("dit_cost-2-*")) / "weights.safetensors"  # a point, measured by hand
+    assert points[f"dit 1 steps=2 t_shift={shift['dit']}"]["passes"] == 12
+    answer = claims.split("## ")[1]  # names every budget once, and the nearer side's distance first or last
+    budgets = re.findall(r"shapes at ([\d, ]+) passes a picture \((.*?)\)", answer)
+    assert sorted(int(b) for found, _ in budgets for b in found.split(", ")) == [6, 12, 24], budgets
+    for line in answer.splitlines():
+        for ours, theirs in re.findall(r"([\d.e+]+) against ([\d.e+]+)", line):
+            assert (float(ours) <= float(theirs)) == line.startswith("Trained"), line
+    weights = next(Path("out").glob("dit-2-*")) / "weights.safetensors"  # a point, measured by hand
     subprocess.run([TOOLS.parent / "sample_cpu", "--weights", weights, "--n", "200", "--batch", "200", "--cfg", "1",
-                    "--seed", "1002", "--steps", "4", "--latents", "x.safetensors", "--out", "x.png"], check=True)
+                    "--seed", "1002", "--steps", "4", "--t_shift", str(shift["dit"]), "--latents", "x.safetensors",
+                    "--out", "x.png"], check=True)
     run("evaluate.py", "out/real.safetensors", "x.safetensors", "--json", "x.json")
     want = json.loads(Path("x.json").read_text())["pictures"]["x.safetensors"]["fd"]
-    assert abs(points["dit_cost 2 steps=4 budget=24"]["fd"] - want) < 1e-6 * want
+    assert abs(points[f"dit 2 steps=4 t_shift={shift['dit']}"]["fd"] - want) < 1e-6 * want
     assert points["evaluator"]["floor"]["fd"] < want
     memory = {run: points[next(key for key in points if key.startswith(f"train {run} 1 "))]["memory"]
               for run in ("one_step", "fpdm", "unroll")}
@@ -936,7 +961,7 @@ def test_reproduce():
     run("reproduce.py", "--scale", "smoke", "--target", "cpu", "--out", "out")
     assert Path("out/claims.md").read_text() == claims and json.loads(Path("out/points.json").read_text()) == points
     fails("another setup", "reproduce.py", "--scale", "laptop", "--target", "cpu", "--out", "out")
-    fails("no such dataset", "reproduce.py", "--data", "none.safetensors", "--target", "cpu")
+    fails("no such dataset", "reproduce.py", "--photographs", "none.safetensors", "--target", "cpu")
 
 
 # ---- bench_torch.py

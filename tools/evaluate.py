@@ -5,6 +5,7 @@
     python3 tools/evaluate.py emoji32.safetensors a.safetensors              # what sample_* --latents wrote
     python3 tools/evaluate.py cifar10.safetensors a.safetensors b.safetensors folder_of_pngs --json figures.json
     python3 tools/evaluate.py cifar10.safetensors a.safetensors --inception inception-2015-12-05.pt
+    python3 tools/evaluate.py cifar10.safetensors a.safetensors --nearest nearest.png        # is anything learnt by heart?
 
 distance    Fréchet distance between Gaussians fitted to the features of the pictures and of the dataset
 precision   share of pictures that lie within the manifold of real ones (k nearest neighbours, arXiv:1904.06991)
@@ -14,6 +15,9 @@ recognised  share of pictures that the classifier takes for the class that was a
 `floor` are real pictures that the network was not trained on, against those that it was; `ceiling` is noise. The
 reference of `ceiling` and of the pictures is the whole dataset, of larger ones 50,000 pictures drawn by the seed.
 Compare distances only where N, the reference and the network are the same: a smaller N alone makes them larger.
+
+--nearest draws ten of the pictures, those nearest to the dataset, above the real picture that is nearest in pixels
+(mirrored ones count too) and the one whose features are, and compares their distances with those between real pictures.
 
 The features are what a small convolutional classifier, trained here on four fifths of the dataset, sees in a picture:
 the channels of its last three stages, averaged over all places: 224 numbers, scaled to a total variance of 100 over the
@@ -33,6 +37,7 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -291,7 +296,7 @@ class Evaluator:
         self.data = data = Dataset(dataset_path)
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(data.x), generator=generator)[:REFERENCE]
-        self.held_out, self.rest = chosen[: len(chosen) // 5], chosen[len(chosen) // 5 :]
+        self.chosen, self.held_out, self.rest = chosen, chosen[: len(chosen) // 5], chosen[len(chosen) // 5 :]
         noise = data.noise(min(2000, len(chosen)), generator)
         key = hashlib.sha256(f"{VERSION} {seed} {os.path.getsize(dataset_path)}".encode())
         with open(dataset_path, "rb") as file:  # the header, and blocks all over the file
@@ -397,6 +402,33 @@ class Evaluator:
                 progress(BATCH * len(out))
         return torch.cat(out)
 
+    def nearest(self, x, path):
+        """Draws ten pictures of x above those of the dataset that are nearest in pixels, and by features, into a PNG.
+        Returns (of x, of real pictures), the median distance in pixels, root mean square of 0..255, to the nearest."""
+        pool = self.data.prepare(self.data.x[self.chosen])
+        mirrored = torch.cat([pool, pool.flip(3)]).flatten(1)
+
+        def distances(some, own=None):  # own: where in the pool they are themselves
+            d = torch.cdist(some.flatten(1), mirrored).reshape(len(some), 2, len(pool)).amin(1)
+            if own is not None:
+                d[torch.arange(len(some)), own] = math.inf
+            return d.min(1)
+
+        some, own = self.data.prepare(x[:1000]), torch.arange(0, len(pool), max(1, len(pool) // 1000))
+        found = [distances(part) for part in some.split(100)]
+        far, which = (torch.cat(parts) for parts in zip(*found))
+        real = torch.cat([distances(pool[part], part)[0] for part in own.split(100)])
+        show = far.argsort()[:10]
+        features = torch.cdist(self.features(self.net.features, x[:1000])[show],
+                               self.features(self.net.features, self.data.x, self.chosen)).argmin(1)
+        rows = torch.stack([some[show], pool[which[show]], pool[features]])  # (3, 10, C, H, W)
+        sheet = F.pad(rows, (1, 1, 1, 1), value=1).permute(0, 3, 1, 4, 2).flatten(1, 1)
+        sheet = sheet.reshape(3 * sheet.shape[1], -1, sheet.shape[-1]).add(1).mul(127.5).round().byte().numpy()
+        picture = Image.fromarray(sheet if sheet.shape[2] == 3 else sheet[..., 0])
+        picture.resize((3 * picture.width, 3 * picture.height), Image.Resampling.NEAREST).save(path)
+        scale = 127.5 / math.sqrt(mirrored.shape[1])
+        return far.median().item() * scale, real.median().item() * scale
+
     def judge(self, features, real, manifold):
         return {
             "n": len(features),
@@ -426,6 +458,7 @@ def main():
     parser.add_argument("--inception", help="weights of the standard FID network, to use it instead of our own")
     parser.add_argument("--seed", type=int, default=1, help="of the network, and of what is held out (default: 1)")
     parser.add_argument("--cache", help="folder for the network (default: the one of the dataset)")
+    parser.add_argument("--nearest", metavar="PNG", help="draw pictures of the first file above the nearest real ones")
     parser.add_argument("--json", help="also write the figures into this file")
     parser.error = lambda message: die(f"{message}; see --help")
     args = parser.parse_args()
@@ -436,8 +469,11 @@ def main():
         y = data.labels(y, names, path)
         data.check(x, y, path)
         judged.append((path, x, y))
-    if args.json and not Path(args.json).parent.is_dir():
-        die(f"--json {args.json}: no such folder; give a path in a folder that can be written")
+    for option, path in ("--json", args.json), ("--nearest", args.nearest):
+        if path and not Path(path).parent.is_dir():
+            die(f"{option} {path}: no such folder; give a path in a folder that can be written")
+    if args.nearest and (data.latents or not judged):
+        die("--nearest: wants pictures, of a dataset of pictures")
     evaluator = Evaluator(args.dataset, args.seed, args.inception, args.cache, lambda line: print(line, flush=True))
     share = "classes" if data.labelled else "rotations"
     print(f"reference: {evaluator.real.n} of {len(data.x)} pictures of {args.dataset}")
@@ -463,6 +499,10 @@ def main():
     for path, found in figures["pictures"].items():
         if found["n"] <= len(evaluator.real.mean):
             print(f"{path}: fewer pictures than features, so its distance is far too large; draw more")
+    if args.nearest:
+        ours, real = evaluator.nearest(judged[0][1], args.nearest)
+        print(f"nearest real picture, root mean square in 0..255, median: {ours:.1f}; of a real picture {real:.1f}: "
+              f"{args.nearest}")
     if args.json:
         try:
             Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Trains a fixed-point model and its rivals, measures the paper's claims, and writes tables and plots.
 
-    python3 tools/reproduce.py --scale laptop       # about two hours on 2 cores; --scale gpu: larger
-    python3 tools/reproduce.py --scale laptop --data cifar10.safetensors --out reproduce_cifar --results my_results
+    python3 tools/reproduce.py                                       # shapes; --scale laptop, gpu: longer, 3 seeds
+    python3 tools/reproduce.py --photographs cifar10.safetensors     # the same question on photographs, too
 
 It builds and runs train_cpu and sample_cpu (the GPU programs if nvidia-smi sees a GPU) and judges pictures with
 tools/evaluate.py. Stop it whenever you like: the same command goes on where it stopped, and once all is measured it
 writes the report again at once. Everything it did is in --out (runs, points.json); the report is claims.md and its
-plots in --results. Guidance is off in all measurements, so that a block pass is a block pass. --scale smoke is a
-self-test of this program in a minute: its models are too small and too little trained to say anything of the claims.
+plots in --results. Every contender is trained with the same arithmetic, at the learning rate and sampled with the
+--t_shift that served it best in short trials. Guidance is off in all measurements, so that a block pass is a block
+pass. --scale smoke is a self-test of this program in a minute: its models are too small and too little trained to say
+anything of the claims.
 """
 import argparse
 import importlib.util
@@ -26,22 +28,31 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 
-# What differs between the scales. `phases`: (step at the end, factor on the learning rate); `seeds`: of training, each
-# with a sampling seed of its own; `per_step`: iterations per timestep of the fixed point that are tried at each budget.
+# What differs between the scales. `steps`: of the fixed-point model; its rivals get as many as cost the same; `seeds`:
+# of training, each with a sampling seed of its own; `per_step`: iterations per timestep that are tried at each budget;
+# `plateau_steps`: of the models that differ from the first in one thing.
 SCALES = {
     "smoke": dict(image_size=16, width=32, heads=2, patch=4, depth=8, rival_depth=6, batch=32, warmup=20, ema=0.98,
-                  phases=[(120, 1), (150, 0.2)], tune_steps=40, lrs=[8e-3, 1.6e-2], seeds=2, pictures=200, real=800,
-                  budgets=[12, 24], per_step=[1, 2], solver_iters=[2, 4], unroll_iters=[1, 4], tols=[0.1],
-                  trace_iters=6),
-    "laptop": dict(image_size=24, width=128, heads=4, patch=4, depth=8, rival_depth=6, batch=64, warmup=100, ema=0.995,
-                   phases=[(1600, 1), (2000, 0.2)], tune_steps=300, lrs=[1e-3, 2e-3, 4e-3], seeds=3, pictures=1500,
-                   real=10000, budgets=[12, 18, 24, 36, 60, 120], per_step=[1, 2, 4, 10],
-                   solver_iters=[2, 4, 8], unroll_iters=[1, 2, 4, 8], tols=[0.1, 0.05, 0.02], trace_iters=16),
-    "gpu": dict(image_size=32, width=384, heads=6, patch=2, depth=12, rival_depth=9, batch=256, warmup=500, ema=0.999,
-                phases=[(8000, 1), (10000, 0.2)], tune_steps=500, lrs=[5e-4, 1e-3, 2e-3], seeds=3, pictures=10000,
-                real=50000, budgets=[18, 27, 36, 72, 144, 288], per_step=[1, 2, 4, 10], solver_iters=[2, 4, 8],
-                unroll_iters=[1, 2, 4, 8, 16], tols=[0.1, 0.05, 0.02], trace_iters=16),
+                  dtype="auto", steps=150, tune_steps=40, lrs=[4e-3, 8e-3], seeds=2, pictures=200, real=800,
+                  budgets=[6, 12, 24], per_step=[1, 2], solver_iters=[2, 4], unroll_iters=[1, 4], tols=[0.1],
+                  trace_iters=6, plateau_steps=60),
+    "hour": dict(image_size=24, width=128, heads=4, patch=4, depth=8, rival_depth=6, batch=32, warmup=100, ema=0.995,
+                 dtype="bf16", steps=2000, tune_steps=200, lrs=[2e-3, 4e-3, 8e-3], seeds=1, pictures=1000, real=10000,
+                 budgets=[6, 12, 24, 48, 96], per_step=[1, 2, 4], solver_iters=[2, 8], unroll_iters=[1, 2, 4, 8],
+                 tols=[0.1, 0.02], trace_iters=16, plateau_steps=700),
 }
+SCALES["laptop"] = {**SCALES["hour"], "steps": 9000, "tune_steps": 500, "seeds": 3, "pictures": 1500,
+                    "budgets": [6, 12, 24, 48, 96, 192], "plateau_steps": 3000}
+SCALES["gpu"] = dict(image_size=32, width=384, heads=6, patch=2, depth=12, rival_depth=9, batch=256, warmup=500,
+                     ema=0.999, dtype="auto", steps=10000, tune_steps=500, lrs=[5e-4, 1e-3, 2e-3], seeds=3,
+                     pictures=10000, real=50000, budgets=[6, 9, 18, 36, 72, 144, 288], per_step=[1, 2, 4, 10],
+                     solver_iters=[2, 4, 8], unroll_iters=[1, 2, 4, 8, 16], tols=[0.1, 0.05, 0.02], trace_iters=16,
+                     plateau_steps=4000)
+# What differs on photographs, at the scales of a CPU; here the learning rates are given.
+PHOTOGRAPHS = dict(width=160, heads=5, steps=6500, warmup=200, ema=0.999, hflip=1, seeds=1,
+                   lrs={"fpdm": 2.5e-3, "dit": 4e-3})
+# Contenders that take the learning rate that was best for another of their kind.
+SAME_RATE = {"fpdm_blind": "fpdm", "unroll": "fpdm", "dit3": "dit"}
 METRICS = ["fd", "precision", "recall", "recognised"]
 
 
@@ -53,15 +64,37 @@ def die(message):
 def contenders(scale):
     """name -> (words for the reader, options of train_*). n and m of the fixed point: depth - 2 iterations at most
     without, half of the depth with gradient; the rivals of the training method get as many iterations on average."""
-    whole = scale["depth"] - 2
+    whole, rival = scale["depth"] - 2, scale["rival_depth"]
     some = whole // 2
-    n, m = [0, some], [1, some + 1]
+    ours = dict(no_grad_iters=[0, some], grad_iters=[1, some + 1])
     return {
-        "fpdm": ("FPDM, S-JFB", dict(no_grad_iters=n, grad_iters=m)),
-        "dit_cost": ("DiT, same training cost", dict(fixed_point=0, depth=scale["rival_depth"])),
-        "dit_params": ("DiT, same parameters", dict(fixed_point=0, depth=3)),
+        "fpdm": ("FPDM", ours),
+        "fpdm_blind": ("FPDM, pre and post do not see t", dict(ours, timestep_in_pre_post=0)),
+        "fpdm_x": ("FPDM, predicts x", dict(ours, prediction="x")),
+        "dit3": ("DiT, 3 blocks", dict(fixed_point=0, depth=3)),
+        "dit": (f"DiT, {rival} blocks", dict(fixed_point=0, depth=rival)),
+        "dit_deep": (f"DiT, {2 * rival} blocks", dict(fixed_point=0, depth=2 * rival)),
         "one_step": ("FPDM, one step", dict(no_grad_iters=[0, whole], grad_iters=[1, 1])),
         "unroll": ("FPDM, full unrolling", dict(no_grad_iters=[0, 0], grad_iters=[whole, whole])),
+    }
+
+
+def plateau(scale):
+    """The first contender, and models that differ from it in one thing, which may be what holds it back."""
+    some = (scale["depth"] - 2) // 2
+    ours, half = dict(no_grad_iters=[0, some], grad_iters=[1, some + 1]), (some + 1) // 2
+    return {
+        "fpdm": ("FPDM as it is", ours),
+        "blind": ("pre, post and final layer do not see t", dict(ours, timestep_in_pre_post=0)),
+        "fixed": ("n and m always the same", dict(no_grad_iters=[half] * 2, grad_iters=[half] * 2)),
+        "gradient": ("every iteration has its gradient, number random",
+                     dict(no_grad_iters=[0, 0], grad_iters=[1, 2 * some + 1])),
+        "unrolled": ("every iteration has its gradient, number fixed",
+                     dict(no_grad_iters=[0, 0], grad_iters=[some + 1] * 2)),
+        "pre": ("two pre blocks", dict(ours, pre_depth=2)),
+        "pre_post": ("two pre and two post blocks", dict(ours, pre_depth=2, post_depth=2)),
+        "once": ("the block runs once: a DiT of 3 blocks", dict(fixed_point=0, depth=3)),
+        "dit": ("as many blocks of their own as iterations: a DiT of 6", dict(fixed_point=0, depth=6)),
     }
 
 
@@ -72,8 +105,9 @@ def flops(scale, options, iterations):
     if "fixed_point" in options:
         return options["depth"] * block, 3 * options["depth"] * block
     n, m = (sum(options[key]) / 2 for key in ("no_grad_iters", "grad_iters"))
-    forward = 2 * block + inject + iterations * (block + project)
-    return forward, 3 * (2 * block + inject + m * (block + project)) + n * (block + project)
+    outside = (options.get("pre_depth", 1) + options.get("post_depth", 1)) * block + inject
+    forward = outside + iterations * (block + project)
+    return forward, 3 * (outside + m * (block + project)) + n * (block + project)
 
 
 class Failed(Exception):
@@ -81,13 +115,11 @@ class Failed(Exception):
 
 
 class Experiment:
-    def __init__(self, args):
-        self.args, self.scale, self.out = args, SCALES[args.scale], args.out
-        self.runs = contenders(self.scale)
-        self.target = args.target
+    def __init__(self, args, data, out, scale, runs):
+        self.data, self.out, self.scale, self.runs, self.target = data, out, scale, runs, args.target
         self.trained_seconds = self.trained_flops = 0.0  # in this session, for the time left
         os.makedirs(self.out, exist_ok=True)
-        setup = {"scale": args.scale, "data": args.data, "target": self.target, **self.scale}
+        setup = {"scale": args.scale, "data": data, "target": self.target, **scale}
         setup = json.loads(json.dumps(setup))
         path = os.path.join(self.out, "setup.json")
         if os.path.exists(path) and json.load(open(path)) != setup:
@@ -130,49 +162,47 @@ class Experiment:
 
     # ---- the work: each piece is cached in points.json under its name
 
-    def folder(self, run, seed, lr):
-        return os.path.join(self.out, f"{run}-{seed}-{lr:g}")
+    def folder(self, run, seed, lr, steps):
+        return os.path.join(self.out, f"{run}-{seed}-{lr:g}-{steps}")
 
-    def train(self, run, seed, lr, phases):
+    def steps(self, run, steps):
+        """As many steps as cost what `steps` cost of the first contender."""
+        if self.scale.get("same_pictures"):
+            return steps
+        cost = {name: flops(self.scale, self.runs[name][1], 0)[1] for name in (run, next(iter(self.runs)))}
+        return round(steps * cost[next(iter(self.runs))] / cost[run])
+
+    def train(self, run, seed, lr, steps):
         """Trains, or goes on training; returns {memory, parameters, seconds, images, loss} of the whole run."""
-        key = f"train {run} {seed} {lr:g} {phases[-1][0]}"
+        key = f"train {run} {seed} {lr:g} {steps}"
         if key in self.points:
             return self.points[key]
-        folder, scale = self.folder(run, seed, lr), self.scale
-        options = {k: scale[k] for k in ("image_size", "width", "heads", "patch", "depth", "batch", "warmup", "ema")}
-        options.update(data=self.args.data, seed=seed, sample_every=0, cfg=1, lr_schedule="constant",
-                       timestep_in_pre_post=0, **self.runs[run][1])
-        if self.args.data != "shapes":
-            del options["image_size"]
+        folder, scale = self.folder(run, seed, lr, steps), self.scale
+        options = {k: scale[k] for k in ("width", "heads", "patch", "depth", "batch", "warmup", "ema", "dtype")}
+        options.update(data=self.data, seed=seed, sample_every=0, hflip=scale.get("hflip", 0), lr=f"{lr:g}",
+                       steps=steps, **self.runs[run][1])
+        if self.data == "shapes":
+            options["image_size"] = scale["image_size"]
         facts = os.path.join(folder, "facts.json")
-        step = 0
-        if os.path.exists(os.path.join(folder, "state.safetensors")):
-            import safetensors
-            with safetensors.safe_open(os.path.join(folder, "state.safetensors"), "pt") as state:
-                step = int(state.metadata()["step"])
-        for end, factor in phases:
-            if step >= end:
-                continue
-            if step:
-                command = ["--resume", folder]
-            else:
+        if not (os.path.exists(facts) and os.path.exists(os.path.join(folder, "weights.safetensors"))):
+            command = ["--resume", folder]
+            if not os.path.exists(os.path.join(folder, "state.safetensors")):
                 shutil.rmtree(folder, ignore_errors=True)
                 command = ["--out", folder]
                 for name, value in options.items():
                     command += [f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
-            command += ["--lr", f"{lr * factor:g}", "--steps", str(end)]
             begin, left = time.time(), ""
             if self.trained_flops:
                 minutes = self.flops_to_train() * self.trained_seconds / self.trained_flops / 60
                 left = f" (all training: {minutes:.0f} min left)"
             lines = self.call([self.program("train"), *command], show=f"{run}, seed {seed}, lr {lr:g}{left}")
             self.trained_seconds += time.time() - begin
-            self.trained_flops += (end - step) * flops(scale, self.runs[run][1], 0)[1]
+            self.trained_flops += steps * flops(scale, self.runs[run][1], 0)[1]
             text = "\n".join(lines)
             parameters = float(re.search(r"([\d.]+) million parameters", text).group(1))
             memory = float(re.search(r"in all ([\d.]+) MB", text).group(1))
             self.write(facts, {"parameters": parameters, "memory": memory})
-            step = end
+            os.remove(os.path.join(folder, "state.safetensors"))
         with open(os.path.join(folder, "log.csv")) as log:
             rows = [line.split(",") for line in log.read().split()[1:]]
         losses = [float(row[1]) for row in rows[-len(rows) // 4:]]
@@ -184,53 +214,65 @@ class Experiment:
 
     def flops_to_train(self):
         """Training that points.json does not hold yet, for one picture of the batch."""
-        todo = [(run, self.scale["tune_steps"], f"train {run} 100 {lr:g}") for run in self.runs
-                for lr in self.scale["lrs"]]
-        todo += [(run, self.scale["phases"][-1][0], f"train {run} {seed}") for run in self.runs
-                 for seed in range(1, self.scale["seeds"] + 1)]
+        scale = self.scale
+        todo = [(run, self.steps(run, scale["tune_steps"]), f"train {run} 100 {lr:g}") for run in self.runs
+                for lr in scale["lrs"] if len(scale["lrs"]) > 1 and run not in SAME_RATE]
+        todo += [(run, self.steps(run, scale["steps"]), f"train {run} {seed}") for run in self.runs
+                 for seed in range(1, scale["seeds"] + 1)]
         done = list(self.points)
-        return sum(steps * flops(self.scale, self.runs[run][1], 0)[1] for run, steps, key in todo
+        return sum(steps * flops(scale, self.runs[run][1], 0)[1] for run, steps, key in todo
                    if not any(other.startswith(key + " ") for other in done))
 
     def best_lr(self, run):
-        """The learning rate whose short run ends with the lowest training loss; further ones are tried, doubling or
-        halving, for as long as the best is the first or the last."""
-        losses = {}
-
-        def attempt(lr):
+        """(the learning rate whose short run ends with the lowest training loss, {rate: loss})"""
+        lrs, losses = self.scale["lrs"], {}
+        if isinstance(lrs, dict):
+            return lrs[run], {}
+        if run in SAME_RATE:
+            return self.lr[SAME_RATE[run]], {}
+        for lr in lrs if len(lrs) > 1 else []:
             try:
-                losses[lr] = self.train(run, 100, lr, [(self.scale["tune_steps"], 1)])["loss"]
+                losses[lr] = self.train(run, 100, lr, self.steps(run, self.scale["tune_steps"]))["loss"]
             except Failed as error:
                 if "the loss is" not in str(error):
                     raise
                 losses[lr] = math.inf  # it diverged
-
-        for lr in self.scale["lrs"]:
-            attempt(lr)
-        while True:
-            best = min(losses, key=losses.get)
-            if min(losses) < best < max(losses):
-                return best, dict(sorted(losses.items()))
-            attempt(best * 2 if best == max(losses) else best / 2)
+        return min(losses, key=losses.get, default=lrs[0]), losses
 
     def sample_command(self, run, seed, n, settings, out):
-        weights = os.path.join(self.folder(run, seed, self.lr[run]), "weights.safetensors")
+        folder = self.folder(run, seed, self.lr[run], self.steps(run, self.scale["steps"]))
+        weights = os.path.join(folder, "weights.safetensors")
         command = [self.program("sample"), "--weights", weights, "--n", n, "--batch", min(n, 200),
                    "--seed", 1000 + seed, "--out", out]
         for name, value in settings.items():
             command += [f"--{name}", value]
-        if self.args.data != "shapes":  # classes as often as the data have them; of shapes, each in turn
+        if self.data != "shapes":  # classes as often as the data have them; of shapes, each in turn
             import evaluate
             import torch
-            _, y, _ = evaluate.load_pictures(self.args.data)
+            _, y, _ = evaluate.load_pictures(self.data)
             if y is not None:
                 chosen = torch.randint(len(y), (n,), generator=torch.Generator().manual_seed(1))
                 command += ["--labels", ",".join(map(str, y[chosen].tolist()))]
         return [str(word) for word in command]
 
+    def best_shift(self, run):
+        """The --t_shift with the lowest distance at a budget in the middle, by seed 1."""
+        self.shift[run] = 0
+        budgets = self.scale["budgets"]
+        budget = next(b for b in budgets[len(budgets) // 2:] if self.settings(run, b, 1))
+        distances = {}
+        for shift in (0, 1, 2):
+            self.shift[run] = shift
+            distances[shift] = self.measure(run, 1, **self.settings(run, budget, 1))["fd"]
+        return min(distances, key=distances.get)
+
+    @staticmethod
+    def key(run, seed, settings):
+        return f"{run} {seed} " + " ".join(f"{name}={value}" for name, value in settings.items())
+
     def measure(self, run, seed, **settings):
         """Draws pictures with these settings of sample_* and judges them: METRICS, passes, seconds of sampling."""
-        key = f"{run} {seed} " + " ".join(f"{name}={value}" for name, value in settings.items())
+        key = self.key(run, seed, settings)
         if key in self.points:
             return self.points[key]
         if self.evaluator is None:
@@ -258,11 +300,12 @@ class Experiment:
         options, steps = self.runs[run][1], settings["steps"]
         if "fixed_point" in options:
             return flops(self.scale, options, 0)[0] * steps
-        return flops(self.scale, options, passes / steps - 2)[0] * steps
+        outside = options.get("pre_depth", 1) + options.get("post_depth", 1)
+        return flops(self.scale, options, passes / steps - outside)[0] * steps
 
     def make_evaluator(self):
         import evaluate
-        data = self.args.data
+        data = self.data
         if data == "shapes":  # pictures of another seed than any training's, written by the program itself
             data = os.path.join(self.out, "real.safetensors")
             if not os.path.exists(data):
@@ -278,7 +321,8 @@ class Experiment:
         key = f"trace {seed} {reuse} {solver} {steps}"
         if key not in self.points:
             path = os.path.join(self.out, "trace.csv")
-            settings = dict(cfg=1, steps=steps, iters=self.scale["trace_iters"], reuse=reuse, solver=solver, trace=path)
+            settings = dict(cfg=1, steps=steps, iters=self.scale["trace_iters"], reuse=reuse, solver=solver,
+                            t_shift=self.shift["fpdm"], trace=path)
             self.call(self.sample_command("fpdm", seed, 100, settings, os.path.join(self.out, "x.png")))
             with open(path) as file:
                 rows = [line.split(",") for line in file.read().split()[1:]]
@@ -307,21 +351,25 @@ class Experiment:
     # ---- all of it
 
     def everything(self):
-        scale = self.scale
+        scale, seeds = self.scale, range(1, self.scale["seeds"] + 1)
         subprocess.run(["make", "-s", f"train_{self.target}", f"sample_{self.target}"], cwd=ROOT, check=True)
-        seeds = range(1, scale["seeds"] + 1)
-        self.lr, self.tuning = {}, {}
-        for run in self.runs:
+        self.lr, self.tuning, self.shift = {}, {}, {}
+        for run in sorted(self.runs, key=SAME_RATE.__contains__):
             self.lr[run], self.tuning[run] = self.best_lr(run)
-        self.training = {run: [self.train(run, seed, self.lr[run], scale["phases"]) for seed in seeds]
+        self.training = {run: [self.train(run, seed, self.lr[run], self.steps(run, scale["steps"])) for seed in seeds]
                          for run in self.runs}
+        self.measured, self.to_measure, self.begin_measure = 0, 3 * len(self.runs), time.time()
+        for run in self.runs:
+            self.shift[run] = self.best_shift(run)
         plan = list(self.plan())
-        self.to_measure = sum(f"{run} {seed} " + " ".join(f"{k}={v}" for k, v in settings.items()) not in self.points
-                              for run, settings in plan for seed in seeds)
+        self.to_measure = sum(self.key(run, seed, settings) not in self.points for run, settings in plan
+                              for seed in seeds)
         self.measured, self.begin_measure = 0, time.time()
         for run, settings in plan:
             for seed in seeds:
                 self.measure(run, seed, **settings)
+        if "one_step" not in self.runs:
+            return
         for reuse in (0, 1):
             for solver in ("plain", "anderson"):
                 self.trace(1, reuse, solver, 10)
@@ -337,20 +385,24 @@ class Experiment:
 
     # Settings of each experiment, as lists of (run, settings of sample_*).
 
-    def dit_settings(self, run, budget):
-        steps = budget // self.runs[run][1]["depth"]
-        return dict(steps=steps, budget=budget) if steps >= 2 else None
+    def settings(self, run, budget, k):
+        """As many timesteps as the budget allows, of k iterations each where the model iterates; None: not even two."""
+        options = self.runs[run][1]
+        dit = "fixed_point" in options
+        per_step = options["depth"] if dit else k + options.get("pre_depth", 1) + options.get("post_depth", 1)
+        steps = budget // per_step
+        ours = {} if dit else dict(budget=steps * per_step, reuse=1, alloc="const")
+        return dict(steps=steps, **ours, t_shift=self.shift[run]) if steps >= 2 else None
 
-    def fpdm_settings(self, budget, k):
-        steps = budget // (k + 2)
-        return dict(steps=steps, budget=steps * (k + 2), reuse=1, alloc="const") if steps >= 2 else None
+    def contest(self):
+        """The contenders for quality, without the rivals in training."""
+        return [run for run in self.runs if run not in ("one_step", "unroll")]
 
     def quality_plan(self):
         for budget in self.scale["budgets"]:
-            for run in ("dit_cost", "dit_params"):
-                yield run, self.dit_settings(run, budget)
-            for k in self.scale["per_step"]:
-                yield "fpdm", self.fpdm_settings(budget, k)
+            for run in self.contest():
+                for k in [1] if "fixed_point" in self.runs[run][1] else self.scale["per_step"]:
+                    yield run, self.settings(run, budget, k)
 
     def technique_plan(self):
         """Reuse and allocation at three budgets: 2, 3 and 4 iterations per timestep."""
@@ -359,29 +411,37 @@ class Experiment:
             steps = max(budget // (k + 2), 2)
             for reuse in (0, 1):
                 for alloc in ("const", "inc", "dec"):
-                    yield "fpdm", dict(steps=steps, budget=steps * (k + 2), reuse=reuse, alloc=alloc)
+                    yield "fpdm", dict(steps=steps, budget=steps * (k + 2), reuse=reuse, alloc=alloc,
+                                       t_shift=self.shift["fpdm"])
+
+    def ten(self, run="fpdm", **settings):
+        return dict(steps=10, reuse=1, t_shift=self.shift[run], **settings)
 
     def solver_plan(self):
         for k in self.scale["solver_iters"]:
-            yield "fpdm", dict(steps=10, iters=k, reuse=1)
+            yield "fpdm", self.ten(iters=k)
             for window in (1, 3):
-                yield "fpdm", dict(steps=10, iters=k, reuse=1, solver="anderson", window=window)
+                yield "fpdm", self.ten(iters=k, solver="anderson", window=window)
         for tol in self.scale["tols"]:
-            yield "fpdm", dict(steps=10, iters=self.scale["trace_iters"], reuse=1, tol=tol)
+            yield "fpdm", self.ten(iters=self.scale["trace_iters"], tol=tol)
 
     def method_plan(self):
         for k in self.scale["unroll_iters"]:
             for run in ("fpdm", "one_step", "unroll"):
-                yield run, dict(steps=10, iters=k, reuse=1)
+                yield run, self.ten(run, iters=k)
 
     def plan(self):
-        for part in (self.quality_plan, self.technique_plan, self.solver_plan, self.method_plan):
+        parts = [self.quality_plan]
+        if "one_step" in self.runs:
+            parts += [self.technique_plan, self.solver_plan, self.method_plan]
+        for part in parts:
             yield from (item for item in part() if item[1])
 
 
 # ---- the report
 
-COLORS = {"fpdm": "#d62728", "dit_cost": "#1f77b4", "dit_params": "#2ca02c", "one_step": "#9467bd", "unroll": "#8c564b"}
+COLORS = {"fpdm": "#d62728", "fpdm_blind": "#e377c2", "fpdm_x": "#ff7f0e", "dit3": "#17becf", "dit": "#1f77b4",
+          "dit_deep": "#000080", "one_step": "#9467bd", "unroll": "#8c564b"}
 
 
 def value(mean_and_deviation, digits=2):
@@ -390,7 +450,7 @@ def value(mean_and_deviation, digits=2):
 
 
 def table(head, rows):
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = ["| " + " | ".join(map(str, head)) + " |", "|" + "---|" * len(head)]
     return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows] + [""]
 
 
@@ -403,10 +463,11 @@ def differs(a, b):
 
 
 class Report:
-    """Writes claims.md and its plots from the measurements of an Experiment."""
+    """Writes claims.md and its plots from what was measured on shapes, and perhaps on photographs."""
 
-    def __init__(self, experiment):
-        self.e, self.scale, self.folder = experiment, experiment.scale, experiment.args.results
+    def __init__(self, args, shapes, plateau, photographs):
+        self.args, self.e, self.plateau, self.photographs = args, shapes, plateau, photographs
+        self.scale, self.folder = shapes.scale, args.results
         os.makedirs(self.folder, exist_ok=True)
         import matplotlib
         matplotlib.use("Agg")
@@ -434,53 +495,92 @@ class Report:
         axis.set_xticklabels(map(str, numbers))
         axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
 
-    def quality(self, run, budget, k=None):
-        settings = self.e.fpdm_settings(budget, k) if run == "fpdm" else self.e.dit_settings(run, budget)
-        return (self.e.mean(run, settings), settings) if settings else None
-
-    def at_budget(self, run, budget):
+    @staticmethod
+    def at_budget(e, run, budget):
         """(metrics, settings) of a contender; the fixed point with the iterations per timestep that seed 1 alone would
         choose at this budget, so that the error bars of the others are not those of a choice by luck."""
-        if run != "fpdm":
-            return self.quality(run, budget)
-        usable = [s for s in (self.e.fpdm_settings(budget, k) for k in self.scale["per_step"]) if s]
-        best = min(usable, key=lambda s: self.e.measure("fpdm", 1, **s)["fd"])
-        return self.e.mean("fpdm", best), best
+        usable = [s for k in e.scale["per_step"] if (s := e.settings(run, budget, k))]
+        best = min(usable, key=lambda s: e.measure(run, 1, **s)["fd"], default=None)
+        return best and (e.mean(run, best), best)
 
     def write(self):
-        e, scale = self.e, self.scale
-        data = "shapes (drawn by the program, endless)" if e.args.data == "shapes" else os.path.basename(e.args.data)
-        command = f"python3 tools/reproduce.py --scale {e.args.scale}"
-        if e.args.data != "shapes":
-            command += f" --data {os.path.basename(e.args.data)}"
-        judge = e.points["evaluator"]
-        images = scale["phases"][-1][0] * scale["batch"]
+        e, scale, command = self.e, self.scale, f"python3 tools/reproduce.py --scale {self.args.scale}"
+        if self.photographs:
+            command += f" --photographs {os.path.basename(self.photographs.data)}"
         self.lines = [
             "# The paper's claims, measured", "",
-            *(["**A self-test of tools/reproduce.py: models this small, trained this little, say nothing of the claims. "
-               "`--scale laptop` measures them.**", ""] if e.args.scale == "smoke" else []),
-            f"Made by `{command}`; run it again to make it anew. {data}, {scale['seeds']} training seeds, {images:,} "
-            f"pictures seen by each model, width {scale['width']}, patch {scale['patch']}; sampling without guidance, "
-            f"flow, a sampling seed for each training seed, {scale['pictures']:,} pictures each. ± is the standard "
-            "deviation over the seeds. `distance` is the Fréchet distance of tools/evaluate.py (lower is better; not "
-            f"the FID of papers): real pictures against real ones {judge['floor']['fd']:.2f}, noise "
-            f"{judge['ceiling']['fd']:.0f}; its classifier is right on {100 * judge['accuracy']:.1f} % of real "
-            "pictures that it has not seen.", "",
+            *(["**A self-test of tools/reproduce.py: models this small, trained this little, say nothing of the "
+               "claims. `--scale hour` measures them.**", ""] if self.args.scale == "smoke" else [])]
+        self.answer()
+        self.lines += [
+            f"Made by `{command}`; run it again to make it anew. Every contender was trained with the same arithmetic "
+            f"({1e-12 * scale['steps'] * scale['batch'] * flops(scale, e.runs['fpdm'][1], 0)[1]:.0f} TFLOP on shapes), "
+            f"with a learning rate that falls to zero, in {scale['dtype']}; {scale['seeds']} training seed"
+            f"{'s, ± is the standard deviation over them' if scale['seeds'] > 1 else ''}. Sampling without guidance, "
+            f"flow, {scale['pictures']:,} pictures a point. The learning rate and `--t_shift` are the best of short "
+            "trials, for each contender alone, and so are its iterations per timestep at each budget. `distance` is "
+            "the Fréchet distance of tools/evaluate.py (lower is better; not the FID of papers).", "",
             "A *pass* is one forward of a Transformer block for one picture, the paper's unit. An iteration of the "
             "fixed point also has a projection, a third of a block more arithmetic, which the unit leaves out: so the "
             "quality is shown against GFLOP too.", ""]
         self.contenders()
-        self.budgets()
+        self.budgets(e, "shapes")
+        if self.photographs:
+            self.budgets(self.photographs, "photographs")
         self.pictures()
         self.smoothing()
         self.techniques()
         self.solvers()
         self.methods()
+        self.stops()
         path = os.path.join(self.folder, "claims.md")
         with open(path + ".tmp", "w") as file:
             file.write("\n".join(self.lines))
         os.replace(path + ".tmp", path)
         print(f"report: {path}")
+
+    def answer(self):
+        """One plot and three sentences."""
+        sides = [("shapes", self.e)] + ([("photographs", self.photographs)] if self.photographs else [])
+
+        def draw(*axes):
+            for axis, (name, e) in zip(axes, sides):
+                for run in e.contest():
+                    found = [(b, self.at_budget(e, run, b)) for b in e.scale["budgets"]]
+                    self.curve(axis, [(b, point[0]["fd"]) for b, point in found if point], e.runs[run][0], COLORS[run],
+                               "--" if "fixed_point" in e.runs[run][1] else "-")
+                axis.axhline(e.points["evaluator"]["floor"]["fd"], color="gray", linestyle=":", label="real pictures")
+                axis.set(xscale="log", yscale="log", ylabel="Fréchet distance (lower is better)", title=name,
+                         xlabel="Transformer-block passes per picture")
+                self.ticks(axis, e.scale["budgets"])
+                axis.legend(fontsize=7)
+
+        self.lines += ["## When should I use a fixed-point model?", ""]
+        self.figure("claims.png", draw, len(sides))
+        wins, loses = [], []
+        for name, e in sides:
+            for b in e.scale["budgets"]:
+                found = {run: point[0]["fd"][0] for run in e.contest() if (point := self.at_budget(e, run, b))}
+                ours, theirs = (min(fd for run, fd in found.items() if ("fixed_point" in e.runs[run][1]) == dit)
+                                for dit in (False, True))
+                (wins if ours < theirs else loses).append((name, b, ours, theirs))
+
+        def say(rows):
+            words = [f"{name} at {', '.join(str(b) for n, b, *_ in rows if n == name)} passes a picture ("
+                     + ", ".join(f"{ours:.3g} against {theirs:.3g}" for n, _, ours, theirs in rows if n == name)
+                     + ")" for name in dict.fromkeys(row[0] for row in rows)]
+            return " and on ".join(words)
+
+        parameters = {run: self.e.training[run][0]["parameters"] for run in self.e.contest()}
+        self.lines += [
+            (f"Trained with the same arithmetic, the best fixed-point model is nearer to the data than the best DiT on "
+             f"{say(wins)}." if wins else "Trained with the same arithmetic, the best DiT was nearer to the data than "
+             "the best fixed-point model at every budget that was measured here."), "",
+            f"DiT is nearer on {say(loses)}." if loses else "DiT was nearer at no budget that was measured.", "",
+            f"What a fixed-point model has at any budget is its size, {parameters['fpdm']:.2f} million parameters "
+            f"where the DiT of {self.e.runs['dit_deep'][1]['depth']} blocks has {parameters['dit_deep']:.2f} (at the "
+            "paper's size 85 where DiT-XL/2 has 674), and one set of weights whose passes can be given out freely "
+            "between timesteps.", ""]
 
     def contenders(self):
         e, scale = self.e, self.scale
@@ -489,17 +589,16 @@ class Report:
         rows = []
         for run, (words, options) in e.runs.items():
             points = e.training[run]
-            seconds = [p["seconds"] / p["images"] for p in points]
             lrs = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in e.tuning[run].items())
             rows.append([words, f"{points[0]['parameters']:.2f} M", f"{points[0]['memory']:.0f} MB",
-                         f"{1e-9 * flops(scale, options, 0)[1]:.2f}", f"{1e3 * min(seconds):.2f} ms",
-                         f"{e.lr[run]:g} ({lrs})",
+                         f"{1e-9 * flops(scale, options, 0)[1]:.2f}", f"{points[0]['images']:,}",
+                         f"{e.lr[run]:g}" + f" ({lrs})" * bool(lrs),
                          value((statistics.fmean(p["loss"] for p in points),
                                 statistics.stdev([p["loss"] for p in points]) if len(points) > 1 else 0), 4)])
         self.lines += table(["model", "parameters", f"training memory, batch {scale['batch']}", "GFLOP per picture",
-                             "time per picture", "learning rate (loss of the short runs)", "loss, last quarter"], rows)
-        self.lines += ["Time is that of the fastest seed; memory is what train_* allocates and prints. The learning "
-                       f"rate is the best of short runs ({scale['tune_steps']} steps, another seed). The loss of a "
+                             "pictures seen", "learning rate (loss of the short runs)", "loss, last quarter"], rows)
+        self.lines += ["Memory is what train_* allocates and prints. The learning rate is the best of short runs "
+                       f"({scale['tune_steps']} steps of the first, another seed). The loss of a "
                        "fixed-point model is that of its random n and m, so it compares the rows of one kind only.", ""]
         rows = [[f"{name}, batch {batch}", f"{millions:.1f} M", f"{mb / 1000:.2f} GB", f"`train_{e.target} {options}`"]
                 for name, batch, millions, mb, options in e.points["paper"]]
@@ -511,60 +610,68 @@ class Report:
                 fewer, less = (100 * (1 - ours / theirs) for ours, theirs in zip(*sizes.values()))
                 self.lines += [f"With batch {batch}: {fewer:.1f} % fewer parameters, {less:.0f} % less memory.", ""]
 
-    def budgets(self):
-        e, budgets = self.e, self.scale["budgets"]
-        names = ["fpdm", "dit_cost", "dit_params"]
-        best = {(run, b): self.at_budget(run, b) for run in names for b in budgets}
-        self.lines += ["## Quality against budget", "",
+    def budgets(self, e, name):
+        budgets, judge = e.scale["budgets"], e.points["evaluator"]
+        best = {(run, b): self.at_budget(e, run, b) for run in e.contest() for b in budgets}
+        self.lines += [f"## Quality against budget: {name}", "",
                        "The paper: at a small budget the fixed-point model draws better pictures than DiT of the same "
-                       "passes per timestep; with much compute DiT is better.", ""]
+                       "passes per timestep; with much compute DiT is better.", "",
+                       f"Real pictures against real ones: {judge['floor']['fd']:.2f}, noise "
+                       f"{judge['ceiling']['fd']:.0f}; the classifier is right on {100 * judge['accuracy']:.1f} % of "
+                       "real pictures that it has not seen.", ""]
 
-        def draw(by_passes, by_gflop):
-            for axis, unit in ((by_passes, "passes"), (by_gflop, "gflop")):
-                for run in names:
-                    points = [found for b in budgets if (found := best[run, b])]
-                    self.curve(axis, [(m[unit][0], m["fd"]) for m, _ in points], e.runs[run][0], COLORS[run])
-                axis.axhline(e.points["evaluator"]["floor"]["fd"], color="gray", linestyle=":", label="real pictures")
-                axis.set(xscale="log", yscale="log", ylabel="Fréchet distance",
-                         xlabel={"passes": "Transformer-block passes per picture", "gflop": "GFLOP per picture"}[unit])
-                axis.legend()
-            self.ticks(by_passes, budgets)
+        def draw(axis):
+            for run in e.contest():
+                points = [found for b in budgets if (found := best[run, b])]
+                self.curve(axis, [(m["gflop"][0], m["fd"]) for m, _ in points], e.runs[run][0], COLORS[run],
+                           "--" if "fixed_point" in e.runs[run][1] else "-")
+            axis.set(xscale="log", yscale="log", ylabel="Fréchet distance", xlabel="GFLOP per picture")
+            axis.legend(fontsize=7)
 
-        self.figure("claims_budget.png", draw, 2)
-        rows, verdicts = [], []
-        for budget in budgets:
-            row = [budget]
-            for run in names:
-                found = best[run, budget]
-                row += [f"{value(found[0]['fd'])} ({found[1]['steps']} steps)" if found else "–"]
-            for run in names:
-                found = best[run, budget]
-                row += [f"{100 * found[0]['recognised'][0]:.0f} %" if found and "recognised" in found[0] else "–"]
-            for run in names:
-                found = best[run, budget]
-                row += [f"{found[0]['precision'][0]:.2f} / {found[0]['recall'][0]:.2f}" if found else "–"]
-            rows.append(row)
-            verdicts.append((budget, *(differs(best["fpdm", budget][0]["fd"], best[run, budget][0]["fd"])
-                                       if best[run, budget] else "–" for run in names[1:])))
-        words = [e.runs[run][0] for run in names]
-        self.lines += table(["passes"] + [f"distance, {w}" for w in words] + [f"recognised, {w}" for w in words] +
-                            [f"precision / recall, {w}" for w in words], rows)
-        self.lines += ["The distance of FPDM is, against", ""]
-        self.lines += table(["passes", *words[1:]], verdicts)
+        self.figure(f"claims_{name}.png", draw)
+        for words, cell in (("distance (timesteps)", lambda m, s: f"{value(m['fd'])} ({s['steps']})"),
+                            ("recognised",
+                             lambda m, s: f"{100 * m['recognised'][0]:.0f} %" if "recognised" in m else "–"),
+                            ("precision / recall", lambda m, s: f"{m['precision'][0]:.2f} / {m['recall'][0]:.2f}")):
+            rows = [[f"{e.runs[run][0]}, t_shift {e.shift[run]}"] +
+                    [cell(*best[run, b]) if best[run, b] else "–" for b in budgets] for run in e.contest()]
+            self.lines += table([f"{words} at passes", *budgets], rows)
 
     def pictures(self):
         """The contenders' pictures at a small budget: the same noise and the same labels."""
-        e, budget = self.e, self.scale["budgets"][min(2, len(self.scale["budgets"]) - 1)]
-        files, names = [], []
-        for run in ("fpdm", "dit_cost", "dit_params"):
-            settings = {"cfg": 1, **self.at_budget(run, budget)[1]}
-            files.append(os.path.join(e.out, f"grid-{run}.png"))
-            names.append(f"{e.runs[run][0]}: {settings['steps']} steps".replace(",", ""))
-            e.call(e.sample_command(run, 1, 30, settings, files[-1]))
-        both = os.path.join(self.folder, "claims_pictures.png")
-        e.call([sys.executable, os.path.join(HERE, "plot.py"), *files, "--names", ",".join(names), "--out", both])
-        self.lines += [f"The same noise and labels, {budget} passes, no guidance, the first training seed:", "",
-                       "![claims_pictures.png](claims_pictures.png)", ""]
+        self.lines += ["## The same noise and labels", ""]
+        for e, name in (self.e, "shapes"), (self.photographs, "photographs"):
+            if not e:
+                continue
+            budget, files, names = e.scale["budgets"][len(e.scale["budgets"]) // 2], [], []
+            for run in ("fpdm", "dit3", "dit", "dit_deep"):
+                if run not in e.runs or not (found := self.at_budget(e, run, budget)):
+                    continue
+                settings = {"cfg": 1, **found[1]}
+                files.append(os.path.join(e.out, f"grid-{run}.png"))
+                names.append(f"{e.runs[run][0]}: {settings['steps']} steps".replace(",", ""))
+                e.call(e.sample_command(run, 1, 30, settings, files[-1]))
+            picture = f"claims_pictures_{name}.png"
+            e.call([sys.executable, os.path.join(HERE, "plot.py"), *files, "--names", ",".join(names), "--out",
+                    os.path.join(self.folder, picture)])
+            self.lines += [f"{name}, {budget} passes, no guidance, the first training seed:", "",
+                           f"![{picture}]({picture})", ""]
+
+    def stops(self):
+        """What holds the fixed-point model back: models that differ in one thing, after the same number of pictures."""
+        e = self.plateau
+        self.lines += ["## What holds it back", "",
+                       f"Models that differ from the first in one thing, {e.scale['steps'] * e.scale['batch']:,} "
+                       f"pictures each, learning rate {e.scale['lrs'][0]:g}, the same seed, no guidance; the distance "
+                       "at three budgets, each with the best of the iterations per timestep and `--t_shift`.", ""]
+        rows = []
+        for run, (words, options) in e.runs.items():
+            found = [self.at_budget(e, run, b) for b in e.scale["budgets"]]
+            rows.append([words, f"{e.training[run][0]['parameters']:.2f} M",
+                         f"{1e-9 * flops(e.scale, options, 0)[1]:.2f}",
+                         *(f"{p[0]['fd'][0]:.1f}, {100 * p[0]['recognised'][0]:.0f} %" if p else "–" for p in found)])
+        self.lines += table(["model", "parameters", "training GFLOP per picture",
+                             *(f"{b} passes" for b in e.scale["budgets"])], rows)
 
     def smoothing(self):
         e = self.e
@@ -572,7 +679,7 @@ class Report:
                        "The paper: at a fixed budget more timesteps with fewer iterations each are better, up to a "
                        "point.", ""]
         budgets = self.scale["budgets"][-4:]
-        grid = {b: [(s["steps"], e.mean("fpdm", s)) for k in self.scale["per_step"] if (s := e.fpdm_settings(b, k))]
+        grid = {b: [(s["steps"], e.mean("fpdm", s)) for k in self.scale["per_step"] if (s := e.settings("fpdm", b, k))]
                 for b in self.scale["budgets"]}
 
         def draw(axis):
@@ -656,7 +763,7 @@ class Report:
                        "gradients, and needs less memory than unrolling. Memory and time are in the first table.", ""]
         runs = ["fpdm", "one_step", "unroll"]
         iterations = self.scale["unroll_iters"]
-        found = {(run, k): e.mean(run, dict(steps=10, iters=k, reuse=1))["fd"] for run in runs for k in iterations}
+        found = {(run, k): e.mean(run, e.ten(run, iters=k))["fd"] for run in runs for k in iterations}
 
         def draw(axis):
             for run in runs:
@@ -673,8 +780,8 @@ class Report:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--scale", choices=SCALES, default="laptop", help="[laptop]; smoke: self-test")
-    parser.add_argument("--data", default="shapes", help="dataset file, or shapes [shapes]")
+    parser.add_argument("--scale", choices=SCALES, default="hour", help="[hour]; smoke: self-test")
+    parser.add_argument("--photographs", metavar="DATASET", help="a dataset file for the part on photographs [none]")
     parser.add_argument("--target", choices=["cpu", "gpu"], help="which programs [gpu if nvidia-smi sees one]")
     parser.add_argument("--out", help="folder for runs and measurements [reproduce_SCALE]")
     parser.add_argument("--results", help="folder for claims.md and plots [test/results; smoke: --out]")
@@ -684,20 +791,32 @@ def main():
             die(f"needs the Python package {package}: pip install -r tools/requirements.txt")
     args.out = os.path.abspath(args.out or f"reproduce_{args.scale}")
     args.results = os.path.abspath(args.results or (args.out if args.scale == "smoke" else f"{ROOT}/test/results"))
-    if args.data != "shapes":
-        args.data = os.path.abspath(args.data)
-        if not os.path.exists(args.data):
-            die(f"{args.data}: no such dataset; tools/data.py makes them")
+    if args.photographs and not os.path.exists(args.photographs):
+        die(f"{args.photographs}: no such dataset; tools/data.py makes them")
     if not args.target:
         gpu = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
         args.target = "gpu" if gpu else "cpu"
     sys.path.insert(0, HERE)
-    experiment = Experiment(args)
+    scale = SCALES[args.scale]
+    runs = contenders(scale)
+    shapes = Experiment(args, "shapes", args.out, scale, runs)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell had it ignored
         signal.signal(number, signal.default_int_handler)
     try:
-        experiment.everything()
-        Report(experiment).write()
+        shapes.everything()
+        scale = {**scale, "steps": scale["plateau_steps"], "lrs": [shapes.lr["fpdm"]], "seeds": 1,
+                 "budgets": [12, 24, 96], "same_pictures": True}
+        single = Experiment(args, "shapes", os.path.join(args.out, "plateau"), scale, plateau(scale))
+        single.make_evaluator = shapes.make_evaluator
+        single.everything()
+        photographs = None
+        if args.photographs:
+            scale = {**SCALES[args.scale], **(PHOTOGRAPHS if args.scale in ("hour", "laptop") else {})}
+            some = scale["lrs"] if isinstance(scale["lrs"], dict) else ("fpdm", "dit3", "dit", "dit_deep")
+            photographs = Experiment(args, os.path.abspath(args.photographs), os.path.join(args.out, "photographs"),
+                                     scale, {run: runs[run] for run in some})
+            photographs.everything()
+        Report(args, shapes, single, photographs).write()
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here")
         sys.exit(130)
