@@ -1708,8 +1708,7 @@ enum {
     NR = 2 * VL,
     KC = 384, // a tile's rows of A, MR x KC, stay in the first-level cache
     NC = 512, // the block of B, KC x NC, in the second
-    MC = 8 * MR,
-    AW = MR % 4 ? 2 * MR : MR // a panel of A: whole tiles, and a multiple of four
+    MC = 8 * MR
 };
 #define VECTOR(bytes) __attribute__((vector_size(bytes), aligned(sizeof(real)), may_alias)) // may stand anywhere
 typedef real vec VECTOR(VEC_BYTES);
@@ -1922,17 +1921,16 @@ static void gemm_thread(Gemm *g, int thread, int threads) {
                 const Act *A = act_at(g->half, g->A, m0 * g->ars + k0 * step * g->acs);
                 const Act *rest = act_at(g->half, A, inside * g->ars); // goes into panels
                 if (g->half)
-                    pair_pack(gemm_a, AW, m - inside, values, rest, g->ars, g->acs);
+                    pair_pack(gemm_a, MR, m - inside, values, rest, g->ars, g->acs);
                 else
-                    gemm_pack(gemm_a, AW, m - inside, values, rest, g->ars, g->acs);
+                    gemm_pack(gemm_a, MR, m - inside, values, rest, g->ars, g->acs);
                 for (int i = 0; i < m; i += MR)
                     for (int j = 0; j < n; j += NR) {
                         int in = i < inside, next_row = j / NR * share;
-                        const real *a =
-                            in ? (const real *)A + i * ars : gemm_a + (i - inside) / AW * AW * kc + (i - inside) % AW;
+                        const real *a = in ? (const real *)A + i * ars : gemm_a + (i - inside) * kc;
                         Ahead next = {a, 0, 1};
                         if (next_row < 8 && i + MR < inside) next = (Ahead){a + (MR + next_row) * ars, ars, share};
-                        (g->half ? pair_tile : float_tile)(g, m0 + i, n0 + j, a, in ? ars : 1, in ? 1 : AW,
+                        (g->half ? pair_tile : float_tile)(g, m0 + i, n0 + j, a, in ? ars : 1, in ? 1 : MR,
                                                            panel + j * kc, !kb, kc, next);
                     }
             }
