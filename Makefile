@@ -81,7 +81,8 @@ help:
 	@echo "spills                           compiles fpdm.cu for every architecture; fails if a kernel spills registers"
 
 clean:
-	rm -f $(foreach s,cpu gpu emu opencl cdna rdna,$(foreach p,train sample bench test test_kernels test_report,$p_$s $p_$s_asan)) \
+	rm -f $(foreach s,cpu gpu emu opencl cdna rdna,$(foreach p,train sample bench test test_kernels test_report, \
+		$p_$s $p_$s_asan)) \
 		$(foreach t,test_unit test_gradient test_harness,$t $t_asan) fuzz compiler.tmp spills.tmp hip.tmp
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -314,7 +314,7 @@ enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: ear
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernels: what it takes to write and to start them. A port to another accelerator gives a meaning to what stands here
-// and under "Instructions" in Part 4; test/cuda_emu.h lists it.
+// and under "Instructions" and "Fragments" in Part 4; test/cuda_emu.h lists it, README has a guide.
 
 #ifndef WARP
 #define WARP 32 // lanes of a warp
@@ -2192,14 +2192,14 @@ __device__ inline void store(T *p, const float (&x)[V]) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Fragments: how a warp holds pieces of matrices. Of a result, 16 rows and FRAG_COLS columns, a lane has FRAG_ROWS rows
-// and of each FRAG_RUNS runs of FRAG_RUN neighbours: of Frag f, f[r][c] is in row frag_row(r), from column frag_col(c)
-// on, and of the next one to the right from frag_col(FRAG_RUNS + c) on. The lanes that share a row are FRAG_STEP apart.
-// What is multiplied is in bf16: a Left is 16 rows of 16 k, a Right FRAG_COLS columns of 16 k. This is all that knows
-// which lane has what; test/hip.h says the same for AMD.
+// and of each FRAG_RUNS runs of neighbours: of Frag f, f[r][j] is in row frag_row(r), from column frag_col(j) on. The
+// lanes that share a row are FRAG_STEP apart. What is multiplied is in bf16: a Left is 16 rows of 16 k, a Right
+// FRAG_COLS columns of 16 k. This is all that knows which lane has what; test/hip.h says the same for AMD.
 
 #ifndef AMD
 enum { FRAG_ROWS = 2, FRAG_COLS = 8, FRAG_RUNS = 1, FRAG_RUN = 2, FRAG_STEP = 1 };
-typedef float Frag[FRAG_ROWS][FRAG_RUNS][FRAG_RUN];
+typedef float FragRun[FRAG_RUN];
+typedef FragRun Frag[FRAG_ROWS][FRAG_RUNS];
 typedef uint32_t Left[4], Right[2];
 __device__ inline int frag_row(int r) {
     int lane = threadIdx.x % WARP;
@@ -2255,6 +2255,10 @@ __device__ inline T lane_xor(T x, int i) {
     return __shfl_xor_sync(0xffffffffu, x, i);
 }
 #endif
+
+// Run j of a row of fragments side by side, from column frag_col(j) on
+__device__ inline FragRun &frag_run(Frag *f, int r, int j) { return f[j / FRAG_RUNS][r][j % FRAG_RUNS]; }
+__device__ inline const FragRun &frag_run(const Frag *f, int r, int j) { return f[j / FRAG_RUNS][r][j % FRAG_RUNS]; }
 
 // Over the lanes that share a row
 __device__ inline float row_sum(float x) {
@@ -2357,7 +2361,7 @@ __device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, in
         EACH(i, FRAG_ROWS) {
             int r = frag_row(i), c = frag_col(j);
             Vec<float, FRAG_RUN> run;
-            EACH(e, FRAG_RUN) run.v[e] = acc[j / FRAG_RUNS][i][j % FRAG_RUNS][e];
+            EACH(e, FRAG_RUN) run.v[e] = frag_run(acc, i, j)[e];
             *(Vec<float, FRAG_RUN> *)(stage + r * STRIDE + (c ^ (r & 4))) = run;
         }
     }
@@ -2875,9 +2879,8 @@ __device__ inline void tile_scores(Frag (&s)[1][NT], const float *rows, const fl
         EACH(r, FRAG_ROWS) load(row[r], rows + frag_row(r) * LD + k);
         EACH(j, NT * FRAG_RUNS) {
             EACH(c, FRAG_RUN) load(col[c], cols + (frag_col(j) + c) * LD + k);
-            EACH(i, FRAG_ROWS * FRAG_RUN * 4) {
-                int r = i / (4 * FRAG_RUN), c = i / 4 % FRAG_RUN;
-                s[0][j / FRAG_RUNS][r][j % FRAG_RUNS][c] += row[r][i % 4] * col[c][i % 4];
+            EACH(r, FRAG_ROWS) {
+                EACH(i, 4 * FRAG_RUN) frag_run(s[0], r, j)[i / 4] += row[r][i % 4] * col[i / 4][i % 4];
             }
         }
     }
@@ -2908,8 +2911,9 @@ __device__ inline void tile_apply(Frag (&out)[1][HD / FRAG_COLS], const Frag (&p
         EACH(r, FRAG_ROWS) x[r] = frag_value(p[0][k / FRAG_COLS], r, k % FRAG_COLS);
         EACH(j, HD / FRAG_COLS * FRAG_RUNS) {
             load(y, cols + k * Tiles<float, HD>::LD + frag_col(j));
-            EACH(i, FRAG_ROWS * FRAG_RUN)
-                out[0][j / FRAG_RUNS][i / FRAG_RUN][j % FRAG_RUNS][i % FRAG_RUN] += x[i / FRAG_RUN] * y[i % FRAG_RUN];
+            EACH(r, FRAG_ROWS) {
+                EACH(i, FRAG_RUN) frag_run(out[0], r, j)[i] += x[r] * y[i];
+            }
         }
     }
 }
@@ -2943,9 +2947,9 @@ __device__ inline void tile_apply_groups(Frag (&out)[N], const float *p, const f
             float c[FRAG_RUN];
             if (j / FRAG_RUNS == N - 1 && !all) break;
             load(c, cols + row + frag_col(j));
-            EACH(i, FRAG_ROWS * FRAG_RUN)
-                out[j / FRAG_RUNS][i / FRAG_RUN][j % FRAG_RUNS][i % FRAG_RUN] +=
-                    p[weight + frag_row(i / FRAG_RUN)] * c[i % FRAG_RUN];
+            EACH(r, FRAG_ROWS) {
+                EACH(i, FRAG_RUN) frag_run(out, r, j)[i] += p[weight + frag_row(r)] * c[i];
+            }
         }
     }
 }
@@ -2956,7 +2960,7 @@ __device__ inline void each_run(Frag (&x)[N], int first, int T, int cols, F at) 
     EACH(r, FRAG_ROWS) {
         int row = first + frag_row(r);
         EACH(j, N * FRAG_RUNS) {
-            if (row < T && frag_col(j) / 8 * 8 < cols) at(row, frag_col(j), x[j / FRAG_RUNS][r][j % FRAG_RUNS]);
+            if (row < T && frag_col(j) / 8 * 8 < cols) at(row, frag_col(j), frag_run(x, r, j));
         }
     }
 }
@@ -2964,7 +2968,7 @@ __device__ inline void each_run(Frag (&x)[N], int first, int T, int cols, F at) 
 // Such a result times `by` to rows first.. of p (T,cols), row stride ld
 template <int N, typename A>
 __device__ inline void store_head(A *p, int ld, int first, int T, int cols, Frag (&x)[N], float by) {
-    each_run(x, first, T, cols, [&](int row, int col, float(&run)[FRAG_RUN]) {
+    each_run(x, first, T, cols, [&](int row, int col, FragRun &run) {
         float v[FRAG_RUN];
         EACH(i, FRAG_RUN) v[i] = by * run[i];
         store(p + (size_t)row * ld + col, v);
@@ -3000,21 +3004,20 @@ __global__ void __launch_bounds__(4 * WARP, 2)
         EACH(mi, MI) {
             EACH(r, FRAG_ROWS) {
                 float top = largest[mi][r];
-                EACH(i, NT * FRAG_RUNS * FRAG_RUN) {
-                    int j = i / FRAG_RUN;
-                    float *x = &s[mi][j / FRAG_RUNS][r][j % FRAG_RUNS][i % FRAG_RUN];
-                    if (c0 + frag_col(j) + i % FRAG_RUN >= T) *x = -INFINITY;
-                    top = fmaxf(top, *x);
+                EACH(j, NT * FRAG_RUNS) {
+                    EACH(i, FRAG_RUN) {
+                        float *x = &frag_run(s[mi], r, j)[i];
+                        if (c0 + frag_col(j) + i >= T) *x = -INFINITY;
+                        top = fmaxf(top, *x);
+                    }
                 }
                 top = row_max(top);
                 float correct = fast_exp2((largest[mi][r] - top) * scale);
                 largest[mi][r] = top;
                 sum[mi][r] *= correct;
-                EACH(i, NO * FRAG_RUNS * FRAG_RUN) {
-                    o[mi][i / FRAG_RUN / FRAG_RUNS][r][i / FRAG_RUN % FRAG_RUNS][i % FRAG_RUN] *= correct;
-                }
+                EACH(i, NO * FRAG_RUNS * FRAG_RUN) frag_run(o[mi], r, i / FRAG_RUN)[i % FRAG_RUN] *= correct;
                 EACH(i, NT * FRAG_RUNS * FRAG_RUN) {
-                    float *x = &s[mi][i / FRAG_RUN / FRAG_RUNS][r][i / FRAG_RUN % FRAG_RUNS][i % FRAG_RUN];
+                    float *x = &frag_run(s[mi], r, i / FRAG_RUN)[i % FRAG_RUN];
                     *x = fast_exp2((*x - top) * scale);
                     sum[mi][r] += *x;
                 }
@@ -3032,9 +3035,7 @@ __global__ void __launch_bounds__(4 * WARP, 2)
             if (lse && frag_col(0) == 0 && row < T)
                 lse[((size_t)blockIdx.z * gridDim.y + blockIdx.y) * T + row] = largest[mi][r] * scale + log2f(all);
             all = 1 / all;
-            EACH(i, NO * FRAG_RUNS * FRAG_RUN) {
-                o[mi][i / FRAG_RUN / FRAG_RUNS][r][i / FRAG_RUN % FRAG_RUNS][i % FRAG_RUN] *= all;
-            }
+            EACH(i, NO * FRAG_RUNS * FRAG_RUN) frag_run(o[mi], r, i / FRAG_RUN)[i % FRAG_RUN] *= all;
         }
         store_head(out + (size_t)blockIdx.z * T * D + blockIdx.y * hd, D, first + 16 * mi, T, hd, o[mi], 1);
     }
@@ -3090,10 +3091,9 @@ __global__ void __launch_bounds__(8 * WARP, 1)
             tile_scores<HD>(p, tk, tq + c * S::LD);
             EACH(j, NT * FRAG_RUNS) { // a key beyond T meets a row of zeros in k: all its weight must be is finite
                 load(of, q_lse + c + frag_col(j));
-                EACH(i, MI * FRAG_ROWS * FRAG_RUN) {
-                    int r = i / FRAG_RUN;
-                    float *x = &p[r / FRAG_ROWS][j / FRAG_RUNS][r % FRAG_ROWS][j % FRAG_RUNS][i % FRAG_RUN];
-                    *x = fast_exp2(fminf(*x * scale - of[i % FRAG_RUN], 0));
+                EACH(r, MI * FRAG_ROWS) {
+                    FragRun &x = frag_run(p[r / FRAG_ROWS], r % FRAG_ROWS, j);
+                    EACH(i, FRAG_RUN) x[i] = fast_exp2(fminf(x[i] * scale - of[i], 0));
                 }
             }
             tile_apply<HD>(dv, p, tg + c * S::LD);
@@ -3101,9 +3101,8 @@ __global__ void __launch_bounds__(8 * WARP, 1)
             EACH(j, NT * FRAG_RUNS) {
                 load(of, q_delta + c + frag_col(j));
                 EACH(r, MI * FRAG_ROWS) {
-                    float(&x)[FRAG_RUN] = g[r / FRAG_ROWS][j / FRAG_RUNS][r % FRAG_ROWS][j % FRAG_RUNS];
-                    EACH(i, FRAG_RUN)
-                        x[i] = p[r / FRAG_ROWS][j / FRAG_RUNS][r % FRAG_ROWS][j % FRAG_RUNS][i] * (x[i] - of[i]);
+                    FragRun &x = frag_run(g[r / FRAG_ROWS], r % FRAG_ROWS, j);
+                    EACH(i, FRAG_RUN) x[i] = frag_run(p[r / FRAG_ROWS], r % FRAG_ROWS, j)[i] * (x[i] - of[i]);
                     store(ds + (r / FRAG_ROWS * 16 + frag_row(r % FRAG_ROWS)) * S::COLS_LD + c + frag_col(j), x);
                 }
             }
@@ -3122,7 +3121,7 @@ __global__ void __launch_bounds__(8 * WARP, 1)
             if (row >= T) break;
             if (first)
                 each_run(dq, row, T, hd - col,
-                         [&](int r, int c, float(&run)[FRAG_RUN]) { load(run, sums + (size_t)r * D + col + c); });
+                         [&](int r, int c, FragRun &run) { load(run, sums + (size_t)r * D + col + c); });
             tile_apply_groups<HD>(dq, groups + 64 * S::LD + row - q0, groups + col, keys, col + FRAG_COLS * HALF <= HD);
             if (first + keys < T)
                 store_head(sums + col, D, row, T, hd - col, dq, 1);

@@ -255,7 +255,8 @@ __device__ inline T lane_xor(T x, int i) {
 // 1, 9, ... And a result is laid out as the next product's operand, but that RDNA wants both halves.
 
 enum { FRAG_ROWS = 1, FRAG_COLS = 16, FRAG_RUNS = 64 / WARP, FRAG_RUN = 4, FRAG_STEP = 16 };
-typedef float Frag[FRAG_ROWS][FRAG_RUNS][FRAG_RUN];
+typedef float FragRun[FRAG_RUN];
+typedef FragRun Frag[FRAG_ROWS][FRAG_RUNS];
 typedef uint32_t Left[WARP == 64 ? 2 : 8], Right[WARP == 64 ? 2 : 8];
 __device__ inline int frag_row(int) { return threadIdx.x % 16; }
 __device__ inline int frag_col(int j) {
