@@ -13,7 +13,7 @@
 // "Part 2"      diffusion: noise schedule, training loss, samplers, how a budget of iterations is spent
 // "Part 3"      learning: AdamW, the moving average of the weights, the training loop
 // "Part 4"      speed and memory: instructions of the GPU, the matrix product, attention, where activations lie
-// "Part 5"      plumbing: random numbers, files, options, pictures, data, the programs; nothing new about the model
+// "Part 5"      plumbing: ranks, random numbers, files, options, pictures, data, the programs; nothing new about the model
 //
 // "Shared block" marks what fpdm_cpu.c and fpdm.cu have in common, byte for byte.
 //
@@ -1889,78 +1889,6 @@ static void train(Run *run) {
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Data parallel, for many processors or GPUs: `mpirun -np R` starts R ranks, each with the whole model. To skip at first
-//
-// Rank r has rows r·batch/R to (r+1)·batch/R - 1 of each batch. As every draw follows from (seed, index, step), they are
-// the rows that one process would see, and n and m are the same on all ranks; once the gradients are summed, so is the
-// update. Rank 0 alone prints, samples and writes. The loss differs from one process's by the rounding of one sum.
-
-#ifndef MPI // one rank
-static void ranks_open(void) {}
-static void ranks_die(const char *line) { (void)line; }
-static void ranks_reduce(Model *m, Step *did) { (void)m, (void)did; }
-static int ranks_any(int yes) { return yes; }
-static void ranks_same(const char *what, uint64_t hash) { (void)what, (void)hash; }
-#else
-static void model_reduce(Model *m); // behind this block: the gradient becomes the sum over all ranks
-static void ranks_close(void) { MPI_Finalize(); }
-
-// Joins the other ranks. Those of a machine share its cores, unless mpirun gave each its own or OMP_NUM_THREADS is set.
-static void ranks_open(void) {
-    int level;
-    MPI_Comm machine;
-    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
-    atexit(ranks_close);
-    MPI_Comm_rank(MPI_COMM_WORLD, &ranks.rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &ranks.count);
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine);
-    MPI_Comm_rank(machine, &ranks.local);
-    MPI_Comm_size(machine, &ranks.here);
-    if (ranks.rank && !freopen("/dev/null", "w", stdout)) die("/dev/null: cannot open: %s", strerror(errno));
-#ifdef _OPENMP
-    cpu_set_t mine, all;
-    sched_getaffinity(0, sizeof mine, &mine);
-    MPI_Allreduce(&mine, &all, sizeof mine, MPI_BYTE, MPI_BOR, machine);
-    int own = CPU_COUNT(&mine), share = CPU_COUNT(&all) / ranks.here;
-    if (!getenv("OMP_NUM_THREADS")) omp_set_num_threads(share < 1 ? 1 : share < own ? share : own);
-#endif
-}
-
-// How die ends: the first message ends all ranks, by a SIGTERM. What several find wrong at once only `speaker` tells:
-// the others wait for that.
-static void ranks_die(const char *line) {
-    if (ranks.count == 1) return;
-    if (ranks.rank != ranks.speaker && sleep(2 + 2 * (ranks.rank < 3 ? ranks.rank : 3))) _exit(1);
-    fprintf(stderr, "error: rank %d of %d: %s\n", ranks.rank, ranks.count, line);
-    MPI_Abort(MPI_COMM_WORLD, 1);
-}
-
-// Whether any rank says yes. Should that be the end, the first that does is to tell why.
-static int ranks_any(int yes) {
-    int first = yes ? ranks.rank : ranks.count;
-    MPI_Allreduce(MPI_IN_PLACE, &first, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
-    ranks.speaker = first % ranks.count;
-    return first < ranks.count;
-}
-
-static void ranks_reduce(Model *m, Step *did) {
-    double loss[2] = {did->mse, did->vb};
-    ranks_any(!isfinite(did->mse + did->vb + model_gradient_norm(m)));
-    MPI_Allreduce(MPI_IN_PLACE, loss, 2, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
-    did->mse = loss[0];
-    did->vb = loss[1];
-    model_reduce(m);
-}
-
-// Ends all ranks if one has another `what` than rank 0.
-static void ranks_same(const char *what, uint64_t hash) {
-    uint64_t wanted = hash;
-    MPI_Bcast(&wanted, 1, MPI_UINT64_T, 0, MPI_COMM_WORLD);
-    if (ranks_any(hash != wanted)) die("this rank has %s than rank 0; all need the same", what);
-}
-#endif
-
 // End of shared block 3
 
 #ifdef MPI
@@ -1986,7 +1914,9 @@ static void model_reduce(Model *m) {
     size_t bytes = (size_t)m->n_params * sizeof(real);
     real *grads = (real *)xcalloc(m->n_params, sizeof *grads, "gradients on their way between the ranks");
     gpu_download(grads, m->memory[MODEL_GRADS], bytes);
-    MPI_Allreduce(MPI_IN_PLACE, grads, (int)m->n_params, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
+    for (int64_t i = 0, most = 1 << 30; i < m->n_params; i += most)
+        MPI_Allreduce(MPI_IN_PLACE, grads + i, (int)(m->n_params - i < most ? m->n_params - i : most), MPI_FLOAT,
+                      MPI_SUM, MPI_COMM_WORLD);
     gpu_upload(m->memory[MODEL_GRADS], grads, bytes);
     gpu_wait();
     xfree(grads);
@@ -3489,6 +3419,77 @@ static void gpu_copy(void *to, const void *from, size_t bytes) {
 // =====================================================================================================================
 // Shared block 4 of 4. Part 5. Plumbing
 // =====================================================================================================================
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Data parallel, for many processors or GPUs: `mpirun -np R` starts R ranks, each with the whole model. To skip at first
+//
+// Rank r has rows r·batch/R to (r+1)·batch/R - 1 of each batch. As every draw follows from (seed, index, step), they are
+// the rows that one process would see, and n and m are the same on all ranks; once the gradients are summed, so is the
+// update. Rank 0 alone prints, samples and writes. The loss differs from one process's by the rounding of one sum.
+
+#ifndef MPI // one rank
+static void ranks_open(void) {}
+static void ranks_die(const char *line) { (void)line; }
+static void ranks_reduce(Model *m, Step *did) { (void)m, (void)did; }
+static int ranks_any(int yes) { return yes; }
+static void ranks_same(const char *what, uint64_t hash) { (void)what, (void)hash; }
+#else
+static void ranks_close(void) { MPI_Finalize(); }
+
+// Joins the other ranks. Those of a machine share its cores, unless mpirun gave each its own or OMP_NUM_THREADS is set.
+static void ranks_open(void) {
+    int level;
+    MPI_Comm machine;
+    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
+    atexit(ranks_close);
+    MPI_Comm_rank(MPI_COMM_WORLD, &ranks.rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &ranks.count);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine);
+    MPI_Comm_rank(machine, &ranks.local);
+    MPI_Comm_size(machine, &ranks.here);
+    if (ranks.rank && !freopen("/dev/null", "w", stdout)) die("/dev/null: cannot open: %s", strerror(errno));
+#ifdef _OPENMP
+    cpu_set_t mine, all;
+    sched_getaffinity(0, sizeof mine, &mine);
+    MPI_Allreduce(&mine, &all, sizeof mine, MPI_BYTE, MPI_BOR, machine);
+    int own = CPU_COUNT(&mine), share = CPU_COUNT(&all) / ranks.here;
+    if (!getenv("OMP_NUM_THREADS")) omp_set_num_threads(share < 1 ? 1 : share < own ? share : own);
+#endif
+}
+
+// How die ends: the first message ends all ranks, by a SIGTERM. What several find wrong at once only `speaker` tells:
+// the others wait for that.
+static void ranks_die(const char *line) {
+    if (ranks.count == 1) return;
+    if (ranks.rank != ranks.speaker && sleep(2 + 2 * (ranks.rank < 3 ? ranks.rank : 3))) _exit(1);
+    fprintf(stderr, "error: rank %d of %d: %s\n", ranks.rank, ranks.count, line);
+    MPI_Abort(MPI_COMM_WORLD, 1);
+}
+
+// Whether any rank says yes. Should that be the end, the first that does is to tell why.
+static int ranks_any(int yes) {
+    int first = yes ? ranks.rank : ranks.count;
+    MPI_Allreduce(MPI_IN_PLACE, &first, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
+    ranks.speaker = first % ranks.count;
+    return first < ranks.count;
+}
+
+static void ranks_reduce(Model *m, Step *did) {
+    double loss[2] = {did->mse, did->vb};
+    ranks_any(!isfinite(did->mse + did->vb + model_gradient_norm(m)));
+    MPI_Allreduce(MPI_IN_PLACE, loss, 2, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
+    did->mse = loss[0];
+    did->vb = loss[1];
+    model_reduce(m);
+}
+
+// Ends all ranks if one has another `what` than rank 0.
+static void ranks_same(const char *what, uint64_t hash) {
+    uint64_t wanted = hash;
+    MPI_Bcast(&wanted, 1, MPI_UINT64_T, 0, MPI_COMM_WORLD);
+    if (ranks_any(hash != wanted)) die("this rank has %s than rank 0; all need the same", what);
+}
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Errors, memory, time, files that appear whole or not at all
