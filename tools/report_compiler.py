@@ -228,13 +228,12 @@ def estimate():
 def attention_units(D, H, backward):
     """FLOP done, padding counted, and seconds that tensor cores, shared memory and exponentials need for it, for all heads
     of the batch. Of 32 rows of a warp: mma (16x8x16), fragments of 512 bytes (ldmatrix), for 64 columns forward and for
-    32 backward, where dq of 64 rows and 32 columns falls to eight times 16 rows and half of the channels."""
-    _, _, rows, _, MI = tiles("bf16", next(h for h in (32, 64, 72, 128) if D // H <= h))
-    HD = next(h for h in (32, 64, 72, 128) if D // H <= h)
-    K, N, half = -(-HD // 16), HD // 8, -(-HD // 16)
+    32 backward, where dq of 64 rows and 32 columns is made 16 rows and half of the channels at a time."""
+    HD, _, rows, _, MI = tiles("bf16", next(h for h in (32, 64, 72, 128) if D // H <= h))
+    K, N = -(-HD // 16), HD // 8
     if backward:
         mma, fragments, scores = 2 * K * MI * 4 + 2 * 2 * MI * N, 2 * K * (MI + 2) + 2 * N, rows * 32
-        mma, fragments = mma + 8 * 2 * half * rows / 64, fragments + (8 * (2 + half) + 8) * rows / 64  # 8: dS is stored
+        mma, fragments = mma + 4 * 2 * N * rows / 64, fragments + (8 * 2 + 4 * N + 8) * rows / 64  # 8: dS is stored
     else:
         mma, fragments, scores = K * MI * 8 + 4 * MI * N, K * (MI + 4) + 2 * N, rows * 64
     times = BATCH * H * TOKENS * TOKENS / scores
