@@ -54,9 +54,6 @@
 #include <mpi.h>
 #include <sched.h>
 #endif
-#ifdef NCCL
-#include <nccl.h>
-#endif
 
 #if defined(__HIP__)
 #include "test/hip.h" // gives all of this a meaning on AMD's GPUs
@@ -68,6 +65,9 @@
 #define HOPPER (CUDART_VERSION >= 12000) // whether this compiler knows wgmma
 #else
 #include "test/cuda_emu.h" // and on a CPU
+#endif
+#ifdef NCCL
+#include <nccl.h>
 #endif
 
 #define TARGET "gpu" // what this program's name ends in
@@ -3416,6 +3416,9 @@ static void gpu_open(void) {
         die("no GPU that this program can use: %s; install a current NVIDIA driver, or use the CPU program",
             error != cudaSuccess ? cudaGetErrorString(error) : "none was found");
     cudaDeviceProp info;
+#ifdef NCCL
+    if (ranks.here > count) die("%d ranks on a machine with %d GPUs: start as many as GPUs", ranks.here, count);
+#endif
     CHECK(cudaSetDevice(ranks.local % count));
     CHECK(cudaGetDeviceProperties(&info, ranks.local % count));
     if (info.major < 8)

@@ -92,9 +92,10 @@ static void bench_matmul(const Config *c, int B, int rounds, int dtype, Calls ca
     // in a step, forward, dx and dw of each; inject and fp1's share of inj come once
     int times_called[][3] = {{f, b, b}, {f + fixed, b + fixed, b + fixed}, {f, b, b},
                              {f, b, b}, {zf + fixed, zb, zb + fixed},      {zf, zb, zb}};
-    real *in = (real *)xcalloc((size_t)M * 4 * D, sizeof *in, "matmul"),
-         *out = (real *)xcalloc((size_t)M * 4 * D, sizeof *out, "matmul");
-    real *w = (real *)xcalloc((size_t)4 * D * D, sizeof *w, "matmul");
+    size_t wide = (size_t)M * 4 * D, square = (size_t)4 * D * D;
+    Act *in = xcalloc(wide, sizeof(real), "matmul"), *dout = xcalloc(wide, sizeof(real), "matmul"),
+        *w = xcalloc(square, sizeof(real), "matmul");
+    real *out = xcalloc(wide, sizeof(real), "matmul"), *dw = xcalloc(square, sizeof(real), "matmul");
     double *times = (double *)xcalloc((size_t)rounds + 1, sizeof *times, "times");
     for (int i = 0; i < 6; i++)
         for (int form = 0; form < 3; form++) {
@@ -102,8 +103,8 @@ static void bench_matmul(const Config *c, int B, int rounds, int dtype, Calls ca
             for (int r = -1; r < rounds; r++) {
                 double begin = now_ms();
                 if (form == 0) linear_forward(half, out, in, w, NULL, M, K, N);
-                if (form == 1) linear_input_backward(half, in, out, w, M, K, N);
-                if (form == 2) gemm(half, w, K, out, 1, N, in, K, 1, w, K, N, K, M);
+                if (form == 1) linear_input_backward(half, out, dout, w, M, K, N);
+                if (form == 2) gemm(half, dw, K, dout, 1, N, in, K, 1, dw, K, N, K, M);
                 if (r >= 0) times[r] = now_ms() - begin;
             }
             static const char *const forms[] = {"forward", "dx", "dw"};
@@ -114,8 +115,10 @@ static void bench_matmul(const Config *c, int B, int rounds, int dtype, Calls ca
         }
     xfree(times);
     xfree(in);
-    xfree(out);
+    xfree(dout);
     xfree(w);
+    xfree(out);
+    xfree(dw);
 }
 
 // Where the time of a training step goes
@@ -143,17 +146,17 @@ static void bench_layers(Model *m, int rounds, Calls calls) {
            bias_gradient_calls = 2.25 * b + 0.25 * calls.z_backward;
     double gelu_calls = f + calls.z_forward / 2.0, gelu_gradient_calls = b + calls.z_backward / 2.0,
            optimiser_calls = 1;
-    SHARE(attention, attention_forward(half, l->att, l->lse, l->qkv, a->scores, B, T, D, heads));
+    SHARE(attention, attention_forward(half, a->dx, l->lse, l->qkv, a->scores, B, T, D, heads));
     SHARE(attention_gradient,
-          attention_backward(half, a->dwide, a->dnormed, l->att, l->lse, l->qkv, a->scores, B, T, D, heads));
-    SHARE(gelu, gelu_forward(a->gelu, l->fc1, 4 * N));
-    SHARE(gelu_gradient, gelu_backward(a->dwide, a->gelu, l->fc1, 4 * N));
-    SHARE(layernorm, layernorm_modulate_forward(a->normed, l->x, a->mod, 6 * D, B, T, D));
+          attention_backward(half, a->dwide, a->normed, l->att, l->lse, l->qkv, a->scores, B, T, D, heads));
+    SHARE(gelu, gelu_forward(half, a->gelu, l->fc1, 4 * N));
+    SHARE(gelu_gradient, gelu_backward(half, a->dwide_act, a->gelu, a->dwide, l->fc1, 4 * N));
+    SHARE(layernorm, layernorm_modulate_forward(half, a->normed, l->x, a->mod, 6 * D, B, T, D));
     SHARE(layernorm_gradient,
           layernorm_modulate_backward(a->dx, a->dmod, a->stats, a->dnormed, l->x, a->mod, 6 * D, B, T, D));
     SHARE(gate, gated_residual_forward(a->mid, l->x, a->mod, 6 * D, l->proj, B, T, D));
-    SHARE(gate_gradient, gated_residual_backward(l->proj, a->dmod, a->dx, a->mod, 6 * D, l->proj, B, T, D));
-    SHARE(bias_gradient, bias_backward(m->g.block[0].fc1_b, a->dwide, M, 4 * D));
+    SHARE(gate_gradient, gated_residual_backward(half, a->normed, a->dmod, a->dx, a->mod, 6 * D, l->proj, B, T, D));
+    SHARE(bias_gradient, bias_backward(half, m->g.block[0].fc1_b, a->dwide_act, M, 4 * D));
     SHARE(optimiser, model_zero_gradients(m); model_gradient_norm(m);
           model_update(m, 1, 0, 0.9, 0.999, 1e-8, 0, 1, 0.9999));
 #undef SHARE

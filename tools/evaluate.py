@@ -406,27 +406,29 @@ class Evaluator:
         """Draws ten pictures of x above those of the dataset that are nearest in pixels, and by features, into a PNG.
         Returns (of x, of real pictures), the median distance in pixels, root mean square of 0..255, to the nearest."""
         pool = self.data.prepare(self.data.x[self.chosen])
-        mirrored = torch.cat([pool, pool.flip(3)]).flatten(1)
+        flat = pool.flatten(1)
+        squares = flat.square().sum(1)
 
         def distances(some, own=None):  # own: where in the pool they are themselves
-            d = torch.cdist(some.flatten(1), mirrored).reshape(len(some), 2, len(pool)).amin(1)
+            both = torch.stack([some, some.flip(3)]).flatten(2)
+            d = (both.square().sum(2, True) + squares - 2 * both @ flat.T).amin(0).clamp(min=0).sqrt()
             if own is not None:
                 d[torch.arange(len(some)), own] = math.inf
             return d.min(1)
 
-        some, own = self.data.prepare(x[:1000]), torch.arange(0, len(pool), max(1, len(pool) // 1000))
+        some, own = self.data.prepare(x[:500]), torch.arange(0, len(pool), max(1, len(pool) // 500))
         found = [distances(part) for part in some.split(100)]
         far, which = (torch.cat(parts) for parts in zip(*found))
         real = torch.cat([distances(pool[part], part)[0] for part in own.split(100)])
         show = far.argsort()[:10]
-        features = torch.cdist(self.features(self.net.features, x[:1000])[show],
+        features = torch.cdist(self.features(self.net.features, x[show]),
                                self.features(self.net.features, self.data.x, self.chosen)).argmin(1)
         rows = torch.stack([some[show], pool[which[show]], pool[features]])  # (3, 10, C, H, W)
         sheet = F.pad(rows, (1, 1, 1, 1), value=1).permute(0, 3, 1, 4, 2).flatten(1, 1)
         sheet = sheet.reshape(3 * sheet.shape[1], -1, sheet.shape[-1]).add(1).mul(127.5).round().byte().numpy()
         picture = Image.fromarray(sheet if sheet.shape[2] == 3 else sheet[..., 0])
         picture.resize((3 * picture.width, 3 * picture.height), Image.Resampling.NEAREST).save(path)
-        scale = 127.5 / math.sqrt(mirrored.shape[1])
+        scale = 127.5 / math.sqrt(flat.shape[1])
         return far.median().item() * scale, real.median().item() * scale
 
     def judge(self, features, real, manifold):
