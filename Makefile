@@ -76,11 +76,14 @@ help:
 	@echo "train_cpu MPI=1                  data parallel by MPI, also train_emu; train_gpu NCCL=1: by NCCL (README)"
 	@echo "kernels                          runs those tests and lists which kernels they launched"
 	@echo "compiler                         what nvcc says of the kernels: test/results/compiler.md"
+	@echo "hip                              compiles fpdm.cu for AMD's GPUs: test/results/hip.md; test_cdna, test_rdna"
+	@echo "memory                           device memory of a training step beside PyTorch's: test/results/memory.md"
 	@echo "spills                           compiles fpdm.cu for every architecture; fails if a kernel spills registers"
 
 clean:
-	rm -f $(foreach s,cpu gpu emu opencl,$(foreach p,train sample bench test test_kernels test_report,$p_$s $p_$s_asan)) \
-		$(foreach t,test_unit test_gradient test_harness,$t $t_asan) fuzz compiler.tmp spills.tmp
+	rm -f $(foreach s,cpu gpu emu opencl cdna rdna,$(foreach p,train sample bench test test_kernels test_report, \
+		$p_$s $p_$s_asan)) \
+		$(foreach t,test_unit test_gradient test_harness,$t $t_asan) fuzz compiler.tmp spills.tmp hip.tmp
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data parallel: MPI=1 for train_cpu, train_emu and train_gpu, or NCCL=1 for train_gpu, which then starts by MPI and adds
@@ -102,7 +105,7 @@ wants_mpi = $(if $(MPI)$(NCCL),yes,no)
 $(foreach p,train_cpu train_emu train_gpu,$(if $(filter $(wants_mpi),$(call has_mpi,$p)),,$(eval $p: again)))
 again:
 
-.PHONY: again nvcc all help clean test test_asan port_example shared races spills compiler kernels
+.PHONY: again nvcc all help clean test test_asan port_example shared races spills compiler memory kernels hip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # fpdm.cu. With a GPU at hand, for that one; otherwise for all that this nvcc knows of the list, and as PTX for later ones.
@@ -116,7 +119,8 @@ GENCODE = $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
 	$(if $(GPU_HERE),,-gencode arch=compute_80,code=compute_80)
 HOST := -Wall,-Wextra,$(OPENMP)
 NVCC_FLAGS = -x cu -std=c++17 -O3 --threads 2 $(GENCODE) $(WERROR:%=% all-warnings) -Xcompiler $(HOST)
-EMU = $(CXX) -x c++ -std=c++17 -Wno-unknown-pragmas $(WARN) $(TEST) $(if $(filter %_asan,$@),$(SANITIZE),-O1)
+EMU = $(CXX) -x c++ -std=c++17 -Wno-unknown-pragmas $(WARN) $(TEST) $(if $(filter %_asan,$@),$(SANITIZE),-O1) \
+	$(if $(filter %_cdna,$@),-DAMD -DWARP=64) $(if $(filter %_rdna,$@),-DAMD -DWARP=32)
 
 # One line for what is missing: a compiler, a newer one, a newer GPU
 nvcc:
@@ -142,10 +146,12 @@ test_kernels_gpu: test/emu_kernels.cpp fpdm.cu
 	$(NVCC) $(NVCC_FLAGS),$(TEST) -diag-suppress 177 $< -o $@
 
 # The same without a GPU: each case in fp32 and bf16 through the real kernels
-test_emu test_emu_asan: test/test.c fpdm.cu test/cuda_emu.cpp test/cuda_emu.h
+AMD := test/hip.h # whose layouts of fragments _cdna (waves of 64 lanes) and _rdna (32) take
+test_emu test_emu_asan test_cdna test_rdna: test/test.c fpdm.cu test/cuda_emu.cpp test/cuda_emu.h $(AMD)
 	$(EMU) -DGPU $< test/cuda_emu.cpp -o $@
 
-test_kernels_emu test_kernels_emu_asan: test/emu_kernels.cpp fpdm.cu test/cuda_emu.cpp test/cuda_emu.h
+test_kernels_emu test_kernels_emu_asan test_kernels_cdna test_kernels_rdna: test/emu_kernels.cpp fpdm.cu \
+		test/cuda_emu.cpp test/cuda_emu.h $(AMD)
 	$(EMU) $< test/cuda_emu.cpp -o $@
 
 train_emu sample_emu: fpdm.cu test/cuda_emu.cpp test/cuda_emu.h
@@ -191,6 +197,14 @@ races: test_emu test_kernels_emu
 compiler: fpdm.cu
 	@mkdir -p test/results
 	@$(PYTHON) tools/report_compiler.py $(NVCC) > compiler.tmp && mv compiler.tmp test/results/compiler.md
+
+# What a training step allocates beside what PyTorch saves, without a GPU
+memory: fpdm.cu
+	@$(PYTHON) tools/report_memory.py > compiler.tmp && mv compiler.tmp test/results/memory.md
+
+# The kernels for AMD's GPUs, by clang alone; CLANG: another one than the newest
+hip: fpdm.cu test/hip.h
+	@$(PYTHON) tools/report_hip.py $(CLANG) > hip.tmp && mv hip.tmp test/results/hip.md && cat test/results/hip.md
 
 # Every kernel on every architecture without spills
 spills: fpdm.cu

@@ -54,17 +54,20 @@
 #include <mpi.h>
 #include <sched.h>
 #endif
-#ifdef NCCL
-#include <nccl.h>
-#endif
 
-#ifdef __CUDACC__
+#if defined(__HIP__)
+#include "test/hip.h" // gives all of this a meaning on AMD's GPUs
+#elif defined(__CUDACC__)
 #include <cuda.h> // its types alone: nothing of it is linked
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#define NVIDIA
 #define HOPPER (CUDART_VERSION >= 12000) // whether this compiler knows wgmma
 #else
-#include "test/cuda_emu.h" // gives all of this a meaning on a CPU
+#include "test/cuda_emu.h" // and on a CPU
+#endif
+#ifdef NCCL
+#include <nccl.h>
 #endif
 
 #define TARGET "gpu" // what this program's name ends in
@@ -311,9 +314,12 @@ enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: ear
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernels: what it takes to write and to start them. A port to another accelerator gives a meaning to what stands here
-// and under "Instructions" in Part 4; test/cuda_emu.h lists it.
+// and under "Instructions" and "Fragments" in Part 4; test/cuda_emu.h lists it, README has a guide.
 
-#ifdef __CUDACC__
+#ifndef WARP
+#define WARP 32 // lanes of a warp
+#endif
+#ifdef NVIDIA
 #define SHARED_DYNAMIC(type, name)                                  \
     extern __shared__ __align__(1024) unsigned char shared_bytes[]; \
     type *name = reinterpret_cast<type *>(shared_bytes)
@@ -325,6 +331,7 @@ static struct {
     int ready, sms;      // sms: streaming multiprocessors
     int wgmma;           // on Hopper: whether large products go through matmul_wgmma; 2: all in bf16
     cudaStream_t stream; // everything happens in this one, in order
+    size_t shared;       // bytes of shared memory that a block may have
     size_t allocated;    // bytes of device memory that this program holds
 } gpu;
 
@@ -372,12 +379,16 @@ typedef struct Act Act;
 // An unrolled loop: what is indexed by i can stay in registers.
 #define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
 
-// From Part 4: V neighbours as one access of up to 16 bytes, converted to float and back
+// From Part 4: 2^x; V neighbours as one access of up to 16 bytes, converted to float and back
+#ifdef NVIDIA
+__device__ inline float fast_exp2(float x);
+#endif
 template <int V, typename T>
 __device__ inline void load(float (&x)[V], const T *p);
 template <int V, typename T>
 __device__ inline void store(T *p, const float (&x)[V]);
 // The sum over the lanes of a warp, or over the threads of a block (shared: an element for each warp), in all of them
+enum { MAX_WARPS = 1024 / WARP };
 template <typename T>
 __device__ inline T warp_sum(T x);
 template <typename T>
@@ -428,115 +439,115 @@ static Matmul linear_input(void *dx, const void *dy, const void *w, int ldw, int
 // dw (N,K; row stride ldw) += dy (M,N)^T·x (M,K), db (N) += column sums of dy
 static void linear_weight(int half, float *dw, int ldw, float *db, const void *dy, const void *x, int M, int K, int N);
 
-// A row of x (D) for each warp: mean and 1/sigma, eps 1e-6. Read twice; the second time, it is in the cache.
-enum { ROW_THREADS = 256, ROWS_PER_BLOCK = ROW_THREADS / 32 };
-__device__ inline void row_statistics(float *mean, float *rstd, const float *x, int D) {
-    float sum = 0, var = 0, v[4];
-    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+// out (B,T,D) = LN(x)·(1+scale)+shift; LN without weights, eps 1e-6. mod points at picture 0's shift (D) and, after it,
+// scale (D); `stride` is the distance to the next picture's. stats (B,T,2), unless NULL, keeps mean and 1/sigma. A warp a
+// row, which is read three times; from the second time on it is in the cache.
+enum { ROW_THREADS = 256, ROWS_PER_BLOCK = ROW_THREADS / WARP };
+template <typename A>
+__global__ void layernorm_modulate_kernel(A *out, float *stats, const float *x, const float *mod, int stride, int rows,
+                                          int T, int D) {
+    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / WARP;
+    if (row >= rows) return;
+    const float *shift = mod + (size_t)(row / T) * stride, *scale = shift + D;
+    float v[4], s[4], b[4], sum = 0, var = 0;
+    x += (size_t)row * D;
+    for (int d = threadIdx.x % WARP * 4; d < D; d += 4 * WARP) {
         load(v, x + d);
         sum += v[0] + v[1] + v[2] + v[3];
     }
-    *mean = warp_sum(sum) / D;
-    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
+    float mean = warp_sum(sum) / D;
+    for (int d = threadIdx.x % WARP * 4; d < D; d += 4 * WARP) {
         load(v, x + d);
-        EACH(i, 4) var += (v[i] - *mean) * (v[i] - *mean);
+        EACH(i, 4) var += (v[i] - mean) * (v[i] - mean);
     }
-    *rstd = rsqrtf(warp_sum(var) / D + 1e-6f);
-}
-
-// out (B,T,D) = LN(x)·(1+scale)+shift; LN without weights. mod points at picture 0's shift (D) and, after it, scale
-// (D); `stride` is the distance to the next picture's. With a branch, x is first replaced by mid = x + gate·branch. A
-// warp a row.
-template <typename A>
-__global__ void layernorm_modulate_kernel(A *out, const float *x, const float *mod, int stride, int rows, int T, int D,
-                                          float *mid, const A *branch, const float *gate) {
-    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32;
-    if (row >= rows) return;
-    size_t at = (size_t)row * D, picture = (size_t)(row / T) * stride;
-    const float *shift = mod + picture, *scale = shift + D;
-    float v[4], s[4], b[4], mean, rstd;
-    if (mid) {
-        for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
-            load(v, x + at + d);
-            load(s, gate + picture + d);
-            load(b, branch + at + d);
-            EACH(i, 4) v[i] += s[i] * b[i];
-            store(mid + at + d, v);
-        }
-        x = mid;
-    }
-    row_statistics(&mean, &rstd, x + at, D);
-    for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
-        load(v, x + at + d);
+    float rstd = rsqrtf(warp_sum(var) / D + 1e-6f), both[2] = {mean, rstd};
+    if (stats && threadIdx.x % WARP == 0) store(stats + 2 * row, both);
+    for (int d = threadIdx.x % WARP * 4; d < D; d += 4 * WARP) {
+        load(v, x + d);
         load(s, scale + d);
         load(b, shift + d);
         EACH(i, 4) v[i] = (v[i] - mean) * rstd * (1 + s[i]) + b[i];
-        store(out + at + d, v);
+        store(out + (size_t)row * D + d, v);
     }
 }
 
 // The gradient through LN and on into the residual below it, in one pass over dx (B,T,D), the gradient of the stream:
 //   dx += the gradient through LN, with dout (B,T,D) that of its modulated output; copy = dx for a matmul, unless NULL
+//   normed, unless NULL, = that output once more, which nobody kept: the weight gradient of what follows needs it
 //   dbranch = dx·gate: what dx means to the branch of out = x + gate·branch, whose forward is EPI_GATED
-// Without x the first is left out, without branch the second. A block has `chunk` tokens of one picture: first each
-// warp finds what one row has in common, then each thread goes down its own columns. parts (B,gridDim.x,3,D) = the
-// block's sums over tokens of dout, dout·LN(x) and dx·branch: its shares of dshift, dscale and dgate.
+// Without x the first is left out, without branch the last; `add`: LN's input was x + gate·branch, not x. A block has `chunk`
+// tokens of one picture: first each warp finds what one row has in common, then each thread goes down its own columns.
+// parts (B,gridDim.x,3,D) = the block's sums over tokens of dout, dout·LN(x) and dx·branch: its shares of dshift, dscale
+// and dgate.
 template <typename A>
-__global__ void layernorm_backward_kernel(float *dx, A *copy, float *parts, const A *dout, const float *x,
-                                          const float *mod, A *dbranch, const A *branch, const float *gate, int stride,
-                                          int chunk, int T, int D) {
+__global__ void layernorm_backward_kernel(float *dx, A *copy, A *normed, float *parts, const A *dout, const float *x,
+                                          const float *stats, int add, const float *mod, A *dbranch, const A *branch,
+                                          const float *gate, int stride, int chunk, int T, int D) {
     // Of each row: mean, 1/sigma, and of g = dout·(1+scale) the mean and that of g·LN(x)
     __shared__ __align__(16) float rows[ROWS_PER_BLOCK][4];
-    int first = blockIdx.x * chunk, end = min(T, first + chunk), warp = threadIdx.x / 32;
-    size_t picture = (size_t)blockIdx.y * T * D;
-    const float *scale = x ? mod + (size_t)blockIdx.y * stride + D : NULL;
+    int first = blockIdx.x * chunk, end = min(T, first + chunk), warp = threadIdx.x / WARP;
+    size_t picture = (size_t)blockIdx.y * T;
+    const float *shift = x ? mod + (size_t)blockIdx.y * stride : NULL, *scale = x ? shift + D : NULL;
     parts += ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * 3 * D;
+    if (branch) gate += (size_t)blockIdx.y * stride;
     for (int window = 0; window < D; window += 8 * ROW_THREADS) { // one for D up to 2048
-        float sums[3][2][4] = {};
+        float sums[3][2][4] = {}, v[4], g[4], s[4], b[4] = {}, a[4] = {};
+        auto load_input = [&](size_t at, int d, int all) { // v = LN's input, b = branch, a = gate
+            if (x) load(v, x + at);
+            if (branch && (add || all)) {
+                load(b, branch + at);
+                load(a, gate + d);
+                EACH(i, 4) v[i] += add ? a[i] * b[i] : 0;
+            }
+        };
         for (int r0 = first; r0 < end; r0 += ROWS_PER_BLOCK) {
             if (x && r0 + warp < end) {
-                size_t at = picture + (size_t)(r0 + warp) * D;
-                float v[4], g[4], s[4], mean, rstd, g_sum = 0, gx_sum = 0;
-                row_statistics(&mean, &rstd, x + at, D);
-                for (int d = threadIdx.x % 32 * 4; d < D; d += 128) {
-                    load(v, x + at + d);
+                size_t at = (picture + r0 + warp) * D;
+                float row[4], both[2], g_sum = 0, gx_sum = 0;
+                load(both, stats + at / D * 2);
+                for (int d = threadIdx.x % WARP * 4; d < D; d += 4 * WARP) {
+                    load_input(at + d, d, 0);
                     load(g, dout + at + d);
                     load(s, scale + d);
                     EACH(i, 4) {
                         g_sum += g[i] * (1 + s[i]);
-                        gx_sum += g[i] * (1 + s[i]) * (v[i] - mean);
+                        gx_sum += g[i] * (1 + s[i]) * (v[i] - both[0]);
                     }
                 }
-                float row[4] = {mean, rstd, warp_sum(g_sum) / D, warp_sum(gx_sum) * rstd / D};
-                if (threadIdx.x % 32 == 0) store(rows[warp], row);
+                row[0] = both[0], row[1] = both[1], row[2] = warp_sum(g_sum) / D;
+                row[3] = warp_sum(gx_sum) * both[1] / D;
+                if (threadIdx.x % WARP == 0) store(rows[warp], row);
             }
             __syncthreads();
             EACH(c, 2) {
                 int d = window + 4 * (c * ROW_THREADS + threadIdx.x);
                 for (int r = r0; d < D && r < min(end, r0 + ROWS_PER_BLOCK); r++) {
-                    size_t at = picture + (size_t)r * D + d;
-                    float out[4], v[4], g[4], s[4], row[4];
+                    size_t at = (picture + r) * D + d;
+                    float out[4], row[4];
                     load(out, dx + at);
+                    load_input(at, d, 1);
                     if (x) {
-                        load(v, x + at);
                         load(g, dout + at);
                         load(s, scale + d);
                         load(row, rows[r - r0]);
                         EACH(i, 4) {
-                            float normed = (v[i] - row[0]) * row[1];
+                            v[i] = (v[i] - row[0]) * row[1];
                             sums[0][c][i] += g[i];
-                            sums[1][c][i] += g[i] * normed;
-                            out[i] += row[1] * (g[i] * (1 + s[i]) - row[2] - normed * row[3]);
+                            sums[1][c][i] += g[i] * v[i];
+                            out[i] += row[1] * (g[i] * (1 + s[i]) - row[2] - v[i] * row[3]);
                         }
                         store(dx + at, out);
                         if (copy) store(copy + at, out);
+                        if (normed) {
+                            load(g, shift + d);
+                            EACH(i, 4) v[i] = v[i] * (1 + s[i]) + g[i];
+                            store(normed + at, v);
+                        }
                     }
                     if (branch) {
-                        load(v, branch + at);
-                        load(s, gate + (size_t)blockIdx.y * stride + d);
                         EACH(i, 4) {
-                            sums[2][c][i] += out[i] * v[i];
-                            out[i] *= s[i];
+                            sums[2][c][i] += out[i] * b[i];
+                            out[i] *= a[i];
                         }
                         store(dbranch + at, out);
                     }
@@ -565,13 +576,13 @@ __global__ void column_sums_kernel(float *dmod, float *dgate, const float *parts
 // From Part 4: multi-head attention without mask. qkv (B,T,3D): per token q|k|v, head, channel; out (B,T,D). lse
 // (B,H,T), unless NULL, keeps log2 of the sum of each row's exponentials for the backward pass.
 static void attention_forward(int half, Act *out, float *lse, const Act *qkv, int B, int T, int D, int H);
-// dqkv (B,T,3D) is overwritten; delta (B,H,T) is scratch.
-static void attention_backward(int half, Act *dqkv, float *delta, const Act *dout, const Act *out, const float *lse,
+// dqkv (B,T,3D) is overwritten; sums (B,T,D) is scratch.
+static void attention_backward(int half, Act *dqkv, float *sums, const Act *dout, const Act *out, const float *lse,
                                const Act *qkv, int B, int T, int D, int H);
 
 // gelu in the tanh form, as x·sigmoid(2·sqrt(2/pi)·(x + 0.044715·x^3)), which is the same function, and its slope
 __device__ inline float gelu(float x, float *slope) {
-    float e = exp2f(-2.302208198f * (x + 0.044715f * x * x * x)); // 2·sqrt(2/pi)·log2(e)
+    float e = fast_exp2(-2.302208198f * (x + 0.044715f * x * x * x)); // 2·sqrt(2/pi)·log2(e)
     float sigmoid = __fdividef(1, 1 + e);
     *slope = sigmoid + x * sigmoid * (1 - sigmoid) * 1.5957691216f * (1 + 0.134145f * fminf(x * x, 1e4f)); // not inf
     return x * sigmoid;
@@ -695,15 +706,16 @@ __global__ void convert_kernel(A *out, const float *in, size_t count) {
 // and one rest: everything happens in place.
 
 typedef struct {
-    float *x;   // (B,T,D) input: the residual stream
-    Act *u;     // (B,T,2D) iterations only: the projection before its gelu
-    float *in;  // (B,T,D)  iterations only: the block's input; elsewhere it is x
-    Act *qkv;   // (B,T,3D)
-    float *lse; // (B,H,T)
-    Act *att;   // (B,T,D)
-    Act *proj;  // (B,T,D)
-    Act *fc1;   // (B,T,4D) before its gelu
-    Act *fc2;   // (B,T,D)
+    float *x;     // (B,T,D) input: the residual stream; of iterations in bf16 training: z in bf16
+    Act *u;       // (B,T,2D) iterations only: the projection before its gelu
+    float *in;    // (B,T,D)  iterations only: the block's input; elsewhere it is x
+    Act *qkv;     // (B,T,3D)
+    float *lse;   // (B,H,T)
+    float *stats; // (2,B,T,2) mean and 1/sigma of both LayerNorms
+    Act *att;     // (B,T,D)
+    Act *proj;    // (B,T,D)
+    Act *fc1;     // (B,T,4D) before its gelu
+    Act *fc2;     // (B,T,D)
 } Layer;
 
 typedef struct {
@@ -719,12 +731,13 @@ typedef struct {
     float *mod, *final_mod;          // (blocks,B,6D), (B,2D), computed once per timestep
     Act *inj;                        // (B,T,D) injection
     float *inj_part;                 // (B,T,2D) the half of the projection that does not change while z iterates
-    Act *z;                          // (B,T,D) bf16 only: z for the matmul
+    Act *z;                          // (B,T,D) bf16 only: z for the matmul (sampling)
     Act *normed;                     // (B,T,D) scratch: LN output
     Act *gelu;                       // (B,T,4D) scratch: gelu output
     float *final_normed;             // (B,T,D) the final LN's output, for its backward pass too
+    float *final_stats;              // (B,T,2)
     float *z_before;                 // (B,T,D) z_{k-1} where it is needed (sampling)
-    float *reused;                   // (B,T,D) the solution of the timestep before (sampling)
+    float *reused;                   // (B,T,D) the solution of the timestep before; in bf16 training: z
     float *history;                  // (B,window+1,2,T,D) Anderson acceleration: f, then g of the latest iterations
     double *gram;                    // (B,HISTORY,HISTORY) the products of its f
     // backward
@@ -732,12 +745,11 @@ typedef struct {
     Act *dx_act;            // (B,T,D) bf16 only: the same for a matmul
     Act *dnormed, *dbranch; // (B,T,D) gradients of an LN's output, of proj and fc2
     Act *dwide;             // (B,T,4D) scratch: the gradient of fc1, qkv or u, whichever is at hand
-    float *mid;             // (B,T,D) scratch: between a block's two branches
+    float *dq;              // (B,T,D) scratch: sums of attention's backward pass
     float *recomputed;      // (B,T,D) scratch: an output that only recompute makes, and nobody reads
     float *du_sum;          // (B,T,2D) gradient of inj_part, summed over the iterations
     float *dmod, *dfinal_mod, *dcond, *dcond_pp, *dtime;
     float *parts; // (B,ceil(T/8),3,D) at most: sums over some tokens, see layernorm_backward_kernel
-    float *delta; // (B,H,T)
     float *dout;  // (B,Cout,S,S)
     // of Part 2 and Part 3
     float *picture, *noise;   // (B,C,S,S) x0 in training, x in sampling
@@ -794,30 +806,31 @@ static const Act *as_act(const Model *m, Act *out, const float *in, size_t count
 }
 
 // normed = LN(x)·(1+scale)+shift, mod pointing at shift, of which a picture has `vectors` (6; 2 in the final layer).
-// With a branch and gate, of mid = x + gate·branch, which is stored.
-static void layernorm_forward(Model *m, int half, Act *normed, const float *x, const float *mod, int vectors,
-                              float *mid = NULL, const Act *branch = NULL, const float *gate = NULL) {
+// stats: what the backward pass needs, unless NULL
+static void layernorm_forward(Model *m, int half, Act *normed, float *stats, const float *x, const float *mod,
+                              int vectors) {
     int T = config_tokens(&m->config), D = m->config.width, rows = m->B * T;
     TYPED(half, RUN((layernorm_modulate_kernel<A>), (unsigned)ceil_div(rows, ROWS_PER_BLOCK), ROW_THREADS, 0,
-                    (A *)normed, x, mod, vectors * D, rows, T, D, mid, (const A *)branch, gate));
+                    (A *)normed, stats, x, mod, vectors * D, rows, T, D));
 }
 
-// dx += the gradient through that layer, dmod += that of shift and scale; copy, and the gated residual that dx goes on
-// to, with dgate += its gate's gradient: see the kernel
-static void layernorm_backward(Model *m, int half, float *dx, Act *copy, float *dmod, const Act *dout, const float *x,
-                               const float *mod, int vectors, Act *dbranch = NULL, float *dgate = NULL,
-                               const float *gate = NULL, const Act *branch = NULL) {
+// dx += the gradient through that layer, dmod += that of shift and scale; copy, normed, and the gated residual that dx
+// goes on to, with dgate += its gate's gradient: see the kernel
+static void layernorm_backward(Model *m, int half, float *dx, Act *copy, Act *normed, float *dmod, const Act *dout,
+                               const float *x, const float *stats, const float *mod, int vectors, Act *dbranch = NULL,
+                               float *dgate = NULL, const float *gate = NULL, const Act *branch = NULL, int add = 0) {
     int T = config_tokens(&m->config), D = m->config.width, stride = vectors * D;
     int chunk = (size_t)m->B * T >= (size_t)64 * gpu.sms ? 32 : ROWS_PER_BLOCK, chunks = (int)ceil_div(T, chunk);
-    TYPED(half, RUN((layernorm_backward_kernel<A>), dim3(chunks, m->B), ROW_THREADS, 0, dx, (A *)copy, m->a.parts,
-                    (const A *)dout, x, mod, (A *)dbranch, (const A *)branch, gate, stride, chunk, T, D));
+    TYPED(half, RUN((layernorm_backward_kernel<A>), dim3(chunks, m->B), ROW_THREADS, 0, dx, (A *)copy, (A *)normed,
+                    m->a.parts, (const A *)dout, x, stats, add, mod, (A *)dbranch, (const A *)branch, gate, stride,
+                    chunk, T, D));
     RUN(column_sums_kernel, dim3((unsigned)ceil_div(D, 128), m->B, 3), 128, 0, dmod, dgate, m->a.parts, stride, chunks,
         D);
 }
 
 // dbranch and dgate from dx alone
 static void gate_backward(Model *m, Act *dbranch, float *dgate, float *dx, const float *gate, const Act *branch) {
-    layernorm_backward(m, m->half, dx, NULL, NULL, NULL, NULL, NULL, 6, dbranch, dgate, gate, branch);
+    layernorm_backward(m, m->half, dx, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 6, dbranch, dgate, gate, branch);
 }
 
 // y = x·w^T + b, activations
@@ -853,10 +866,8 @@ static void gelu_linear_backward(Model *m, Act *dpre, Act *act, float *sum, cons
     matmul<false, true, EPI_DGELU>(m->half, g);
 }
 
-// dw, db += and dx = of a linear layer between activations
-static void linear_backward(Model *m, Act *dx, real *dw, real *db, const Act *dy, const Act *x, const real *w, int M,
-                            int K, int N) {
-    linear_weight(m->half, dw, K, db, dy, x, M, K, N);
+// dx of a linear layer between activations
+static void linear_input_backward(Model *m, Act *dx, const Act *dy, const real *w, int M, int K, int N) {
     matmul<false, true, EPI_STORE>(m->half, linear_input(dx, dy, act_weight(m, w), K, M, K, N));
 }
 
@@ -899,18 +910,19 @@ static void block_forward(Model *m, float *out, Act *copy, const float *x, Layer
     const BlockParams *p = &m->p.block[index];
     const float *mod = block_mod(m, a->mod, index);
     int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T;
-    layernorm_forward(m, m->half, a->normed, x, mod, 6);
+    layernorm_forward(m, m->half, a->normed, keep ? l->stats : NULL, x, mod, 6);
     linear_forward(m, l->qkv, a->normed, p->qkv_w, p->qkv_b, M, D, 3 * D);
     attention_forward(m->half, l->att, keep ? l->lse : NULL, l->qkv, B, T, D, m->config.heads);
     gated_linear_forward(m, out, NULL, keep ? l->proj : NULL, x, mod + 2 * D, l->att, p->proj_w, p->proj_b, D);
-    layernorm_forward(m, m->half, a->normed, out, mod + 3 * D, 6);
+    layernorm_forward(m, m->half, a->normed, keep ? l->stats + 2 * M : NULL, out, mod + 3 * D, 6);
     gelu_linear_forward(m, a->gelu, keep ? l->fc1 : NULL, a->normed, p->fc1_w, D, p->fc1_b, NULL, D, 4 * D);
     gated_linear_forward(m, out, copy, keep ? l->fc2 : NULL, out, mod + 5 * D, a->gelu, p->fc2_w, p->fc2_b, 4 * D);
 }
 
 // dx (B,T,D): the gradient of the output on entry, of the input on return, then also in copy (unless NULL). x is the
-// input.
-static void block_backward(Model *m, float *dx, Act *copy, const float *x, Layer *l, int index) {
+// input. Where the input is another block's output, `above` that one, its MLP branch gets its gradient in the same pass;
+// this block's has it already if it is `below` another.
+static void block_backward(Model *m, float *dx, Act *copy, const float *x, Layer *l, int index, int below, int above) {
     Activations *a = &m->a;
     const BlockParams *p = &m->p.block[index], *g = &m->g.block[index];
     const float *mod = block_mod(m, a->mod, index);
@@ -918,19 +930,22 @@ static void block_backward(Model *m, float *dx, Act *copy, const float *x, Layer
     Act *dfc2 = a->dbranch, *dproj = a->dbranch, *dfc1 = a->dwide, *dqkv = a->dwide;
     int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T;
     // MLP branch
-    gate_backward(m, dfc2, dmod + 5 * D, dx, mod + 5 * D, l->fc2);
+    if (!below) gate_backward(m, dfc2, dmod + 5 * D, dx, mod + 5 * D, l->fc2);
     gelu_linear_backward(m, dfc1, a->gelu, NULL, dfc2, p->fc2_w, l->fc1, 4 * D, D);
     linear_weight(m->half, g->fc2_w, 4 * D, g->fc2_b, dfc2, a->gelu, M, 4 * D, D);
-    layernorm_forward(m, m->half, a->normed, x, mod + 3 * D, 6, a->mid, l->proj, mod + 2 * D);
-    linear_backward(m, a->dnormed, g->fc1_w, g->fc1_b, dfc1, a->normed, p->fc1_w, M, D, 4 * D);
-    layernorm_backward(m, m->half, dx, NULL, dmod + 3 * D, a->dnormed, a->mid, mod + 3 * D, 6, dproj, dmod + 2 * D,
-                       mod + 2 * D, l->proj);
+    linear_input_backward(m, a->dnormed, dfc1, p->fc1_w, M, D, 4 * D);
+    layernorm_backward(m, m->half, dx, NULL, a->normed, dmod + 3 * D, a->dnormed, x, l->stats + 2 * M, mod + 3 * D, 6,
+                       dproj, dmod + 2 * D, mod + 2 * D, l->proj, 1);
+    linear_weight(m->half, g->fc1_w, D, g->fc1_b, dfc1, a->normed, M, D, 4 * D);
     // Attention branch
-    linear_backward(m, a->dnormed, g->proj_w, g->proj_b, dproj, l->att, p->proj_w, M, D, D);
-    attention_backward(m->half, dqkv, a->delta, a->dnormed, l->att, l->lse, l->qkv, B, T, D, m->config.heads);
-    layernorm_forward(m, m->half, a->normed, x, mod, 6);
-    linear_backward(m, a->dnormed, g->qkv_w, g->qkv_b, dqkv, a->normed, p->qkv_w, M, D, 3 * D);
-    layernorm_backward(m, m->half, dx, copy, dmod, a->dnormed, x, mod, 6);
+    linear_input_backward(m, a->dnormed, dproj, p->proj_w, M, D, D);
+    linear_weight(m->half, g->proj_w, D, g->proj_b, dproj, l->att, M, D, D);
+    attention_backward(m->half, dqkv, a->dq, a->dnormed, l->att, l->lse, l->qkv, B, T, D, m->config.heads);
+    linear_input_backward(m, a->dnormed, dqkv, p->qkv_w, M, D, 3 * D);
+    size_t next = (size_t)m->batch * 6 * D; // from the modulation of the block below
+    layernorm_backward(m, m->half, dx, copy, a->normed, dmod, a->dnormed, x, l->stats, mod, 6, a->dbranch,
+                       above ? dmod - next + 5 * D : NULL, above ? mod - next + 5 * D : NULL, above ? l[-1].fc2 : NULL);
+    linear_weight(m->half, g->qkv_w, D, g->qkv_b, dqkv, a->normed, M, D, 3 * D);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -946,28 +961,28 @@ static void block_backward(Model *m, float *dx, Act *copy, const float *x, Layer
 // u = fp1's output. All that follows from it (fp1's right half and bias, inject, h and with it the pre blocks) is
 // linear in du, so one matmul with du_sum after the last iteration does the work of m.
 
-// out = Block(fp2·gelu(z·fp1_z + inj_part), c), where z is l->x; with `keep`, l keeps what the backward pass needs. out
-// may be z. In bf16 the matmul reads z from a.z, where the output goes as well, for the next iteration.
-static void iteration_forward(Model *m, float *out, Layer *l, int keep) {
+// out = Block(fp2·gelu(z·fp1_z + inj_part), c); with `keep`, l keeps what the backward pass needs. copy, unless NULL, is
+// out as activations, for the next iteration; out or copy may be z.
+static void iteration_forward(Model *m, float *out, Act *copy, const Act *z, Layer *l, int keep) {
     Activations *a = &m->a;
     int D = m->config.width, M = m->B * config_tokens(&m->config);
-    const Act *z = m->half ? a->z : (const Act *)l->x;
     gelu_linear_forward(m, a->gelu, keep ? l->u : NULL, z, m->p.fp1_w, 2 * D, NULL, a->inj_part, D, 2 * D);
     matmul<false, false, EPI_FLOAT>(m->half,
                                     linear(l->in, a->gelu, act_weight(m, m->p.fp2_w), 2 * D, m->p.fp2_b, M, 2 * D, D));
-    block_forward(m, out, a->z, l->in, l, m->config.pre_depth, keep);
+    block_forward(m, out, copy, l->in, l, m->config.pre_depth, keep);
 }
 
-// dz (B,T,D): the gradient of the output on entry; on return, unless `first`, of z. Nothing flows into the first z.
-static void iteration_backward(Model *m, float *dz, Layer *l, int first) {
+// dz (B,T,D): the gradient of the output on entry; on return, unless `first`, of z. Nothing flows into the first z. below:
+// see block_backward
+static void iteration_backward(Model *m, float *dz, Layer *l, int first, int below) {
     Activations *a = &m->a;
     int D = m->config.width, M = m->B * config_tokens(&m->config);
     Act *du = a->dwide;
-    block_backward(m, dz, a->dx_act, l->in, l, m->config.pre_depth);
+    block_backward(m, dz, a->dx_act, l->in, l, m->config.pre_depth, below, 0);
     const Act *dz_act = m->half ? a->dx_act : (const Act *)dz;
     gelu_linear_backward(m, du, a->gelu, a->du_sum, dz_act, m->p.fp2_w, l->u, 2 * D, D);
     linear_weight(m->half, m->g.fp2_w, 2 * D, m->g.fp2_b, dz_act, a->gelu, M, 2 * D, D);
-    linear_weight(m->half, m->g.fp1_w, 2 * D, NULL, du, as_act(m, a->normed, l->x, (size_t)M * D), M, D, 2 * D);
+    linear_weight(m->half, m->g.fp1_w, 2 * D, NULL, du, (const Act *)l->x, M, D, 2 * D);
     if (!first)
         matmul<false, true, EPI_FLOAT>(m->half, linear_input(dz, du, act_weight(m, m->p.fp1_w), 2 * D, M, D, 2 * D));
 }
@@ -998,16 +1013,22 @@ static void injection_backward(Model *m, float *dh, const Layer *l) {
 static double residual_of(Model *m, const float *z, size_t count);
 static void anderson_forward(Model *m, float *z, int k, int window, double mixing);
 
-// From z in l->x, n iterations in place, then `iterations` that keep a Layer each. Returns the layer behind the last.
-static Layer *fixed_point_forward(Model *m, Layer *l, int n, int iterations, Solve *solve) {
+// From z = start, n iterations in place, then `iterations` that keep a Layer each. Returns the layer behind the last. In
+// training, of a z that only the next iteration reads, bf16 is enough: that is what l->x is then.
+static Layer *fixed_point_forward(Model *m, Layer *l, const float *start, int n, int iterations, Solve *solve) {
     Activations *a = &m->a;
     size_t count = (size_t)config_tokens(&m->config) * m->config.width, N = m->B * count;
-    as_act(m, a->z, l->x, N);
+    int alone = m->half && !solve;
+    auto z_act = [&](Layer *at) { return m->half && solve ? a->z : (Act *)at->x; };
+    if (l->x != start && !alone) gpu_copy(l->x, start, N * sizeof(float));
+    as_act(m, z_act(l), start, N);
     for (int k = 1; k <= n + iterations; k++) {
         Layer *next = k <= n ? l : l + 1;
-        float *z = next->x;
+        int between = alone && k < n + iterations;
+        float *z = between ? a->reused : next->x;
         if (solve && (solve->want_residual || solve->window)) gpu_copy(a->z_before, l->x, N * sizeof(float));
-        iteration_forward(m, z, l, k > n && !solve && !m->recompute);
+        iteration_forward(m, z, between || (m->half && solve) ? z_act(next) : NULL, z_act(l), l,
+                          k > n && !solve && !m->recompute);
         l = next;
         show_probe(m, "act.z", k, z, 0, N);
         if (!solve) continue;
@@ -1097,8 +1118,7 @@ static void model_forward(Model *m, int B, int n, int iterations, Solve *solve) 
         show_probe(m, "act.inj", 0, a->inj, 1, N);
         const float *start = solve && solve->reuse && solve->reuse_ready ? a->reused : l->x;
         l++;
-        if (l->x != start) gpu_copy(l->x, start, N * sizeof(float));
-        l = fixed_point_forward(m, l, n, iterations, solve);
+        l = fixed_point_forward(m, l, start, n, iterations, solve);
         if (solve && solve->reuse) {
             gpu_copy(a->reused, l->x, N * sizeof(float));
             solve->reuse_ready = 1;
@@ -1106,17 +1126,18 @@ static void model_forward(Model *m, int B, int n, int iterations, Solve *solve) 
         for (i++; i < config_blocks(c); i++, l++) block_forward(m, l[1].x, NULL, l->x, l, i, keep);
     }
     show_probe(m, "act.post", 0, l->x, 0, N);
-    layernorm_forward(m, 0, (Act *)a->final_normed, l->x, a->final_mod, 2); // the final layer is fp32
+    layernorm_forward(m, 0, (Act *)a->final_normed, a->final_stats, l->x, a->final_mod, 2); // the final layer is fp32
     matmul<false, false, EPI_FLOAT>(
         0, linear(a->patch_out, a->final_normed, m->p.final_w, D, m->p.final_b, M, D, p * p * Cout));
     move_patches(m, a->patch_out, a->out, 1, 1, Cout);
     show_probe(m, "output", 0, a->out, 0, (int64_t)B * Cout * c->image_size * c->image_size);
 }
 
-// Gradient of block i from that of its output in a.dx
-static void block_backward_at(Model *m, Layer *l, int i) {
+// Gradient of block i, of which `last` has the gradient of its output in a.dx alone
+static void block_backward_at(Model *m, Layer *l, int i, int last) {
+    int chain = !m->recompute; // otherwise the branch of the block below is not there yet
     if (m->recompute) block_forward(m, m->a.recomputed, NULL, l->x, l, i, 1);
-    block_backward(m, m->a.dx, NULL, l->x, l, i);
+    block_backward(m, m->a.dx, NULL, l->x, l, i, chain && !last, chain && i > 0);
 }
 
 // Adds to the gradients those of the loss whose gradient with respect to the output is a.dout.
@@ -1134,22 +1155,19 @@ static void model_backward(Model *m) {
     move_patches(m, a->patch_out, a->dout, 0, 1, Cout);
     linear_weight(0, m->g.final_w, D, m->g.final_b, a->patch_out, a->final_normed, M, D, p * p * Cout);
     matmul<false, true, EPI_FLOAT>(0, linear_input(dfinal_normed, a->patch_out, m->p.final_w, D, M, D, p * p * Cout));
-    layernorm_backward(m, 0, a->dx, NULL, a->dfinal_mod, dfinal_normed, l->x, a->final_mod, 2);
+    layernorm_backward(m, 0, a->dx, NULL, NULL, a->dfinal_mod, dfinal_normed, l->x, a->final_stats, a->final_mod, 2);
     if (c->fixed_point) {
-        for (; i > c->pre_depth; i--) block_backward_at(m, --l, i);
+        for (; i > c->pre_depth; i--) block_backward_at(m, --l, i, i == config_blocks(c) - 1);
         gpu_zero(a->du_sum, 2 * N * sizeof(float));
         for (int k = m->m; k > 0; k--) {
             l--;
-            if (m->recompute) {
-                as_act(m, a->z, l->x, N);
-                iteration_forward(m, a->recomputed, l, 1);
-            }
-            iteration_backward(m, a->dx, l, k == 1);
+            if (m->recompute) iteration_forward(m, a->recomputed, NULL, (const Act *)l->x, l, 1);
+            iteration_backward(m, a->dx, l, k == 1, k == m->m && c->post_depth && !m->recompute);
         }
         injection_backward(m, a->dx, --l);
         i--;
     }
-    for (; i >= 0; i--) block_backward_at(m, --l, i);
+    for (int last = i; i >= 0; i--) block_backward_at(m, --l, i, i == last);
     linear_weight(0, m->g.patch_w, c->channels * p * p, m->g.patch_b, a->dx, a->patches, M, c->channels * p * p, D);
     condition_backward(m);
 }
@@ -1393,7 +1411,7 @@ static void model_loss(Model *model, const Schedule *s, const float *x0, const f
         RUN(diffuse_kernel, dim3((unsigned)ceil_div(count, 256), B), 256, 0, a->x_t, a->t, a->picture, a->noise,
             a->places, count);
         model_forward(model, B, n, m, NULL);
-        RUN(loss_kernel, B, 512, 32 * sizeof(double), a->sums, a->dout, a->out, a->picture, a->noise, a->places,
+        RUN(loss_kernel, B, 512, MAX_WARPS * sizeof(double), a->sums, a->dout, a->out, a->picture, a->noise, a->places,
             c->learn_sigma, scale, count);
         model_backward(model);
         if (!record) return;
@@ -1590,7 +1608,7 @@ __global__ void residual_kernel(double *sums, const float *z, const float *befor
 // Mean over the pictures of ||z - z_before|| / ||z||
 static double residual_of(Model *m, const float *z, size_t count) {
     double *sums = (double *)xcalloc(2 * (size_t)m->B, sizeof *sums, "residuals"), sum = 0;
-    RUN(residual_kernel, m->B, 1024, 32 * sizeof(double), m->a.sums, z, m->a.z_before, count);
+    RUN(residual_kernel, m->B, 1024, MAX_WARPS * sizeof(double), m->a.sums, z, m->a.z_before, count);
     gpu_download(sums, m->a.sums, 2 * (size_t)m->B * sizeof *sums);
     for (int b = 0; b < m->B; b++) sum += sqrt(sums[2 * b] / (sums[2 * b + 1] > 0 ? sums[2 * b + 1] : 1));
     xfree(sums);
@@ -1671,8 +1689,8 @@ __global__ void anderson_mix_kernel(float *z, A *copy, const double *gram, const
 static void anderson_forward(Model *m, float *z, int k, int window, double mixing) {
     size_t count = (size_t)config_tokens(&m->config) * m->config.width;
     int slots = window + 1, used = imin(k, slots), newest = (k - 1) % slots;
-    RUN(anderson_products_kernel, dim3(used, m->B), 512, 32 * sizeof(double), m->a.gram, m->a.history, z, m->a.z_before,
-        newest, slots, count);
+    RUN(anderson_products_kernel, dim3(used, m->B), 512, MAX_WARPS * sizeof(double), m->a.gram, m->a.history, z,
+        m->a.z_before, newest, slots, count);
     unsigned blocks = imin((int)ceil_div(count, 4 * 256), (int)ceil_div(8 * gpu.sms, m->B));
     TYPED(m->half, RUN((anderson_mix_kernel<A>), dim3(blocks, m->B), 256, 0, z, (A *)m->a.z, m->a.gram, m->a.history,
                        used, newest, slots, (float)(1 - mixing), count));
@@ -1701,7 +1719,8 @@ __global__ void norm_kernel(double *partial, const float *grads, size_t count) {
 
 static double model_gradient_norm(const Model *m) {
     double partial[NORM_BLOCKS], sum = 0;
-    RUN(norm_kernel, NORM_BLOCKS, 256, 32 * sizeof(double), m->a.sums, m->memory[MODEL_GRADS], (size_t)m->n_params);
+    RUN(norm_kernel, NORM_BLOCKS, 256, MAX_WARPS * sizeof(double), m->a.sums, m->memory[MODEL_GRADS],
+        (size_t)m->n_params);
     gpu_download(partial, m->a.sums, sizeof partial);
     for (int i = 0; i < NORM_BLOCKS; i++) sum += partial[i];
     return sqrt(sum);
@@ -1982,7 +2001,7 @@ static void model_reduce(Model *m) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Instructions of the GPU, and vectors
 
-#ifdef __CUDACC__
+#ifdef NVIDIA
 
 __device__ inline uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
@@ -2021,6 +2040,11 @@ __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;"
 template <int N>
 __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+__device__ inline float fast_exp2(float x) { // exp2f without care for results below 2^-126: one instruction for four
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
 }
 
 #if HOPPER
@@ -2088,12 +2112,12 @@ __device__ inline void box_load_pair(bf16 *tile, const CUtensorMap *map, int row
 }
 
 // d += a·b for the four warps of a warpgroup, a (64,16) and b (16,192) in shared memory; a warp holds 16 rows of d, as
-// mma_bf16 has them. TA, TB: k is the slow dimension there. It runs on: wgmma_commit closes a group, wgmma_wait<N>
+// fragments. TA, TB: k is the slow dimension there. It runs on: wgmma_commit closes a group, wgmma_wait<N>
 // waits until at most the N newest are under way, and wgmma_fence stands between other use of d and the next product.
-#define FOUR(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
+#define FOUR(d) "+f"((d)[0][0][0]), "+f"((d)[0][0][1]), "+f"((d)[1][0][0]), "+f"((d)[1][0][1])
 #define SIXTEEN(d) FOUR((d)[0]), FOUR((d)[1]), FOUR((d)[2]), FOUR((d)[3])
 template <bool TA, bool TB>
-__device__ inline void wgmma(float (&d)[24][4], uint64_t a, uint64_t b) {
+__device__ inline void wgmma(float (&d)[24][2][1][2], uint64_t a, uint64_t b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
@@ -2105,7 +2129,7 @@ __device__ inline void wgmma(float (&d)[24][4], uint64_t a, uint64_t b) {
         : "l"(a), "l"(b), "n"(TA), "n"(TB));
 }
 template <bool TA>
-__device__ inline void wgmma(float (&d)[4], uint64_t a, uint64_t b) { // the same with b (16,8)
+__device__ inline void wgmma(float (&d)[2][1][2], uint64_t a, uint64_t b) { // the same with b (16,8)
     asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, %6, 0;"
                  : FOUR(d)
                  : "l"(a), "l"(b), "n"(TA));
@@ -2147,12 +2171,6 @@ __device__ inline void load(float (&x)[V], const T *p) {
     Vec<T, V> vec = *static_cast<const Vec<T, V> *>(__builtin_assume_aligned(p, alignof(decltype(vec))));
     EACH(i, V) x[i] = to_float(vec.v[i]);
 }
-template <int V, typename T>
-__device__ inline void store(T *p, const float (&x)[V]) {
-    Vec<T, V> vec;
-    EACH(i, V) from_float(&vec.v[i], x[i]);
-    *static_cast<Vec<T, V> *>(__builtin_assume_aligned(p, alignof(decltype(vec)))) = vec;
-}
 // Two floats as the two bf16 of a register, x in the low half
 __device__ inline uint32_t pack_bf16(float x, float y) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
@@ -2160,22 +2178,115 @@ __device__ inline uint32_t pack_bf16(float x, float y) {
     memcpy(&bits, &pair, sizeof bits);
     return bits;
 }
+template <int V, typename T>
+__device__ inline void store(T *p, const float (&x)[V]) {
+    Vec<T, V> vec;
+    if constexpr (sizeof(T) == 2 && V % 2 == 0) { // one instruction converts two
+        uint32_t pairs[V / 2];
+        EACH(i, V / 2) pairs[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+        memcpy(&vec, pairs, sizeof vec);
+    } else
+        EACH(i, V) from_float(&vec.v[i], x[i]);
+    *static_cast<Vec<T, V> *>(__builtin_assume_aligned(p, alignof(decltype(vec)))) = vec;
+}
 
-// The sum over the lanes of a warp, in all of them
+// ---------------------------------------------------------------------------------------------------------------------
+// Fragments: how a warp holds pieces of matrices. Of a result, 16 rows and FRAG_COLS columns, a lane has FRAG_ROWS rows
+// and of each FRAG_RUNS runs of neighbours: of Frag f, f[r][j] is in row frag_row(r), from column frag_col(j) on. The
+// lanes that share a row are FRAG_STEP apart. What is multiplied is in bf16: a Left is 16 rows of 16 k, a Right
+// FRAG_COLS columns of 16 k. This is all that knows which lane has what; test/hip.h says the same for AMD.
+
+#ifndef AMD
+enum { FRAG_ROWS = 2, FRAG_COLS = 8, FRAG_RUNS = 1, FRAG_RUN = 2, FRAG_STEP = 1 };
+typedef float FragRun[FRAG_RUN];
+typedef FragRun Frag[FRAG_ROWS][FRAG_RUNS];
+typedef uint32_t Left[4], Right[2];
+__device__ inline int frag_row(int r) {
+    int lane = threadIdx.x % WARP;
+    return lane / 4 + 8 * r;
+}
+__device__ inline int frag_col(int j) {
+    int lane = threadIdx.x % WARP;
+    return 8 * j + lane % 4 * 2;
+}
+
+// From shared memory, where at(i, j) is number j of the eights of neighbours in row i. SLOW: such a row is one k, not the
+// k of one row. HALF: there are 8 k; the others are zeros.
+template <bool SLOW, bool HALF, typename F>
+__device__ inline void left_load(Left a, F at) {
+    int lane = threadIdx.x % WARP;
+    if (SLOW)
+        ldmatrix_x4_trans(a, at(lane % 8 + lane / 16 * 8, lane / 8 % 2));
+    else
+        ldmatrix_x4(a, at(lane % 16, HALF ? 0 : lane / 16));
+    if (HALF) a[2] = a[3] = 0;
+}
+
+// Two at once: the next one to the right, or with DEEP the next 16 k
+enum RightForm { RIGHT_FAST, RIGHT_SLOW, RIGHT_SLOW_DEEP };
+template <int FORM, bool HALF, typename F>
+__device__ inline void right_load(Right (&b)[2], F at) {
+    int lane = threadIdx.x % WARP;
+    if (FORM == RIGHT_FAST)
+        ldmatrix_x4(b[0], at(lane % 8 + lane / 16 * 8, HALF ? 0 : lane / 8 % 2));
+    else if (FORM == RIGHT_SLOW)
+        ldmatrix_x4_trans(b[0], at(lane % 16, lane / 16));
+    else
+        ldmatrix_x4_trans(b[0], at(lane, 0));
+    if (HALF) b[0][1] = b[1][1] = 0;
+}
+
+// d += a·b
+__device__ inline void frag_multiply(Frag d, const Left a, const Right b) { mma_bf16(d[0][0], a, b); }
+
+// Columns of p, 16 in all, as what the next product has on its left: a lane holds what it needs
+__device__ inline void left_from(Left a, const Frag *p) {
+    EACH(i, 4) a[i] = pack_bf16(p[i / 2][i % 2][0][0], p[i / 2][i % 2][0][1]);
+}
+
+// The value in row frag_row(r), column k, of whichever lane has it
+__device__ inline float frag_value(const Frag p, int r, int k) {
+    return __shfl_sync(0xffffffffu, p[r][0][k % 2], k / 2, 4);
+}
+
+// x of lane number (this one's ^ i)
+template <typename T>
+__device__ inline T lane_xor(T x, int i) {
+    return __shfl_xor_sync(0xffffffffu, x, i);
+}
+#endif
+
+// Run j of a row of fragments side by side, from column frag_col(j) on
+__device__ inline FragRun &frag_run(Frag *f, int r, int j) { return f[j / FRAG_RUNS][r][j % FRAG_RUNS]; }
+__device__ inline const FragRun &frag_run(const Frag *f, int r, int j) { return f[j / FRAG_RUNS][r][j % FRAG_RUNS]; }
+
+// Over the lanes that share a row
+__device__ inline float row_sum(float x) {
+#pragma unroll
+    for (int i = FRAG_STEP; i < FRAG_STEP * FRAG_COLS / (FRAG_RUNS * FRAG_RUN); i *= 2) x += lane_xor(x, i);
+    return x;
+}
+__device__ inline float row_max(float x) {
+#pragma unroll
+    for (int i = FRAG_STEP; i < FRAG_STEP * FRAG_COLS / (FRAG_RUNS * FRAG_RUN); i *= 2) x = fmaxf(x, lane_xor(x, i));
+    return x;
+}
+
+// Over all lanes of a warp
 template <typename T>
 __device__ inline T warp_sum(T x) {
 #pragma unroll
-    for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
+    for (int i = WARP / 2; i > 0; i /= 2) x += lane_xor(x, i);
     return x;
 }
 
 template <typename T>
 __device__ inline T block_sum(T x, T *shared) {
     x = warp_sum(x);
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = x;
     __syncthreads();
     x = 0;
-    for (int w = 0; w < (int)blockDim.x / 32; w++) x += shared[w];
+    for (int w = 0; w < (int)blockDim.x / WARP; w++) x += shared[w];
     __syncthreads();
     return x;
 }
@@ -2234,42 +2345,67 @@ __device__ inline void epilogue(const Matmul &g, int row0, int hop, const int (&
     }
 }
 
-// The same for 16 rows and 32·CHUNKS columns that a warp holds as results of mma, acc[j] at column 8·j. They go through
+// The same for 16 rows and 32·CHUNKS columns that a warp holds as fragments, acc[j] at column FRAG_COLS·j. They go through
 // shared memory, `stage`, so that a lane gets neighbours and the warp's accesses to memory fill sectors of 32 bytes: 8
 // to a lane where all is bf16, 4 where fp32 comes with it. What a lane writes and reads there lies in banks of its own:
 // rows are 8 banks apart, and in every second four rows, every two fours of columns change places.
 template <int EPI, int CHUNKS>
-__device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, int col0, const float (*acc)[4]) {
-    constexpr int V = EPI == EPI_STORE || EPI == EPI_GELU ? 8 : 4, ROWS = 16 / V, STRIDE = 32 * CHUNKS + 8;
-    int lane = threadIdx.x % 32, row = V == 8 ? lane / 4 % 2 * 4 + lane / 8 : lane / 8, col = lane % (32 / V) * V;
-    int other[ROWS];
-    stage += threadIdx.x / 32 * 16 * STRIDE;
-    EACH(i, ROWS) other[i] = row_of_other<EPI>(g, row0 + row + i * V);
-    EACH(i, 8 * CHUNKS) {
-        int r = lane / 4 + i % 2 * 8, c = i / 2 * 8 + lane % 4 * 2;
-        *(float2 *)(stage + r * STRIDE + (c ^ (r & 4))) = make_float2(acc[i / 2][i % 2 * 2], acc[i / 2][i % 2 * 2 + 1]);
+__device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, int col0, const Frag *acc) {
+    constexpr int V = EPI == EPI_STORE || EPI == EPI_GELU ? 8 : 4, HOP = WARP / 32 * V, ROWS = 16 / HOP,
+                  STRIDE = 32 * CHUNKS + 8;
+    int lane = threadIdx.x % WARP, col = lane % (32 / V) * V;
+    int row = V == 8 ? lane / 4 % 2 * 4 + lane / 8 % 4 + lane / 32 * 8 : lane / 8, other[ROWS];
+    stage += threadIdx.x / WARP * 16 * STRIDE;
+    EACH(i, ROWS) other[i] = row_of_other<EPI>(g, row0 + row + i * HOP);
+    EACH(j, 32 * CHUNKS / FRAG_COLS * FRAG_RUNS) {
+        EACH(i, FRAG_ROWS) {
+            int r = frag_row(i), c = frag_col(j);
+            Vec<float, FRAG_RUN> run;
+            EACH(e, FRAG_RUN) run.v[e] = frag_run(acc, i, j)[e];
+            *(Vec<float, FRAG_RUN> *)(stage + r * STRIDE + (c ^ (r & 4))) = run;
+        }
     }
     __syncwarp();
 #pragma unroll 1                                  // saves registers
-    for (int c = col; c < 32 * CHUNKS; c += 32) { // V rows at a time
+    for (int c = col; c < 32 * CHUNKS; c += 32) { // HOP rows at a time
         auto product = [&](float(&v)[V], int i) {
-            int r = row + i * V;
+            int r = row + i * HOP;
             EACH(part, V / 4) {
                 float four[4];
                 load(four, stage + r * STRIDE + ((c + 4 * part) ^ (r & 4)));
                 EACH(j, 4) v[4 * part + j] = four[j];
             }
         };
-        if (col0 + c < g.N) epilogue<EPI, bf16, ROWS, V>(g, row0 + row, V, other, col0 + c, product);
+        if (col0 + c < g.N) epilogue<EPI, bf16, ROWS, V>(g, row0 + row, HOP, other, col0 + c, product);
     }
     __syncwarp(); // before the next results take the place of these
 }
 
-// Each split of a weight gradient has its own place in the workspace: all products first, then all column sums.
-__device__ inline void weight_split(Matmul *g, int split) {
-    if (!g->overwrite) return;
-    g->out = (float *)g->out + (size_t)split * g->M * g->N;
-    if (g->db) g->db += (size_t)split * g->M;
+// Room for the parts of sums that are split
+static struct {
+    float *memory;
+    size_t count; // floats
+} workspace;
+
+// What is worth having for a model of width D: 16 D^2 with column sums, and for small D a tile for each of two blocks a
+// multiprocessor
+static size_t workspace_floats(int D) {
+    size_t floats = 16 * (size_t)D * (D + 1), tiles = 2 * (size_t)gpu.sms * 128 * 130; // 130: column sums too
+    return floats > tiles ? floats : tiles;
+}
+
+static void workspace_reserve(size_t count) {
+    if (count <= workspace.count) return;
+    gpu_free(workspace.memory, workspace.count * sizeof(float));
+    workspace.count = count;
+    workspace.memory = (float *)gpu_malloc(count * sizeof(float), "partial sums");
+}
+
+// A split of a weight gradient has its own place in the workspace: all products first, then all column sums.
+__device__ inline void weight_split(Matmul *g, float *parts, int split, int splits) {
+    g->out = parts + (size_t)split * g->M * g->N;
+    if (g->db) g->db = parts + (size_t)splits * g->M * g->N + (size_t)split * g->M;
+    g->ldc = g->N, g->overwrite = 1;
 }
 
 // bf16 operands on the tensor cores. A block computes TILE x TILE of the product with four warps, each a quarter. Tiles
@@ -2278,7 +2414,7 @@ __device__ inline void weight_split(Matmul *g, int split) {
 //
 // Shared memory has 32 banks of 4 bytes: eight rows of 16 bytes, what a tile of ldmatrix reads, must lie in different
 // ones. Rows are therefore stored with their 16-byte pieces permuted by the row number (a swizzle).
-enum { BK = 32, STAGES = 3, MATMUL_THREADS = 128 };
+enum { BK = 32, STAGES = 3, MATMUL_THREADS = 4 * WARP, WG_M = 128, WG_N = 192 }; // WG: of matmul_wgmma's tile
 
 template <int COLS>
 __device__ inline int swizzled(int row, int piece) {
@@ -2299,17 +2435,18 @@ __device__ inline void load_tile(bf16 *tile, const bf16 *p, int ld, int row0, in
 }
 
 template <int TILE, bool TA, bool TB, int EPI>
-__global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g) {
-    constexpr int OPERAND = TILE * BK, W = TILE / 2, MI = W / 16, NI = W / 8; // a warp: W x W, in MI x NI pieces of mma
+__global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g, float *parts) {
+    constexpr int OPERAND = TILE * BK, W = TILE / 2, MI = W / 16,
+                  NI = W / FRAG_COLS; // a warp: W x W, MI x NI fragments
     SHARED_DYNAMIC(bf16, shared);
     const bf16 *a = (const bf16 *)g.a, *b = (const bf16 *)g.b;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, wm = warp / 2 * W, wn = warp % 2 * W;
+    int warp = threadIdx.x / WARP, wm = warp / 2 * W, wn = warp % 2 * W;
     int n_tiles = (g.N + TILE - 1) / TILE, m0 = blockIdx.x / n_tiles * TILE, n0 = blockIdx.x % n_tiles * TILE;
     int k_begin = blockIdx.y * g.k_chunk;
     int k_end = min(g.K, k_begin + g.k_chunk), steps = (k_end - k_begin + BK - 1) / BK;
-    if (EPI == EPI_WEIGHT) weight_split(&g, blockIdx.y);
+    if (EPI == EPI_WEIGHT && gridDim.y > 1) weight_split(&g, parts, blockIdx.y, gridDim.y);
     bool sum_rows = EPI == EPI_WEIGHT && g.db && n0 + wn == 0;
-    float acc[MI][NI][4] = {}, row_sums[EPI == EPI_WEIGHT ? MI : 1][4] = {};
+    Frag acc[MI][NI] = {}, row_sums[EPI == EPI_WEIGHT ? MI : 1] = {};
 
     auto load_step = [&](int step) {
         bf16 *ta = shared + step % STAGES * 2 * OPERAND, *tb = ta + OPERAND;
@@ -2335,38 +2472,38 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g) {
         const bf16 *ta = shared + step % STAGES * 2 * OPERAND, *tb = ta + OPERAND;
 #pragma unroll
         for (int k = 0; k < BK; k += 16) {
-            uint32_t fa[MI][4], fb[NI / 2][4];
+            Left fa[MI];
+            Right fb[NI / 2][2];
             EACH(i, MI) {
                 int m = wm + 16 * i;
-                if (TA)
-                    ldmatrix_x4_trans(fa[i], ta + swizzled<TILE>(k + lane % 8 + lane / 16 * 8, m / 8 + lane / 8 % 2));
-                else
-                    ldmatrix_x4(fa[i], ta + swizzled<BK>(m + lane % 16, k / 8 + lane / 16));
+                left_load<TA, false>(fa[i], [&](int row, int piece) {
+                    return ta + (TA ? swizzled<TILE>(k + row, m / 8 + piece) : swizzled<BK>(m + row, k / 8 + piece));
+                });
             }
             EACH(j, NI / 2) {
-                int n = wn + 16 * j;
-                if (TB)
-                    ldmatrix_x4_trans(fb[j], tb + swizzled<TILE>(k + lane % 16, n / 8 + lane / 16));
-                else
-                    ldmatrix_x4(fb[j], tb + swizzled<BK>(n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
+                int n = wn + 2 * FRAG_COLS * j;
+                right_load<TB ? RIGHT_SLOW : RIGHT_FAST, false>(fb[j], [&](int row, int piece) {
+                    return tb + (TB ? swizzled<TILE>(k + row, n / 8 + piece) : swizzled<BK>(n + row, k / 8 + piece));
+                });
             }
             EACH(i, MI) {
-                EACH(j, NI) mma_bf16(acc[i][j], fa[i], fb[j / 2] + j % 2 * 2);
+                EACH(j, NI) frag_multiply(acc[i][j], fa[i], fb[j / 2][j % 2]);
             }
             if (sum_rows) { // the bias gradient is dy^T times a matrix of ones
-                const uint32_t ones[2] = {0x3F803F80u, 0x3F803F80u};
-                EACH(i, MI) mma_bf16(row_sums[EPI == EPI_WEIGHT ? i : 0], fa[i], ones);
+                Right ones;
+                EACH(i, (int)(sizeof ones / 4)) ones[i] = 0x3F803F80u;
+                EACH(i, MI) frag_multiply(row_sums[EPI == EPI_WEIGHT ? i : 0], fa[i], ones);
             }
         }
     }
     __syncthreads(); // the ring is free: warps stage their results there
     EACH(i, MI) {
         int row = m0 + wm + 16 * i;
-        warp_epilogue<EPI, NI / 4>(g, (float *)shared, row, n0 + wn, acc[i]);
-        EACH(half, 2) {
-            int r = row + 8 * half + lane / 4;
-            if (sum_rows && lane % 4 == 0 && r < g.M)
-                g.db[r] = row_sums[EPI == EPI_WEIGHT ? i : 0][2 * half] + (g.overwrite ? 0 : g.db[r]);
+        warp_epilogue<EPI, W / 32>(g, (float *)shared, row, n0 + wn, acc[i]);
+        EACH(h, FRAG_ROWS) {
+            int r = row + frag_row(h);
+            if (sum_rows && frag_col(0) == 0 && r < g.M)
+                g.db[r] = row_sums[EPI == EPI_WEIGHT ? i : 0][h][0][0] + (g.overwrite ? 0 : g.db[r]);
         }
     }
 }
@@ -2386,26 +2523,31 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g) {
 //   - At full speed a tile of 128x192 takes in 53 bytes a cycle, and the L2 cache gives a multiprocessor about 35. So
 //     blocks come in pairs, clusters, with tiles above each other: each copies half of the tile of b into both, 37
 //     bytes a cycle.
-// 192 divides the widths of S, B and XL. Of L's 1024 it wastes a ninth; a tile of 128 would need 48 bytes a cycle.
-enum { WG_M = 128, WG_N = 192, WG_K = 64, WG_STAGES = 4, WG_THREADS = 3 * 128 };
+// 192 divides the widths of S, B and XL. Of L's 1024 it wastes a ninth; a tile of 128 would need 48 bytes a cycle. A last
+// row of tiles without one below it, as 1152 has, is shared out as pairs side by side, which copy nothing for each other.
+enum { WG_K = 64, WG_STAGES = 4, WG_THREADS = 3 * 128 };
 enum { WG_A = WG_M * WG_K, WG_B = WG_N * WG_K, WG_PANEL = 64 * WG_K, WG_ONES = 8 * WG_K, WG_STAGE = 8 * 16 * (96 + 8) };
 enum { WG_SHARED = 2 * (WG_STAGES * (WG_A + WG_B) + WG_ONES) + 4 * WG_STAGE + 8 * (2 * WG_STAGES + 2) };
 
 template <bool TA, bool TB, int EPI>
 __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
     matmul_wgmma(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b, Matmul g,
-                 int splits) {
+                 float *parts, int across, int upright, int whole, int rest, int splits) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     SHARED_DYNAMIC(bf16, shared);
     bf16 *ones = shared + WG_STAGES * (WG_A + WG_B);
     float *stage = (float *)(ones + WG_ONES);
     uint64_t *full = (uint64_t *)(stage + WG_STAGE), *empty = full + WG_STAGES, *order = empty + WG_STAGES;
-    int group = threadIdx.x / 128, lane = threadIdx.x % 32, rank = blockIdx.x % 2;
-    int n_tiles = (g.N + WG_N - 1) / WG_N, tiles = (g.M + 2 * WG_M - 1) / (2 * WG_M) * n_tiles; // of both blocks
-    int m0, n0, k0, steps, at = 0; // at: the step's place in the ring, counted on over all tiles
-    auto go_to = [&](int unit) {   // a split of a tile; neighbours share rows of a in the cache
-        m0 = (unit % tiles / n_tiles * 2 + rank) * WG_M, n0 = unit % n_tiles * WG_N;
-        k0 = unit / tiles * g.k_chunk, steps = (max(min(g.K - k0, g.k_chunk), 0) + WG_K - 1) / WG_K;
+    int group = threadIdx.x / 128, lane = threadIdx.x % WARP, rank = blockIdx.x % 2;
+    int m0, n0, k0, steps, split, beside, at = 0; // at: the step's place in the ring, counted on over all tiles
+    auto go_to = [&](int unit) { // a tile of `whole`, or a split of the rest; neighbours share rows of a in the cache
+        int tile = unit < whole ? unit : whole + (unit - whole) % rest;
+        split = unit < whole ? -1 : (unit - whole) / rest;
+        beside = tile - upright;
+        m0 = (beside < 0 ? tile / across * 2 + rank : (g.M - 1) / WG_M) * WG_M;
+        n0 = (beside < 0 ? tile % across : 2 * beside + rank) * WG_N;
+        k0 = max(split, 0) * g.k_chunk;
+        steps = (max(min(g.K - k0, split < 0 ? g.K : g.k_chunk), 0) + WG_K - 1) / WG_K;
     };
     for (int i = threadIdx.x; i < WG_ONES / 2; i += WG_THREADS) ((uint32_t *)ones)[i] = 0x3F803F80u;
     for (int i = 0; i < WG_STAGES && threadIdx.x == 0; i++) {
@@ -2417,7 +2559,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
     cluster_sync();
     if (group == 2) {
         registers_down<24>();
-        for (int unit = blockIdx.x / 2; threadIdx.x % 128 == 0 && unit < tiles * splits; unit += gridDim.x / 2) {
+        for (int unit = blockIdx.x / 2; threadIdx.x % 128 == 0 && unit < whole + rest * splits; unit += gridDim.x / 2) {
             go_to(unit);
             for (int k = k0; k < k0 + steps * WG_K; k += WG_K, at++) {
                 int i = at % WG_STAGES;
@@ -2426,26 +2568,34 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
                 barrier_expect(full + i, 2 * (WG_A + WG_B));
                 if (!TA) box_load(a, &map_a, m0, k, full + i);
                 for (int j = 0; TA && j < WG_M / 64; j++) box_load(a + j * WG_PANEL, &map_a, k, m0 + 64 * j, full + i);
-                if (!TB) box_load_pair(b + rank * WG_B / 2, &map_b, n0 + rank * WG_N / 2, k, full + i);
-                for (int j = 0; TB && j < WG_N / 64; j++)
-                    box_load_pair(b + j * WG_PANEL + rank * WG_PANEL / 2, &map_b, k + rank * WG_K / 2, n0 + 64 * j,
-                                  full + i);
+                auto copy = [&](bf16 *tile, int row, int col) {
+                    if (beside < 0)
+                        box_load_pair(tile, &map_b, row, col, full + i);
+                    else
+                        box_load(tile, &map_b, row, col, full + i);
+                };
+                for (int half = 0; half < 2; half++) {
+                    if (beside < 0 && half != rank) continue; // the other block copies it
+                    if (!TB) copy(b + half * WG_B / 2, n0 + half * WG_N / 2, k);
+                    for (int j = 0; TB && j < WG_N / 64; j++)
+                        copy(b + j * WG_PANEL + half * WG_PANEL / 2, k + half * WG_K / 2, n0 + 64 * j);
+                }
             }
         }
     } else {
         registers_up<240>();
-        for (int unit = blockIdx.x / 2, turn = 0; unit < tiles * splits; unit += gridDim.x / 2, turn++) {
+        for (int unit = blockIdx.x / 2, turn = 0; unit < whole + rest * splits; unit += gridDim.x / 2, turn++) {
             go_to(unit);
             if (turn % 2 != group) { // the other warpgroup's
                 at += steps;
                 continue;
             }
-            float acc[2][WG_N / 8][4] = {};
+            Frag acc[2][WG_N / 8] = {};
             Matmul part = g;
-            if (EPI == EPI_WEIGHT) weight_split(&part, unit / tiles);
+            if (EPI == EPI_WEIGHT && split >= 0) weight_split(&part, parts, split, splits);
             auto multiply = [&](auto with_sums) {
                 constexpr bool SUMS = decltype(with_sums)::value;
-                float row_sums[2][4] = {};
+                Frag row_sums[2] = {};
                 auto release = [&](int i) { // both blocks' next copies to this place wait for it
                     if (lane < 2) barrier_arrive(empty + i % WG_STAGES, lane);
                 };
@@ -2469,9 +2619,9 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
                 wgmma_wait<0>();
                 if (steps > 0) release(at - 1); // the last splits may be empty
                 EACH(i, 4) {
-                    int row = m0 + i / 2 * 64 + threadIdx.x % 128 / 32 * 16 + i % 2 * 8 + lane / 4;
-                    if (SUMS && lane % 4 == 0 && row < g.M)
-                        part.db[row] = row_sums[i / 2][i % 2 * 2] + (g.overwrite ? 0 : part.db[row]);
+                    int row = m0 + i / 2 * 64 + threadIdx.x % 128 / WARP * 16 + frag_row(i % 2);
+                    if (SUMS && frag_col(0) == 0 && row < g.M)
+                        part.db[row] = row_sums[i / 2][i % 2][0][0] + (part.overwrite ? 0 : part.db[row]);
                 }
             };
             barrier_wait(order + group, (turn + 1) / 2 % 2 ^ 1); // the other's products have been started
@@ -2480,7 +2630,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
             else
                 multiply(std::false_type());
             EACH(i, 4) {
-                int row = m0 + i / 2 * 64 + threadIdx.x % 128 / 32 * 16, col = i % 2 * 96;
+                int row = m0 + i / 2 * 64 + threadIdx.x % 128 / WARP * 16, col = i % 2 * 96;
                 warp_epilogue<EPI, 3>(part, stage, row, n0 + col, acc[i / 2] + col / 8);
             }
         }
@@ -2502,15 +2652,16 @@ static CUtensorMap box_map(const void *p, int rows, int cols, int ld, int box) {
 }
 
 template <bool TA, bool TB, int EPI>
-static void launch_wgmma(const Matmul &g, int tiles, int splits) {
+static void launch_wgmma(const Matmul &g, int across, int upright, int whole, int rest, int splits) {
     CUtensorMap a = TA ? box_map(g.a, g.K, g.M, g.lda, WG_K) : box_map(g.a, g.M, g.K, g.lda, WG_M);
     CUtensorMap b = TB ? box_map(g.b, g.K, g.N, g.ldb, WG_K / 2) : box_map(g.b, g.N, g.K, g.ldb, WG_N / 2);
-    int pairs = imin(tiles * splits, (gpu.sms + 1) / 2);
-    RUN((matmul_wgmma<TA, TB, EPI>), 2 * pairs, WG_THREADS, WG_SHARED, a, b, g, splits);
+    int pairs = imin(whole + rest * splits, (gpu.sms + 1) / 2);
+    RUN((matmul_wgmma<TA, TB, EPI>), 2 * pairs, WG_THREADS, WG_SHARED, a, b, g, workspace.memory, across, upright,
+        whole, rest, splits);
 }
 #else
 template <bool TA, bool TB, int EPI>
-static void launch_wgmma(const Matmul &, int, int) {}
+static void launch_wgmma(const Matmul &, int, int, int, int, int) {}
 #endif
 
 // The same product in fp32 with plain multiply-adds (tensor cores would round to tf32, which misses 1e-5). A block
@@ -2520,7 +2671,7 @@ static void launch_wgmma(const Matmul &, int, int) {}
 enum { F32_TILE = 64, F32_BK = 16, F32_ROW = F32_TILE + 4 };
 
 template <bool TA, bool TB, int EPI>
-__global__ void __launch_bounds__(128) matmul_fp32(Matmul g) {
+__global__ void __launch_bounds__(128) matmul_fp32(Matmul g, float *parts) {
     SHARED_DYNAMIC(float, ta);
     float *tb = ta + F32_BK * F32_ROW;
     const float *a = (const float *)g.a, *b = (const float *)g.b;
@@ -2528,7 +2679,7 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g) {
     int m0 = blockIdx.x / n_tiles * F32_TILE, n0 = blockIdx.x % n_tiles * F32_TILE;
     int k_end = min(g.K, k_begin + g.k_chunk), ty = threadIdx.x / 16 * 8, tx = threadIdx.x % 16 * 4;
     float acc[2][4][4] = {}, row_sums[8] = {}, next_a[8], next_b[8];
-    if (EPI == EPI_WEIGHT) weight_split(&g, blockIdx.y);
+    if (EPI == EPI_WEIGHT && gridDim.y > 1) weight_split(&g, parts, blockIdx.y, gridDim.y);
 
     // Element i of this thread: neighbouring threads read neighbouring addresses. In shared memory, pairs change places
     // in the second half of the k, for their banks.
@@ -2588,76 +2739,64 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g) {
 }
 
 // dw (M,N; row stride ldc) += the sum over `splits` of the partial products (M,N) in `part`, in order; db (M) likewise
-// from the partial sums behind them
-__global__ void split_sum_kernel(float *dw, int ldc, float *db, const float *part, int M, int N, int splits) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, count = (size_t)M * N;
+// from the partial sums behind them. What comes before row0, and col0 in the first `high` rows, was not split.
+__global__ void split_sum_kernel(float *dw, int ldc, float *db, const float *part, int M, int N, int splits, int row0,
+                                 int high, int col0) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x + (size_t)row0 * N, count = (size_t)M * N;
+    int row = i < count ? (int)(i / N) : (int)(i - count), col = i < count ? (int)(i % N) : 0;
     float sum = 0;
+    if (row >= M || row < row0 || (row < row0 + high && col < col0)) return;
     if (i < count) {
         for (int s = 0; s < splits; s++) sum += part[s * count + i];
-        dw[i / N * ldc + i % N] += sum;
-    } else if (db && i < count + M) {
-        for (int s = 0; s < splits; s++) sum += part[splits * count + (size_t)s * M + i - count];
-        db[i - count] += sum;
+        dw[(size_t)row * ldc + col] += sum;
+    } else if (db) {
+        for (int s = 0; s < splits; s++) sum += part[splits * count + (size_t)s * M + row];
+        db[row] += sum;
     }
-}
-
-// Room for the parts of sums that are split
-static struct {
-    float *memory;
-    size_t count; // floats
-} workspace;
-
-// What is worth having for a model of width D: 16 D^2 with column sums, and for small D a tile for each of two blocks a
-// multiprocessor
-static size_t workspace_floats(int D) {
-    size_t floats = 16 * (size_t)D * (D + 1), tiles = 2 * (size_t)gpu.sms * 128 * 130; // 130: column sums too
-    return floats > tiles ? floats : tiles;
-}
-
-static void workspace_reserve(size_t count) {
-    if (count <= workspace.count) return;
-    gpu_free(workspace.memory, workspace.count * sizeof(float));
-    workspace.count = count;
-    workspace.memory = (float *)gpu_malloc(count * sizeof(float), "partial sums");
 }
 
 // Starts the product; `half` says whether the operands are bf16. The sum over k of a weight gradient is as long as the
 // batch has tokens, and its result small: it is split where that fills the GPU better, as far as the workspace reaches.
+// On Hopper, whose tiles are large, only those are split that do not fill it once more.
 template <bool TA, bool TB, int EPI>
 static void matmul(int half, Matmul g) {
-    size_t large_tiles = ceil_div(g.M, 128) * ceil_div(g.N, 128), pairs = ceil_div(g.M, 256) * ceil_div(g.N, 192);
-    int large = half && (EPI == EPI_WEIGHT ? g.M >= 128 && g.N >= 128 : large_tiles >= (size_t)gpu.sms);
-    int wgmma = half && (gpu.wgmma > 1 || (gpu.wgmma && large && (EPI == EPI_WEIGHT || 2 * pairs >= (size_t)gpu.sms)));
+    int across = (int)ceil_div(g.N, WG_N), down = (int)ceil_div(g.M, WG_M); // tiles of Hopper's, in pairs
+    int upright = down / 2 * across, pairs = upright + down % 2 * (across + 1) / 2;
+    int large = half && (EPI == EPI_WEIGHT ? g.M >= 128 && g.N >= 128
+                                           : ceil_div(g.M, 128) * ceil_div(g.N, 128) >= (size_t)gpu.sms);
+    int wgmma = half && (gpu.wgmma > 1 || (gpu.wgmma && large && (EPI == EPI_WEIGHT || 2 * pairs >= gpu.sms)));
     int tile = large ? 128 : 64, step = wgmma ? 64 : half ? (int)BK : (int)F32_BK, splits = 1;
     int slots = wgmma ? (gpu.sms + 1) / 2 : gpu.sms * (large ? 2 : 4); // tiles that the GPU works on at once
-    dim3 grid((unsigned)(wgmma ? pairs : ceil_div(g.N, tile) * ceil_div(g.M, tile))); // neighbours share rows of a
-    Matmul whole = g;
-    if (EPI == EPI_WEIGHT) { // the fewest splits within 5 % of the best use of all multiprocessors
-        double best = 0;
+    int tiles = wgmma ? pairs : (int)(ceil_div(g.N, tile) * ceil_div(g.M, tile)),
+        whole = wgmma ? tiles / slots * slots : 0;
+    if (EPI == EPI_WEIGHT) { // the fewest splits within 5 % of the shortest time
+        double best = INFINITY;
         for (int s = 1; s <= 16 && s * ((size_t)g.M * g.N + g.M) <= workspace.count && s * 256 <= g.K; s++) {
-            double waves = (double)grid.x * s / slots, use = waves / ceil(waves);
-            if (use > 1.05 * best) best = use, splits = s;
+            double time = whole / slots + (double)ceil_div((size_t)(tiles - whole) * s, slots) / s;
+            if (time < best / 1.05) best = time, splits = s;
         }
     }
+    if (splits == 1) whole = tiles;
     g.k_chunk = (int)ceil_div(ceil_div(g.K, splits), step) * step;
-    grid.y = splits;
-    if (splits > 1) {
-        g.out = workspace.memory, g.ldc = g.N, g.overwrite = 1;
-        if (g.db) g.db = workspace.memory + splits * (size_t)g.M * g.N;
-    }
+    dim3 grid(tiles, splits); // neighbours share rows of a
     if (!half)
-        RUN((matmul_fp32<TA, TB, EPI>), grid, 128, 2 * F32_BK * F32_ROW * sizeof(float), g);
+        RUN((matmul_fp32<TA, TB, EPI>), grid, 128, 2 * F32_BK * F32_ROW * sizeof(float), g, workspace.memory);
     else if constexpr (TA || EPI != EPI_WEIGHT) { // conditioning alone adds to an input's gradient, in fp32
         if (wgmma)
-            launch_wgmma<TA, TB, EPI>(g, (int)grid.x, splits);
+            launch_wgmma<TA, TB, EPI>(g, across, upright, whole, tiles - whole, splits);
         else if (large)
-            RUN((matmul_bf16<128, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 128 * BK * sizeof(bf16), g);
+            RUN((matmul_bf16<128, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 128 * BK * sizeof(bf16), g,
+                workspace.memory);
         else
-            RUN((matmul_bf16<64, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 64 * BK * sizeof(bf16), g);
+            RUN((matmul_bf16<64, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 64 * BK * sizeof(bf16), g,
+                workspace.memory);
     }
-    if (splits > 1)
-        RUN(split_sum_kernel, (unsigned)ceil_div((size_t)g.M * g.N + g.M, 256), 256, 0, (float *)whole.out, whole.ldc,
-            whole.db, workspace.memory, g.M, g.N, splits);
+    if (splits == 1) return;
+    int beside = whole - upright, high = beside < 0 ? 2 * WG_M : WG_M; // of the first tile that is split
+    int row0 = wgmma ? (beside < 0 ? whole / across : down / 2) * 2 * WG_M : 0;
+    int col0 = wgmma ? (beside < 0 ? whole % across : 2 * beside) * WG_N : 0;
+    RUN(split_sum_kernel, (unsigned)ceil_div((size_t)(g.M - row0) * g.N + g.M, 256), 256, 0, (float *)g.out, g.ldc,
+        g.db, workspace.memory, g.M, g.N, splits, row0, high, col0);
 }
 
 // y (M,N) of EPI from x (M,K) and w (N,K), row stride ldw
@@ -2684,160 +2823,204 @@ static void linear_weight(int half, float *dw, int ldw, float *db, const void *d
 // ---------------------------------------------------------------------------------------------------------------------
 // Attention
 
-// Multi-head attention without mask (FlashAttention, arXiv:2205.14135 and 2307.08691). A block has ROWS rows (queries)
-// of one head of one picture and walks over the columns (keys), COLS at a time; each warp makes 16 rows of S = q·k^T in
-// registers, in the layout of mma_bf16, and turns them into its part of the result: the T x T matrix exists nowhere. HD
-// is the head size rounded up to what the kernels are made for; channels beyond it are zeros. In fp32 the same steps
-// run on plain multiply-adds. Rows of a tile are 16 bytes longer than they need: an odd number of 16-byte pieces has no
-// bank conflicts.
-template <typename A>
+// Multi-head attention without mask (FlashAttention, arXiv:2205.14135 and 2307.08691). A block has some rows of one
+// head of one picture and walks over the columns, COLS at a time; each warp makes its ROWS of S = q·k^T in registers, as
+// fragments, and turns them into its part of the result: the T x T matrix exists nowhere. HD is the head
+// size rounded up to what the kernels are made for; channels beyond it are zeros. In fp32 the same steps run on plain
+// multiply-adds. A row of a tile, LD, is an odd number of 16-byte pieces: no bank conflicts. Two times 16 rows a warp,
+// where registers allow it, because shared memory is what limits this: every fragment of columns then serves two mma.
+template <typename A, int HD>
 struct Tiles {
-    enum { WARPS = sizeof(A) == 2 ? 4 : 2, THREADS = 32 * WARPS, ROWS = 16 * WARPS, COLS = ROWS, NT = COLS / 8 };
-    enum { PIECE = 16 / sizeof(A) }; // elements in 16 bytes
+    enum { PIECE = 16 / sizeof(A), LD = HD + (HD / PIECE % 2 ? 0 : PIECE) }; // PIECE: elements in 16 bytes
+    enum { MI = sizeof(A) == 2 && HD <= 72 ? 2 : 1, ROWS = 16 * MI, COLS = sizeof(A) == 2 ? 64 : 32 };
+    enum { COLS_LD = COLS + 8, GROUP = 32 * (2 * LD + COLS_LD) };
 };
 
-// tile (ROWS,HD) = rows first.. of one head: p (T,hd), row stride ld; zero beyond both sizes
+// tile (rows,HD) = rows first.. of one head: p (T,hd), row stride ld; zero beyond both sizes. By `threads` threads
 template <typename A, int HD>
-__device__ inline void load_head(A *tile, const A *p, int ld, int first, int T, int hd) {
-    enum { PIECE = Tiles<A>::PIECE, PIECES = HD / PIECE };
-    for (int i = threadIdx.x; i < Tiles<A>::ROWS * PIECES; i += Tiles<A>::THREADS) {
+__device__ inline void load_head(A *tile, int rows, const A *p, int ld, int first, int T, int hd, int threads) {
+    enum { PIECE = Tiles<A, HD>::PIECE, PIECES = HD / PIECE };
+    for (int i = threadIdx.x % threads; i < rows * PIECES; i += threads) {
         int r = i / PIECES, c = i % PIECES * PIECE;
         bool inside = first + r < T && c < hd;
-        cp_async16(tile + r * (HD + PIECE) + c, inside ? p + (size_t)(first + r) * ld + c : p, inside);
+        cp_async16(tile + r * Tiles<A, HD>::LD + c, inside ? p + (size_t)(first + r) * ld + c : p, inside);
     }
 }
 
-// s (16,8·NT) = rows (16,HD)·cols (8·NT,HD)^T
-template <int HD, int NT>
-__device__ inline void tile_scores(float (&s)[NT][4], const bf16 *rows, const bf16 *cols) {
-    enum { LD = HD + 8 };
-    int lane = threadIdx.x % 32;
-    EACH(j, NT) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0;
-#pragma unroll
-    for (int k = 0; k < HD; k += 16) {
-        uint32_t a[4], b[4];
-        ldmatrix_x4(a, rows + lane % 16 * LD + k + lane / 16 * 8);
+// s (16·MI,NT fragments) = rows (16·MI,HD)·cols (..,HD)^T
+template <int HD, int MI, int NT>
+__device__ inline void tile_scores(Frag (&s)[MI][NT], const bf16 *rows, const bf16 *cols) {
+    enum { LD = Tiles<bf16, HD>::LD };
+    memset(s, 0, sizeof s);
+    auto add = [&](auto half, int k) { // 16 channels; half: 8 and zeros
+        constexpr bool HALF = decltype(half)::value;
+        Left a[MI];
+        Right b[2];
+        EACH(i, MI)
+            left_load<false, HALF>(a[i], [&](int r, int piece) { return rows + (16 * i + r) * LD + k + 8 * piece; });
 #pragma unroll
         for (int j = 0; j < NT; j += 2) {
-            ldmatrix_x4(b, cols + (8 * j + lane % 8 + lane / 16 * 8) * LD + k + lane / 8 % 2 * 8);
-            mma_bf16(s[j], a, b);
-            mma_bf16(s[j + 1], a, b + 2);
+            right_load<RIGHT_FAST, HALF>(
+                b, [&](int r, int piece) { return cols + (FRAG_COLS * j + r) * LD + k + 8 * piece; });
+            EACH(i, 2 * MI) frag_multiply(s[i / 2][j + i % 2], a[i / 2], b[i % 2]);
         }
-    }
+    };
+#pragma unroll 2 // more would take registers
+    for (int k = 0; k + 16 <= HD; k += 16) add(std::false_type(), k);
+    if constexpr (HD % 16 != 0) add(std::true_type(), HD - 8);
 }
 
 template <int HD, int NT>
-__device__ inline void tile_scores(float (&s)[NT][4], const float *rows, const float *cols) {
-    enum { LD = HD + 4 };
-    int lane = threadIdx.x % 32;
-    EACH(j, NT) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0;
+__device__ inline void tile_scores(Frag (&s)[1][NT], const float *rows, const float *cols) {
+    enum { LD = Tiles<float, HD>::LD };
+    memset(s, 0, sizeof s);
     for (int k = 0; k < HD; k += 4) {
-        float r[2][4], c[2][4];
-        load(r[0], rows + lane / 4 * LD + k);
-        load(r[1], rows + (lane / 4 + 8) * LD + k);
-        EACH(j, NT) {
-            load(c[0], cols + (8 * j + lane % 4 * 2) * LD + k);
-            load(c[1], cols + (8 * j + lane % 4 * 2 + 1) * LD + k);
-            EACH(i, 16) s[j][i / 4] += r[i / 8][i % 4] * c[i / 4 % 2][i % 4];
+        float row[FRAG_ROWS][4], col[FRAG_RUN][4];
+        EACH(r, FRAG_ROWS) load(row[r], rows + frag_row(r) * LD + k);
+        EACH(j, NT * FRAG_RUNS) {
+            EACH(c, FRAG_RUN) load(col[c], cols + (frag_col(j) + c) * LD + k);
+            EACH(r, FRAG_ROWS) {
+                EACH(i, 4 * FRAG_RUN) frag_run(s[0], r, j)[i / 4] += row[r][i % 4] * col[i / 4][i % 4];
+            }
         }
     }
 }
 
-// out (16,HD) += p (16,8·NT)·cols (8·NT,HD). What a lane holds of the result of one mma is what the next one wants of
-// its first operand, so p goes from registers to registers.
-template <int HD, int NT>
-__device__ inline void tile_apply(float (&out)[HD / 8][4], float (&p)[NT][4], const bf16 *cols) {
-    enum { LD = HD + 8 };
-    int lane = threadIdx.x % 32;
+// out (16·MI,HD) += p (16·MI,NT fragments)·cols (..,HD); p goes from registers to registers.
+template <int HD, int MI, int NT>
+__device__ inline void tile_apply(Frag (&out)[MI][HD / FRAG_COLS], const Frag (&p)[MI][NT], const bf16 *cols) {
+    enum { N16 = 16 / FRAG_COLS };
 #pragma unroll
-    for (int k = 0; k < NT; k += 2) {
-        uint32_t a[4] = {pack_bf16(p[k][0], p[k][1]), pack_bf16(p[k][2], p[k][3]), pack_bf16(p[k + 1][0], p[k + 1][1]),
-                         pack_bf16(p[k + 1][2], p[k + 1][3])};
-#pragma unroll
-        for (int j = 0; j < HD / 8; j += 2) {
-            uint32_t b[4];
-            ldmatrix_x4_trans(b, cols + (8 * k + lane % 16) * LD + 8 * j + lane / 16 * 8);
-            mma_bf16(out[j], a, b);
-            mma_bf16(out[j + 1], a, b + 2);
+    for (int k = 0; k < NT; k += 2 * N16) { // 32 columns at a time
+        Left a[2][MI];
+        Right b[2];
+        EACH(i, 2 * MI) left_from(a[i / MI][i % MI], p[i % MI] + k + i / MI * N16);
+        EACH(j, HD / FRAG_COLS) {
+            right_load<RIGHT_SLOW_DEEP, false>(b, [&](int r, int piece) {
+                return cols + (FRAG_COLS * k + r) * Tiles<bf16, HD>::LD + FRAG_COLS * j + 8 * piece;
+            });
+            EACH(i, 2 * MI) frag_multiply(out[i % MI][j], a[i / MI][i % MI], b[i / MI]);
         }
     }
 }
 
 template <int HD, int NT>
-__device__ inline void tile_apply(float (&out)[HD / 8][4], float (&p)[NT][4], const float *cols) {
-    enum { LD = HD + 4 };
-    int lane = threadIdx.x % 32;
-    EACH(k, 8 * NT) { // the four lanes of a row hold two columns each
-        float p0 = __shfl_sync(0xffffffffu, p[k / 8][k % 2], k % 8 / 2, 4);
-        float p1 = __shfl_sync(0xffffffffu, p[k / 8][k % 2 + 2], k % 8 / 2, 4);
-        EACH(j, HD / 8) {
-            float c[2];
-            load(c, cols + k * LD + 8 * j + lane % 4 * 2);
-            out[j][0] += p0 * c[0];
-            out[j][1] += p0 * c[1];
-            out[j][2] += p1 * c[0];
-            out[j][3] += p1 * c[1];
+__device__ inline void tile_apply(Frag (&out)[1][HD / FRAG_COLS], const Frag (&p)[1][NT], const float *cols) {
+    EACH(k, FRAG_COLS * NT) {
+        float x[FRAG_ROWS], y[FRAG_RUN];
+        EACH(r, FRAG_ROWS) x[r] = frag_value(p[0][k / FRAG_COLS], r, k % FRAG_COLS);
+        EACH(j, HD / FRAG_COLS * FRAG_RUNS) {
+            load(y, cols + k * Tiles<float, HD>::LD + frag_col(j));
+            EACH(r, FRAG_ROWS) {
+                EACH(i, FRAG_RUN) frag_run(out[0], r, j)[i] += x[r] * y[i];
+            }
         }
     }
 }
 
-// Rows of a result to memory: p (T,hd) at `first`, row stride ld; times by[0], the second eight times by[1]
-template <int HD, typename A>
-__device__ inline void store_head(A *p, int ld, int first, int T, int hd, const float (&x)[HD / 8][4],
-                                  const float (&by)[2]) {
-    int lane = threadIdx.x % 32;
-    EACH(half, 2) {
-        int row = first + lane / 4 + 8 * half;
-        if (row >= T) continue;
-        EACH(j, HD / 8) {
-            float v[2] = {by[half] * x[j][2 * half], by[half] * x[j][2 * half + 1]};
-            if (8 * j < hd) store(p + (size_t)row * ld + 8 * j + lane % 4 * 2, v);
+// out (16,N fragments) += p^T·cols for 16 columns of p (rows,..) and as many as out has of `cols` (rows,..), or without
+// `all` one fragment fewer; rows: groups of 32, GROUP apart
+template <int HD, int N>
+__device__ inline void tile_apply_groups(Frag (&out)[N], const bf16 *p, const bf16 *cols, int rows, bool all) {
+    typedef Tiles<bf16, HD> S;
+#pragma unroll 1
+    for (int k = 0; k < rows; k += 32, p += S::GROUP, cols += S::GROUP) {
+        Left a[2];
+        Right b[2];
+        EACH(i, 2)
+            left_load<true, false>(a[i], [&](int r, int piece) { return p + (16 * i + r) * S::COLS_LD + 8 * piece; });
+        EACH(j, N) {
+            if (j == N - 1 && !all) break;
+            right_load<RIGHT_SLOW_DEEP, false>(
+                b, [&](int r, int piece) { return cols + r * S::LD + FRAG_COLS * j + 8 * piece; });
+            EACH(i, 2) frag_multiply(out[j], a[i], b[i]);
         }
     }
+}
+
+template <int HD, int N>
+__device__ inline void tile_apply_groups(Frag (&out)[N], const float *p, const float *cols, int rows, bool all) {
+    typedef Tiles<float, HD> S;
+    for (int k = 0; k < rows; k++) {
+        int row = k / 32 * S::GROUP + k % 32 * S::LD, weight = k / 32 * S::GROUP + k % 32 * S::COLS_LD;
+        EACH(j, N * FRAG_RUNS) {
+            float c[FRAG_RUN];
+            if (j / FRAG_RUNS == N - 1 && !all) break;
+            load(c, cols + row + frag_col(j));
+            EACH(r, FRAG_ROWS) {
+                EACH(i, FRAG_RUN) frag_run(out, r, j)[i] += p[weight + frag_row(r)] * c[i];
+            }
+        }
+    }
+}
+
+// Does something with each run of neighbours of a result (16,..) that lies in memory: at(row, column, run)
+template <int N, typename F>
+__device__ inline void each_run(Frag (&x)[N], int first, int T, int cols, F at) {
+    EACH(r, FRAG_ROWS) {
+        int row = first + frag_row(r);
+        EACH(j, N * FRAG_RUNS) {
+            if (row < T && frag_col(j) / 8 * 8 < cols) at(row, frag_col(j), frag_run(x, r, j));
+        }
+    }
+}
+
+// Such a result times `by` to rows first.. of p (T,cols), row stride ld
+template <int N, typename A>
+__device__ inline void store_head(A *p, int ld, int first, int T, int cols, Frag (&x)[N], float by) {
+    each_run(x, first, T, cols, [&](int row, int col, FragRun &run) {
+        float v[FRAG_RUN];
+        EACH(i, FRAG_RUN) v[i] = by * run[i];
+        store(p + (size_t)row * ld + col, v);
+    });
 }
 
 // qkv (B,T,3D): per token q|k|v, head, channel; out (B,T,D). lse (B,H,T), unless NULL, = log2 of the sum of a row's
 // exponentials, for the backward pass. `scale` is log2(e)/sqrt(hd): everything is in powers of two. The running maximum
 // and sum of a row are corrected as larger scores turn up (the online softmax).
 template <typename A, int HD>
-__global__ void __launch_bounds__(128, HD <= 64 ? 4 : 3)
+__global__ void __launch_bounds__(4 * WARP, 2)
     attention_kernel(A *out, float *lse, const A *qkv, int T, int D, int hd, float scale) {
-    enum { LD = HD + Tiles<A>::PIECE, ROWS = Tiles<A>::ROWS, COLS = Tiles<A>::COLS, NT = Tiles<A>::NT };
+    typedef Tiles<A, HD> S;
+    enum { MI = S::MI, COLS = S::COLS, NT = COLS / FRAG_COLS, NO = HD / FRAG_COLS };
     SHARED_DYNAMIC(A, tq);
-    A *tk = tq + ROWS * LD, *tv = tk + COLS * LD;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * ROWS + 16 * warp;
+    int warp = threadIdx.x / WARP, rows = blockDim.x / WARP * S::ROWS;
+    int first = blockIdx.x * rows + warp * S::ROWS;
+    A *tk = tq + rows * S::LD, *tv = tk + COLS * S::LD;
     const A *q = qkv + (size_t)blockIdx.z * T * 3 * D + blockIdx.y * hd;
-    float o[HD / 8][4] = {}, largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-    load_head<A, HD>(tq, q, 3 * D, blockIdx.x * ROWS, T, hd);
+    Frag o[MI][NO] = {};
+    float largest[MI][FRAG_ROWS], sum[MI][FRAG_ROWS] = {};
+    EACH(i, FRAG_ROWS * MI) largest[i / FRAG_ROWS][i % FRAG_ROWS] = -INFINITY;
+    load_head<A, HD>(tq, rows, q, 3 * D, blockIdx.x * rows, T, hd, blockDim.x);
     for (int c0 = 0; c0 < T; c0 += COLS) {
-        float s[NT][4];
-        load_head<A, HD>(tk, q + D, 3 * D, c0, T, hd);
+        Frag s[MI][NT];
+        load_head<A, HD>(tk, COLS, q + D, 3 * D, c0, T, hd, blockDim.x);
         cp_async_commit();
-        load_head<A, HD>(tv, q + 2 * D, 3 * D, c0, T, hd);
+        load_head<A, HD>(tv, COLS, q + 2 * D, 3 * D, c0, T, hd, blockDim.x);
         cp_async_commit();
         cp_async_wait<1>(); // v may arrive while the scores are made
         __syncthreads();
-        tile_scores<HD>(s, tq + 16 * warp * LD, tk);
-        EACH(i, 2) { // rows lane/4 and lane/4 + 8
-            float top = largest[i];
-            EACH(j, 2 * NT) {
-                float *x = &s[j / 2][2 * i + j % 2];
-                if (c0 + j / 2 * 8 + lane % 4 * 2 + j % 2 >= T) *x = -INFINITY;
-                top = fmaxf(top, *x);
-            }
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-            float correct = exp2f((largest[i] - top) * scale);
-            largest[i] = top;
-            sum[i] *= correct;
-            EACH(j, HD / 8) {
-                o[j][2 * i] *= correct;
-                o[j][2 * i + 1] *= correct;
-            }
-            EACH(j, 2 * NT) {
-                float *x = &s[j / 2][2 * i + j % 2];
-                *x = exp2f((*x - top) * scale);
-                sum[i] += *x;
+        tile_scores<HD>(s, tq + S::ROWS * warp * S::LD, tk);
+        EACH(mi, MI) {
+            EACH(r, FRAG_ROWS) {
+                float top = largest[mi][r];
+                EACH(j, NT * FRAG_RUNS) {
+                    EACH(i, FRAG_RUN) {
+                        float *x = &frag_run(s[mi], r, j)[i];
+                        if (c0 + frag_col(j) + i >= T) *x = -INFINITY;
+                        top = fmaxf(top, *x);
+                    }
+                }
+                top = row_max(top);
+                float correct = fast_exp2((largest[mi][r] - top) * scale);
+                largest[mi][r] = top;
+                sum[mi][r] *= correct;
+                EACH(i, NO * FRAG_RUNS * FRAG_RUN) frag_run(o[mi], r, i / FRAG_RUN)[i % FRAG_RUN] *= correct;
+                EACH(i, NT * FRAG_RUNS * FRAG_RUN) {
+                    float *x = &frag_run(s[mi], r, i / FRAG_RUN)[i % FRAG_RUN];
+                    *x = fast_exp2((*x - top) * scale);
+                    sum[mi][r] += *x;
+                }
             }
         }
         cp_async_wait<0>();
@@ -2845,136 +3028,161 @@ __global__ void __launch_bounds__(128, HD <= 64 ? 4 : 3)
         tile_apply<HD>(o, s, tv);
         __syncthreads(); // before the next columns take the place of these
     }
-    EACH(i, 2) {
-        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
-        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
-        int row = first + lane / 4 + 8 * i;
-        if (lse && lane % 4 == 0 && row < T)
-            lse[((size_t)blockIdx.z * gridDim.y + blockIdx.y) * T + row] = largest[i] * scale + log2f(sum[i]);
-        sum[i] = 1 / sum[i];
-    }
-    store_head<HD>(out + (size_t)blockIdx.z * T * D + blockIdx.y * hd, D, first, T, hd, o, sum);
-}
-
-// delta (B,H,T) = sum over a head's channels of dout·out: what softmax's backward subtracts from each row. A warp a row
-// of D.
-template <typename A>
-__global__ void attention_delta_kernel(float *delta, const A *dout, const A *out, int rows, int T, int D, int H) {
-    int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / 32, hd = D / H;
-    if (row >= rows) return;
-    for (int h = 0; h < H; h++) {
-        float sum = 0, g[2], o[2];
-        for (int d = threadIdx.x % 32 * 2; d < hd; d += 64) {
-            load(g, dout + (size_t)row * D + h * hd + d);
-            load(o, out + (size_t)row * D + h * hd + d);
-            sum += g[0] * o[0] + g[1] * o[1];
+    EACH(mi, MI) {
+        EACH(r, FRAG_ROWS) {
+            float all = row_sum(sum[mi][r]);
+            int row = first + 16 * mi + frag_row(r);
+            if (lse && frag_col(0) == 0 && row < T)
+                lse[((size_t)blockIdx.z * gridDim.y + blockIdx.y) * T + row] = largest[mi][r] * scale + log2f(all);
+            all = 1 / all;
+            EACH(i, NO * FRAG_RUNS * FRAG_RUN) frag_run(o[mi], r, i / FRAG_RUN)[i % FRAG_RUN] *= all;
         }
-        sum = warp_sum(sum);
-        if (threadIdx.x % 32 == 0) delta[((size_t)(row / T) * H + h) * T + row % T] = sum;
+        store_head(out + (size_t)blockIdx.z * T * D + blockIdx.y * hd, D, first + 16 * mi, T, hd, o[mi], 1);
     }
 }
 
-// The backward pass, with P recomputed from q, k and lse: dP = dout·v^T, dS = P·(dP - delta)/sqrt(hd), dq = dS·k; and
-// with KEYS dk = dS^T·q, dv = P^T·dout. Rows are queries, or with KEYS keys: P^T and dS^T then come out of the products
-// directly. d_rows is dq, or dk. Two kernels cost the scores twice, and save adding up dq across blocks in some order.
-template <typename A, int HD, bool KEYS>
-__global__ void __launch_bounds__(128, HD < 64 || (!KEYS && HD < 128) ? 3 : 2)
-    attention_backward_kernel(A *dqkv, const A *dout, const float *lse, const float *delta, const A *qkv, int T, int D,
-                              int hd, float scale) {
-    enum { LD = HD + Tiles<A>::PIECE, ROWS = Tiles<A>::ROWS, COLS = Tiles<A>::COLS, NT = Tiles<A>::NT };
-    // S = rows_s·cols_s^T: q and k; dP = rows_g·cols_g^T: dout and v. With KEYS rows and columns change places.
-    SHARED_DYNAMIC(A, rows_s);
-    A *rows_g = rows_s + ROWS * LD, *cols_s = rows_g + ROWS * LD, *cols_g = cols_s + COLS * LD;
-    float *col_lse = (float *)(cols_g + COLS * LD), *col_delta = col_lse + COLS;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row0 = blockIdx.x * ROWS, first = row0 + 16 * warp;
-    size_t at = (size_t)blockIdx.z * T * 3 * D + blockIdx.y * hd, head = (size_t)blockIdx.z * gridDim.y + blockIdx.y;
-    const A *q = qkv + at, *k = q + D, *v = k + D, *g = dout + (size_t)blockIdx.z * T * D + blockIdx.y * hd;
-    float d_rows[HD / 8][4] = {}, dv[KEYS ? HD / 8 : 1][4] = {}, row_lse[2] = {0, 0}, row_delta[2] = {0, 0};
-    lse += head * T;
-    delta += head * T;
-    EACH(i, 2) {
-        int row = first + lane / 4 + 8 * i;
-        if (row < T) row_lse[i] = lse[row], row_delta[i] = delta[row];
-    }
-    load_head<A, HD>(rows_s, KEYS ? k : q, 3 * D, row0, T, hd);
-    load_head<A, HD>(rows_g, KEYS ? v : g, KEYS ? 3 * D : D, row0, T, hd);
-    for (int c0 = 0; c0 < T; c0 += COLS) {
-        float p[NT][4], ds[NT][4], l[2] = {};
-        load_head<A, HD>(cols_s, KEYS ? q : k, 3 * D, c0, T, hd);
-        load_head<A, HD>(cols_g, KEYS ? g : v, KEYS ? D : 3 * D, c0, T, hd);
+// The backward pass of one head of one picture, with P recomputed from q, k and lse: dv = P^T·dout, dP = dout·v^T,
+// dS = P·(dP - delta)/sqrt(hd), dk = dS^T·q, dq = dS·k, where delta, what softmax's backward subtracts from each row, is
+// the sum over the head's channels of dout·out. A warp has ROWS keys: it makes rows of P^T and dS^T, whose products it
+// keeps. The block leaves dS of COLS queries in shared memory, and each warp makes dq of some of them, 16 and half of
+// the channels at a time. A launch does up to 256 keys, fewer where shared memory is small; if T is more, dq waits in
+// `sums` (B,T,D) for the rest.
+template <typename A, int HD>
+__global__ void __launch_bounds__(8 * WARP, 1)
+    attention_backward_kernel(A *dqkv, float *sums, const A *dout, const A *out, const float *lse, const A *qkv,
+                              int first, int T, int D, int hd, float scale) {
+    typedef Tiles<A, HD> S;
+    enum { MI = S::MI, QUERIES = S::COLS, NO = HD / FRAG_COLS, HALF = (NO + 1) / 2, NT = 32 / FRAG_COLS };
+    SHARED_DYNAMIC(A, tq);
+    int warp = threadIdx.x / WARP, warps = blockDim.x / WARP, keys = warps * S::ROWS, mine = warp * S::ROWS;
+    A *tg = tq + QUERIES * S::LD, *groups = tg + QUERIES * S::LD; // of 32 keys: k, v, dS
+    A *tk = groups + mine / 32 * S::GROUP + mine % 32 * S::LD, *tv = tk + 32 * S::LD;
+    A *ds = groups + mine / 32 * S::GROUP + 64 * S::LD + mine % 32 * S::COLS_LD;
+    float *q_lse = (float *)(groups + keys / 32 * S::GROUP), *q_delta = q_lse + QUERIES;
+    const A *q = qkv + (size_t)blockIdx.y * T * 3 * D + blockIdx.x * hd;
+    size_t to = (size_t)blockIdx.y * T * D + blockIdx.x * hd;
+    dqkv += q - qkv, sums += to, dout += to, out += to, lse += ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * T;
+    auto load_queries = [&](int q0) {
+        load_head<A, HD>(tq, QUERIES, q, 3 * D, q0, T, hd, blockDim.x);
+        load_head<A, HD>(tg, QUERIES, dout, D, q0, T, hd, blockDim.x);
         cp_async_commit();
-        if (KEYS && threadIdx.x < COLS) { // a query beyond T has no weight anywhere
-            int col = c0 + threadIdx.x;
-            col_lse[threadIdx.x] = col < T ? lse[col] : INFINITY;
-            col_delta[threadIdx.x] = col < T ? delta[col] : 0;
+        for (int i = threadIdx.x; i < 4 * QUERIES; i += blockDim.x) { // four threads a query
+            int row = q0 + i / 4;
+            float delta = 0, g[S::PIECE], o[S::PIECE];
+#pragma unroll 1 // saves registers, as below
+            for (int c = i % 4 * S::PIECE; row < T && c < hd; c += 4 * S::PIECE) {
+                load(g, dout + (size_t)row * D + c);
+                load(o, out + (size_t)row * D + c);
+                EACH(j, S::PIECE) delta += g[j] * o[j];
+            }
+            delta += lane_xor(delta, 1);
+            delta += lane_xor(delta, 2);
+            if (i % 4 == 0) q_delta[i / 4] = delta, q_lse[i / 4] = row < T ? lse[row] : INFINITY; // without weight
         }
+    };
+    Frag dk[MI][NO] = {}, dv[MI][NO] = {};
+    for (int q0 = -QUERIES; q0 < T; q0 += QUERIES) { // to begin with, the first are loaded
         cp_async_wait<0>();
         __syncthreads();
-        tile_scores<HD>(p, rows_s + 16 * warp * LD, cols_s);
-        EACH(j, NT) { // a key beyond T meets a row of zeros in k: all its weight must be is finite
-            if (KEYS) load(l, col_lse + 8 * j + lane % 4 * 2);
-            EACH(i, 4) p[j][i] = exp2f(fminf(p[j][i] * scale - (KEYS ? l[i % 2] : row_lse[i / 2]), 0));
+#pragma unroll 1
+        for (int c = 0; q0 >= 0 && c < min((int)QUERIES, T - q0); c += 32) {
+            Frag p[MI][NT], g[MI][NT];
+            float of[FRAG_RUN]; // these queries
+            tile_scores<HD>(p, tk, tq + c * S::LD);
+            EACH(j, NT * FRAG_RUNS) { // a key beyond T meets a row of zeros in k: all its weight must be is finite
+                load(of, q_lse + c + frag_col(j));
+                EACH(r, MI * FRAG_ROWS) {
+                    FragRun &x = frag_run(p[r / FRAG_ROWS], r % FRAG_ROWS, j);
+                    EACH(i, FRAG_RUN) x[i] = fast_exp2(fminf(x[i] * scale - of[i], 0));
+                }
+            }
+            tile_apply<HD>(dv, p, tg + c * S::LD);
+            tile_scores<HD>(g, tv, tg + c * S::LD);
+            EACH(j, NT * FRAG_RUNS) {
+                load(of, q_delta + c + frag_col(j));
+                EACH(r, MI * FRAG_ROWS) {
+                    FragRun &x = frag_run(g[r / FRAG_ROWS], r % FRAG_ROWS, j);
+                    EACH(i, FRAG_RUN) x[i] = frag_run(p[r / FRAG_ROWS], r % FRAG_ROWS, j)[i] * (x[i] - of[i]);
+                    store(ds + (r / FRAG_ROWS * 16 + frag_row(r % FRAG_ROWS)) * S::COLS_LD + c + frag_col(j), x);
+                }
+            }
+            tile_apply<HD>(dk, g, tq + c * S::LD);
         }
-        tile_scores<HD>(ds, rows_g + 16 * warp * LD, cols_g);
-        EACH(j, NT) {
-            if (KEYS) load(l, col_delta + 8 * j + lane % 4 * 2);
-            EACH(i, 4) ds[j][i] = p[j][i] * (ds[j][i] - (KEYS ? l[i % 2] : row_delta[i / 2]));
+        __syncthreads(); // dS is whole, and nobody needs these queries, or the keys before, any more
+        if (q0 < 0) {
+            load_head<A, HD>(tk, S::ROWS, q + D, 3 * D, first + mine, T, hd, WARP);
+            load_head<A, HD>(tv, S::ROWS, q + 2 * D, 3 * D, first + mine, T, hd, WARP);
         }
-        if constexpr (KEYS) tile_apply<HD>(dv, p, cols_g);
-        tile_apply<HD>(d_rows, ds, cols_s);
-        __syncthreads();
+        if (q0 + QUERIES < T) load_queries(q0 + QUERIES);
+#pragma unroll 1
+        for (int unit = warp; q0 >= 0 && unit < QUERIES / 8; unit += warps) {
+            Frag dq[HALF] = {};
+            int row = q0 + unit / 2 * 16, col = unit % 2 * HALF * FRAG_COLS;
+            if (row >= T) break;
+            if (first)
+                each_run(dq, row, T, hd - col,
+                         [&](int r, int c, FragRun &run) { load(run, sums + (size_t)r * D + col + c); });
+            tile_apply_groups<HD>(dq, groups + 64 * S::LD + row - q0, groups + col, keys, col + FRAG_COLS * HALF <= HD);
+            if (first + keys < T)
+                store_head(sums + col, D, row, T, hd - col, dq, 1);
+            else
+                store_head(dqkv + col, 3 * D, row, T, hd - col, dq, scale * 0.6931471806f);
+        }
     }
-    const float by[2] = {scale * 0.6931471806f, scale * 0.6931471806f}, one[2] = {1, 1};
-    store_head<HD>(dqkv + at + (KEYS ? D : 0), 3 * D, first, T, hd, d_rows, by);
-    if constexpr (KEYS) store_head<HD>(dqkv + at + 2 * D, 3 * D, first, T, hd, dv, one);
+    EACH(i, MI) {
+        int row = first + mine + 16 * i;
+        store_head(dqkv + D, 3 * D, row, T, hd, dk[i], scale * 0.6931471806f);
+        store_head(dqkv + 2 * D, 3 * D, row, T, hd, dv[i], 1);
+    }
 }
 
 // Runs a statement with HD standing for the smallest size that the kernels are made for and that holds head size hd.
-#define HEAD_SIZE(hd, ...)       \
-    do {                         \
-        if ((hd) <= 32) {        \
-            enum { HD = 32 };    \
-            __VA_ARGS__;         \
-        } else if ((hd) <= 64) { \
-            enum { HD = 64 };    \
-            __VA_ARGS__;         \
-        } else if ((hd) <= 80) { \
-            enum { HD = 80 };    \
-            __VA_ARGS__;         \
-        } else {                 \
-            enum { HD = 128 };   \
-            __VA_ARGS__;         \
-        }                        \
+#define HEAD_SIZE(hd, ...)                                              \
+    do {                                                                \
+        if ((hd) <= 32) {                                               \
+            enum { HD = 32 };                                           \
+            __VA_ARGS__;                                                \
+        } else if ((hd) <= 64) {                                        \
+            enum { HD = 64 };                                           \
+            __VA_ARGS__;                                                \
+        } else if ((hd) <= 72) {                                        \
+            enum { HD = (72 + FRAG_COLS - 1) / FRAG_COLS * FRAG_COLS }; \
+            __VA_ARGS__;                                                \
+        } else {                                                        \
+            enum { HD = 128 };                                          \
+            __VA_ARGS__;                                                \
+        }                                                               \
     } while (0)
 
 static void attention_forward(int half, Act *out, float *lse, const Act *qkv, int B, int T, int D, int H) {
     int hd = D / H;
     float scale = (float)(1.4426950408889634 / sqrt((double)hd));
     TYPED(half, HEAD_SIZE(hd, {
-              typedef Tiles<A> S;
-              size_t row = (HD + S::PIECE) * sizeof(A);
-              dim3 grid((unsigned)ceil_div(T, S::ROWS), H, B);
-              RUN((attention_kernel<A, HD>), grid, S::THREADS, row * (S::ROWS + 2 * S::COLS), (A *)out, lse,
-                  (const A *)qkv, T, D, hd, scale);
+              typedef Tiles<A, HD> S;
+              int warps = imin(4, (int)ceil_div(T, S::ROWS)), rows = warps * S::ROWS;
+              dim3 grid((unsigned)ceil_div(T, rows), H, B);
+              RUN((attention_kernel<A, HD>), grid, WARP * warps, S::LD * (rows + 2 * S::COLS) * sizeof(A), (A *)out,
+                  lse, (const A *)qkv, T, D, hd, scale);
           }));
 }
 
-// dqkv (B,T,3D) is overwritten; delta (B,H,T) is scratch.
-static void attention_backward(int half, Act *dqkv, float *delta, const Act *dout, const Act *out, const float *lse,
+// dqkv (B,T,3D) is overwritten; sums (B,T,D) is scratch.
+static void attention_backward(int half, Act *dqkv, float *sums, const Act *dout, const Act *out, const float *lse,
                                const Act *qkv, int B, int T, int D, int H) {
     int hd = D / H;
     float scale = (float)(1.4426950408889634 / sqrt((double)hd));
     TYPED(half, HEAD_SIZE(hd, {
-              typedef Tiles<A> S;
-              size_t row = (HD + S::PIECE) * sizeof(A);
-              dim3 grid((unsigned)ceil_div(T, S::ROWS), H, B);
-              RUN((attention_delta_kernel<A>), (unsigned)ceil_div((size_t)B * T, ROWS_PER_BLOCK), ROW_THREADS, 0, delta,
-                  (const A *)dout, (const A *)out, B * T, T, D, H);
-              size_t shared = row * 2 * (S::ROWS + S::COLS);
-              RUN((attention_backward_kernel<A, HD, false>), grid, S::THREADS, shared, (A *)dqkv, (const A *)dout, lse,
-                  delta, (const A *)qkv, T, D, hd, scale);
-              RUN((attention_backward_kernel<A, HD, true>), grid, S::THREADS, shared + 2 * S::COLS * sizeof(float),
-                  (A *)dqkv, (const A *)dout, lse, delta, (const A *)qkv, T, D, hd, scale);
+              typedef Tiles<A, HD> S;
+              auto shared = [](int keys) {
+                  return sizeof(A) * (2 * S::COLS * S::LD + keys / 32 * S::GROUP) + 2 * S::COLS * sizeof(float);
+              };
+              int most = 8; // warps; keys are a multiple of 32
+              while (shared(most * S::ROWS) > gpu.shared) most /= 2;
+              int parts = (int)ceil_div(T, most * S::ROWS),
+                  warps = (int)ceil_div(ceil_div(T, parts), 32) * 32 / S::ROWS;
+              for (int first = 0; first < T; first += warps * S::ROWS)
+                  RUN((attention_backward_kernel<A, HD>), dim3(H, B), WARP * warps, shared(warps * S::ROWS), (A *)dqkv,
+                      sums, (const A *)dout, (const A *)out, lse, (const A *)qkv, first, T, D, hd, scale);
           }));
 }
 
@@ -2991,7 +3199,7 @@ typedef struct {
 static char *take(Arena *a, size_t bytes) {
     char *at = a->memory ? a->memory + a->bytes : NULL;
     a->bytes += ceil_div(bytes, 256) * 256;
-#ifndef __CUDACC__
+#ifdef CUDA_EMU_H
     if (a->memory) emu::redzone(at + bytes, a->memory + a->bytes + 256 - at - bytes);
     a->bytes += 256;
 #endif
@@ -3045,6 +3253,7 @@ static size_t activations_point(Model *m, char *memory) {
         if (!m->training) continue;
         if (iteration) take_all(r, 2 * N * A, &at->u);
         take_all(r, B * c->heads * T * F, &at->lse);
+        take_all(r, 4 * B * T * F, &at->stats);
         take_all(r, N * A, &at->proj, &at->fc2);
         take_all(r, 4 * N * A, &at->fc1);
     }
@@ -3056,8 +3265,9 @@ static size_t activations_point(Model *m, char *memory) {
     take_all(r, B * 2 * D * F, &a->final_mod);
     take_all(r, N * A, &a->normed);
     take_all(r, 4 * N * A, &a->gelu);
-    take_all(r, N * F, &a->mid);
-    a->z_before = a->final_normed = a->recomputed = a->mid; // no two of them are needed at a time
+    take_all(r, N * F, &a->dq);
+    take_all(r, 2 * B * T * F, &a->final_stats);
+    a->z_before = a->final_normed = a->recomputed = a->dq; // no two of them are needed at a time
     if (c->fixed_point) {
         take_all(r, N * A, &a->inj);
         take_all(r, 2 * N * F, &a->inj_part);
@@ -3074,7 +3284,6 @@ static size_t activations_point(Model *m, char *memory) {
     take_all(r, B * 2 * D * F, &a->dfinal_mod);
     take_all(r, B * D * F, &a->dcond, &a->dcond_pp, &a->dtime);
     take_all(r, 3 * B * ceil_div(T, ROWS_PER_BLOCK) * D * F, &a->parts);
-    take_all(r, B * c->heads * T * F, &a->delta);
     take_all(r, pixels * config_out_channels(c) * F, &a->dout);
     return arena.bytes;
 }
@@ -3207,12 +3416,16 @@ static void gpu_open(void) {
         die("no GPU that this program can use: %s; install a current NVIDIA driver, or use the CPU program",
             error != cudaSuccess ? cudaGetErrorString(error) : "none was found");
     cudaDeviceProp info;
+#ifdef NCCL
+    if (ranks.here > count) die("%d ranks on a machine with %d GPUs: start as many as GPUs", ranks.here, count);
+#endif
     CHECK(cudaSetDevice(ranks.local % count));
     CHECK(cudaGetDeviceProperties(&info, ranks.local % count));
     if (info.major < 8)
         die("the GPU %s has compute capability %d.%d; this program needs 8.0 (Ampere) or newer", info.name, info.major,
             info.minor);
     gpu.sms = info.multiProcessorCount;
+    gpu.shared = info.sharedMemPerBlockOptin;
 #if HOPPER
     const char *wanted = getenv("FPDM_WGMMA"); // as gpu.wgmma; 0: what other GPUs do
     CHECK(cudaMemcpyFromSymbol(&gpu.wgmma, has_wgmma, sizeof gpu.wgmma));

@@ -301,10 +301,39 @@ enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: ear
 // row-major. Outputs come first. A backward adds (+=) to weight and modulation gradients, and says whether it adds to
 // its input's.
 
+// An operand of a matmul that --dtype concerns: its elements are bf16 where `half` says so, else real.
+typedef void Act;
+typedef uint16_t bf16;
+static float bf16_to_float(uint16_t h); // from Part 5
+static uint16_t float_to_bf16(float x);
+static inline real get(int half, const Act *p, size_t i) {
+    return half ? (real)bf16_to_float(((const bf16 *)p)[i]) : ((const real *)p)[i];
+}
+static inline void put(int half, Act *p, size_t i, real x) {
+    if (half)
+        ((bf16 *)p)[i] = float_to_bf16((float)x);
+    else
+        ((real *)p)[i] = x;
+}
+static inline const Act *act_at(int half, const Act *p, size_t i) {
+    return (const char *)p + i * (half ? sizeof(bf16) : sizeof(real));
+}
+// A loop over elements once for each type: its `HALF` is a constant, so that it becomes vector instructions.
+#define TYPED(half, ...)   \
+    if (half) {            \
+        enum { HALF = 1 }; \
+        __VA_ARGS__;       \
+    } else {               \
+        enum { HALF = 0 }; \
+        __VA_ARGS__;       \
+    }
+#define SIMD _Pragma("omp simd")
+#define SIMD_DOT _Pragma("omp simd reduction(+ : dot)")
+
 // From Part 4: C (M,N; row stride ldc) = A.B + from; element (i,k) of A is A[i*ars + k*acs], (k,j) of B is B[k*brs +
-// j*bcs]. `from` is NULL, a bias (N) with ldf 0, or (M,N) with row stride ldf: C itself for C += A.B. `half` rounds A
-// and B to bf16. Uses all threads, but inside a parallel region only the one that calls.
-static void gemm(int half, real *C, size_t ldc, const real *A, size_t ars, size_t acs, const real *B, size_t brs,
+// j*bcs]. `from` is NULL, a bias (N) with ldf 0, or (M,N) with row stride ldf: C itself for C += A.B. Uses all threads,
+// but inside a parallel region only the one that calls.
+static void gemm(int half, real *C, size_t ldc, const Act *A, size_t ars, size_t acs, const Act *B, size_t brs,
                  size_t bcs, const real *from, size_t ldf, int M, int N, int K);
 static inline real exp_real(real x); // exp in arithmetic that becomes vector instructions
 
@@ -317,35 +346,33 @@ static int thread_index(void) { return 0; }
 #endif
 
 // out (M,N) = in (M,K)·w^T + b; w (N,K), b (N)
-static void linear_forward(int half, real *out, const real *in, const real *w, const real *b, int M, int K, int N) {
+static void linear_forward(int half, real *out, const Act *in, const Act *w, const real *b, int M, int K, int N) {
     gemm(half, out, N, in, K, 1, w, 1, K, b, 0, M, N, K);
 }
 
 // db (N) += sum over the rows of dout (M,N). Columns are shared out, so each sum has one order for any number of
 // threads.
-static void bias_backward(real *db, const real *dout, int M, int N) {
+static void bias_backward(int half, real *db, const Act *dout, int M, int N) {
 #pragma omp parallel for schedule(static)
     for (int first = 0; first < N; first += 64) {
         int last = first + 64 < N ? first + 64 : N;
         for (int i = 0; i < M; i++)
-#pragma omp simd
-            for (int j = first; j < last; j++) db[j] += dout[(size_t)i * N + j];
+            TYPED(half, SIMD for (int j = first; j < last; j++) db[j] += get(HALF, dout, (size_t)i * N + j));
     }
 }
 
 // dw (N,K) += dout^T·in,  db += column sums of dout
-static void linear_weight_backward(int half, real *dw, real *db, const real *dout, const real *in, int M, int K,
-                                   int N) {
+static void linear_weight_backward(int half, real *dw, real *db, const Act *dout, const Act *in, int M, int K, int N) {
     gemm(half, dw, K, dout, 1, N, in, K, 1, dw, K, N, K, M);
-    bias_backward(db, dout, M, N);
+    bias_backward(half, db, dout, M, N);
 }
 
 // din (M,K) = dout·w
-static void linear_input_backward(int half, real *din, const real *dout, const real *w, int M, int K, int N) {
+static void linear_input_backward(int half, real *din, const Act *dout, const Act *w, int M, int K, int N) {
     gemm(half, din, K, dout, N, 1, w, K, 1, NULL, 0, M, K, N);
 }
 
-static void linear_backward(int half, real *din, real *dw, real *db, const real *dout, const real *in, const real *w,
+static void linear_backward(int half, real *din, real *dw, real *db, const Act *dout, const Act *in, const Act *w,
                             int M, int K, int N) {
     linear_weight_backward(half, dw, db, dout, in, M, K, N);
     linear_input_backward(half, din, dout, w, M, K, N);
@@ -365,14 +392,15 @@ static inline void row_statistics(real *mean, real *rstd, const real *x, int D) 
 
 // out (B,T,D) = LN(x)·(1+scale)+shift; LN without weights. mod points at picture 0's shift (D) and, after it,
 // scale (D); `stride` is the distance to the next picture's.
-static void layernorm_modulate_forward(real *out, const real *x, const real *mod, int stride, int B, int T, int D) {
+static void layernorm_modulate_forward(int half, Act *out, const real *x, const real *mod, int stride, int B, int T,
+                                       int D) {
 #pragma omp parallel for schedule(static)
     for (int i = 0; i < B * T; i++) {
         const real *xi = x + (size_t)i * D, *shift = mod + (size_t)(i / T) * stride, *scale = shift + D;
-        real *oi = out + (size_t)i * D, mean, rstd;
+        real mean, rstd;
         row_statistics(&mean, &rstd, xi, D);
-#pragma omp simd
-        for (int d = 0; d < D; d++) oi[d] = (xi[d] - mean) * rstd * (1 + scale[d]) + shift[d];
+        TYPED(half, SIMD for (int d = 0; d < D; d++)
+                        put(HALF, out, (size_t)i * D + d, (xi[d] - mean) * rstd * (1 + scale[d]) + shift[d]));
     }
 }
 
@@ -419,7 +447,7 @@ static void layernorm_modulate_backward(real *dx, real *dmod, real *stats, const
 // query rows of one head, so the T×T matrix never exists; lse (B,H,T) keeps log sum exp of each row for the backward
 // pass.
 enum { QUERY_ROWS = 128 };
-static void attention_forward(int half, real *out, real *lse, const real *qkv, real *scores, int B, int T, int D,
+static void attention_forward(int half, real *out, real *lse, const Act *qkv, real *scores, int B, int T, int D,
                               int H) {
     int hd = D / H, row_blocks = (T + QUERY_ROWS - 1) / QUERY_ROWS;
     real scale = 1 / (real)sqrt((double)hd);
@@ -427,10 +455,12 @@ static void attention_forward(int half, real *out, real *lse, const real *qkv, r
     for (int task = 0; task < B * H * row_blocks; task++) {
         int b = task / (H * row_blocks), h = task / row_blocks % H, first = task % row_blocks * QUERY_ROWS;
         int rows = T - first < QUERY_ROWS ? T - first : QUERY_ROWS;
-        const real *q = qkv + (size_t)b * T * 3 * D + h * hd, *k = q + D, *v = q + 2 * D;
-        real *s = scores + (size_t)thread_index() * 2 * QUERY_ROWS * T,
+        size_t at = (size_t)b * T * 3 * D + h * hd;
+        real *s = scores + (size_t)thread_index() * 3 * QUERY_ROWS * T,
              *row_lse = lse + ((size_t)b * H + h) * T + first;
-        gemm(half, s, T, q + (size_t)first * 3 * D, 3 * D, 1, k, 1, 3 * D, NULL, 0, rows, T, hd);
+        Act *p = half ? s + QUERY_ROWS * T : s;
+        gemm(half, s, T, act_at(half, qkv, at + (size_t)first * 3 * D), 3 * D, 1, act_at(half, qkv, at + D), 1, 3 * D,
+             NULL, 0, rows, T, hd);
         for (int i = 0; i < rows; i++) {
             real *si = s + (size_t)i * T, max = si[0], sum = 0;
 #pragma omp simd reduction(max : max)
@@ -441,47 +471,50 @@ static void attention_forward(int half, real *out, real *lse, const real *qkv, r
                 sum += si[j];
             }
             real inverse = 1 / sum;
-#pragma omp simd
-            for (int j = 0; j < T; j++) si[j] *= inverse;
+            TYPED(half, SIMD for (int j = 0; j < T; j++) put(HALF, p, (size_t)i * T + j, si[j] * inverse));
             row_lse[i] = max * scale + (real)log((double)sum);
         }
-        gemm(half, out + ((size_t)b * T + first) * D + h * hd, D, s, T, 1, v, 3 * D, 1, NULL, 0, rows, hd, T);
+        gemm(half, out + ((size_t)b * T + first) * D + h * hd, D, p, T, 1, act_at(half, qkv, at + 2 * D), 3 * D, 1,
+             NULL, 0, rows, hd, T);
     }
 }
 
 // dqkv (B,T,3D) is overwritten. Row block by row block, with P recomputed from q, k and lse:
 // dv += P^T·dout;  dP = dout·v^T;  dS = P·(dP - sum(dout·out))·scale;  dq = dS·k;  dk += dS^T·q
-static void attention_backward(int half, real *dqkv, const real *dout, const real *out, const real *lse,
-                               const real *qkv, real *scores, int B, int T, int D, int H) {
+static void attention_backward(int half, real *dqkv, const Act *dout, const Act *out, const real *lse, const Act *qkv,
+                               real *scores, int B, int T, int D, int H) {
     int hd = D / H;
     real scale = 1 / (real)sqrt((double)hd);
 #pragma omp parallel for schedule(static)
     for (int task = 0; task < B * H; task++) {
         int b = task / H, h = task % H;
         size_t at = (size_t)b * T * 3 * D + h * hd;
-        const real *q = qkv + at, *k = q + D, *v = q + 2 * D;
-        real *dq = dqkv + at, *dk = dq + D, *dv = dq + 2 * D;
-        real *p = scores + (size_t)thread_index() * 2 * QUERY_ROWS * T, *dp = p + QUERY_ROWS * T;
+        const Act *k = act_at(half, qkv, at + D), *v = act_at(half, qkv, at + 2 * D);
+        real *dk = dqkv + at + D, *dv = dk + D;
+        real *s = scores + (size_t)thread_index() * 3 * QUERY_ROWS * T, *ds = s + QUERY_ROWS * T;
+        Act *p = half ? ds + QUERY_ROWS * T : s, *dp = half ? ds + QUERY_ROWS * T * 3 / 2 : ds;
         for (int first = 0; first < T; first += QUERY_ROWS) {
             int rows = T - first < QUERY_ROWS ? T - first : QUERY_ROWS;
-            const real *go = dout + ((size_t)b * T + first) * D + h * hd,
-                       *o = out + ((size_t)b * T + first) * D + h * hd;
-            gemm(half, p, T, q + (size_t)first * 3 * D, 3 * D, 1, k, 1, 3 * D, NULL, 0, rows, T, hd);
-            gemm(half, dp, T, go, D, 1, v, 1, 3 * D, NULL, 0, rows, T, hd);
+            size_t q_at = at + (size_t)first * 3 * D, out_at = ((size_t)b * T + first) * D + h * hd;
+            const Act *q = act_at(half, qkv, q_at), *go = act_at(half, dout, out_at), *o = act_at(half, out, out_at);
+            gemm(half, s, T, q, 3 * D, 1, k, 1, 3 * D, NULL, 0, rows, T, hd);
+            gemm(half, ds, T, go, D, 1, v, 1, 3 * D, NULL, 0, rows, T, hd);
             for (int i = 0; i < rows; i++) {
-                real *pi = p + (size_t)i * T, *di = dp + (size_t)i * T,
-                     row_lse = lse[((size_t)b * H + h) * T + first + i], dot = 0;
-#pragma omp simd reduction(+ : dot)
-                for (int d = 0; d < hd; d++) dot += go[(size_t)i * D + d] * o[(size_t)i * D + d];
-#pragma omp simd
-                for (int j = 0; j < T; j++) {
-                    pi[j] = exp_real(pi[j] * scale - row_lse);
-                    di[j] = pi[j] * (di[j] - dot) * scale;
-                }
+                const real *si = s + (size_t)i * T, *di = ds + (size_t)i * T;
+                real row_lse = lse[((size_t)b * H + h) * T + first + i], dot = 0;
+                TYPED(half, {
+                    SIMD_DOT for (size_t d = (size_t)i * D; d < (size_t)i * D + hd; d++) dot +=
+                        get(HALF, go, d) * get(HALF, o, d);
+                    SIMD for (int j = 0; j < T; j++) {
+                        real e = exp_real(si[j] * scale - row_lse);
+                        put(HALF, p, (size_t)i * T + j, e);
+                        put(HALF, dp, (size_t)i * T + j, e * (di[j] - dot) * scale);
+                    }
+                });
             }
             gemm(half, dv, 3 * D, p, 1, T, go, D, 1, first ? dv : NULL, 3 * D, T, hd, rows);
-            gemm(half, dq + (size_t)first * 3 * D, 3 * D, dp, T, 1, k, 3 * D, 1, NULL, 0, rows, hd, T);
-            gemm(half, dk, 3 * D, dp, 1, T, q + (size_t)first * 3 * D, 3 * D, 1, first ? dk : NULL, 3 * D, T, hd, rows);
+            gemm(half, dqkv + q_at, 3 * D, dp, T, 1, k, 3 * D, 1, NULL, 0, rows, hd, T);
+            gemm(half, dk, 3 * D, dp, 1, T, q, 3 * D, 1, first ? dk : NULL, 3 * D, T, hd, rows);
         }
     }
 }
@@ -491,29 +524,40 @@ static void attention_backward(int half, real *dqkv, const real *dout, const rea
 enum { PIECE = 1 << 12 };
 #define FOR_EACH_PIECE \
     _Pragma("omp parallel for schedule(static)") for (size_t piece = 0; piece < count; piece += PIECE)
-#define FOR_EACH_ELEMENT \
-    _Pragma("omp simd") for (size_t i = piece; i < (piece + PIECE < count ? piece + PIECE : count); i++)
+#define PIECE_END (piece + PIECE < count ? piece + PIECE : count)
 
 // gelu in its tanh form: with u = 2·sqrt(2/pi)·(x + 0.044715·x^3), gelu(x) = x/2·(1 + tanh(u/2)) = x·sigmoid(u)
 #define GELU_SLOPE ((real)1.5957691216057308)
 #define GELU_CUBIC ((real)0.044715)
-static void gelu_forward(real *out, const real *in, size_t count) {
-    FOR_EACH_PIECE FOR_EACH_ELEMENT {
-        out[i] = in[i] / (1 + exp_real(-GELU_SLOPE * in[i] * (1 + GELU_CUBIC * in[i] * in[i])));
-    }
+static void gelu_forward(int half, Act *out, const real *in, size_t count) {
+    FOR_EACH_PIECE TYPED(half, {
+        SIMD for (size_t i = piece; i < PIECE_END; i++)
+            put(HALF, out, i, in[i] / (1 + exp_real(-GELU_SLOPE * in[i] * (1 + GELU_CUBIC * in[i] * in[i]))));
+    });
 }
 
-// dx *= gelu'(x), and out = gelu(x) once more: the exponential is shared.
-static void gelu_backward(real *dx, real *out, const real *x, size_t count) {
-    FOR_EACH_PIECE FOR_EACH_ELEMENT {
-        real xi = x[i] < -100 ? -100 : x[i] > 100 ? 100 : x[i]; // beyond, the slope is 0 or 1, and a cube is too large
-        real xx = xi * xi, e = exp_real(-GELU_SLOPE * xi * (1 + GELU_CUBIC * xx)), s = 1 / (1 + e);
-        out[i] = x[i] * s;
-        dx[i] *= s * (1 + xi * (e * s) * GELU_SLOPE * (1 + 3 * GELU_CUBIC * xx));
-    }
+// dx = dout·gelu'(x), and out = gelu(x) once more: the exponential is shared. dx may be dout.
+static void gelu_backward(int half, Act *dx, Act *out, const real *dout, const real *x, size_t count) {
+    FOR_EACH_PIECE TYPED(half, {
+        SIMD for (size_t i = piece; i < PIECE_END; i++) {
+            real xi = x[i] < -100 ? -100 : x[i] > 100 ? 100 : x[i]; // beyond, the slope is 0 or 1, a cube too large
+            real xx = xi * xi, e = exp_real(-GELU_SLOPE * xi * (1 + GELU_CUBIC * xx)), s = 1 / (1 + e);
+            put(HALF, out, i, x[i] * s);
+            put(HALF, dx, i, dout[i] * (s * (1 + xi * (e * s) * GELU_SLOPE * (1 + 3 * GELU_CUBIC * xx))));
+        }
+    });
 }
 
-static void add(real *x, const real *y, size_t count) { FOR_EACH_PIECE FOR_EACH_ELEMENT x[i] += y[i]; }
+static void add(int half, real *x, const Act *y, size_t count) {
+    FOR_EACH_PIECE TYPED(half, SIMD for (size_t i = piece; i < PIECE_END; i++) x[i] += get(HALF, y, i));
+}
+
+// in (count) as an operand: in fp32 simply `in`, else a copy
+static const Act *as_act(int half, Act *copy, const real *in, size_t count) {
+    if (!half) return in;
+    FOR_EACH_PIECE SIMD for (size_t i = piece; i < PIECE_END; i++) put(1, copy, i, in[i]);
+    return copy;
+}
 
 // silu(x) = x·sigmoid(x), only ever applied to (B,D)
 static void silu_forward(real *out, const real *x, size_t count) {
@@ -539,9 +583,8 @@ static void gated_residual_forward(real *out, const real *x, const real *gate, i
     }
 }
 
-// dbranch = dout·gate, dgate += sum over tokens of dout·branch; the gradient of x is dout itself. dbranch may be
-// branch.
-static void gated_residual_backward(real *dbranch, real *dgate, const real *dout, const real *gate, int stride,
+// dbranch = dout·gate, dgate += sum over tokens of dout·branch; the gradient of x is dout itself.
+static void gated_residual_backward(int half, Act *dbranch, real *dgate, const real *dout, const real *gate, int stride,
                                     const real *branch, int B, int T, int D) {
 #pragma omp parallel for collapse(2) schedule(static)
     for (int b = 0; b < B; b++)
@@ -550,11 +593,12 @@ static void gated_residual_backward(real *dbranch, real *dgate, const real *dout
             real *dg = dgate + (size_t)b * stride;
             const real *g = gate + (size_t)b * stride;
             for (size_t i = (size_t)b * T; i < (size_t)(b + 1) * T; i++)
-#pragma omp simd
-                for (int d = first; d < last; d++) {
-                    dg[d] += dout[i * D + d] * branch[i * D + d];
-                    dbranch[i * D + d] = dout[i * D + d] * g[d];
-                }
+                TYPED(half, {
+                    SIMD for (int d = first; d < last; d++) {
+                        dg[d] += dout[i * D + d] * branch[i * D + d];
+                        put(HALF, dbranch, i * D + d, dout[i * D + d] * g[d]);
+                    }
+                });
         }
 }
 
@@ -619,9 +663,9 @@ typedef struct {
     real *x;    // (B,T,D) input
     real *u;    // (B,T,2D) iterations only: the projection before its gelu
     real *in;   // (B,T,D)  iterations only: the block's input; elsewhere it is x
-    real *qkv;  // (B,T,3D)
+    Act *qkv;   // (B,T,3D)
     real *lse;  // (B,H,T)
-    real *att;  // (B,T,D)
+    Act *att;   // (B,T,D)
     real *proj; // (B,T,D)
     real *fc1;  // (B,T,4D) before its gelu
     real *fc2;  // (B,T,D)
@@ -643,10 +687,10 @@ typedef struct {
     real *final_mod; // (B,2D)
     real *inj;       // (B,T,D) injection
     real *inj_part;  // (B,T,2D) the half of the projection that does not change while z iterates
-    real *normed;    // (B,T,D) scratch: LN output
-    real *gelu;      // (B,T,4D) scratch: gelu output
+    Act *normed;     // (B,T,D) scratch: LN output, and other operands
+    Act *gelu;       // (B,T,4D) scratch: gelu output, and other operands
     real *patch_out; // (B,T,p·p·Cout)
-    real *scores;    // (threads,2,QUERY_ROWS,T) attention scratch
+    real *scores;    // (threads,3,QUERY_ROWS,T) attention scratch
     real *z_before;  // (B,T,D) z_{k-1} where it is needed (sampling)
     real *reused;    // (B,T,D) the solution of the timestep before (sampling)
     real *history;   // (B,window+1,2,T,D) Anderson acceleration: of each iteration in the window f, then g
@@ -654,6 +698,7 @@ typedef struct {
     // backward
     real *dx, *dnormed; // (B,T,D)
     real *dwide;        // (B,T,4D) scratch: the gradient of fc1, qkv or u, whichever is at hand
+    Act *dwide_act;     // (B,T,4D) the same as an operand; in fp32 dwide itself
     real *mid;          // (B,T,D) scratch: between a block's two branches
     real *du_sum;       // (B,T,2D) gradient of inj_part, summed over the iterations
     real *dmod, *dfinal_mod, *dcond, *dcond_pp, *dcond_silu, *dcond_pp_silu, *dtime, *stats;
@@ -664,11 +709,12 @@ enum Kind { MODEL_WEIGHTS, MODEL_GRADS, MODEL_ADAM_M, MODEL_ADAM_V, MODEL_EMA };
 typedef struct {
     Config config;
     int batch, max_m, recompute, training, window; // what the activations have room for
-    int half;                                      // matmuls round their operands to bf16
+    int half;                                      // operands of the matmuls are bf16
     int n_tensors;
     ParamTensor *tensors;
     int64_t n_params;
-    real *memory[5]; // by enum Kind; only weights unless training
+    real *memory[5];    // by enum Kind; only weights unless training
+    bf16 *half_weights; // of the weights in use, as operands; laid out alike
     Params p, g;
     Activations a;
     real *activations; // what `a` points into
@@ -685,6 +731,12 @@ static void show_probe(Model *m, const char *name, int k, const real *data, int6
     m->probe(text, data, count);
 }
 
+// A weight as an operand
+static const Act *act_weight(const Model *m, const real *w) {
+    const real *first = m->p.patch_w; // the first of all
+    return m->half ? m->half_weights + (w - first) : (const Act *)w;
+}
+
 // shift1, scale1, gate1, shift2, scale2, gate2 (6D) of block `index` and picture 0, in a->mod or a->dmod; the next
 // picture's follow.
 static real *block_mod(const Model *m, real *mod, int index) {
@@ -698,16 +750,18 @@ static void block_forward(Model *m, real *out, const real *x, Layer *l, int inde
     Activations *a = &m->a;
     const BlockParams *p = &m->p.block[index];
     const real *mod = block_mod(m, a->mod, index);
-    int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T, stride = 6 * D;
-    layernorm_modulate_forward(a->normed, x, mod, stride, B, T, D);
-    linear_forward(m->half, l->qkv, a->normed, p->qkv_w, p->qkv_b, M, D, 3 * D);
-    attention_forward(m->half, l->att, l->lse, l->qkv, a->scores, B, T, D, m->config.heads);
-    linear_forward(m->half, l->proj, l->att, p->proj_w, p->proj_b, M, D, D);
+    int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T, stride = 6 * D, half = m->half;
+    size_t N = (size_t)M * D;
+    real *qkv = half ? l->fc1 : l->qkv, *att = half ? l->fc2 : l->att; // before rounding
+    layernorm_modulate_forward(half, a->normed, x, mod, stride, B, T, D);
+    linear_forward(half, qkv, a->normed, act_weight(m, p->qkv_w), p->qkv_b, M, D, 3 * D);
+    attention_forward(half, att, l->lse, as_act(half, l->qkv, qkv, 3 * N), a->scores, B, T, D, m->config.heads);
+    linear_forward(half, l->proj, as_act(half, l->att, att, N), act_weight(m, p->proj_w), p->proj_b, M, D, D);
     gated_residual_forward(out, x, mod + 2 * D, stride, l->proj, B, T, D);
-    layernorm_modulate_forward(a->normed, out, mod + 3 * D, stride, B, T, D);
-    linear_forward(m->half, l->fc1, a->normed, p->fc1_w, p->fc1_b, M, D, 4 * D);
-    gelu_forward(a->gelu, l->fc1, (size_t)M * 4 * D);
-    linear_forward(m->half, l->fc2, a->gelu, p->fc2_w, p->fc2_b, M, 4 * D, D);
+    layernorm_modulate_forward(half, a->normed, out, mod + 3 * D, stride, B, T, D);
+    linear_forward(half, l->fc1, a->normed, act_weight(m, p->fc1_w), p->fc1_b, M, D, 4 * D);
+    gelu_forward(half, a->gelu, l->fc1, 4 * N);
+    linear_forward(half, l->fc2, a->gelu, act_weight(m, p->fc2_w), p->fc2_b, M, 4 * D, D);
     gated_residual_forward(out, out, mod + 5 * D, stride, l->fc2, B, T, D);
 }
 
@@ -717,22 +771,27 @@ static void block_backward(Model *m, real *dx, const real *x, Layer *l, int inde
     const BlockParams *p = &m->p.block[index], *g = &m->g.block[index];
     const real *mod = block_mod(m, a->mod, index);
     real *dmod = block_mod(m, a->dmod, index), *dfc1 = a->dwide, *dqkv = a->dwide;
-    int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T, stride = 6 * D;
-    // MLP branch. fc2 becomes its own gradient.
-    gated_residual_backward(l->fc2, dmod + 5 * D, dx, mod + 5 * D, stride, l->fc2, B, T, D);
-    linear_input_backward(m->half, dfc1, l->fc2, p->fc2_w, M, 4 * D, D);
-    gelu_backward(dfc1, a->gelu, l->fc1, (size_t)M * 4 * D);
-    linear_weight_backward(m->half, g->fc2_w, g->fc2_b, l->fc2, a->gelu, M, 4 * D, D);
+    Act *dfc2 = a->normed, *dproj = a->normed;
+    int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T, stride = 6 * D, half = m->half;
+    size_t N = (size_t)M * D;
+    // MLP branch
+    gated_residual_backward(half, dfc2, dmod + 5 * D, dx, mod + 5 * D, stride, l->fc2, B, T, D);
+    linear_input_backward(half, dfc1, dfc2, act_weight(m, p->fc2_w), M, 4 * D, D);
+    gelu_backward(half, a->dwide_act, a->gelu, dfc1, l->fc1, 4 * N);
+    linear_weight_backward(half, g->fc2_w, g->fc2_b, dfc2, a->gelu, M, 4 * D, D);
     gated_residual_forward(a->mid, x, mod + 2 * D, stride, l->proj, B, T, D);
-    layernorm_modulate_forward(a->normed, a->mid, mod + 3 * D, stride, B, T, D);
-    linear_backward(m->half, a->dnormed, g->fc1_w, g->fc1_b, dfc1, a->normed, p->fc1_w, M, D, 4 * D);
+    layernorm_modulate_forward(half, a->normed, a->mid, mod + 3 * D, stride, B, T, D);
+    linear_backward(half, a->dnormed, g->fc1_w, g->fc1_b, a->dwide_act, a->normed, act_weight(m, p->fc1_w), M, D,
+                    4 * D);
     layernorm_modulate_backward(dx, dmod + 3 * D, a->stats, a->dnormed, a->mid, mod + 3 * D, stride, B, T, D);
-    // Attention branch. proj becomes its own gradient.
-    gated_residual_backward(l->proj, dmod + 2 * D, dx, mod + 2 * D, stride, l->proj, B, T, D);
-    linear_backward(m->half, a->dnormed, g->proj_w, g->proj_b, l->proj, l->att, p->proj_w, M, D, D);
-    attention_backward(m->half, dqkv, a->dnormed, l->att, l->lse, l->qkv, a->scores, B, T, D, m->config.heads);
-    layernorm_modulate_forward(a->normed, x, mod, stride, B, T, D);
-    linear_backward(m->half, a->dnormed, g->qkv_w, g->qkv_b, dqkv, a->normed, p->qkv_w, M, D, 3 * D);
+    // Attention branch
+    gated_residual_backward(half, dproj, dmod + 2 * D, dx, mod + 2 * D, stride, l->proj, B, T, D);
+    linear_backward(half, a->dnormed, g->proj_w, g->proj_b, dproj, l->att, act_weight(m, p->proj_w), M, D, D);
+    attention_backward(half, dqkv, as_act(half, a->normed, a->dnormed, N), l->att, l->lse, l->qkv, a->scores, B, T, D,
+                       m->config.heads);
+    layernorm_modulate_forward(half, a->normed, x, mod, stride, B, T, D);
+    linear_backward(half, a->dnormed, g->qkv_w, g->qkv_b, as_act(half, a->dwide_act, dqkv, 3 * N), a->normed,
+                    act_weight(m, p->qkv_w), M, D, 3 * D);
     layernorm_modulate_backward(dx, dmod, a->stats, a->dnormed, x, mod, stride, B, T, D);
 }
 
@@ -752,45 +811,55 @@ static void block_backward(Model *m, real *dx, const real *x, Layer *l, int inde
 // out = Block(fp2·gelu(z·fp1_z + inj_part), c), where z is l->x; l keeps what the backward pass needs. out may be z.
 static void iteration_forward(Model *m, real *out, Layer *l) {
     Activations *a = &m->a;
-    int D = m->config.width, M = m->B * config_tokens(&m->config);
-    gemm(m->half, l->u, 2 * D, l->x, D, 1, m->p.fp1_w, 1, 2 * D, a->inj_part, 2 * D, M, 2 * D, D);
-    gelu_forward(a->gelu, l->u, (size_t)M * 2 * D);
-    linear_forward(m->half, l->in, a->gelu, m->p.fp2_w, m->p.fp2_b, M, 2 * D, D);
+    int D = m->config.width, M = m->B * config_tokens(&m->config), half = m->half;
+    size_t N = (size_t)M * D;
+    gemm(half, l->u, 2 * D, as_act(half, a->normed, l->x, N), D, 1, act_weight(m, m->p.fp1_w), 1, 2 * D, a->inj_part,
+         2 * D, M, 2 * D, D);
+    gelu_forward(half, a->gelu, l->u, 2 * N);
+    linear_forward(half, l->in, a->gelu, act_weight(m, m->p.fp2_w), m->p.fp2_b, M, 2 * D, D);
     block_forward(m, out, l->in, l, m->config.pre_depth);
 }
 
 // dz (B,T,D): the gradient of the output on entry; on return, unless `first`, of z. Nothing flows into the first z.
 static void iteration_backward(Model *m, real *dz, Layer *l, int first) {
     Activations *a = &m->a;
-    int D = m->config.width, M = m->B * config_tokens(&m->config);
-    size_t count = (size_t)M * 2 * D;
-    real *du = a->dwide;
+    int D = m->config.width, M = m->B * config_tokens(&m->config), half = m->half;
+    size_t N = (size_t)M * D;
+    Act *du = a->dwide_act;
     block_backward(m, dz, l->in, l, m->config.pre_depth);
-    linear_input_backward(m->half, du, dz, m->p.fp2_w, M, 2 * D, D);
-    gelu_backward(du, a->gelu, l->u, count);
-    linear_weight_backward(m->half, m->g.fp2_w, m->g.fp2_b, dz, a->gelu, M, 2 * D, D);
-    add(a->du_sum, du, count);
-    gemm(m->half, m->g.fp1_w, 2 * D, du, 1, 2 * D, l->x, D, 1, m->g.fp1_w, 2 * D, 2 * D, D, M);
-    if (!first) gemm(m->half, dz, D, du, 2 * D, 1, m->p.fp1_w, 2 * D, 1, NULL, 0, M, D, 2 * D);
+    const Act *dz_act = as_act(half, a->dnormed, dz, N);
+    linear_input_backward(half, a->dwide, dz_act, act_weight(m, m->p.fp2_w), M, 2 * D, D);
+    gelu_backward(half, du, a->gelu, a->dwide, l->u, 2 * N);
+    linear_weight_backward(half, m->g.fp2_w, m->g.fp2_b, dz_act, a->gelu, M, 2 * D, D);
+    add(half, a->du_sum, du, 2 * N);
+    gemm(half, m->g.fp1_w, 2 * D, du, 1, 2 * D, as_act(half, a->normed, l->x, N), D, 1, m->g.fp1_w, 2 * D, 2 * D, D, M);
+    if (!first) gemm(half, dz, D, du, 2 * D, 1, act_weight(m, m->p.fp1_w), 2 * D, 1, NULL, 0, M, D, 2 * D);
 }
 
 // inj = inject·h and its share of fp1, where h is l->x
 static void injection_forward(Model *m, const Layer *l) {
     Activations *a = &m->a;
-    int D = m->config.width, M = m->B * config_tokens(&m->config);
-    linear_forward(m->half, a->inj, l->x, m->p.inject_w, m->p.inject_b, M, D, D);
-    gemm(m->half, a->inj_part, 2 * D, a->inj, D, 1, m->p.fp1_w + D, 1, 2 * D, m->p.fp1_b, 0, M, 2 * D, D);
+    int D = m->config.width, M = m->B * config_tokens(&m->config), half = m->half;
+    size_t N = (size_t)M * D;
+    linear_forward(half, a->inj, as_act(half, a->normed, l->x, N), act_weight(m, m->p.inject_w), m->p.inject_b, M, D,
+                   D);
+    gemm(half, a->inj_part, 2 * D, as_act(half, a->normed, a->inj, N), D, 1, act_weight(m, m->p.fp1_w + D), 1, 2 * D,
+         m->p.fp1_b, 0, M, 2 * D, D);
 }
 
 // dh (B,T,D) = all of its gradient: h is the first z too, but as a constant
 static void injection_backward(Model *m, real *dh, const Layer *l) {
     Activations *a = &m->a;
-    int D = m->config.width, M = m->B * config_tokens(&m->config);
+    int D = m->config.width, M = m->B * config_tokens(&m->config), half = m->half;
+    size_t N = (size_t)M * D;
     real *dinj = a->dnormed;
-    gemm(m->half, m->g.fp1_w + D, 2 * D, a->du_sum, 1, 2 * D, a->inj, D, 1, m->g.fp1_w + D, 2 * D, 2 * D, D, M);
-    bias_backward(m->g.fp1_b, a->du_sum, M, 2 * D);
-    gemm(m->half, dinj, D, a->du_sum, 2 * D, 1, m->p.fp1_w + D, 2 * D, 1, NULL, 0, M, D, 2 * D);
-    linear_backward(m->half, dh, m->g.inject_w, m->g.inject_b, dinj, l->x, m->p.inject_w, M, D, D);
+    const Act *du = as_act(half, a->dwide_act, a->du_sum, 2 * N);
+    gemm(half, m->g.fp1_w + D, 2 * D, du, 1, 2 * D, as_act(half, a->normed, a->inj, N), D, 1, m->g.fp1_w + D, 2 * D,
+         2 * D, D, M);
+    bias_backward(half, m->g.fp1_b, du, M, 2 * D);
+    gemm(half, dinj, D, du, 2 * D, 1, act_weight(m, m->p.fp1_w + D), 2 * D, 1, NULL, 0, M, D, 2 * D);
+    linear_backward(half, dh, m->g.inject_w, m->g.inject_b, as_act(half, a->gelu, dinj, N),
+                    as_act(half, a->normed, l->x, N), act_weight(m, m->p.inject_w), M, D, D);
 }
 
 // From Part 2: how sampling measures and speeds up the iteration
@@ -869,11 +938,11 @@ static void condition_backward(Model *m) {
         const real *w = i < 0 ? m->p.final_ada_w : m->p.block[i].ada_w;
         real *dw = i < 0 ? m->g.final_ada_w : m->g.block[i].ada_w, *db = i < 0 ? m->g.final_ada_b : m->g.block[i].ada_b;
         linear_backward(0, a->dtime, dw, db, dmod, fixed ? a->cond_silu : a->cond_pp_silu, w, B, D, N);
-        add(fixed ? a->dcond_silu : a->dcond_pp_silu, a->dtime, (size_t)B * D);
+        add(0, fixed ? a->dcond_silu : a->dcond_pp_silu, a->dtime, (size_t)B * D);
     }
     silu_backward(a->dcond, a->dcond_silu, a->cond, (size_t)B * D);
     silu_backward(a->dcond_pp, a->dcond_pp_silu, a->cond_pp, (size_t)B * D);
-    if (pp) add(a->dcond, a->dcond_pp, (size_t)B * D);
+    if (pp) add(0, a->dcond, a->dcond_pp, (size_t)B * D);
     for (int b = 0; b < B; b++)
         for (int d = 0; d < D; d++)
             m->g.label_table[(size_t)m->labels[b] * D + d] += a->dcond[b * D + d] + (pp ? 0 : a->dcond_pp[b * D + d]);
@@ -903,7 +972,7 @@ static void model_forward(Model *m, const int *t, const int *y, int B, int n, in
     condition_forward(m, t, y);
     unfold(a->patches, a->x_t, B, c->channels, c->image_size, p);
     linear_forward(0, l->x, a->patches, m->p.patch_w, m->p.patch_b, M, c->channels * p * p, D);
-    for (int b = 0; b < B; b++) add(l->x + (size_t)b * T * D, a->pos, (size_t)T * D);
+    for (int b = 0; b < B; b++) add(0, l->x + (size_t)b * T * D, a->pos, (size_t)T * D);
     show_probe(m, "act.tokens", 0, l->x, N);
     for (; i < (c->fixed_point ? c->pre_depth : c->depth); i++, l++) block_forward(m, l[1].x, l->x, l, i);
     if (c->fixed_point) {
@@ -921,7 +990,7 @@ static void model_forward(Model *m, const int *t, const int *y, int B, int n, in
         for (i++; i < config_blocks(c); i++, l++) block_forward(m, l[1].x, l->x, l, i);
     }
     show_probe(m, "act.post", 0, l->x, N);
-    layernorm_modulate_forward(a->normed, l->x, a->final_mod, 2 * D, B, T, D);
+    layernorm_modulate_forward(0, a->normed, l->x, a->final_mod, 2 * D, B, T, D);
     linear_forward(0, a->patch_out, a->normed, m->p.final_w, m->p.final_b, M, D, p * p * Cout);
     unpatch(a->out, a->patch_out, 1, B, Cout, c->image_size, p);
     show_probe(m, "output", 0, a->out, (int64_t)B * Cout * c->image_size * c->image_size);
@@ -946,7 +1015,7 @@ static void model_backward(Model *m) {
     memset(a->dfinal_mod, 0, (size_t)B * 2 * D * sizeof(real));
     memset(a->dmod, 0, (size_t)config_blocks(c) * m->batch * 6 * D * sizeof(real));
     unpatch(a->dout, a->patch_out, 0, B, Cout, c->image_size, p);
-    layernorm_modulate_forward(a->normed, l->x, a->final_mod, 2 * D, B, T, D);
+    layernorm_modulate_forward(0, a->normed, l->x, a->final_mod, 2 * D, B, T, D);
     linear_backward(0, a->dnormed, m->g.final_w, m->g.final_b, a->patch_out, a->normed, m->p.final_w, M, D,
                     p * p * Cout);
     layernorm_modulate_backward(a->dx, a->dfinal_mod, a->stats, a->dnormed, l->x, a->final_mod, 2 * D, B, T, D);
@@ -1377,13 +1446,15 @@ static void model_update(Model *model, int64_t step, double lr, double beta1, do
     size_t count = (size_t)model->n_params;
     real *first = model->memory[MODEL_ADAM_M], *second = model->memory[MODEL_ADAM_V],
          *grads = model->memory[MODEL_GRADS];
-    FOR_EACH_PIECE FOR_EACH_ELEMENT {
+    bf16 *half = model->half_weights;
+    FOR_EACH_PIECE SIMD for (size_t i = piece; i < PIECE_END; i++) {
         real g = grads[i] * scale, m = b1 * first[i] + new1 * g, v = b2 * second[i] + new2 * g * g;
         real w = weights[i] * keep - size * m / (sqrt_real(v) * correct + epsilon);
         first[i] = m;
         second[i] = v;
         weights[i] = w;
         ema[i] += toward * (w - ema[i]);
+        if (half) half[i] = float_to_bf16((float)w);
     }
 }
 
@@ -1617,8 +1688,8 @@ static void model_reduce(Model *m) {
 // packed 83; A read in place 88; the next rows of A prefetched 91. Prefetching them in one burst before a tile stalls
 // it: one line at each k instead. dy^T.x, where A is packed, reaches 80 to 88. No gain: tiles of 12 x 2 and 14 x 2
 // vectors, the loop over panels outside that over rows, huge pages.
-// With bf16's instruction the peak is twice as high, and A is always packed. In % of that peak: 65 to 88; the next rows
-// of A or B prefetched, both before they are packed and while dy^T.x is, 78 to 90.
+// With bf16's instruction the peak is twice as high. In % of that peak: 65 to 90 while operands were rounded as they
+// were packed; now that they come as bf16, BF16_NOW.
 
 // Vectors as wide as the machine's registers; plain C operators act on all lanes, so no instruction is named below but
 // one, in pair_multiply. A tile has 2 MR sums in registers, with room for two vectors of B and one of A: there are 32
@@ -1637,15 +1708,14 @@ enum {
     NR = 2 * VL,
     KC = 384, // a tile's rows of A, MR x KC, stay in the first-level cache
     NC = 512, // the block of B, KC x NC, in the second
-    MC = 8 * MR,
-    AW = 2 * MR // with AVX-512 a cache line
+    MC = 8 * MR
 };
 #define VECTOR(bytes) __attribute__((vector_size(bytes), aligned(sizeof(real)), may_alias)) // may stand anywhere
 typedef real vec VECTOR(VEC_BYTES);
 typedef real vec4 VECTOR(4 * sizeof(real));
 typedef float vec_float VECTOR(VEC_BYTES); // what real is when there are pairs of bf16
 typedef uint32_t vec_bf16x2 VECTOR(VEC_BYTES);
-typedef uint32_t __attribute__((may_alias)) bf16x2;
+typedef uint32_t __attribute__((may_alias, aligned(2))) bf16x2;
 #if defined __clang__ || __GNUC__ >= 12
 #define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
 #else
@@ -1673,7 +1743,8 @@ INLINE void gemm_pack(real *p, const int w, int n, int kc, const real *src, size
         for (; i + 4 <= n; i += 4) {
             const real *s = src + i * is, *end = s + kc / 4 * 4;
             real *d = p + i / w * w * kc + i % w;
-            for (; s < end; s += 4, d += 4 * w) {
+            for (int t = 0; s < end; s += 4, d += 4 * w, t++) {
+                __builtin_prefetch(s + (4 + t % 4) * is); // of the next four rows
                 vec4 s0 = *(const vec4 *)s, s1 = *(const vec4 *)(s + is);
                 vec4 s2 = *(const vec4 *)(s + 2 * is), s3 = *(const vec4 *)(s + 3 * is);
                 vec4 a = SHUFFLE(s0, s1, 0, 4, 1, 5), b = SHUFFLE(s2, s3, 0, 4, 1, 5);
@@ -1689,50 +1760,30 @@ INLINE void gemm_pack(real *p, const int w, int n, int kc, const real *src, size
         for (int k = 0; k < kc; k++) p[(i / w * kc + k) * w + i % w] = src[i * is + k * ks];
 }
 
-// In bf16 the operands are rounded while they are packed. Two neighbours in k fill the place of one float, the first in
-// the low half, so that what holds, splits and moves floats serves pairs as well, with half the k.
-
-// The upper half is x rounded as float_to_bf16 does, but in 32 bits throughout: vector instructions need no narrowing.
-INLINE bf16x2 rounded_bits(real x) {
-    union {
-        float f;
-        uint32_t i;
-    } bits = {(float)x};
-    return x != x ? bits.i | 0x400000 : bits.i + 0x7fff + (bits.i >> 16 & 1);
+// Two bf16, neighbours in k, fill the place of one float, the first in the low half, so that what holds, moves and
+// reads floats serves pairs as well, with half the k. Rows contiguous in k are rows of pairs as they stand, if these
+// begin on whole floats.
+static int rows_of_pairs(const bf16 *rows, size_t stride, int K) {
+    return (uintptr_t)rows % sizeof(bf16x2) == 0 && (stride | K) % 2 == 0;
 }
 
-// out[i] = the pair x[i*step], y[i*step]; without y the pair x[i*step], 0
-INLINE void pair_row(real *out, const real *x, const real *y, size_t step, int n) {
-    for (int i = 0; i < n; i++)
-        ((bf16x2 *)out)[i] = rounded_bits(x[i * step]) >> 16 | (y ? rounded_bits(y[i * step]) & 0xffff0000u : 0);
-}
-
-// n rows of kc values, `is` apart, as rows of (kc+1)/2 pairs
-static void pair_rows(real *out, int n, int kc, const real *src, size_t is) {
-    for (int i = 0; i < n; i++, out += (kc + 1) / 2, src += is) {
-        pair_row(out, src, src + 1, 2, kc / 2);
-        if (kc % 2) pair_row(out + kc / 2, src + kc - 1, NULL, 1, 1);
-    }
-}
-
-// gemm_pack of kc values as (kc+1)/2 pairs
-INLINE void pair_pack(real *p, const int w, int n, int kc, const real *src, size_t is, size_t ks) {
-    real rows[16 * KC];
+// gemm_pack of kc bf16 as (kc+1)/2 pairs; what the last one lacks is 0
+INLINE void pair_pack(real *p, const int w, int n, int kc, const bf16 *src, size_t is, size_t ks) {
     int pairs = (kc + 1) / 2;
-    for (int i = 0; ks == 1 && i < n; i += 16) {
-        pair_rows(rows, imin(16, n - i), kc, src + i * is, is);
-        gemm_pack(p + i / w * w * pairs + i % w, w, imin(16, n - i), pairs, rows, pairs, 1);
+    if (ks == 1 && rows_of_pairs(src, is, kc)) {
+        gemm_pack(p, w, n, pairs, (const real *)src, is / 2, 1);
+        return;
     }
-    for (int k = 0; ks != 1 && k < pairs; k++)
+    for (int k = 0; k < pairs; k++)
         for (int i = 0; i < n; i += w) {
-            const real *x = src + i * is + 2 * k * ks, *y = 2 * k + 1 < kc ? x + ks : NULL;
-            real *out = p + i * pairs + k * w;
-            for (int ahead = 0; 2 * k + 16 < kc && ahead < w; ahead += 16)
-                __builtin_prefetch(x + 16 * ks + ahead), __builtin_prefetch(x + 17 * ks + ahead);
-            if (is == 1 && y && i + w <= n)
-                pair_row(out, x, y, 1, w);
-            else
-                pair_row(out, x, y, is, imin(w, n - i));
+            const bf16 *x = src + i * is + 2 * k * ks, *y = x + ks;
+            bf16x2 *out = (bf16x2 *)(p + i * pairs + k * w);
+            if (is == 1 && 2 * k + 1 < kc && i + w <= n) {
+                if (2 * k + 16 < kc) __builtin_prefetch(x + 16 * ks), __builtin_prefetch(y + 16 * ks);
+                SIMD for (int j = 0; j < w; j++) out[j] = x[j] | (bf16x2)y[j] << 16;
+            } else
+                for (int j = 0; j < imin(w, n - i); j++)
+                    out[j] = x[j * is] | (2 * k + 1 < kc ? (bf16x2)y[j * is] << 16 : 0);
         }
 }
 
@@ -1756,7 +1807,8 @@ INLINE vec_float pair_multiply(vec_float sum, bf16x2 a, vec_bf16x2 b) {
 typedef struct {
     int half;
     real *C;
-    const real *A, *B, *from;
+    const Act *A, *B;
+    const real *from;
     size_t ldc, ars, acs, brs, bcs, ldf;
     int M, N, K, flip; // flip: C and `from` are transposed
     real *panels;      // two blocks of packed B, shared by the threads: while one is in use the next is packed
@@ -1778,10 +1830,7 @@ INLINE void gemm_kernel(const int half, const int wide, real *c, size_t ldc, con
     for (int i = 0; i < MR; i++) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + NR - 1, 1);
     for (int k = 0; k < kc; k++, a += acs, b += NR) {
         vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VL);
-        if (half)
-            __builtin_prefetch(next.at + k / 8 * 16 + (k & (next.rows - 1)) * next.stride, 0, 2);
-        else
-            __builtin_prefetch(next.at + k / 16 * 16 + (k & (next.rows - 1)) * next.stride);
+        __builtin_prefetch(next.at + k / 16 * 16 + (k & (next.rows - 1)) * next.stride);
         UNROLL
         for (int i = 0; i < MR; i++) {
             if (half) {
@@ -1845,13 +1894,15 @@ static void gemm_thread(Gemm *g, int thread, int threads) {
     int nk = (K + KC - 1) / KC, nn = (g->N + NC - 1) / NC, rows = (g->M + MR - 1) / MR, done = 0;
     real *panel = g->panels; // this block's; the other one may still be read by a slower thread
     int width = ((g->N + nn - 1) / nn + NR - 1) / NR * NR;
+    int stands = g->acs == 1 && (!g->half || rows_of_pairs(g->A, g->ars, g->K)); // A needs no packing
+    size_t ars = g->ars / step;
     for (int kb = 0; kb < nk; kb++) {
         int k0 = (int)((long)K * kb / nk), kc = (int)((long)K * (kb + 1) / nk) - k0;
         int values = imin(kc * step, g->K - k0 * step);
         for (int n0 = 0; n0 < g->N; n0 += width, done += rows, panel = g->panels + (panel == g->panels) * KC * NC) {
             int n = imin(width, g->N - n0), panels = (n + NR - 1) / NR, share = 8 / imin(panels, 8);
             int p0 = panels * thread / threads * NR, p1 = imin(n, panels * (thread + 1) / threads * NR);
-            const real *B = g->B + (n0 + p0) * g->bcs + k0 * step * g->brs;
+            const Act *B = act_at(g->half, g->B, (n0 + p0) * g->bcs + k0 * step * g->brs);
             if (g->half)
                 pair_pack(panel + p0 * kc, NR, p1 - p0, values, B, g->bcs, g->brs);
             else
@@ -1866,28 +1917,20 @@ static void gemm_thread(Gemm *g, int thread, int threads) {
                     len = imin(threads > 1 ? (left + 2 * threads - 1) / (2 * threads) : left, MC / MR);
                 } while (len > 0 && !atomic_compare_exchange_weak(&g->next, &row, row + len));
                 if (len <= 0) break;
-                // Rows of floats are read where they stand, rows of pairs from gemm_a, other strides from panels there.
-                int m0 = (row - done) * MR, m = imin(g->M - m0, len * MR), inside = g->acs == 1 ? m / MR * MR : 0;
-                const real *source = g->A + m0 * g->ars + k0 * step * g->acs, *A = source;
-                size_t ars = g->ars;
-                if (g->half && g->acs == 1) {
-                    pair_rows(gemm_a, m, values, source, g->ars);
-                    A = gemm_a, ars = kc, inside = m;
-                } else if (g->half) {
-                    pair_pack(gemm_a, AW, m, values, source, g->ars, g->acs);
-                } else {
-                    gemm_pack(gemm_a, AW, m - inside, values, source + inside * g->ars, g->ars, g->acs);
-                }
-                // The next rows: in fp32 those of the next tile; pairs are made of more at a time.
-                int ahead = g->half ? threads * len * MR : MR, last = g->half ? g->M - m0 : inside;
+                int m0 = (row - done) * MR, m = imin(g->M - m0, len * MR), inside = stands ? m / MR * MR : 0;
+                const Act *A = act_at(g->half, g->A, m0 * g->ars + k0 * step * g->acs);
+                const Act *rest = act_at(g->half, A, inside * g->ars); // goes into panels
+                if (g->half)
+                    pair_pack(gemm_a, MR, m - inside, values, rest, g->ars, g->acs);
+                else
+                    gemm_pack(gemm_a, MR, m - inside, values, rest, g->ars, g->acs);
                 for (int i = 0; i < m; i += MR)
                     for (int j = 0; j < n; j += NR) {
                         int in = i < inside, next_row = j / NR * share;
-                        const real *a = in ? A + i * ars : gemm_a + (i - inside) / AW * AW * kc + (i - inside) % AW;
+                        const real *a = in ? (const real *)A + i * ars : gemm_a + (i - inside) * kc;
                         Ahead next = {a, 0, 1};
-                        if (g->acs == 1 && next_row < 8 && i + ahead < last)
-                            next = (Ahead){source + (i + ahead + next_row) * g->ars, g->ars, share};
-                        (g->half ? pair_tile : float_tile)(g, m0 + i, n0 + j, a, in ? ars : 1, in ? 1 : AW,
+                        if (next_row < 8 && i + MR < inside) next = (Ahead){a + (MR + next_row) * ars, ars, share};
+                        (g->half ? pair_tile : float_tile)(g, m0 + i, n0 + j, a, in ? ars : 1, in ? 1 : MR,
                                                            panel + j * kc, !kb, kc, next);
                     }
             }
@@ -1895,10 +1938,10 @@ static void gemm_thread(Gemm *g, int thread, int threads) {
     }
 }
 
-static void gemm(int half, real *C, size_t ldc, const real *A, size_t ars, size_t acs, const real *B, size_t brs,
+static void gemm(int half, real *C, size_t ldc, const Act *A, size_t ars, size_t acs, const Act *B, size_t brs,
                  size_t bcs, const real *from, size_t ldf, int M, int N, int K) {
     Gemm g = {half, C, A, B, from, ldc, ars, acs, brs, bcs, ldf, M, N, K, 0, gemm_b, 0};
-    // Few rows: C^T = B^T.A^T packs those few instead of all of B, which is read in place (in fp32).
+    // Few rows: C^T = B^T.A^T packs those few instead of all of B, which is read in place.
     if (acs == 1 && brs == 1 && M <= 128 && 2 * M < N && 2 * M < K)
         g.flip = 1, g.A = B, g.B = A, g.ars = bcs, g.bcs = ars, g.M = N, g.N = M;
 #ifdef _OPENMP
@@ -1970,9 +2013,9 @@ static size_t activations_point(Model *m, real *memory) {
         int iteration = c->fixed_point && (l > c->pre_depth || one);
         at->u = iteration ? take(r, 2 * N) : NULL;
         at->in = iteration ? take(r, N) : NULL;
-        at->qkv = take(r, 3 * N);
+        at->qkv = take(r, m->half ? 3 * N / 2 : 3 * N);
         at->lse = take(r, B * c->heads * T);
-        at->att = take(r, N);
+        at->att = take(r, m->half ? N / 2 : N);
         at->proj = take(r, N);
         at->fc1 = take(r, 4 * N);
         at->fc2 = take(r, N);
@@ -1991,8 +2034,8 @@ static size_t activations_point(Model *m, real *memory) {
     a->inj = c->fixed_point ? take(r, N) : NULL;
     a->inj_part = c->fixed_point ? take(r, 2 * N) : NULL;
     a->normed = take(r, N);
-    a->gelu = take(r, 4 * N);
-    a->scores = take(r, (size_t)max_threads() * 2 * QUERY_ROWS * T);
+    a->gelu = take(r, m->half ? 2 * N : 4 * N);
+    a->scores = take(r, (size_t)max_threads() * 3 * QUERY_ROWS * T);
     a->z_before = a->mid = take(r, N);
     a->reused = c->fixed_point ? take(r, N) : NULL;
     size_t solver = c->fixed_point && m->window; // needs memory
@@ -2002,6 +2045,7 @@ static size_t activations_point(Model *m, real *memory) {
     a->dx = take(r, N);
     a->dnormed = take(r, N);
     a->dwide = take(r, 4 * N);
+    a->dwide_act = m->half ? take(r, 2 * N) : a->dwide;
     a->du_sum = c->fixed_point ? take(r, 2 * N) : NULL;
     a->dmod = take(r, blocks * B * 6 * D);
     a->dfinal_mod = take(r, B * 2 * D);
@@ -2038,7 +2082,8 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     params_point(&m->p, config, NULL, m->tensors);
     size_t reals = activations_point(m, NULL);
     m->activation_bytes = reals * sizeof(real);
-    double need = (double)m->activation_bytes + (double)w.size * sizeof(real) * (training ? 5 : 1);
+    double need = (double)m->activation_bytes +
+                  (double)w.size * (sizeof(real) * (training ? 5 : 1) + (m->half ? sizeof(bf16) : 0));
     need += (double)params_largest(m->tensors, w.count) * sizeof(float);
     if (need > memory_limit() || (double)batch * config_tokens(config) > 1 << 28) // ints count tokens
         die("this model with %d pictures at a time needs %.0f MB; this process may use %.0f MB, and 268 million "
@@ -2046,6 +2091,7 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
             batch, need / 1e6, memory_limit() / 1e6, training ? ", set --micro_batch, or set --recompute 1" : "");
     for (int kind = 0; kind < (training ? 5 : 1); kind++)
         m->memory[kind] = xcalloc((size_t)w.size, sizeof(real), "weights, gradients and optimiser");
+    if (m->half) m->half_weights = (bf16 *)xcalloc((size_t)w.size, sizeof(bf16), "weights");
     params_point(&m->p, config, m->memory[MODEL_WEIGHTS], NULL);
     if (training) params_point(&m->g, config, m->memory[MODEL_GRADS], NULL);
     m->activations = xcalloc(reals, sizeof(real), "activations");
@@ -2056,6 +2102,7 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
 
 static void model_free(Model *m) {
     for (int kind = 0; kind < 5; kind++) xfree(m->memory[kind]);
+    xfree(m->half_weights);
     xfree(m->activations);
     xfree(m->a.layer);
     xfree(m->labels);
@@ -2063,7 +2110,7 @@ static void model_free(Model *m) {
     xfree(m);
 }
 
-// Copies parameters first..first+count-1 of one kind from or to the host's float memory.
+// Copies parameters first..first+count-1 of one kind from or to the host's float memory. After new weights: model_use.
 static void model_upload(Model *m, int kind, int64_t first, int64_t count, const float *host) {
     for (int64_t i = 0; i < count; i++) m->memory[kind][first + i] = (real)host[i];
 }
@@ -2073,7 +2120,10 @@ static void model_download(const Model *m, int kind, int64_t first, int64_t coun
 }
 
 // The weights that the forward pass uses: MODEL_WEIGHTS or, for pictures during training, MODEL_EMA
-static void model_use(Model *m, int kind) { params_point(&m->p, &m->config, m->memory[kind], NULL); }
+static void model_use(Model *m, int kind) {
+    params_point(&m->p, &m->config, m->memory[kind], NULL);
+    as_act(m->half, m->half_weights, m->memory[kind], (size_t)m->n_params);
+}
 
 // =====================================================================================================================
 // Shared block 4 of 4. Part 5. Plumbing

@@ -92,9 +92,10 @@ static void bench_matmul(const Config *c, int B, int rounds, int dtype, Calls ca
     // in a step, forward, dx and dw of each; inject and fp1's share of inj come once
     int times_called[][3] = {{f, b, b}, {f + fixed, b + fixed, b + fixed}, {f, b, b},
                              {f, b, b}, {zf + fixed, zb, zb + fixed},      {zf, zb, zb}};
-    real *in = (real *)xcalloc((size_t)M * 4 * D, sizeof *in, "matmul"),
-         *out = (real *)xcalloc((size_t)M * 4 * D, sizeof *out, "matmul");
-    real *w = (real *)xcalloc((size_t)4 * D * D, sizeof *w, "matmul");
+    size_t wide = (size_t)M * 4 * D, square = (size_t)4 * D * D;
+    Act *in = xcalloc(wide, sizeof(real), "matmul"), *dout = xcalloc(wide, sizeof(real), "matmul"),
+        *w = xcalloc(square, sizeof(real), "matmul");
+    real *out = xcalloc(wide, sizeof(real), "matmul"), *dw = xcalloc(square, sizeof(real), "matmul");
     double *times = (double *)xcalloc((size_t)rounds + 1, sizeof *times, "times");
     for (int i = 0; i < 6; i++)
         for (int form = 0; form < 3; form++) {
@@ -102,8 +103,8 @@ static void bench_matmul(const Config *c, int B, int rounds, int dtype, Calls ca
             for (int r = -1; r < rounds; r++) {
                 double begin = now_ms();
                 if (form == 0) linear_forward(half, out, in, w, NULL, M, K, N);
-                if (form == 1) linear_input_backward(half, in, out, w, M, K, N);
-                if (form == 2) gemm(half, w, K, out, 1, N, in, K, 1, w, K, N, K, M);
+                if (form == 1) linear_input_backward(half, out, dout, w, M, K, N);
+                if (form == 2) gemm(half, dw, K, dout, 1, N, in, K, 1, dw, K, N, K, M);
                 if (r >= 0) times[r] = now_ms() - begin;
             }
             static const char *const forms[] = {"forward", "dx", "dw"};
@@ -114,8 +115,10 @@ static void bench_matmul(const Config *c, int B, int rounds, int dtype, Calls ca
         }
     xfree(times);
     xfree(in);
-    xfree(out);
+    xfree(dout);
     xfree(w);
+    xfree(out);
+    xfree(dw);
 }
 
 // Where the time of a training step goes
@@ -143,17 +146,17 @@ static void bench_layers(Model *m, int rounds, Calls calls) {
            bias_gradient_calls = 2.25 * b + 0.25 * calls.z_backward;
     double gelu_calls = f + calls.z_forward / 2.0, gelu_gradient_calls = b + calls.z_backward / 2.0,
            optimiser_calls = 1;
-    SHARE(attention, attention_forward(half, l->att, l->lse, l->qkv, a->scores, B, T, D, heads));
+    SHARE(attention, attention_forward(half, a->dx, l->lse, l->qkv, a->scores, B, T, D, heads));
     SHARE(attention_gradient,
-          attention_backward(half, a->dwide, a->dnormed, l->att, l->lse, l->qkv, a->scores, B, T, D, heads));
-    SHARE(gelu, gelu_forward(a->gelu, l->fc1, 4 * N));
-    SHARE(gelu_gradient, gelu_backward(a->dwide, a->gelu, l->fc1, 4 * N));
-    SHARE(layernorm, layernorm_modulate_forward(a->normed, l->x, a->mod, 6 * D, B, T, D));
+          attention_backward(half, a->dwide, a->normed, l->att, l->lse, l->qkv, a->scores, B, T, D, heads));
+    SHARE(gelu, gelu_forward(half, a->gelu, l->fc1, 4 * N));
+    SHARE(gelu_gradient, gelu_backward(half, a->dwide_act, a->gelu, a->dwide, l->fc1, 4 * N));
+    SHARE(layernorm, layernorm_modulate_forward(half, a->normed, l->x, a->mod, 6 * D, B, T, D));
     SHARE(layernorm_gradient,
           layernorm_modulate_backward(a->dx, a->dmod, a->stats, a->dnormed, l->x, a->mod, 6 * D, B, T, D));
     SHARE(gate, gated_residual_forward(a->mid, l->x, a->mod, 6 * D, l->proj, B, T, D));
-    SHARE(gate_gradient, gated_residual_backward(l->proj, a->dmod, a->dx, a->mod, 6 * D, l->proj, B, T, D));
-    SHARE(bias_gradient, bias_backward(m->g.block[0].fc1_b, a->dwide, M, 4 * D));
+    SHARE(gate_gradient, gated_residual_backward(half, a->normed, a->dmod, a->dx, a->mod, 6 * D, l->proj, B, T, D));
+    SHARE(bias_gradient, bias_backward(half, m->g.block[0].fc1_b, a->dwide_act, M, 4 * D));
     SHARE(optimiser, model_zero_gradients(m); model_gradient_norm(m);
           model_update(m, 1, 0, 0.9, 0.999, 1e-8, 0, 1, 0.9999));
 #undef SHARE
@@ -194,6 +197,43 @@ __global__ void peak_kernel(float *out, int reps) {
     out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
 }
 
+#if HOPPER
+// The same by wgmma, whose rate is half as high again, on two tiles in shared memory, 16 k at a time
+enum { PEAK_WGMMA_ROWS = 128 + 192 };
+__global__ void __launch_bounds__(128) peak_wgmma_kernel(float *out, int reps) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    SHARED_DYNAMIC(bf16, tiles);
+    float acc[2][24][4] = {}, sum = 0;
+    for (int i = threadIdx.x; i < PEAK_WGMMA_ROWS * 64 / 2; i += 128)
+        ((uint32_t *)tiles)[i] = 0x3F803F80u | (hashed(i) & 0x807F807Fu);
+    fence_async();
+    __syncthreads();
+    uint64_t a = wgmma_tile(tiles), b = wgmma_tile(tiles + 128 * 64);
+    for (int r = 0; r < reps; r++) {
+        wgmma_fence();
+        EACH(i, 8) wgmma<false, false>(acc[i % 2], a + i % 2 * (64 * 128 / 16) + i / 2 * 2, b + i / 2 * 2);
+        wgmma_commit();
+        wgmma_wait<1>();
+    }
+    wgmma_wait<0>();
+    EACH(i, 2 * 24 * 4) sum += acc[i / 96][i / 4 % 24][i % 4];
+    out[blockIdx.x * 128 + threadIdx.x] = sum;
+#endif
+}
+#endif
+
+// Starts the chains: with as many blocks as run at once, on Hopper of what its matmul uses. Returns the operations.
+static double peak_start(int half, float *out, int reps) {
+#if HOPPER
+    if (half && gpu.wgmma) {
+        RUN(peak_wgmma_kernel, 2 * gpu.sms, 128, PEAK_WGMMA_ROWS * 64 * sizeof(bf16), out, reps);
+        return 2.0 * 128 * 192 * 64 * reps * 2 * gpu.sms;
+    }
+#endif
+    TYPED(half, RUN((peak_kernel<A>), 4 * gpu.sms, 32 * PEAK_WARPS, 0, out, reps));
+    return (half ? 2.0 * 16 * 16 * 8 : 2.0 * 4 * 32) * PEAK_CHAINS * reps * PEAK_WARPS * 4 * gpu.sms;
+}
+
 // Device memory with `count` numbers -1..1; a thread an element
 template <typename A>
 __global__ void random_kernel(A *out, size_t count) {
@@ -209,24 +249,24 @@ static void *random_act(int half, size_t count) {
 // Peak rate of fused multiply-adds, then every matmul of the model in its three forms
 static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
     enum { REPEAT = 10 };
-    int half = dtype == COMPUTE_BF16, D = c->width, M = B * config_tokens(c), blocks = 4 * gpu.sms, reps = 100;
+    int half = dtype == COMPUTE_BF16, D = c->width, M = B * config_tokens(c), reps = 100;
     int shapes[][2] = {{3 * D, D}, {D, D}, {4 * D, D}, {D, 4 * D}, {2 * D, D}, {D, 2 * D}};
     size_t size = half ? sizeof(bf16) : sizeof(float), x_count = (size_t)M * 4 * D, w_count = 4 * (size_t)D * D;
     void *x = random_act(half, x_count), *y = random_act(half, x_count), *w = random_act(half, w_count);
     void *result = gpu_malloc(x_count * size, "matmul");
     float *dw = (float *)gpu_malloc(w_count * sizeof(float), "matmul");
-    float *out = (float *)gpu_malloc((size_t)blocks * PEAK_WARPS * 32 * sizeof(float), "matmul");
-    double *times = (double *)xcalloc((size_t)rounds + 1, sizeof *times, "times"), begin = 0;
+    size_t out_bytes = (size_t)4 * gpu.sms * PEAK_WARPS * 32 * sizeof(float);
+    float *out = (float *)gpu_malloc(out_bytes, "matmul");
+    double *times = (double *)xcalloc((size_t)rounds + 1, sizeof *times, "times"), begin = 0, flops = 0;
     gpu_zero(dw, w_count * sizeof(float));
     workspace_reserve(workspace_floats(D));
     for (int run = 0; run < 3; run++) { // a warm-up, then to see how many fill 20 ms
         if (run == 2) reps *= 1 + (int)(20 / (now_ms() - begin));
         begin = now_ms();
-        TYPED(half, RUN((peak_kernel<A>), blocks, 32 * PEAK_WARPS, 0, out, reps));
+        flops = peak_start(half, out, reps);
         gpu_wait();
     }
-    double flops = half ? 2.0 * 16 * 16 * 8 : 2.0 * 4 * 32;
-    printf("peak_gflops %.1f GFLOP/s\n", 1e-6 * flops * PEAK_CHAINS * reps * PEAK_WARPS * blocks / (now_ms() - begin));
+    printf("peak_gflops %.1f GFLOP/s\n", 1e-6 * flops / (now_ms() - begin));
     for (int i = 0; i < 6; i++)
         for (int form = 0; form < 3; form++) {
             static const char *const forms[] = {"forward", "dx", "dw"};
@@ -250,7 +290,7 @@ static void bench_matmul(const Config *c, int B, int rounds, int dtype) {
     for (void *p : {x, y, result}) gpu_free(p, x_count * size);
     gpu_free(w, w_count * size);
     gpu_free(dw, w_count * sizeof(float));
-    gpu_free(out, (size_t)blocks * PEAK_WARPS * 32 * sizeof(float));
+    gpu_free(out, out_bytes);
 }
 
 #endif

@@ -145,12 +145,13 @@ Fiber *take_fiber(void (*entry)()) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Scheduling
 
+using emu::Lanes;
 constexpr unsigned MAX_THREADS = 1024;
 
 struct Thread;
 struct Operation { // what a thread can wait for
     const char *name;
-    void (*complete)(Thread *lanes, unsigned mask); // does it for the lanes of the mask; null if there is nothing to do
+    void (*complete)(Thread *lanes, Lanes mask); // does it for the lanes of the mask; null if there is nothing to do
 };
 
 struct Copy { // a cp.async in flight
@@ -165,7 +166,7 @@ struct Thread {
     unsigned number, place;   // in the block; in the order of execution, where the threads of a warp stay together
     Fiber *fiber;             // null: not started, or returned
     const Operation *waits;   // for this, unless it is ready
-    unsigned mask;            // the lanes that it waits for
+    Lanes mask;               // the lanes that it waits for
     int line;                 // and where in the source
     const void *in[2];        // an ldmatrix's address or mma's a and b
     void *out;                // and where the result goes
@@ -176,8 +177,8 @@ struct Thread {
 };
 
 Thread threads[MAX_THREADS], *in_place[MAX_THREADS], *current = nullptr;
-unsigned waiting[MAX_THREADS / 32];            // by warp, a bit per lane: waits for an operation of the warp
-unsigned ready[MAX_THREADS / 32], ready_warps; // a bit per place, and per 32 places: can run
+Lanes waiting[MAX_THREADS / WARP];            // by warp, a bit per lane: waits for an operation of the warp
+Lanes ready[MAX_THREADS / WARP], ready_warps; // a bit per place, and per warp: can run
 unsigned thread_count, barrier_count;
 uint64_t random_state; // of everything that EMU_ORDER shuffles in a launch
 size_t dynamic_bytes = 0;
@@ -214,7 +215,8 @@ using emu::fail;
         if (t.waits == &BARRIER)
             snprintf(text, sizeof text, "wait at __syncthreads, line %d", t.line);
         else if (t.waits != &RETURNED)
-            snprintf(text, sizeof text, "wait at %s, line %d, mask %08x", t.waits->name, t.line, t.mask);
+            snprintf(text, sizeof text, "wait at %s, line %d, mask %08llx", t.waits->name, t.line,
+                     (unsigned long long)t.mask);
         where[text]++;
     }
     std::string report;
@@ -224,15 +226,15 @@ using emu::fail;
 }
 
 void set_ready(const Thread &t, bool can_run) {
-    unsigned &warp = ready[t.place / 32], lane_bit = 1u << t.place % 32, warp_bit = 1u << t.place / 32;
+    Lanes &warp = ready[t.place / WARP], lane_bit = Lanes(1) << t.place % WARP, warp_bit = Lanes(1) << t.place / WARP;
     warp = can_run ? warp | lane_bit : warp & ~lane_bit;
     ready_warps = warp ? ready_warps | warp_bit : ready_warps & ~warp_bit;
 }
 
 // The first bit of a mask (not zero) after position p, or around its end.
-unsigned next_bit(unsigned mask, unsigned p) {
-    unsigned after = mask & ~1u << p;
-    return unsigned(__builtin_ctz(after ? after : mask));
+unsigned next_bit(Lanes mask, unsigned p) {
+    Lanes after = mask & ~Lanes(1) << p;
+    return unsigned(__builtin_ctzll(after ? after : mask));
 }
 
 unsigned random_below(unsigned n) {
@@ -240,23 +242,23 @@ unsigned random_below(unsigned n) {
     return unsigned(random_state >> 33) % n;
 }
 
-unsigned random_bit(unsigned mask) {
-    for (unsigned skip = random_below(unsigned(__builtin_popcount(mask))); skip > 0; skip--) mask &= mask - 1;
-    return unsigned(__builtin_ctz(mask));
+unsigned random_bit(Lanes mask) {
+    for (unsigned skip = random_below(unsigned(__builtin_popcountll(mask))); skip > 0; skip--) mask &= mask - 1;
+    return unsigned(__builtin_ctzll(mask));
 }
 
 // The thread that runs after t: of the same warp as long as any can run, so that a warp gets as far ahead of the others
 // as it can, and races show; in shuffled order, after a wait, of any warp. Null when all have returned.
 Thread *next_thread(const Thread &t) {
-    unsigned warp = t.place / 32;
+    unsigned warp = t.place / WARP;
     if (emu::order > 1 && ready_warps && t.waits != &RETURNED) {
         warp = random_bit(ready_warps);
-        return in_place[warp * 32 + random_bit(ready[warp])];
+        return in_place[warp * WARP + random_bit(ready[warp])];
     }
-    if (ready[warp]) return in_place[warp * 32 + next_bit(ready[warp], t.place % 32)];
+    if (ready[warp]) return in_place[warp * WARP + next_bit(ready[warp], t.place % WARP)];
     if (ready_warps) {
         warp = next_bit(ready_warps, warp);
-        return in_place[warp * 32 + unsigned(__builtin_ctz(ready[warp]))];
+        return in_place[warp * WARP + unsigned(__builtin_ctzll(ready[warp]))];
     }
     for (unsigned i = 0; i < thread_count; i++)
         if (threads[i].waits != &RETURNED) fail_stuck();
@@ -303,25 +305,27 @@ void run_thread(Thread *t) {
 }
 
 // Waits until all lanes of the mask are here; the last one completes the operation. Arguments stand in *current.
-void warp_operation(const Operation &operation, unsigned mask, int line) {
-    Thread &t = *current, *lanes = &t - t.number % 32;
-    unsigned &here = waiting[t.number / 32];
-    if (!(mask >> t.number % 32 & 1)) fail("%s, line %d: not in its own mask %08x", operation.name, line, mask);
+void warp_operation(const Operation &operation, Lanes mask, int line) {
+    Thread &t = *current, *lanes = &t - t.number % WARP;
+    Lanes &here = waiting[t.number / WARP];
+    if (!(mask >> t.number % WARP & 1))
+        fail("%s, line %d: not in its own mask %08llx", operation.name, line, (unsigned long long)mask);
     t.waits = &operation;
     t.mask = mask;
     t.line = line;
-    here |= 1u << t.number % 32;
+    here |= Lanes(1) << t.number % WARP;
     if ((here & mask) != mask) {
         set_ready(t, false);
     } else {
-        for (unsigned m = mask; m; m &= m - 1) {
-            const Thread &other = lanes[__builtin_ctz(m)];
+        for (Lanes m = mask; m; m &= m - 1) {
+            const Thread &other = lanes[__builtin_ctzll(m)];
             if (other.waits != &operation || other.mask != mask || other.line != line)
-                fail("%s, line %d, mask %08x, but lane %u waits at %s, line %d, mask %08x", operation.name, line, mask,
-                     other.number % 32, other.waits->name, other.line, other.mask);
+                fail("%s, line %d, mask %08llx, but lane %u waits at %s, line %d, mask %08llx", operation.name, line,
+                     (unsigned long long)mask, other.number % WARP, other.waits->name, other.line,
+                     (unsigned long long)other.mask);
         }
         if (operation.complete) operation.complete(lanes, mask);
-        for (unsigned m = mask; m; m &= m - 1) set_ready(lanes[__builtin_ctz(m)], true);
+        for (Lanes m = mask; m; m &= m - 1) set_ready(lanes[__builtin_ctzll(m)], true);
         here &= ~mask;
     }
     run_thread(next_thread(t));
@@ -351,28 +355,28 @@ void emu::barrier(int line) {
 
 namespace {
 
-void complete_shuffle(Thread *lanes, unsigned mask) {
-    uint64_t values[32];
-    for (unsigned m = mask; m; m &= m - 1) {
-        const Thread &t = lanes[__builtin_ctz(m)];
-        values[__builtin_ctz(m)] = t.value;
+void complete_shuffle(Thread *lanes, Lanes mask) {
+    uint64_t values[WARP];
+    for (Lanes m = mask; m; m &= m - 1) {
+        const Thread &t = lanes[__builtin_ctzll(m)];
+        values[__builtin_ctzll(m)] = t.value;
         if (!(mask >> t.source & 1))
-            fail("a shuffle, line %d: lane %u reads lane %u, which is not in the mask %08x", t.line, t.number % 32,
-                 t.source, mask);
+            fail("a shuffle, line %d: lane %u reads lane %u, which is not in the mask %08llx", t.line, t.number % WARP,
+                 t.source, (unsigned long long)mask);
     }
-    for (unsigned m = mask; m; m &= m - 1) lanes[__builtin_ctz(m)].value = values[lanes[__builtin_ctz(m)].source];
+    for (Lanes m = mask; m; m &= m - 1) lanes[__builtin_ctzll(m)].value = values[lanes[__builtin_ctzll(m)].source];
 }
 
 const Operation SYNC_WARP{"__syncwarp", nullptr}, SHUFFLE{"a shuffle", complete_shuffle};
 
 } // namespace
 
-void emu::sync_warp(unsigned mask, int line) { warp_operation(SYNC_WARP, mask, line); }
+void emu::sync_warp(Lanes mask, int line) { warp_operation(SYNC_WARP, mask, line); }
 
 // A lane whose source is outside of its group gets its own value; XOR may read from an earlier group.
-uint64_t emu::shuffle(unsigned mask, uint64_t value, Source source, int x, int width, int line) {
-    if (width < 1 || width > 32 || (width & (width - 1))) fail("a shuffle's width is %d, line %d", width, line);
-    int lane = int(current->number % 32), first = lane & ~(width - 1), last = lane | (width - 1);
+uint64_t emu::shuffle(Lanes mask, uint64_t value, Source source, int x, int width, int line) {
+    if (width < 1 || width > WARP || (width & (width - 1))) fail("a shuffle's width is %d, line %d", width, line);
+    int lane = int(current->number % WARP), first = lane & ~(width - 1), last = lane | (width - 1);
     int from = lane ^ x;
     if (source == INDEX) from = first | (x & (width - 1));
     if (source == UP) from = lane - x < first ? lane : lane - x;
@@ -481,7 +485,7 @@ namespace {
 
 // The eight rows of tile i are at the addresses that lanes 8i to 8i + 7 give; .trans hands out the transposed tile.
 template <bool TRANS>
-void complete_ldmatrix(Thread *lanes, unsigned) {
+void complete_ldmatrix(Thread *lanes, Lanes) {
     uint16_t tile[4][8][8];
     for (int i = 0; i < 32; i++) memcpy(tile[i / 8][i % 8], lanes[i].in[0], 16);
     for (int lane = 0; lane < 32; lane++)
@@ -509,11 +513,13 @@ float truncated_sum(float sum, const float *a, const float (*b)[8], int column) 
     return total == 0 ? 0 : float(cut(total, total));
 }
 
+// Half i of a register
+float number(uint32_t r, int i) { return emu::bits<float>(i ? r & ~0xffffu : r << 16); }
+
 // A's registers are its quarters: upper left, lower left, upper right, lower right; B's are its upper and lower half,
 // and there g is the column; D's are in rows g and g + 8.
-void complete_mma(Thread *lanes, unsigned) {
+void complete_mma(Thread *lanes, Lanes) {
     typedef float Row __attribute__((vector_size(32)));
-    auto number = [](uint32_t r, int i) { return emu::bits<float>(i ? r & ~0xffffu : r << 16); };
     alignas(32) float a[16][16], b[16][8], d[16][8];
     for (int lane = 0; lane < 32; lane++) {
         const uint32_t *ra = static_cast<const uint32_t *>(lanes[lane].in[0]);
@@ -543,6 +549,30 @@ const Operation LDMATRIX[2] = {{"ldmatrix_x4", complete_ldmatrix<false>},
                                {"ldmatrix_x4_trans", complete_ldmatrix<true>}};
 const Operation MMA{"mma_bf16", complete_mma};
 
+// AMD's d (16,16) += a·b: of 64 lanes V_MFMA_F32_16X16X16_BF16, where lane l has places i = 0..3 of row l%16 of a, column
+// l%16 of b, at k = 4·(l/16) + i, and of d in row 4·(l/16) + i, column l%16; of 32 lanes V_WMMA_F32_16X16X16_BF16, where
+// both halves have all k, and lane l of d rows 2·i + l/16, i = 0..7. ("CDNA3 ISA", chapter 7; "RDNA3 ISA", 7.9.)
+void complete_matrix(Thread *lanes, Lanes) {
+    float a[16][16], b[16][16];
+    for (int lane = 0; lane < WARP; lane++)
+        for (int i = 0; i < (WARP == 64 ? 4 : 16); i++) {
+            int k = WARP == 64 ? lane / 16 * 4 + i : i;
+            float x = number(static_cast<const uint32_t *>(lanes[lane].in[0])[i / 2], i % 2), &there = a[lane % 16][k];
+            float y = number(static_cast<const uint32_t *>(lanes[lane].in[1])[i / 2], i % 2),
+                  &there_b = b[k][lane % 16];
+            if (WARP == 32 && lane >= 16 && (memcmp(&x, &there, 4) || memcmp(&y, &there_b, 4)))
+                fail("matrix_bf16, line %d: the halves of the warp differ at k = %d", lanes[lane].line, k);
+            there = x, there_b = y;
+        }
+    for (int lane = 0; lane < WARP; lane++)
+        for (int i = 0; i < 256 / WARP; i++) {
+            int row = WARP == 64 ? lane / 16 * 4 + i : 2 * i + lane / 16;
+            for (int k = 0; k < 16; k++) static_cast<float *>(lanes[lane].out)[i] += a[row][k] * b[k][lane % 16];
+        }
+}
+
+const Operation MATRIX{"matrix_bf16", complete_matrix};
+
 } // namespace
 
 void emu::ldmatrix(uint32_t *r, const void *smem, bool trans, int line) {
@@ -557,6 +587,13 @@ void emu::mma(float *d, const uint32_t *a, const uint32_t *b, int line) {
     current->in[1] = b;
     current->out = d;
     warp_operation(MMA, ALL_LANES, line);
+}
+
+void emu::matrix(float *d, const uint32_t *a, const uint32_t *b, int line) {
+    current->in[0] = a;
+    current->in[1] = b;
+    current->out = d;
+    warp_operation(MATRIX, ALL_LANES, line);
 }
 
 // Until cp_async_wait brings the data the target is NaN: neither what was there nor what will be there can be used.
@@ -690,15 +727,16 @@ void emu::run(const Grid &grid, const std::function<void()> &thread) {
     dynamic_bytes = grid.shared;
     thread_count = blockDim.x * blockDim.y * blockDim.z;
     unsigned place = 0;
-    for (unsigned warp : ordered((thread_count + 31) / 32)) {
-        for (unsigned lane : ordered(std::min(32u, thread_count - warp * 32))) {
-            Thread &t = threads[warp * 32 + lane];
-            t.number = warp * 32 + lane;
+    for (unsigned warp : ordered((thread_count + WARP - 1) / WARP)) {
+        for (unsigned lane : ordered(std::min<unsigned>(WARP, thread_count - warp * WARP))) {
+            Thread &t = threads[warp * WARP + lane];
+            t.number = warp * WARP + lane;
             t.index = {t.number % blockDim.x, t.number / blockDim.x % blockDim.y, t.number / blockDim.x / blockDim.y};
             t.place = place;
             in_place[place++] = &t;
         }
-        place = (place + 31) / 32 * 32; // the last warp of the block may be short, and stand anywhere in the order
+        place = (place + WARP - 1) / WARP *
+                WARP; // the last warp of the block may be short, and stand anywhere in the order
     }
     for (unsigned block : ordered(gridDim.x * gridDim.y * gridDim.z)) {
         blockIdx = {block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y};

@@ -5,16 +5,18 @@
 //     EMU_ORDER=0|1|N ./program      blocks, warps and lanes run forward, backward, or shuffled with seed N, and then
 //                                    whoever waits makes room for a random one that need not
 //     EMU_ROUGH=1 ./program          tensor cores truncate their sums and fast functions err by up to 2 ulp
+//     g++ ... -DAMD -DWARP=64        as on AMD's GPUs: test/hip.h's fragments and waves of 64 lanes (CDNA) or 32 (RDNA)
 //     EMU_KERNELS=FILE ./program     appends to FILE each kernel that the program can launch, and how often it did
 //
 // It is also the first port of fpdm.cu: a new accelerator has to give a meaning to the same names.
 //   1. the language: __global__ __device__ __shared__ ..., threadIdx, float2, __nv_bfloat16, exp2f
 //   2. what the threads of a block do together: __syncthreads, __syncwarp, shuffles
-//   3. what stands in fpdm.cu as PTX under #ifdef __CUDACC__, here under the same names:
+//   3. what stands in fpdm.cu as PTX under #ifdef NVIDIA, here under the same names:
 //        ldmatrix_x4, ldmatrix_x4_trans (uint32_t *r, const void *smem)            8x8 tiles of 16 bits to registers
 //        mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2])            d += a b, 16x8 += 16x16 * 16x8
 //        cp_async16(void *smem, const void *gmem, bool valid)                      zeros if not valid
 //        cp_async_commit(), cp_async_wait<N>()                                     all but the N newest groups landed
+//        fast_exp2(float x)                                                        2^x, within 2 ulp
 //   4. two macros, for what is not C++:
 //        LAUNCH(kernel, grid, block, smem_bytes, stream, arguments...)             LAUNCH((kernel<A, B>), ...)
 //        SHARED_DYNAMIC(type, name);                                               type *name = dynamic shared memory
@@ -109,7 +111,10 @@ struct dim3 {
 
 extern uint3 threadIdx, blockIdx; // of the thread that runs: set at every switch
 extern dim3 blockDim, gridDim;
-constexpr int warpSize = 32;
+#ifndef WARP
+#define WARP 32
+#endif
+constexpr int warpSize = WARP;
 
 #define EMU_MIN_MAX(name, floats, order)                \
     template <typename T, typename U>                   \
@@ -207,20 +212,22 @@ namespace emu {
 extern unsigned order;                            // EMU_ORDER; a test may set it between launches
 extern unsigned char *dynamic_shared;             // of the block that runs
 extern void (*before_kernel)(const char *kernel); // unless null, called before each kernel runs
-constexpr unsigned ALL_LANES = 0xffffffffu;
+typedef uint64_t Lanes;                           // a bit for each lane of a warp
+constexpr Lanes ALL_LANES = ~Lanes(0) >> (64 - WARP);
 enum Source { INDEX, UP, DOWN, XOR }; // how a shuffle finds the lane to read
 
 void barrier(int line);
-void sync_warp(unsigned mask, int line);
-uint64_t shuffle(unsigned mask, uint64_t value, Source source, int x, int width, int line);
+void sync_warp(Lanes mask, int line);
+uint64_t shuffle(Lanes mask, uint64_t value, Source source, int x, int width, int line);
 void ldmatrix(uint32_t *r, const void *smem, bool trans, int line);
 void mma(float *d, const uint32_t *a, const uint32_t *b, int line);
+void matrix(float *d, const uint32_t *a, const uint32_t *b, int line);
 void cp_async(void *smem, const void *gmem, bool valid, int line);
 void cp_async_commit();
 void cp_async_wait(int keep, int line);
 
 template <typename T>
-inline T shuffle_bits(unsigned mask, T value, Source source, int x, int width, int line) {
+inline T shuffle_bits(Lanes mask, T value, Source source, int x, int width, int line) {
     static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "CUDA shuffles 32 or 64 bits");
     uint64_t word = 0;
     memcpy(&word, &value, sizeof value);
@@ -232,11 +239,11 @@ inline T shuffle_bits(unsigned mask, T value, Source source, int x, int width, i
 
 #define EMU_LINE int line = __builtin_LINE()
 inline void __syncthreads(EMU_LINE) { emu::barrier(line); }
-inline void __syncwarp(unsigned mask = emu::ALL_LANES, EMU_LINE) { emu::sync_warp(mask, line); }
-#define EMU_SHUFFLE(name, source)                                            \
-    template <typename T>                                                    \
-    inline T name(unsigned mask, T value, int x, int width = 32, EMU_LINE) { \
-        return emu::shuffle_bits(mask, value, source, x, width, line);       \
+inline void __syncwarp(emu::Lanes mask = emu::ALL_LANES, EMU_LINE) { emu::sync_warp(mask, line); }
+#define EMU_SHUFFLE(name, source)                                                \
+    template <typename T>                                                        \
+    inline T name(emu::Lanes mask, T value, int x, int width = WARP, EMU_LINE) { \
+        return emu::shuffle_bits(mask, value, source, x, width, line);           \
     }
 EMU_SHUFFLE(__shfl_sync, emu::INDEX)
 EMU_SHUFFLE(__shfl_up_sync, emu::UP)
@@ -247,11 +254,16 @@ inline void ldmatrix_x4(uint32_t *r, const void *smem, EMU_LINE) { emu::ldmatrix
 inline void ldmatrix_x4_trans(uint32_t *r, const void *smem, EMU_LINE) { emu::ldmatrix(r, smem, true, line); }
 inline void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2], EMU_LINE) { emu::mma(d, a, b, line); }
 inline void cp_async16(void *smem, const void *gmem, bool valid, EMU_LINE) { emu::cp_async(smem, gmem, valid, line); }
+inline float fast_exp2(float x) { return exp2f(x); }
 inline void cp_async_commit() { emu::cp_async_commit(); }
 template <int N>
 inline void cp_async_wait(EMU_LINE) {
     emu::cp_async_wait(N, line);
 }
+#ifdef AMD
+inline void matrix_bf16(float *d, const uint32_t *a, const uint32_t *b, EMU_LINE) { emu::matrix(d, a, b, line); }
+#include "hip.h" // the fragments that stand on it
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The runtime: streams keep their work until the host waits for it

@@ -149,8 +149,8 @@ static void test_matmul(int half, int M, int N, int K) {
 }
 
 // A weight gradient dw (N,K) and bias gradient over M rows, and the number of parts that its sums were split into: each
-// is a piece of the workspace, which holds nothing else.
-static void test_splits(int half, int M, int N, int K, int splits) {
+// is a piece of the workspace, which holds nothing else. alone: elements of dw and db that are in tiles of one part
+static void test_splits(int half, int M, int N, int K, int splits, size_t alone = 0) {
     char text[100];
     Floats x = random_floats((size_t)M * K, 1, half), dy = random_floats((size_t)M * N, 3, half);
     void *gx = on_gpu(x, half), *gdy = on_gpu(dy, half);
@@ -165,7 +165,7 @@ static void test_splits(int half, int M, int N, int K, int splits) {
     gpu_zero(dw, (size_t)N * K * 4), gpu_zero(db, (size_t)N * 4);
     CHECK(cudaMemsetAsync(workspace.memory, 0xff, workspace.count * sizeof(float), gpu.stream));
     linear_weight(half, dw, K, db, gdy, gx, M, K, N);
-    size_t written = 0, part = (size_t)N * K + N;
+    size_t written = 0, part = (size_t)N * K + N - alone;
     for (float f : from_gpu(workspace.memory, workspace.count, 0)) written += !isnan(f);
     snprintf(text, sizeof text, "%s weight gradient %dx%d of %d rows, %zu splits", half ? "bf16" : "fp32", N, K, M,
              written ? written / part : 1);
@@ -220,10 +220,9 @@ static void test_attention(int half, int B, int T, int H, int hd, float apart = 
     Act *gqkv = (Act *)on_gpu(qkv, half), *gdout = (Act *)on_gpu(dout, half),
         *gout = (Act *)gpu_malloc((size_t)B * T * D * 4, "");
     Act *gdqkv = (Act *)gpu_malloc((size_t)B * T * 3 * D * 4, "");
-    float *lse = (float *)gpu_malloc((size_t)B * H * T * 4, ""),
-          *delta = (float *)gpu_malloc((size_t)B * H * T * 4, "");
+    float *lse = (float *)gpu_malloc((size_t)B * H * T * 4, ""), *sums = (float *)gpu_malloc((size_t)B * T * D * 4, "");
     attention_forward(half, gout, lse, gqkv, B, T, D, H);
-    attention_backward(half, gdqkv, delta, gdout, gout, lse, gqkv, B, T, D, H);
+    attention_backward(half, gdqkv, sums, gdout, gout, lse, gqkv, B, T, D, H);
     Floats got = from_gpu(gdqkv, (size_t)B * T * 3 * D, half);
     snprintf(text, sizeof text, "%s attention, %d tokens, %d heads of %d", half ? "bf16" : "fp32", T, H, hd);
     expect(text, from_gpu(gout, (size_t)B * T * D, half), out, limit);
@@ -236,7 +235,7 @@ static void test_attention(int half, int B, int T, int H, int hd, float apart = 
                  "qkv"[part]);
         expect(text, some, want, limit);
     }
-    void *all[] = {gqkv, gdout, gout, gdqkv, lse, delta};
+    void *all[] = {gqkv, gdout, gout, gdqkv, lse, sums};
     for (void *q : all) gpu_free(q, 0);
 }
 
@@ -292,7 +291,8 @@ static void test_anderson(int half, int B, int side, int D, int window) {
     gpu_free(m.a.history, 0), gpu_free(m.a.gram, 0);
 }
 
-// The gradient through LN, its modulation's, and that of the gated residual below; `parts` of that: 1 LN, 2 residual
+// The gradient through LN, its modulation's, and that of the gated residual below; `parts` of that: 1 LN, 2 residual; 4:
+// LN's input is the residual's output
 static void test_layernorm_backward(int half, int B, int side, int D, int parts) {
     char text[100];
     int T = side * side;
@@ -305,10 +305,12 @@ static void test_layernorm_backward(int half, int B, int side, int D, int parts)
     Floats x = random_floats(N, 51, 0), dout = random_floats(N, 52, half), dx = random_floats(N, 53, 0);
     Floats branch = random_floats(N, 54, half), mod = random_floats((size_t)B * 6 * D, 55, 0),
            dmod0 = random_floats(mod.size(), 56, 0);
-    std::vector<double> want(dx.begin(), dx.end()), down(N), dmod(dmod0.begin(), dmod0.end());
+    std::vector<double> want(dx.begin(), dx.end()), down(N), dmod(dmod0.begin(), dmod0.end()), row(D), output_again(N);
+    Floats input = x;
     for (size_t r = 0; r < (size_t)B * T; r++) {
         double mean = 0, var = 0, g_sum = 0, gn_sum = 0;
-        const float *row = &x[r * D], *go = &dout[r * D], *scale = &mod[r / T * 6 * D + D], *gate = scale + 4 * D;
+        const float *go = &dout[r * D], *scale = &mod[r / T * 6 * D + D], *gate = scale + 4 * D;
+        for (int d = 0; d < D; d++) row[d] = input[r * D + d] += parts & 4 ? gate[d] * branch[r * D + d] : 0;
         double *sums = &dmod[r / T * 6 * D];
         for (int d = 0; d < D; d++) mean += (double)row[d] / D;
         for (int d = 0; d < D; d++) var += pow(row[d] - mean, 2) / D;
@@ -319,6 +321,7 @@ static void test_layernorm_backward(int half, int B, int side, int D, int parts)
         }
         for (int d = 0; d < D; d++) {
             double normed = (row[d] - mean) * rstd, &out = want[r * D + d];
+            output_again[r * D + d] = normed * (1 + scale[d]) + scale[d - D];
             if (parts & 1) {
                 out += rstd * (go[d] * (1.0 + scale[d]) - g_sum - normed * gn_sum);
                 sums[d] += go[d], sums[D + d] += go[d] * normed;
@@ -331,14 +334,18 @@ static void test_layernorm_backward(int half, int B, int side, int D, int parts)
           *gdmod = (float *)on_gpu(dmod0, 0);
     Act *gdout = (Act *)on_gpu(dout, half), *gbranch = (Act *)on_gpu(branch, half),
         *copy = (Act *)gpu_malloc(N * 4, "");
-    Act *dbranch = (Act *)gpu_malloc(N * 4, "");
+    Act *dbranch = (Act *)gpu_malloc(N * 4, ""), *normed = (Act *)gpu_malloc(N * 4, "");
+    float *stats = (float *)gpu_malloc((size_t)B * T * 2 * 4, ""), *ginput = (float *)on_gpu(input, 0);
+    layernorm_forward(&m, half, normed, stats, ginput, gmod, 6);
+    Floats forward = from_gpu(normed, N, half);
+    CHECK(cudaMemsetAsync(normed, 0xff, N * 4, gpu.stream));
     if (parts == 1)
-        layernorm_backward(&m, half, gdx, copy, gdmod, gdout, gx, gmod, 6);
+        layernorm_backward(&m, half, gdx, copy, normed, gdmod, gdout, gx, stats, gmod, 6);
     else if (parts == 2)
         gate_backward(&m, dbranch, gdmod + 5 * D, gdx, gmod + 5 * D, gbranch);
     else
-        layernorm_backward(&m, half, gdx, copy, gdmod, gdout, gx, gmod, 6, dbranch, gdmod + 5 * D, gmod + 5 * D,
-                           gbranch);
+        layernorm_backward(&m, half, gdx, copy, normed, gdmod, gdout, gx, stats, gmod, 6, dbranch, gdmod + 5 * D,
+                           gmod + 5 * D, gbranch, parts >> 2);
     auto name = [&](const char *what) {
         snprintf(text, sizeof text, "%s LN backward %d, %dx%dx%d on %d, %s", half ? "bf16" : "fp32", parts, B, T, D,
                  gpu.sms, what);
@@ -346,9 +353,11 @@ static void test_layernorm_backward(int half, int B, int side, int D, int parts)
     };
     expect(name("dx"), from_gpu(gdx, N, 0), want, 1e-6);
     if (parts & 1) expect(name("copy"), from_gpu(copy, N, half), want, output);
+    if (parts & 1) expect(name("LN"), forward, output_again, output);
+    if (parts & 1) expect(name("LN again"), from_gpu(normed, N, half), output_again, output);
     if (parts & 2) expect(name("dbranch"), from_gpu(dbranch, N, half), down, output);
     expect(name("dmod"), from_gpu(gdmod, dmod.size(), 0), dmod, 1e-6);
-    void *all[] = {gdx, gx, gmod, gdmod, gdout, gbranch, copy, dbranch, m.a.parts};
+    void *all[] = {gdx, gx, gmod, gdmod, gdout, gbranch, copy, dbranch, normed, stats, ginput, m.a.parts};
     for (void *p : all) gpu_free(p, 0);
 }
 
@@ -383,9 +392,9 @@ int main(void) {
             test_matmul(half, 1030, 136, 144);
             test_matmul(half, 24, 8, 16);
             if (!half) test_matmul(half, 10, 3, 12);
-            for (int parts = 1; parts <= 3; parts++) test_layernorm_backward(half, 4, 7, 72, parts);
-            test_layernorm_backward(half, 2, 10, 1160, 3);
-            test_layernorm_backward(half, 1, 3, 2064, 3);
+            for (int parts : {1, 2, 3, 7}) test_layernorm_backward(half, 4, 7, 72, parts);
+            test_layernorm_backward(half, 2, 10, 1160, 7);
+            test_layernorm_backward(half, 1, 3, 2064, 7);
             test_anderson(half, 3, 2, 8, 3);
             test_anderson(half, 2, 7, 40, 1);
             test_anderson(half, 1, 5, 64, 8);
@@ -411,6 +420,11 @@ int main(void) {
         test_matmul(1, 520, 392, 328);
         test_matmul(1, 1536, 200, 72);
         test_splits(1, 4104, 136, 144, sms == 132 ? 16 : sms == 6 ? 3 : 1); // the last of 16 are empty
+        if (sms != 6) continue; // three pairs of tiles at a time: of 5 or 8, the last 2 are split, wherever they begin
+        test_splits(1, 1000, 384, 400, 3, 256 * 400 + 256);
+        test_splits(1, 1000, 640, 400, 3, 512 * 400 + 512);
+        test_splits(1, 1000, 256, 904, 3, 256 * 576 + 256);
+        test_splits(1, 1000, 128, 1544, 3, 128 * 1152 + 128);
     }
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;

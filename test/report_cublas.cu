@@ -192,11 +192,11 @@ static void time_attention(int B, int T, int D, int H) {
     size_t size = (size_t)B * T * D, rows = (size_t)B * T * H * sizeof(float);
     Act *qkv = (Act *)random_bf16(3 * size, 4), *dout = (Act *)random_bf16(size, 5);
     Act *out = (Act *)gpu_malloc(2 * size, "attention"), *dqkv = (Act *)gpu_malloc(6 * size, "attention");
-    float *lse = (float *)gpu_malloc(rows, "attention"), *delta = (float *)gpu_malloc(rows, "attention");
+    float *lse = (float *)gpu_malloc(rows, "attention"), *sums = (float *)gpu_malloc(4 * size, "attention");
     double ms[2], flops = 4e-6 * (double)size * T;
     race(
         ms, [&] { attention_forward(1, out, lse, qkv, B, T, D, H); },
-        [&] { attention_backward(1, dqkv, delta, dout, out, lse, qkv, B, T, D, H); });
+        [&] { attention_backward(1, dqkv, sums, dout, out, lse, qkv, B, T, D, H); });
     printf("attention forward %dx%dx%dx%d %.1f\n", B, T, D, H, flops / ms[0]);
     printf("attention backward %dx%dx%dx%d %.1f\n", B, T, D, H, 2 * flops / ms[1]);
     gpu_free(qkv, 6 * size);
@@ -204,7 +204,7 @@ static void time_attention(int B, int T, int D, int H) {
     gpu_free(out, 2 * size);
     gpu_free(dqkv, 6 * size);
     gpu_free(lse, rows);
-    gpu_free(delta, rows);
+    gpu_free(sums, 4 * size);
 }
 
 int main(int argc, char **argv) {

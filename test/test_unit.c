@@ -114,6 +114,7 @@ static void random_weights(Model *m) {
     }
     model_upload(m, MODEL_WEIGHTS, 0, m->n_params, values);
     if (m->training) model_upload(m, MODEL_EMA, 0, m->n_params, values);
+    model_use(m, MODEL_WEIGHTS);
     xfree(values);
 }
 
@@ -453,7 +454,7 @@ static void test_gelu(void) { // against the formula in double precision, also w
     int count = 14;
     real slope[14];
     for (int i = 0; i < count; i++) slope[i] = 1;
-    gelu_backward(slope, out, x, (size_t)count);
+    gelu_backward(0, slope, out, slope, x, (size_t)count);
     for (int i = 0; i < 13; i++) {
         double v = (double)x[i], u = 0.7978845608028654 * (v + 0.044715 * v * v * v), t = tanh(u), rest = 1 - t * t;
         double want = 0.5 * (1 + t) + (rest > 0 ? 0.5 * v * rest * 0.7978845608028654 * (1 + 3 * 0.044715 * v * v) : 0);
@@ -499,7 +500,10 @@ static void test_gemm(int half, int rounds, int largest) {
         for (size_t i = 0; i < all; i++) A[i] = (real)values[i];
         memcpy(old, C, c_count * sizeof *C);
         set_threads(1 + round % 3);
-        gemm(half, C, ldc, A, ars, acs, B, brs, bcs, from, ldf, M, N, K);
+        bf16 *halves = (bf16 *)xcalloc(a_count + b_count, sizeof *halves, "a test");
+        const Act *left = as_act(half, halves, A, a_count + b_count), *right = act_at(half, left, a_count);
+        gemm(half, C, ldc, left, ars, acs, right, brs, bcs, from, ldf, M, N, K);
+        xfree(halves);
         for (size_t i = 0; i < (size_t)M; i++)
             for (size_t j = 0; j < ldc; j++) {
                 real got = C[i * ldc + j];

@@ -167,7 +167,7 @@ def plot_traces(tables, names, args):
 
 
 def side_by_side(args):
-    """The pictures in a row, pixel for pixel, each below its name."""
+    """The pictures side by side, in several rows if they are wide, pixel for pixel, each below its name."""
     try:
         pictures = [Image.open(path).convert("RGB") for path in args.files]
     except OSError as error:
@@ -176,15 +176,18 @@ def side_by_side(args):
     if len(names) != len(pictures):
         die(f"--names gives {len(names)} names for {len(pictures)} files; give one for each")
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 15)
-    gap, head = 16, 28
-    height = max(picture.height for picture in pictures)
-    row = Image.new("RGB", (sum(p.width + gap for p in pictures) - gap, height + head), "white")
-    left = 0
-    for picture, name in zip(pictures, names):
-        ImageDraw.Draw(row).text((left + 2, 5), name, "black", font)
-        row.paste(picture, (left, head))
-        left += picture.width + gap
-    save(args.out, lambda: row.save(args.out, format="PNG", optimize=True))
+    gap, head, room = 16, 28, 1400
+    places, left, top, bottom = [], 0, 0, 0
+    for picture in pictures:
+        if left and left + picture.width > room:
+            left, top = 0, bottom + gap
+        places.append((left, top + head))
+        left, bottom = left + picture.width + gap, max(bottom, top + head + picture.height)
+    sheet = Image.new("RGB", (max(x + p.width for (x, _), p in zip(places, pictures)), bottom), "white")
+    for picture, name, (left, top) in zip(pictures, names, places):
+        ImageDraw.Draw(sheet).text((left + 2, top - head + 5), name, "black", font)
+        sheet.paste(picture, (left, top))
+    save(args.out, lambda: sheet.save(args.out, format="PNG", optimize=True))
     print(f"{args.out}: {', '.join(names)}")
 
 

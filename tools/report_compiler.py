@@ -25,14 +25,24 @@ def launch(name, args):
         return 384, 2 * (4 * (128 + 192) * 64 + 8 * 64) + 4 * 8 * 16 * 104 + 8 * 10
     if name == "matmul_fp32":
         return 128, 2 * 16 * 68 * 4
-    if name.startswith("attention") and len(args) > 1:
-        rows, size = (64, 2) if args[0] == "bf16" else (32, 4)
-        row, backward = int(args[1]) * size + 16, len(args) == 3
-        return 2 * rows, row * rows * (4 if backward else 3) + (8 * rows if backward and args[2] == "true" else 0)
+    if name.startswith("attention"):  # at 256 tokens
+        HD, piece, rows, columns, _ = tiles(*args)
+        row = HD + (0 if HD // piece % 2 else piece)
+        size = 16 // piece
+        if name == "attention_kernel":
+            return 128, size * row * (4 * rows + 2 * columns)
+        return 256, size * (2 * row * columns + 8 * rows * (2 * row + columns + 8)) + 8 * columns
     return {"residual_kernel": (1024, 256), "loss_kernel": (512, 256),
              "anderson_products_kernel": (512, 256), "norm_kernel": (256, 256),
              "condition_backward_kernel": (128, 0), "column_sums_kernel": (128, 0),
              "patches_kernel": (256, 16384)}.get(name, (256, 0))
+
+
+def tiles(dtype, HD):
+    """Attention's Tiles: head size, elements in 16 bytes, rows of a warp, columns at a time, rows in sixteens."""
+    HD, half = int(HD), dtype == "bf16"
+    MI = 2 if half and HD <= 72 else 1
+    return HD, 8 if half else 4, 16 * MI, 64 if half else 32, MI
 
 
 def occupancy(shared_kib, threads, registers, shared):
@@ -98,23 +108,27 @@ def resources(found, arch):
 
 def schedule(form, m, n, k, D):
     """How matmul() shares a product out on Hopper: rows and columns of what one or two multiprocessors work on, splits,
-    the share of their time that is used in the waves begun, waves."""
+    the share of their time that is used in the waves begun, waves, the share of a tile that lies in the matrix,
+    and the share of all tiles that is split."""
     count = lambda rows, columns: -(-m // rows) * -(-n // columns)
+    down, across = -(-m // 128), -(-n // 192)
+    pairs, whole = down // 2 * across + down % 2 * -(-across // 2), 0
     large = m >= 128 and n >= 128 if form == "dw" else count(128, 128) >= SMS
-    if large and (form == "dw" or 2 * count(256, 192) >= SMS):
-        rows, columns, slots = 256, 192, SMS // 2
+    if large and (form == "dw" or 2 * pairs >= SMS):
+        rows, columns, slots, tiles = 256, 192, SMS // 2, pairs
+        whole = tiles // slots * slots
     else:
         rows = columns = 128 if large else 64
-        slots = SMS * (2 if large else 4)
-    splits, best, room = 1, 0, max(16 * D * (D + 1), 2 * SMS * 128 * 130)
-    for s in range(1, 17 if form == "dw" else 1):
-        if s * (m * n + m) > room or s * 256 > k:
+        slots, tiles = SMS * (2 if large else 4), count(rows, columns)
+    splits, best, room = 1, 1e9, max(16 * D * (D + 1), 2 * SMS * 128 * 130)
+    for s in range(1, 17 if form == "dw" else 2):
+        if s > 1 and (s * (m * n + m) > room or s * 256 > k):
             break
-        waves = count(rows, columns) * s / slots
-        if waves / -(-waves // 1) > 1.05 * best:
-            best, splits = waves / -(-waves // 1), s
-    waves = count(rows, columns) * splits / slots
-    return rows, columns, splits, waves / -(-waves // 1), waves
+        time = whole / slots + -(-(tiles - whole) * s // slots) / s
+        if time < best / 1.05:
+            best, splits = time, s
+    area = tiles * rows * columns
+    return rows, columns, splits, tiles / slots / best, tiles / slots, m * n / area, 0 if splits == 1 else 1 - whole / tiles
 
 
 def matmuls():
@@ -124,38 +138,40 @@ def matmuls():
     for size, (D, _) in SIZES.items():
         for what, N, K in (("qkv", 3 * D, D), ("proj", D, D), ("fc1", 4 * D, D), ("fc2", D, 4 * D)):
             for form, m, n, k, out in (("forward", M, N, K, 2), ("dx", M, K, N, 2), ("dw", N, K, M, 8)):
-                tm, tn, splits, full, waves = schedule(form, m, n, k, D)
+                tm, tn, splits, full, waves, inside, _ = schedule(form, m, n, k, D)
                 flop, memory = 2 * m * n * k, 2 * (m * k + n * k) + out * m * n
                 l2 = 2 * -(-m // tm) * -(-n // tn) * (tm + tn) * k + out * m * n
                 rows.append((f"{size} {what} {form}", f"{m}x{n}x{k}", f"{tm}x{tn}", splits, f"{waves:.2f}",
-                             f"{100 * full:.0f} %", f"{flop / memory:.0f}", f"{flop / l2:.0f}",
+                             f"{100 * full:.0f} %", f"{100 * inside:.0f} %", f"{flop / memory:.0f}", f"{flop / l2:.0f}",
                              f"{1e6 * max(flop / PEAK, memory / MEMORY):.0f}"))
-    return table(("product", "MxNxK", "tile", "splits", "waves", "full", "FLOP/B memory", "FLOP/B L2", "floor, us"),
+    return table(("product", "MxNxK", "tile", "splits", "waves", "full", "inside", "FLOP/B memory", "FLOP/B L2", "floor, us"),
                  rows)
 
 
 def estimate():
     """A training step of FPDM XL/2, batch 64, n 5, m 6 on an H100: every kernel of it with what it does and moves."""
     D, H, M, n, m, params = 1152, 16, BATCH * TOKENS, 5, 6, 85e6
-    wgmma, mma_sync, attention, memory, gap = 650e12, 400e12, 300e12, 0.85 * 3.35e12, 1e-6  # the assumptions
-    N, HD, forward, backward = M * D, 80, n + m + 2, m + 2  # blocks: pre, post and the iterations
+    wgmma, mma_sync, attention, memory, gap = 650e12, 400e12, 0.7, 0.85 * 3.35e12, 1e-6  # the assumptions
+    N, forward, backward = M * D, n + m + 2, m + 2  # blocks: pre, post and the iterations
     kept = m + 2  # forward passes that keep what goes into gelu and gates
     rows, total = [], [0, 0, 0]
 
-    def add(name, count, size, form="", a=0, b=0, extra=0, done=0):
-        """A product of a·D by b·D with M, in D x D; size: bytes an element of (B,T,D); or an attention kernel."""
+    def add(name, count, size, form="", a=0, b=0, extra=0, done=0, least=0):
+        """A product of a·D by b·D with M, in D x D; size: bytes an element of (B,T,D); or a kernel that takes at least so
+        many seconds for what it has done."""
         flop, moved = 2 * M * D * D * a * b + done, size * N + extra + (2 * D * D * a * b if form else 0)
-        fast = slow = moved / memory
+        fast = slow = max(least, moved / memory)
+        sums = 0
         if form:
             shape = (a * D, b * D, M) if form == "dw" else (M, a * D, b * D)
-            tm, tn, splits, full, _ = schedule(form, *shape, D)
-            moved += 4 * D * D * a * b * (2 + (2 * splits if splits > 1 else 0)) if form == "dw" else 0
-            fast, slow = (max(flop / rate, moved / memory) for rate in (wgmma * full, mma_sync * 0.9))
-        elif done:
-            fast = slow = max(done / attention, moved / memory)
+            tm, tn, splits, full, _, inside, split = schedule(form, *shape, D)
+            result = 4 * D * D * a * b if form == "dw" else 0
+            moved += result * (split * splits + 2 * (1 - split))
+            sums = result * split * (splits + 2) / memory
+            fast, slow = (max(flop / rate, moved / memory) + sums for rate in (wgmma * full * inside, mma_sync * 0.9))
         total[0] += count * fast
         total[1] += count * slow
-        total[2] += count
+        total[2] += count * (2 if sums else 1)
         rows.append((name, f"{count:g}", f"{flop / 1e9:.0f}" if flop else "", f"{moved / 1e6:.0f}", f"{1e6 * fast:.0f}",
                      f"{1e3 * count * fast:.2f}", f"{1e3 * count * slow:.2f}"))
 
@@ -163,33 +179,31 @@ def estimate():
         add(name, count, size, form, out, into)
 
     keep = kept / forward  # bytes that only the passes with gradient write, spread over all
-    add("layernorm_modulate", 2 * forward + backward, 6)
-    add("layernorm_modulate, mid again", backward, 12)
+    add("layernorm_modulate", 2 * forward, 6)
     linear("qkv", forward, 2 + 6, 3, 1)
-    add("attention", forward, 8, done=4 * M * TOKENS * HD * H)
+    busy = lambda back: max(attention_units(D, H, back)[1]) / attention
+    add("attention", forward, 8, done=attention_units(D, H, False)[0], least=busy(False))
     linear("proj, GATED", forward, 2 + 8 + 2 * keep, 1, 1)
     linear("fc1, GELU", forward, 2 + 8 + 8 * keep, 4, 1)
     linear("fc2, GATED", forward, 8 + 8 + 2 + 2 * keep, 1, 4)
     linear("fp1, GELU and add", n + m, 2 + 8 + 4 + 4 * m / (n + m), 2, 1)
     linear("fp2, FLOAT", n + m, 4 + 4, 1, 2)
-    add("layernorm_backward, gate alone", backward, 8)
+    add("layernorm_backward, gate alone", m + 1, 8)
     linear("dx of fc2, DGELU", backward, 2 + 24, 4, 1, "dx")
     linear("dw of fc2", backward, 2 + 8, 1, 4, "dw")
     linear("dx of fc1", backward, 8 + 2, 1, 4, "dx")
     linear("dw of fc1", backward, 8 + 2, 4, 1, "dw")
-    add("layernorm_backward with the gate below", backward, 18)
-    add("layernorm_backward", backward, 14 + 2 * m / backward)
+    add("layernorm_backward with the gate below", backward, 20)
+    add("layernorm_backward", backward, 16 + (2 * m + 4) / backward)  # a copy for fp2; the gate of the last iteration
     add("column_sums", 3 * backward, 0.4)
     linear("dx of proj", backward, 4, 1, 1, "dx")
     linear("dw of proj", backward, 4, 1, 1, "dw")
-    add("attention_delta", backward, 4)
-    add("attention_backward, dq", backward, 10, done=6 * M * TOKENS * HD * H)
-    add("attention_backward, dk dv", backward, 12, done=8 * M * TOKENS * HD * H)
+    add("attention_backward", backward, 16, done=attention_units(D, H, True)[0], least=busy(True))
     linear("dx of qkv", backward, 6 + 2, 1, 3, "dx")
     linear("dw of qkv", backward, 6 + 2, 3, 1, "dw")
     linear("dx of fp2, DGELU and sum", m, 2 + 4 + 16 + 8, 2, 1, "dx")
     linear("dw of fp2", m, 2 + 4, 1, 2, "dw")
-    add("convert z", m + 3, 6)
+    add("convert h, du_sum", 5, 6)
     linear("dw of fp1", m, 4 + 2, 2, 1, "dw")
     linear("dx of fp1, FLOAT", m - 1, 4 + 4, 1, 2, "dx")
     linear("injection: forward", 1, 4, 1, 1)
@@ -203,28 +217,44 @@ def estimate():
     return ["## Estimate of a training step, not a measurement", "",
             f"FPDM XL/2, batch {BATCH}, {TOKENS} tokens, n {n}, m {m}, one pre and one post block, on an H100. Time of "
             f"a kernel = max(FLOP / rate, bytes / {memory / 1e12:.2f} TB/s). Assumed: {wgmma / 1e12:.0f} TFLOP/s for "
-            f"`wgmma`, times the share of full waves above; {mma_sync / 1e12:.0f} for `mma.sync`, times 0.9; "
-            f"{attention / 1e12:.0f} for attention, padding and scores made twice counted; memory at 85 % of its data "
-            "sheet. Bytes: each operand and result once. Left out: conditioning, patch and final layers, what does "
+            f"`wgmma`, times the shares of full waves and of tiles inside above; {mma_sync / 1e12:.0f} for `mma.sync`, times 0.9; "
+            f"attention at {attention:.0%} of what limits it above; memory at 85 % of its data sheet. Bytes: each operand and "
+            "result once; a weight gradient's partial sums, written by the product, are read and added by a kernel of "
+            "their own, which is in the product's time. Left out: conditioning, patch and final layers, what does "
             "not overlap at the ends of kernels, clocks that fall under load.", "",
             *table(("kernel", "launches", "GFLOP", "MB", "us", "ms a step, wgmma", "ms a step, mma.sync"), rows)]
+
+
+def attention_units(D, H, backward):
+    """FLOP done, padding counted, and seconds that tensor cores, shared memory and exponentials need for it, for all heads
+    of the batch. Of 32 rows of a warp: mma (16x8x16), fragments of 512 bytes (ldmatrix), for 64 columns forward and for
+    32 backward, where dq of 64 rows and 32 columns is made 16 rows and half of the channels at a time."""
+    HD, _, rows, _, MI = tiles("bf16", next(h for h in (32, 64, 72, 128) if D // H <= h))
+    K, N = -(-HD // 16), HD // 8
+    if backward:
+        mma, fragments, scores = 2 * K * MI * 4 + 2 * 2 * MI * N, 2 * K * (MI + 2) + 2 * N, rows * 32
+        mma, fragments = mma + 4 * 2 * N * rows / 64, fragments + (8 * 2 + 4 * N + 8) * rows / 64  # 8: dS is stored
+    else:
+        mma, fragments, scores = K * MI * 8 + 4 * MI * N, K * (MI + 4) + 2 * N, rows * 64
+    times = BATCH * H * TOKENS * TOKENS / scores
+    clock = PEAK / (SMS * 4096)
+    return times * mma * 4096, (times * mma * 4096 / (PEAK * 2 / 3), times * fragments * 4 / SMS / clock,
+                                times * scores / 16 / SMS / clock)
 
 
 def attentions():
     rows, T = [], TOKENS
     for size, (D, H) in SIZES.items():
-        hd = D // H
-        HD = next(h for h in (32, 64, 80, 128) if hd <= h)
-        # T²·hd multiply-adds: needed, done; arrays (B,T,D): in memory; read and written by a block, as rows of tiles
-        for form, useful, done, arrays, tiles in (("forward", 4, 4, 4, 2 + 2 * T / 64),
-                                                  ("backward", 10, 14, 8, 7 + 4 * T / 64)):
-            flop = BATCH * H * T * T * hd * useful
+        # T²·hd multiply-adds needed; arrays (B,T,D): in memory; read and written by a block, as rows of tiles
+        for form, useful, arrays, tiled in (("forward", 4, 4, 2 + 2 * T / 128), ("backward", 10, 8, 8)):
+            done, units = attention_units(D, H, form == "backward")
+            flop = BATCH * H * T * T * (D // H) * useful
             memory = BATCH * T * D * 2 * arrays
-            l2 = BATCH * T * D * 2 * tiles
-            rows.append((f"{size} {form}", f"{BATCH}x{T}x{D}x{H}", f"{100 * useful * hd / done / HD:.0f} %",
-                         f"{flop / memory:.0f}", f"{flop / l2:.0f}",
-                         f"{1e6 * max(BATCH * H * T * T * HD * done / PEAK, memory / MEMORY):.0f}"))
-    return table(("attention", "BxTxDxH", "useful FLOP", "FLOP/B memory", "FLOP/B L2", "floor, us"), rows)
+            rows.append((f"{size} {form}", f"{BATCH}x{T}x{D}x{H}", f"{100 * flop / done:.0f} %",
+                         f"{flop / memory:.0f}", f"{flop / (BATCH * T * D * 2 * tiled):.0f}",
+                         *(f"{1e6 * unit:.0f}" for unit in units), f"{1e6 * memory / MEMORY:.0f}"))
+    return table(("attention", "BxTxDxH", "useful FLOP", "FLOP/B memory", "FLOP/B L2", "tensor cores, us",
+                  "shared memory, us", "exponentials, us", "memory, us"), rows)
 
 
 def main():
@@ -238,14 +268,15 @@ def main():
              f"below {PEAK / MEMORY:.0f} FLOP/B memory is the limit. FLOP/B memory: every operand once; FLOP/B L2: "
              "what the tiles read and write (256x192: a pair of `matmul_wgmma`'s). Floor: the longer of both times at "
              "these rates. Waves: blocks over those "
-             f"that {SMS} multiprocessors hold at once; full: of what they could do in the waves begun.", ""]
+             f"that {SMS} multiprocessors hold at once; full: of what they could do in the waves begun; inside: "
+             "of what the tiles cover.", ""]
     lines += matmuls() + attentions()
-    lines += ["Useful FLOP: the rest is padding of the head size (72 to 80) and, in the backward pass, scores that "
-              "both kernels make.", ""]
+    lines += ["Useful FLOP: the rest is padding of the head size, 72 to 80 where sums run over it. Time of each unit alone: "
+              "`mma.sync` at 2/3 of the peak, 128 bytes of shared memory and 16 exponentials a cycle.", ""]
     lines += estimate()
     for arch in ARCHS:
         lines += [f"## Kernels on {arch}", "", "matmul: tile, first and second operand with k as the slow dimension, "
-                  "epilogue; attention: type, padded head size, whether rows are keys.", ""]
+                  "epilogue; attention: type, padded head size.", ""]
         lines += resources(found[arch], arch)
     print("\n".join(lines).rstrip())
 
