@@ -5,7 +5,7 @@
     python3 tools/evaluate.py emoji32.safetensors a.safetensors              # what sample_* --latents wrote
     python3 tools/evaluate.py cifar10.safetensors a.safetensors b.safetensors folder_of_pngs --json figures.json
     python3 tools/evaluate.py cifar10.safetensors a.safetensors --inception inception-2015-12-05.pt
-    python3 tools/evaluate.py cifar10.safetensors a.safetensors --nearest nearest.png        # is anything learnt by heart?
+    python3 tools/evaluate.py cifar10.safetensors a.safetensors --nearest near.png     # is anything learnt by heart?
 
 distance    Fréchet distance between Gaussians fitted to the features of the pictures and of the dataset
 precision   share of pictures that lie within the manifold of real ones (k nearest neighbours, arXiv:1904.06991)
