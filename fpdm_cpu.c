@@ -11,7 +11,7 @@
 // "Part 2"      diffusion: noise schedule, training loss, samplers, how a budget of iterations is spent
 // "Part 3"      learning: AdamW, the moving average of the weights, the training loop
 // "Part 4"      speed and memory: the matrix product that everything runs on, exp, where activations lie
-// "Part 5"      plumbing: ranks, random numbers, files, options, pictures, data, the programs; nothing new about the model
+// "Part 5"      plumbing: ranks, random numbers, files, options, pictures, data, programs; nothing new about the model
 //
 // "Shared block" marks what fpdm_cpu.c and fpdm.cu have in common, byte for byte.
 
