@@ -10,8 +10,10 @@ import argparse
 import csv
 import os
 import re
+import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -118,6 +120,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
+    if not shutil.which("mpirun") or not shutil.which("mpicc"):
+        sys.exit("scaling.py: needs Open MPI: apt-get install libopenmpi-dev openmpi-bin")
     measured = measure(rounds)
     with open("/proc/cpuinfo") as file:
         processor = re.search(r"model name\s*: (.*)", file.read()).group(1)
