@@ -440,8 +440,8 @@ static Matmul linear_input(void *dx, const void *dy, const void *w, int ldw, int
 static void linear_weight(int half, float *dw, int ldw, float *db, const void *dy, const void *x, int M, int K, int N);
 
 // out (B,T,D) = LN(x)·(1+scale)+shift; LN without weights, eps 1e-6. mod points at picture 0's shift (D) and, after it,
-// scale (D); `stride` is the distance to the next picture's. stats (B,T,2), unless NULL, keeps mean and 1/sigma. A warp a
-// row, which is read three times; from the second time on it is in the cache.
+// scale (D); `stride` is the distance to the next picture's. stats (B,T,2), unless NULL, keeps mean and 1/sigma. A warp
+// a row, which is read three times; from the second time on it is in the cache.
 enum { ROW_THREADS = 256, ROWS_PER_BLOCK = ROW_THREADS / WARP };
 template <typename A>
 __global__ void layernorm_modulate_kernel(A *out, float *stats, const float *x, const float *mod, int stride, int rows,
@@ -475,10 +475,10 @@ __global__ void layernorm_modulate_kernel(A *out, float *stats, const float *x, 
 //   dx += the gradient through LN, with dout (B,T,D) that of its modulated output; copy = dx for a matmul, unless NULL
 //   normed, unless NULL, = that output once more, which nobody kept: the weight gradient of what follows needs it
 //   dbranch = dx·gate: what dx means to the branch of out = x + gate·branch, whose forward is EPI_GATED
-// Without x the first is left out, without branch the last; `add`: LN's input was x + gate·branch, not x. A block has `chunk`
-// tokens of one picture: first each warp finds what one row has in common, then each thread goes down its own columns.
-// parts (B,gridDim.x,3,D) = the block's sums over tokens of dout, dout·LN(x) and dx·branch: its shares of dshift, dscale
-// and dgate.
+// Without x the first is left out, without branch the last; `add`: LN's input was x + gate·branch, not x. A block has
+// `chunk` tokens of one picture: first each warp finds what one row has in common, then each thread goes down its own
+// columns. parts (B,gridDim.x,3,D) = the block's sums over tokens of dout, dout·LN(x) and dx·branch: its shares of
+// dshift, dscale and dgate.
 template <typename A>
 __global__ void layernorm_backward_kernel(float *dx, A *copy, A *normed, float *parts, const A *dout, const float *x,
                                           const float *stats, int add, const float *mod, A *dbranch, const A *branch,
@@ -920,8 +920,8 @@ static void block_forward(Model *m, float *out, Act *copy, const float *x, Layer
 }
 
 // dx (B,T,D): the gradient of the output on entry, of the input on return, then also in copy (unless NULL). x is the
-// input. Where the input is another block's output, `above` that one, its MLP branch gets its gradient in the same pass;
-// this block's has it already if it is `below` another.
+// input. Where the input is another block's output, `above` that one, its MLP branch gets its gradient in the same
+// pass; this block's has it already if it is `below` another.
 static void block_backward(Model *m, float *dx, Act *copy, const float *x, Layer *l, int index, int below, int above) {
     Activations *a = &m->a;
     const BlockParams *p = &m->p.block[index], *g = &m->g.block[index];
@@ -961,8 +961,8 @@ static void block_backward(Model *m, float *dx, Act *copy, const float *x, Layer
 // u = fp1's output. All that follows from it (fp1's right half and bias, inject, h and with it the pre blocks) is
 // linear in du, so one matmul with du_sum after the last iteration does the work of m.
 
-// out = Block(fp2·gelu(z·fp1_z + inj_part), c); with `keep`, l keeps what the backward pass needs. copy, unless NULL, is
-// out as activations, for the next iteration; out or copy may be z.
+// out = Block(fp2·gelu(z·fp1_z + inj_part), c); with `keep`, l keeps what the backward pass needs. copy, unless NULL,
+// is out as activations, for the next iteration; out or copy may be z.
 static void iteration_forward(Model *m, float *out, Act *copy, const Act *z, Layer *l, int keep) {
     Activations *a = &m->a;
     int D = m->config.width, M = m->B * config_tokens(&m->config);
@@ -972,8 +972,8 @@ static void iteration_forward(Model *m, float *out, Act *copy, const Act *z, Lay
     block_forward(m, out, copy, l->in, l, m->config.pre_depth, keep);
 }
 
-// dz (B,T,D): the gradient of the output on entry; on return, unless `first`, of z. Nothing flows into the first z. below:
-// see block_backward
+// dz (B,T,D): the gradient of the output on entry; on return, unless `first`, of z. Nothing flows into the first z.
+// below: see block_backward
 static void iteration_backward(Model *m, float *dz, Layer *l, int first, int below) {
     Activations *a = &m->a;
     int D = m->config.width, M = m->B * config_tokens(&m->config);
@@ -1013,8 +1013,8 @@ static void injection_backward(Model *m, float *dh, const Layer *l) {
 static double residual_of(Model *m, const float *z, size_t count);
 static void anderson_forward(Model *m, float *z, int k, int window, double mixing);
 
-// From z = start, n iterations in place, then `iterations` that keep a Layer each. Returns the layer behind the last. In
-// training, of a z that only the next iteration reads, bf16 is enough: that is what l->x is then.
+// From z = start, n iterations in place, then `iterations` that keep a Layer each. Returns the layer behind the last.
+// In training, of a z that only the next iteration reads, bf16 is enough: that is what l->x is then.
 static Layer *fixed_point_forward(Model *m, Layer *l, const float *start, int n, int iterations, Solve *solve) {
     Activations *a = &m->a;
     size_t count = (size_t)config_tokens(&m->config) * m->config.width, N = m->B * count;
@@ -2140,8 +2140,8 @@ __device__ inline int frag_col(int j) {
     return 8 * j + lane % 4 * 2;
 }
 
-// From shared memory, where at(i, j) is number j of the eights of neighbours in row i. SLOW: such a row is one k, not the
-// k of one row. HALF: there are 8 k; the others are zeros.
+// From shared memory, where at(i, j) is number j of the eights of neighbours in row i. SLOW: such a row is one k, not
+// the k of one row. HALF: there are 8 k; the others are zeros.
 template <bool SLOW, bool HALF, typename F>
 __device__ inline void left_load(Left a, F at) {
     int lane = threadIdx.x % WARP;
@@ -2275,10 +2275,10 @@ __device__ inline void epilogue(const Matmul &g, int row0, int hop, const int (&
     }
 }
 
-// The same for 16 rows and 32·CHUNKS columns that a warp holds as fragments, acc[j] at column FRAG_COLS·j. They go through
-// shared memory, `stage`, so that a lane gets neighbours and the warp's accesses to memory fill sectors of 32 bytes: 8
-// to a lane where all is bf16, 4 where fp32 comes with it. What a lane writes and reads there lies in banks of its own:
-// rows are 8 banks apart, and in every second four rows, every two fours of columns change places.
+// The same for 16 rows and 32·CHUNKS columns that a warp holds as fragments, acc[j] at column FRAG_COLS·j. They go
+// through shared memory, `stage`, so that a lane gets neighbours and the warp's accesses to memory fill sectors of 32
+// bytes: 8 to a lane where all is bf16, 4 where fp32 comes with it. What a lane writes and reads there lies in banks of
+// its own: rows are 8 banks apart, and in every second four rows, every two fours of columns change places.
 template <int EPI, int CHUNKS>
 __device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, int col0, const Frag *acc) {
     constexpr int V = EPI == EPI_STORE || EPI == EPI_GELU ? 8 : 4, HOP = WARP / 32 * V, ROWS = 16 / HOP,
@@ -2453,8 +2453,9 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g, float
 //   - At full speed a tile of 128x192 takes in 53 bytes a cycle, and the L2 cache gives a multiprocessor about 35. So
 //     blocks come in pairs, clusters, with tiles above each other: each copies half of the tile of b into both, 37
 //     bytes a cycle.
-// 192 divides the widths of S, B and XL. Of L's 1024 it wastes a ninth; a tile of 128 would need 48 bytes a cycle. A last
-// row of tiles without one below it, as 1152 has, is shared out as pairs side by side, which copy nothing for each other.
+// 192 divides the widths of S, B and XL. Of L's 1024 it wastes a ninth; a tile of 128 would need 48 bytes a cycle. A
+// last row of tiles without one below it, as 1152 has, is shared out as pairs side by side, which copy nothing for each
+// other.
 enum { WG_K = 64, WG_STAGES = 4, WG_THREADS = 3 * 128 };
 enum { WG_A = WG_M * WG_K, WG_B = WG_N * WG_K, WG_PANEL = 64 * WG_K, WG_ONES = 8 * WG_K, WG_STAGE = 8 * 16 * (96 + 8) };
 enum { WG_SHARED = 2 * (WG_STAGES * (WG_A + WG_B) + WG_ONES) + 4 * WG_STAGE + 8 * (2 * WG_STAGES + 2) };
@@ -2754,8 +2755,8 @@ static void linear_weight(int half, float *dw, int ldw, float *db, const void *d
 // Attention
 
 // Multi-head attention without mask (FlashAttention, arXiv:2205.14135 and 2307.08691). A block has some rows of one
-// head of one picture and walks over the columns, COLS at a time; each warp makes its ROWS of S = q·k^T in registers, as
-// fragments, and turns them into its part of the result: the T x T matrix exists nowhere. HD is the head
+// head of one picture and walks over the columns, COLS at a time; each warp makes its ROWS of S = q·k^T in registers,
+// as fragments, and turns them into its part of the result: the T x T matrix exists nowhere. HD is the head
 // size rounded up to what the kernels are made for; channels beyond it are zeros. In fp32 the same steps run on plain
 // multiply-adds. A row of a tile, LD, is an odd number of 16-byte pieces: no bank conflicts. Two times 16 rows a warp,
 // where registers allow it, because shared memory is what limits this: every fragment of columns then serves two mma.
@@ -2972,11 +2973,11 @@ __global__ void __launch_bounds__(4 * WARP, 2)
 }
 
 // The backward pass of one head of one picture, with P recomputed from q, k and lse: dv = P^T·dout, dP = dout·v^T,
-// dS = P·(dP - delta)/sqrt(hd), dk = dS^T·q, dq = dS·k, where delta, what softmax's backward subtracts from each row, is
-// the sum over the head's channels of dout·out. A warp has ROWS keys: it makes rows of P^T and dS^T, whose products it
-// keeps. The block leaves dS of COLS queries in shared memory, and each warp makes dq of some of them, 16 and half of
-// the channels at a time. A launch does up to 256 keys, fewer where shared memory is small; if T is more, dq waits in
-// `sums` (B,T,D) for the rest.
+// dS = P·(dP - delta)/sqrt(hd), dk = dS^T·q, dq = dS·k, where delta, what softmax's backward subtracts from each row,
+// is the sum over the head's channels of dout·out. A warp has ROWS keys: it makes rows of P^T and dS^T, whose products
+// it keeps. The block leaves dS of COLS queries in shared memory, and each warp makes dq of some of them, 16 and half
+// of the channels at a time. A launch does up to 256 keys, fewer where shared memory is small; if T is more, dq waits
+// in `sums` (B,T,D) for the rest.
 template <typename A, int HD>
 __global__ void __launch_bounds__(8 * WARP, 1)
     attention_backward_kernel(A *dqkv, float *sums, const A *dout, const A *out, const float *lse, const A *qkv,
@@ -3421,11 +3422,11 @@ static void gpu_copy(void *to, const void *from, size_t bytes) {
 // =====================================================================================================================
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Data parallel, for many processors or GPUs: `mpirun -np R` starts R ranks, each with the whole model. To skip at first
+// Data parallel, for many processors or GPUs: `mpirun -np R` starts R ranks, each with the whole model.
 //
-// Rank r has rows r·batch/R to (r+1)·batch/R - 1 of each batch. As every draw follows from (seed, index, step), they are
-// the rows that one process would see, and n and m are the same on all ranks; once the gradients are summed, so is the
-// update. Rank 0 alone prints, samples and writes. The loss differs from one process's by the rounding of one sum.
+// Rank r has rows r·batch/R to (r+1)·batch/R - 1 of each batch. As every draw follows from (seed, index, step), they
+// are the rows that one process would see, and n and m are the same on all ranks; once the gradients are summed, so is
+// the update. Rank 0 alone prints, samples and writes. The loss differs from one process's by the rounding of one sum.
 
 #ifndef MPI // one rank
 static void ranks_open(void) {}

@@ -2060,11 +2060,11 @@ static void model_use(Model *m, int kind) {
 // =====================================================================================================================
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Data parallel, for many processors or GPUs: `mpirun -np R` starts R ranks, each with the whole model. To skip at first
+// Data parallel, for many processors or GPUs: `mpirun -np R` starts R ranks, each with the whole model.
 //
-// Rank r has rows r·batch/R to (r+1)·batch/R - 1 of each batch. As every draw follows from (seed, index, step), they are
-// the rows that one process would see, and n and m are the same on all ranks; once the gradients are summed, so is the
-// update. Rank 0 alone prints, samples and writes. The loss differs from one process's by the rounding of one sum.
+// Rank r has rows r·batch/R to (r+1)·batch/R - 1 of each batch. As every draw follows from (seed, index, step), they
+// are the rows that one process would see, and n and m are the same on all ranks; once the gradients are summed, so is
+// the update. Rank 0 alone prints, samples and writes. The loss differs from one process's by the rounding of one sum.
 
 #ifndef MPI // one rank
 static void ranks_open(void) {}

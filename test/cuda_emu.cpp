@@ -549,9 +549,10 @@ const Operation LDMATRIX[2] = {{"ldmatrix_x4", complete_ldmatrix<false>},
                                {"ldmatrix_x4_trans", complete_ldmatrix<true>}};
 const Operation MMA{"mma_bf16", complete_mma};
 
-// AMD's d (16,16) += a·b: of 64 lanes V_MFMA_F32_16X16X16_BF16, where lane l has places i = 0..3 of row l%16 of a, column
-// l%16 of b, at k = 4·(l/16) + i, and of d in row 4·(l/16) + i, column l%16; of 32 lanes V_WMMA_F32_16X16X16_BF16, where
-// both halves have all k, and lane l of d rows 2·i + l/16, i = 0..7. ("CDNA3 ISA", chapter 7; "RDNA3 ISA", 7.9.)
+// AMD's d (16,16) += a·b: of 64 lanes V_MFMA_F32_16X16X16_BF16, where lane l has places i = 0..3 of row l%16 of a,
+// column l%16 of b, at k = 4·(l/16) + i, and of d in row 4·(l/16) + i, column l%16; of 32 lanes
+// V_WMMA_F32_16X16X16_BF16, where both halves have all k, and lane l of d rows 2·i + l/16, i = 0..7. ("CDNA3 ISA",
+// chapter 7; "RDNA3 ISA", 7.9.)
 void complete_matrix(Thread *lanes, Lanes) {
     float a[16][16], b[16][16];
     for (int lane = 0; lane < WARP; lane++)

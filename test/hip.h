@@ -251,8 +251,8 @@ __device__ inline T lane_xor(T x, int i) {
 //   b: the same, transposed
 //   d: CDNA row 4·(l/16) + i, column l%16 (4 places); RDNA row 2·i + l/16, column l%16 (8)
 // (AMD's "CDNA3 ISA" and "RDNA3 ISA" guides, V_MFMA and V_WMMA.) Products are therefore made transposed, as b^T·a^T: a
-// lane then has one row of the result, and on CDNA neighbours in it, as on RDNA too when b's rows come in the order 0, 8,
-// 1, 9, ... And a result is laid out as the next product's operand, but that RDNA wants both halves.
+// lane then has one row of the result, and on CDNA neighbours in it, as on RDNA too when b's rows come in the order 0,
+// 8, 1, 9, ... And a result is laid out as the next product's operand, but that RDNA wants both halves.
 
 enum { FRAG_ROWS = 1, FRAG_COLS = 16, FRAG_RUNS = 64 / WARP, FRAG_RUN = 4, FRAG_STEP = 16 };
 typedef float FragRun[FRAG_RUN];
