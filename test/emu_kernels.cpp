@@ -1,6 +1,7 @@
-// Tests the kernels of fpdm.cu one by one at sizes that the cases of test/cases do not reach: large tiles, every number of
-// splits, several waves, ragged edges, every head size, many tokens; as if on 3 multiprocessors and on an H100's 132, by
-// which kernels and splits are chosen. Expected values are computed here, in double, from the same rounded inputs.
+// Tests the kernels of fpdm.cu one by one at sizes that the cases of test/cases do not reach: large tiles, every number
+// of splits, several waves, ragged edges, every head size, many tokens; as if on 3 multiprocessors and on an H100's
+// 132, by which kernels and splits are chosen. Expected values are computed here, in double, from the same rounded
+// inputs.
 //
 //   make test_kernels_emu     without a GPU;  make test_kernels_gpu: on one;  make kernels: which kernels tests launch
 
@@ -291,8 +292,8 @@ static void test_anderson(int half, int B, int side, int D, int window) {
     gpu_free(m.a.history, 0), gpu_free(m.a.gram, 0);
 }
 
-// The gradient through LN, its modulation's, and that of the gated residual below; `parts` of that: 1 LN, 2 residual; 4:
-// LN's input is the residual's output
+// The gradient through LN, its modulation's, and that of the gated residual below; `parts` of that: 1 LN, 2 residual;
+// 4: LN's input is the residual's output
 static void test_layernorm_backward(int half, int B, int side, int D, int parts) {
     char text[100];
     int T = side * side;

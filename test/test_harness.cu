@@ -1,6 +1,6 @@
 // test_harness.cu: tests cuda_emu, and is an example of what it can run. The same tests pass on a GPU, where they check
-// that the harness and the hardware agree; those for what only the harness reports are left out there. What the language
-// lacks, LAUNCH, ldmatrix_x4, mma_bf16, cp_async16 ..., comes from fpdm.cu.
+// that the harness and the hardware agree; those for what only the harness reports are left out there. What the
+// language lacks, LAUNCH, ldmatrix_x4, mma_bf16, cp_async16 ..., comes from fpdm.cu.
 //
 //     make test_harness && ./test_harness       make test_harness_gpu: on a GPU
 //     ./test_harness           prints a line a test, last "N passed, N failed"; exit status 1 if any failed

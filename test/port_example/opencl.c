@@ -10,7 +10,8 @@
 // a place in one of them: no list of tensors. Both buffers use the host's memory. Between to_host and to_device that
 // memory is the host's: there, any function of fpdm_cpu.c can do the work of a kernel that is not written yet, and all
 // tests pass from the first kernel on. A device with memory of its own then copies both buffers each time, which is
-// right but slow. A full port makes them in model_create, fills them in model_upload, and never needs to_host in a step.
+// right but slow. A full port makes them in model_create, fills them in model_upload, and never needs to_host in a
+// step.
 
 #define CL_TARGET_OPENCL_VERSION 120
 #include <CL/cl.h>
