@@ -203,7 +203,7 @@ enum { PEAK_WGMMA_ROWS = 128 + 192 };
 __global__ void __launch_bounds__(128) peak_wgmma_kernel(float *out, int reps) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     SHARED_DYNAMIC(bf16, tiles);
-    float acc[2][24][4] = {}, sum = 0;
+    float acc[2][24][2][1][2] = {}, sum = 0;
     for (int i = threadIdx.x; i < PEAK_WGMMA_ROWS * 64 / 2; i += 128)
         ((uint32_t *)tiles)[i] = 0x3F803F80u | (hashed(i) & 0x807F807Fu);
     fence_async();
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(128) peak_wgmma_kernel(float *out, int reps) {
         wgmma_wait<1>();
     }
     wgmma_wait<0>();
-    EACH(i, 2 * 24 * 4) sum += acc[i / 96][i / 4 % 24][i % 4];
+    EACH(i, 2 * 24 * 4) sum += acc[i / 96][i / 4 % 24][i / 2 % 2][0][i % 2];
     out[blockIdx.x * 128 + threadIdx.x] = sum;
 #endif
 }
