@@ -1979,6 +1979,8 @@ __device__ inline float fast_exp2(float x) { // exp2f without care for results b
 
 #if HOPPER
 static decltype(&cuTensorMapEncodeTiled) box_map_encode; // of the driver, which nothing is linked to
+// 128 bytes of global memory into the L2 cache
+__device__ inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // What only Hopper has, compute capability 9.0: see matmul_wgmma.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define IN_PAIRS __cluster_dims__(2, 1, 1)
@@ -2097,8 +2099,13 @@ __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ inline void from_float(float *to, float x) { *to = x; }
 __device__ inline void from_float(bf16 *to, float x) { *to = __float2bfloat16_rn(x); }
 template <int V, typename T>
+__device__ inline void fetch(Vec<T, V> *x, const T *p) { // as it is
+    *x = *static_cast<const Vec<T, V> *>(__builtin_assume_aligned(p, alignof(Vec<T, V>)));
+}
+template <int V, typename T>
 __device__ inline void load(float (&x)[V], const T *p) {
-    Vec<T, V> vec = *static_cast<const Vec<T, V> *>(__builtin_assume_aligned(p, alignof(decltype(vec))));
+    Vec<T, V> vec;
+    fetch(&vec, p);
     EACH(i, V) x[i] = to_float(vec.v[i]);
 }
 // Two floats as the two bf16 of a register, x in the low half
@@ -2231,47 +2238,48 @@ __device__ inline int row_of_other(const Matmul &g, int row) {
 }
 
 // Takes a part of the product to where it belongs: rows row0, row0 + hop, ..., and of each V neighbours from col on,
-// which product(v, i) gives for row i; other[i] is its row_of_other. Everything is loaded before anything is computed
-// or stored, so that all loads are under way at once. A: type of activations
+// which product(v, i) gives for row i; other[i] is its row_of_other. All of it lies inside: without a branch, all loads
+// are under way before the first is used, and rows are computed side by side. A: type of activations
 template <int EPI, typename A, int ROWS, int V, typename F>
 __device__ inline void epilogue(const Matmul &g, int row0, int hop, const int (&other)[ROWS], int col, F product) {
     typedef typename std::conditional<EPI == EPI_STORE || EPI == EPI_GELU || EPI == EPI_DGELU, A, float>::type Out;
-    float bias[V] = {}, x[ROWS][V] = {}, y[ROWS][V] = {}, slope;
-    auto place = [&](int row) { return (size_t)row * (EPI == EPI_WEIGHT ? g.ldc : g.N) + col; };
+    Vec<typename std::conditional<EPI == EPI_DGELU, A, float>::type, V> raw[ROWS] = {};
+    Vec<float, V> more[ROWS] = {};
+    float bias[V] = {}, slope;
+    size_t at[ROWS];
+    EACH(i, ROWS) at[i] = (size_t)(row0 + i * hop) * (EPI == EPI_WEIGHT ? g.ldc : g.N) + col;
     if (EPI < EPI_DGELU && g.bias) load(bias, g.bias + col);
     EACH(i, ROWS) {
-        size_t at = place(row0 + i * hop);
-        if (row0 + i * hop >= g.M) break;
-        if (EPI < EPI_GATED && g.add) load(x[i], g.add + (size_t)other[i] * g.N + col);
-        if (EPI == EPI_GATED) load(x[i], g.gate + (size_t)other[i] * g.gate_stride + col);
-        if (EPI == EPI_GATED) load(y[i], g.residual + at);
-        if (EPI == EPI_DGELU) load(x[i], (const A *)g.pre + at);
-        if (EPI == EPI_DGELU && g.sum) load(y[i], g.sum + at);
-        if (EPI == EPI_WEIGHT && !g.overwrite) load(x[i], (const float *)g.out + at);
+        if constexpr (EPI < EPI_GATED) {
+            if (g.add) fetch(&raw[i], g.add + (size_t)other[i] * g.N + col);
+        }
+        if constexpr (EPI == EPI_GATED) {
+            fetch(&raw[i], g.gate + (size_t)other[i] * g.gate_stride + col);
+            fetch(&more[i], g.residual + at[i]);
+        }
+        if constexpr (EPI == EPI_DGELU) {
+            fetch(&raw[i], (const A *)g.pre + at[i]);
+            if (g.sum) fetch(&more[i], g.sum + at[i]);
+        }
+        if constexpr (EPI == EPI_WEIGHT) {
+            if (!g.overwrite) fetch(&raw[i], (const float *)g.out + at[i]);
+        }
     }
     EACH(i, ROWS) {
-        float v[V];
-        size_t at = place(row0 + i * hop);
-        if (row0 + i * hop >= g.M) break;
+        float v[V], x[V], y[V], pre[V];
         product(v, i);
-        if (EPI == EPI_DGELU) {
-            EACH(j, V) {
-                x[i][j] = gelu(x[i][j], &slope);
-                v[j] *= slope;
-                y[i][j] += v[j];
-            }
-            store((A *)g.copy + at, x[i]);
-            if (g.sum) store(g.sum + at, y[i]);
-        } else {
-            EACH(j, V) v[j] += bias[j] + (EPI == EPI_GATED ? 0 : x[i][j]);
-        }
-        if ((EPI == EPI_GELU || EPI == EPI_GATED) && g.pre) store((A *)g.pre + at, v);
         EACH(j, V) {
+            x[j] = to_float(raw[i].v[j]), y[j] = more[i].v[j];
+            if (EPI != EPI_DGELU) pre[j] = v[j] += bias[j] + (EPI == EPI_GATED ? 0 : x[j]);
             if (EPI == EPI_GELU) v[j] = gelu(v[j], &slope);
-            if (EPI == EPI_GATED) v[j] = y[i][j] + x[i][j] * v[j];
+            if (EPI == EPI_GATED) v[j] = y[j] + x[j] * v[j];
+            if (EPI == EPI_DGELU) x[j] = gelu(x[j], &slope), v[j] *= slope, y[j] += v[j];
         }
-        if (EPI == EPI_GATED && g.copy) store((A *)g.copy + at, v);
-        store((Out *)g.out + at, v);
+        store((Out *)g.out + at[i], v);
+        if (EPI == EPI_DGELU) store((A *)g.copy + at[i], x);
+        if (EPI == EPI_DGELU && g.sum) store(g.sum + at[i], y);
+        if ((EPI == EPI_GELU || EPI == EPI_GATED) && g.pre) store((A *)g.pre + at[i], pre);
+        if (EPI == EPI_GATED && g.copy) store((A *)g.copy + at[i], v);
     }
 }
 
@@ -2306,7 +2314,16 @@ __device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, in
                 EACH(j, 4) v[4 * part + j] = four[j];
             }
         };
-        if (col0 + c < g.N) epilogue<EPI, bf16, ROWS, V>(g, row0 + row, HOP, other, col0 + c, product);
+        if (col0 + c < g.N && row0 + 16 <= g.M) {
+            epilogue<EPI, bf16, ROWS, V>(g, row0 + row, HOP, other, col0 + c, product);
+            continue;
+        }
+#pragma unroll 1
+        for (int i = 0; i < ROWS && col0 + c < g.N && row0 + row + i * HOP < g.M; i++) { // rows one by one
+            int of[1] = {row_of_other<EPI>(g, row0 + row + i * HOP)};
+            epilogue<EPI, bf16, 1, V>(g, row0 + row + i * HOP, 1, of, col0 + c,
+                                      [&](float(&v)[V], int) { product(v, i); });
+        }
     }
     __syncwarp(); // before the next results take the place of these
 }
@@ -2460,6 +2477,20 @@ enum { WG_K = 64, WG_STAGES = 4, WG_THREADS = 3 * 128 };
 enum { WG_A = WG_M * WG_K, WG_B = WG_N * WG_K, WG_PANEL = 64 * WG_K, WG_ONES = 8 * WG_K, WG_STAGE = 8 * 16 * (96 + 8) };
 enum { WG_SHARED = 2 * (WG_STAGES * (WG_A + WG_B) + WG_ONES) + 4 * WG_STAGE + 8 * (2 * WG_STAGES + 2) };
 
+// What the epilogue of a tile will read, a row a thread, is called into the L2 cache while the tile is multiplied.
+template <int EPI>
+__device__ inline void prefetch_tile(const Matmul &g, int row, int n0) {
+    auto ahead = [&](const void *p, int size, int r) {
+        const char *from = (const char *)p + size * ((size_t)r * g.N + n0);
+        for (int byte = 0; byte < size * min((int)WG_N, g.N - n0); byte += 128) prefetch(from + byte);
+    };
+    if (row >= g.M) return;
+    if (EPI < EPI_GATED && g.add) ahead(g.add, sizeof(float), row % g.add_rows);
+    if (EPI == EPI_GATED) ahead(g.residual, sizeof(float), row);
+    if (EPI == EPI_DGELU) ahead(g.pre, sizeof(bf16), row);
+    if (EPI == EPI_DGELU && g.sum) ahead(g.sum, sizeof(float), row);
+}
+
 template <bool TA, bool TB, int EPI>
 __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
     matmul_wgmma(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b, Matmul g,
@@ -2524,6 +2555,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
             Frag acc[2][WG_N / 8] = {};
             Matmul part = g;
             if (EPI == EPI_WEIGHT && split >= 0) weight_split(&part, parts, split, splits);
+            prefetch_tile<EPI>(g, m0 + threadIdx.x % 128, n0);
             auto multiply = [&](auto with_sums) {
                 constexpr bool SUMS = decltype(with_sums)::value;
                 Frag row_sums[2] = {};
@@ -2656,10 +2688,15 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g, float *parts) {
         auto four = [&](float(&v)[4], int i) {
             EACH(j, 4) v[j] = acc[half][i][j];
         };
-        if (fours && col < g.N) epilogue<EPI, float, 4, 4>(g, row, 1, other, col, four);
-        EACH(j, 4) {
-            auto one = [&](float(&v)[1], int i) { v[0] = acc[half][i][j]; };
-            if (!fours && col + j < g.N) epilogue<EPI, float, 4, 1>(g, row, 1, other, col + j, one);
+        if (fours && col < g.N && row + 4 <= g.M) {
+            epilogue<EPI, float, 4, 4>(g, row, 1, other, col, four);
+            continue;
+        }
+        EACH(i, 16) { // numbers one by one
+            int of[1] = {other[i / 4]};
+            auto one = [&](float(&v)[1], int) { v[0] = acc[half][i / 4][i % 4]; };
+            if (col + i % 4 < g.N && row + i / 4 < g.M)
+                epilogue<EPI, float, 1, 1>(g, row + i / 4, 1, of, col + i % 4, one);
         }
     }
     EACH(i, 8) {
