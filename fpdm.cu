@@ -379,10 +379,19 @@ typedef struct Act Act;
 // An unrolled loop: what is indexed by i can stay in registers.
 #define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
 
-// From Part 4: 2^x; V neighbours as one access of up to 16 bytes, converted to float and back
+// From Part 4: 2^x; V neighbours as one access of up to 16 bytes: as they are, converted to float, and back. fetch lets
+// many loads be under way; a load is waited for where it converts.
 #ifdef NVIDIA
 __device__ inline float fast_exp2(float x);
 #endif
+template <typename T, int V>
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vec {
+    T v[V];
+};
+__device__ inline float to_float(float x);
+__device__ inline float to_float(bf16 x);
+template <int V, typename T>
+__device__ inline void fetch(Vec<T, V> *x, const T *p);
 template <int V, typename T>
 __device__ inline void load(float (&x)[V], const T *p);
 template <int V, typename T>
@@ -477,89 +486,92 @@ __global__ void layernorm_modulate_kernel(A *out, float *stats, const float *x, 
 //   dbranch = dx·gate: what dx means to the branch of out = x + gate·branch, whose forward is EPI_GATED
 // Without x the first is left out, without branch the last; `add`: LN's input was x + gate·branch, not x. A block has
 // `chunk` tokens of one picture: first each warp finds what one row has in common, then each thread goes down its own
-// columns. parts (B,gridDim.x,3,D) = the block's sums over tokens of dout, dout·LN(x) and dx·branch: its shares of
-// dshift, dscale and dgate.
+// columns, the next row's loads under way. parts (B,gridDim.x,3,D) = the block's sums over tokens of dout, dout·LN(x)
+// and dx·branch: its shares of dshift, dscale and dgate.
+enum { LN_THREADS = 512, LN_CHUNK = 8 }; // at most; at least
 template <typename A>
-__global__ void layernorm_backward_kernel(float *dx, A *copy, A *normed, float *parts, const A *dout, const float *x,
-                                          const float *stats, int add, const float *mod, A *dbranch, const A *branch,
-                                          const float *gate, int stride, int chunk, int T, int D) {
+__global__ void __launch_bounds__(LN_THREADS)
+    layernorm_backward_kernel(float *dx, A *copy, A *normed, float *parts, const A *dout, const float *x,
+                              const float *stats, int add, const float *mod, A *dbranch, const A *branch,
+                              const float *gate, int stride, int chunk, int T, int D) {
     // Of each row: mean, 1/sigma, and of g = dout·(1+scale) the mean and that of g·LN(x)
-    __shared__ __align__(16) float rows[ROWS_PER_BLOCK][4];
-    int first = blockIdx.x * chunk, end = min(T, first + chunk), warp = threadIdx.x / WARP;
+    __shared__ __align__(16) float rows[LN_THREADS / WARP][4];
+    struct Row {
+        Vec<float, 4> dx, x;
+        Vec<A, 4> dout, branch;
+    } row, next;
+    int first = blockIdx.x * chunk, end = min(T, first + chunk), warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     size_t picture = (size_t)blockIdx.y * T;
     const float *shift = x ? mod + (size_t)blockIdx.y * stride : NULL, *scale = x ? shift + D : NULL;
     parts += ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * 3 * D;
     if (branch) gate += (size_t)blockIdx.y * stride;
-    for (int window = 0; window < D; window += 8 * ROW_THREADS) { // one for D up to 2048
-        float sums[3][2][4] = {}, v[4], g[4], s[4], b[4] = {}, a[4] = {};
-        auto load_input = [&](size_t at, int d, int all) { // v = LN's input, b = branch, a = gate
-            if (x) load(v, x + at);
-            if (branch && (add || all)) {
-                load(b, branch + at);
-                load(a, gate + d);
-                EACH(i, 4) v[i] += add ? a[i] * b[i] : 0;
-            }
+    for (int d = 4 * threadIdx.x; d - 4 * (int)threadIdx.x < D; d += 4 * blockDim.x) { // once for D up to 2048
+        float sums[3][4] = {}, a[4] = {}, b[4] = {}, s[4] = {};                          // gate, shift, scale
+        if (d < D && x) load(s, scale + d), load(b, shift + d);
+        if (d < D && branch) load(a, gate + d);
+        auto get = [&](int r) {
+            size_t at = (picture + r) * D + d;
+            fetch(&next.dx, dx + at);
+            if (x) fetch(&next.x, x + at), fetch(&next.dout, dout + at);
+            if (branch) fetch(&next.branch, branch + at);
         };
-        for (int r0 = first; r0 < end; r0 += ROWS_PER_BLOCK) {
+        for (int r0 = first, stop; r0 < end; r0 = stop) {
+            stop = min(end, r0 + warps);
+            if (d < D) get(r0);
             if (x && r0 + warp < end) {
                 size_t at = (picture + r0 + warp) * D;
-                float row[4], both[2], g_sum = 0, gx_sum = 0;
+                float both[2], g_sum = 0, gx_sum = 0;
                 load(both, stats + at / D * 2);
-                for (int d = threadIdx.x % WARP * 4; d < D; d += 4 * WARP) {
-                    load_input(at + d, d, 0);
-                    load(g, dout + at + d);
-                    load(s, scale + d);
+#pragma unroll 2
+                for (int e = threadIdx.x % WARP * 4; e < D; e += 4 * WARP) {
+                    float v[4], g[4], factor[4], more[4] = {}, by[4] = {};
+                    load(v, x + at + e);
+                    load(g, dout + at + e);
+                    load(factor, scale + e);
+                    if (add) load(more, branch + at + e), load(by, gate + e);
                     EACH(i, 4) {
-                        g_sum += g[i] * (1 + s[i]);
-                        gx_sum += g[i] * (1 + s[i]) * (v[i] - both[0]);
+                        g[i] *= 1 + factor[i];
+                        g_sum += g[i];
+                        gx_sum += g[i] * (v[i] + by[i] * more[i] - both[0]);
                     }
                 }
-                row[0] = both[0], row[1] = both[1], row[2] = warp_sum(g_sum) / D;
-                row[3] = warp_sum(gx_sum) * both[1] / D;
-                if (threadIdx.x % WARP == 0) store(rows[warp], row);
+                float all[4] = {both[0], both[1], warp_sum(g_sum) / D, warp_sum(gx_sum) * both[1] / D};
+                if (threadIdx.x % WARP == 0) store(rows[warp], all);
             }
             __syncthreads();
-            EACH(c, 2) {
-                int d = window + 4 * (c * ROW_THREADS + threadIdx.x);
-                for (int r = r0; d < D && r < min(end, r0 + ROWS_PER_BLOCK); r++) {
-                    size_t at = (picture + r) * D + d;
-                    float out[4], row[4];
-                    load(out, dx + at);
-                    load_input(at, d, 1);
-                    if (x) {
-                        load(g, dout + at);
-                        load(s, scale + d);
-                        load(row, rows[r - r0]);
-                        EACH(i, 4) {
-                            v[i] = (v[i] - row[0]) * row[1];
-                            sums[0][c][i] += g[i];
-                            sums[1][c][i] += g[i] * v[i];
-                            out[i] += row[1] * (g[i] * (1 + s[i]) - row[2] - v[i] * row[3]);
-                        }
-                        store(dx + at, out);
-                        if (copy) store(copy + at, out);
-                        if (normed) {
-                            load(g, shift + d);
-                            EACH(i, 4) v[i] = v[i] * (1 + s[i]) + g[i];
-                            store(normed + at, v);
-                        }
+            for (int r = r0; d < D && r < stop; r++) {
+                size_t at = (picture + r) * D + d;
+                float out[4], v[4], of[4];
+                row = next;
+                if (r + 1 < stop) get(r + 1);
+                EACH(i, 4) out[i] = row.dx.v[i];
+                if (x) {
+                    load(of, rows[r - r0]);
+                    EACH(i, 4) {
+                        float g = to_float(row.dout.v[i]);
+                        v[i] = row.x.v[i] + (add ? a[i] * to_float(row.branch.v[i]) : 0);
+                        v[i] = (v[i] - of[0]) * of[1];
+                        sums[0][i] += g;
+                        sums[1][i] += g * v[i];
+                        out[i] += of[1] * (g * (1 + s[i]) - of[2] - v[i] * of[3]);
+                        v[i] = v[i] * (1 + s[i]) + b[i];
                     }
-                    if (branch) {
-                        EACH(i, 4) {
-                            sums[2][c][i] += out[i] * b[i];
-                            out[i] *= a[i];
-                        }
-                        store(dbranch + at, out);
+                    store(dx + at, out);
+                    if (copy) store(copy + at, out);
+                    if (normed) store(normed + at, v);
+                }
+                if (branch) {
+                    EACH(i, 4) {
+                        sums[2][i] += out[i] * to_float(row.branch.v[i]);
+                        out[i] *= a[i];
                     }
+                    store(dbranch + at, out);
                 }
             }
             __syncthreads(); // before the next rows take the place of these
         }
-        EACH(c, 2) {
-            int d = window + 4 * (c * ROW_THREADS + threadIdx.x);
-            EACH(k, 3) {
-                if (d < D) store(parts + (size_t)k * D + d, sums[k][c]);
-            }
+        EACH(k, 3) {
+            if (d < D) store(parts + (size_t)k * D + d, sums[k]);
         }
     }
 }
@@ -820,8 +832,10 @@ static void layernorm_backward(Model *m, int half, float *dx, Act *copy, Act *no
                                const float *x, const float *stats, const float *mod, int vectors, Act *dbranch = NULL,
                                float *dgate = NULL, const float *gate = NULL, const Act *branch = NULL, int add = 0) {
     int T = config_tokens(&m->config), D = m->config.width, stride = vectors * D;
-    int chunk = (size_t)m->B * T >= (size_t)64 * gpu.sms ? 32 : ROWS_PER_BLOCK, chunks = (int)ceil_div(T, chunk);
-    TYPED(half, RUN((layernorm_backward_kernel<A>), dim3(chunks, m->B), ROW_THREADS, 0, dx, (A *)copy, (A *)normed,
+    int warps = imin(LN_THREADS / WARP, (int)ceil_div(D, 4 * WARP));
+    int many = (size_t)m->B * T >= (size_t)64 * gpu.sms, chunk = (1 + many) * (warps > LN_CHUNK ? warps : LN_CHUNK);
+    int chunks = (int)ceil_div(T, chunk);
+    TYPED(half, RUN((layernorm_backward_kernel<A>), dim3(chunks, m->B), warps * WARP, 0, dx, (A *)copy, (A *)normed,
                     m->a.parts, (const A *)dout, x, stats, add, mod, (A *)dbranch, (const A *)branch, gate, stride,
                     chunk, T, D));
     RUN(column_sums_kernel, dim3((unsigned)ceil_div(D, 128), m->B, 3), 128, 0, dmod, dgate, m->a.parts, stride, chunks,
@@ -2089,17 +2103,13 @@ static __device__ int has_wgmma = 0;
 
 #endif
 
-// V neighbours as one access of up to 16 bytes, converted to float and back
-template <typename T, int V>
-struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vec {
-    T v[V];
-};
+// V neighbours as one access of up to 16 bytes
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ inline void from_float(float *to, float x) { *to = x; }
 __device__ inline void from_float(bf16 *to, float x) { *to = __float2bfloat16_rn(x); }
 template <int V, typename T>
-__device__ inline void fetch(Vec<T, V> *x, const T *p) { // as it is
+__device__ inline void fetch(Vec<T, V> *x, const T *p) {
     *x = *static_cast<const Vec<T, V> *>(__builtin_assume_aligned(p, alignof(Vec<T, V>)));
 }
 template <int V, typename T>
@@ -3251,7 +3261,7 @@ static size_t activations_point(Model *m, char *memory) {
     take_all(r, blocks * B * 6 * D * F, &a->dmod);
     take_all(r, B * 2 * D * F, &a->dfinal_mod);
     take_all(r, B * D * F, &a->dcond, &a->dcond_pp, &a->dtime);
-    take_all(r, 3 * B * ceil_div(T, ROWS_PER_BLOCK) * D * F, &a->parts);
+    take_all(r, 3 * B * ceil_div(T, LN_CHUNK) * D * F, &a->parts);
     take_all(r, pixels * config_out_channels(c) * F, &a->dout);
     return arena.bytes;
 }

@@ -170,7 +170,10 @@ static void test_splits(int half, int M, int N, int K, int splits, size_t alone 
     for (float f : from_gpu(workspace.memory, workspace.count, 0)) written += !isnan(f);
     snprintf(text, sizeof text, "%s weight gradient %dx%d of %d rows, %zu splits", half ? "bf16" : "fp32", N, K, M,
              written ? written / part : 1);
-    double limit = written == (splits > 1 ? splits * part : 0) ? 2e-6 : -1; // no error is that small
+    // Tensor cores cut their sums off, at every 16 k, by half a unit of the last place on average: on an H100 4.4e-6 of
+    // 4104 rows in one split.
+    double cut = half ? 3e-8 * ceil_div(ceil_div(M, splits), 16) : 0;
+    double limit = written == (splits > 1 ? splits * part : 0) ? fmax(2e-6, cut) : -1; // no error is that small
     expect(text, from_gpu(dw, (size_t)N * K, 0), want, limit);
     expect("  bias gradient", from_gpu(db, N, 0), want_db, limit);
     void *all[] = {gx, gdy, dw, db};
@@ -302,7 +305,7 @@ static void test_layernorm_backward(int half, int B, int side, int D, int parts)
     Model m = {};
     m.config.image_size = side, m.config.patch = 1, m.config.width = D;
     m.B = B, m.half = half;
-    m.a.parts = (float *)gpu_malloc((size_t)3 * B * ceil_div(T, ROWS_PER_BLOCK) * D * 4, "");
+    m.a.parts = (float *)gpu_malloc((size_t)3 * B * ceil_div(T, LN_CHUNK) * D * 4, "");
     Floats x = random_floats(N, 51, 0), dout = random_floats(N, 52, half), dx = random_floats(N, 53, 0);
     Floats branch = random_floats(N, 54, half), mod = random_floats((size_t)B * 6 * D, 55, 0),
            dmod0 = random_floats(mod.size(), 56, 0);
