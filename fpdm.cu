@@ -2358,8 +2358,9 @@ static void workspace_reserve(size_t count) {
     workspace.memory = (float *)gpu_malloc(count * sizeof(float), "partial sums");
 }
 
-// A split of a weight gradient has its own place in the workspace: all products first, then all column sums.
-__device__ inline void weight_split(Matmul *g, float *parts, int split, int splits) {
+// A split of the sum over k has its own place in the workspace: all products first, then all column sums.
+__device__ inline void own_place(Matmul *g, float *parts, int split, int splits) {
+    g->bias = NULL;
     g->out = parts + (size_t)split * g->M * g->N;
     if (g->db) g->db = parts + (size_t)splits * g->M * g->N + (size_t)split * g->M;
     g->ldc = g->N, g->overwrite = 1;
@@ -2401,7 +2402,7 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g, float
     int n_tiles = (g.N + TILE - 1) / TILE, m0 = blockIdx.x / n_tiles * TILE, n0 = blockIdx.x % n_tiles * TILE;
     int k_begin = blockIdx.y * g.k_chunk;
     int k_end = min(g.K, k_begin + g.k_chunk), steps = (k_end - k_begin + BK - 1) / BK;
-    if (EPI == EPI_WEIGHT && gridDim.y > 1) weight_split(&g, parts, blockIdx.y, gridDim.y);
+    if (EPI == EPI_WEIGHT && gridDim.y > 1) own_place(&g, parts, blockIdx.y, gridDim.y);
     bool sum_rows = EPI == EPI_WEIGHT && g.db && n0 + wn == 0;
     Frag acc[MI][NI] = {}, row_sums[EPI == EPI_WEIGHT ? MI : 1] = {};
 
@@ -2564,7 +2565,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
             }
             Frag acc[2][WG_N / 8] = {};
             Matmul part = g;
-            if (EPI == EPI_WEIGHT && split >= 0) weight_split(&part, parts, split, splits);
+            if (EPI == EPI_WEIGHT && split >= 0) own_place(&part, parts, split, splits);
             prefetch_tile<EPI>(g, m0 + threadIdx.x % 128, n0);
             auto multiply = [&](auto with_sums) {
                 constexpr bool SUMS = decltype(with_sums)::value;
@@ -2652,7 +2653,7 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g, float *parts) {
     int m0 = blockIdx.x / n_tiles * F32_TILE, n0 = blockIdx.x % n_tiles * F32_TILE;
     int k_end = min(g.K, k_begin + g.k_chunk), ty = threadIdx.x / 16 * 8, tx = threadIdx.x % 16 * 4;
     float acc[2][4][4] = {}, row_sums[8] = {}, next_a[8], next_b[8];
-    if (EPI == EPI_WEIGHT && gridDim.y > 1) weight_split(&g, parts, blockIdx.y, gridDim.y);
+    if ((EPI == EPI_WEIGHT || EPI == EPI_FLOAT) && gridDim.y > 1) own_place(&g, parts, blockIdx.y, gridDim.y);
 
     // Element i of this thread: neighbouring threads read neighbouring addresses. In shared memory, pairs change places
     // in the second half of the k, for their banks.
@@ -2716,17 +2717,19 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g, float *parts) {
     }
 }
 
-// dw (M,N; row stride ldc) += the sum over `splits` of the partial products (M,N) in `part`, in order; db (M) likewise
-// from the partial sums behind them. What comes before row0, and col0 in the first `high` rows, was not split.
-__global__ void split_sum_kernel(float *dw, int ldc, float *db, const float *part, int M, int N, int splits, int row0,
-                                 int high, int col0) {
+// out (M,N; row stride ldc) += the sum over `splits` of the partial products (M,N) in `part`, in order, or with `set` =
+// bias (N), unless NULL, and that sum; db (M) += likewise from the partial sums behind them. What comes before row0,
+// and col0 in the first `high` rows, was not split.
+__global__ void split_sum_kernel(float *out, int ldc, float *db, int set, const float *bias, const float *part, int M,
+                                 int N, int splits, int row0, int high, int col0) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x + (size_t)row0 * N, count = (size_t)M * N;
     int row = i < count ? (int)(i / N) : (int)(i - count), col = i < count ? (int)(i % N) : 0;
     float sum = 0;
     if (row >= M || row < row0 || (row < row0 + high && col < col0)) return;
     if (i < count) {
         for (int s = 0; s < splits; s++) sum += part[s * count + i];
-        dw[(size_t)row * ldc + col] += sum;
+        out += (size_t)row * ldc + col;
+        *out = sum + (set ? bias ? bias[col] : 0 : *out);
     } else if (db) {
         for (int s = 0; s < splits; s++) sum += part[splits * count + (size_t)s * M + row];
         db[row] += sum;
@@ -2734,7 +2737,8 @@ __global__ void split_sum_kernel(float *dw, int ldc, float *db, const float *par
 }
 
 // Starts the product; `half` says whether the operands are bf16. The sum over k of a weight gradient is as long as the
-// batch has tokens, and its result small: it is split where that fills the GPU better, as far as the workspace reaches.
+// batch has tokens, and its result small: it is split where that fills the GPU better, as far as the workspace reaches;
+// so are products of conditioning and the final layer, whose rows or columns are few.
 // On Hopper, whose tiles are large, only those are split that do not fill it once more.
 template <bool TA, bool TB, int EPI>
 static void matmul(int half, Matmul g) {
@@ -2747,7 +2751,8 @@ static void matmul(int half, Matmul g) {
     int slots = wgmma ? (gpu.sms + 1) / 2 : gpu.sms * (large ? 2 : 4); // tiles that the GPU works on at once
     int tiles = wgmma ? pairs : (int)(ceil_div(g.N, tile) * ceil_div(g.M, tile)),
         whole = wgmma ? tiles / slots * slots : 0;
-    if (EPI == EPI_WEIGHT) { // the fewest splits within 5 % of the shortest time
+    int may_split = EPI == EPI_WEIGHT || (EPI == EPI_FLOAT && !half && !g.add);
+    if (may_split) { // the fewest splits within 5 % of the shortest time
         double best = INFINITY;
         for (int s = 1; s <= 16 && s * ((size_t)g.M * g.N + g.M) <= workspace.count && s * 256 <= g.K; s++) {
             double time = whole / slots + (double)ceil_div((size_t)(tiles - whole) * s, slots) / s;
@@ -2774,7 +2779,7 @@ static void matmul(int half, Matmul g) {
     int row0 = wgmma ? (beside < 0 ? whole / across : down / 2) * 2 * WG_M : 0;
     int col0 = wgmma ? (beside < 0 ? whole % across : 2 * beside) * WG_N : 0;
     RUN(split_sum_kernel, (unsigned)ceil_div((size_t)(g.M - row0) * g.N + g.M, 256), 256, 0, (float *)g.out, g.ldc,
-        g.db, workspace.memory, g.M, g.N, splits, row0, high, col0);
+        g.db, EPI != EPI_WEIGHT, g.bias, workspace.memory, g.M, g.N, splits, row0, high, col0);
 }
 
 // y (M,N) of EPI from x (M,K) and w (N,K), row stride ldw
