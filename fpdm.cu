@@ -2787,7 +2787,7 @@ struct Tiles {
 template <typename A, int HD>
 __device__ inline void load_head(A *tile, int rows, const A *p, int ld, int first, int T, int hd, int threads) {
     enum { PIECE = Tiles<A, HD>::PIECE, PIECES = HD / PIECE };
-    for (unsigned i = threadIdx.x % threads; i < (unsigned)(rows * PIECES); i += threads) {
+    for (unsigned i = threads == WARP ? threadIdx.x % WARP : threadIdx.x; i < (unsigned)(rows * PIECES); i += threads) {
         unsigned r = i / PIECES, c = i % PIECES * PIECE, row = first + r; // 32 bits: half the instructions
         bool inside = row < (unsigned)T && c < (unsigned)hd;
         cp_async16(tile + r * Tiles<A, HD>::LD + c, p + (inside ? row * ld + c : 0), inside);
@@ -2812,7 +2812,7 @@ __device__ inline void tile_scores(Frag (&s)[MI][NT], const bf16 *rows, const bf
             EACH(i, 2 * MI) frag_multiply<HALF>(s[i / 2][j + i % 2], a[i / 2], b[i % 2]);
         }
     };
-#pragma unroll 2 // more would take registers
+#pragma unroll (MI == 1 ? 8 : 2)
     for (int k = 0; k + 16 <= HD; k += 16) add(std::false_type(), k);
     if constexpr (HD % 16 != 0) add(std::true_type(), HD - 8);
 }
@@ -2934,11 +2934,14 @@ __global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, 2)
     int warp = threadIdx.x / WARP, rows = blockDim.x / WARP * S::FROWS;
     int first = blockIdx.x * rows + warp * S::FROWS;
     A *buffers = tq + rows * S::LD; // two, each k and v
-    const A *q = qkv + (size_t)blockIdx.z * T * 3 * D + blockIdx.y * hd;
+    const A *q = qkv + (size_t)(blockIdx.z * T) * (3 * D) + blockIdx.y * hd;
     auto load_columns = [&](int c0) {
         A *tk = buffers + c0 / COLS % 2 * BUFFER;
-        load_head<A, HD>(tk, COLS, q + D, 3 * D, c0, T, hd, blockDim.x);
-        load_head<A, HD>(tk + COLS * S::LD, COLS, q + 2 * D, 3 * D, c0, T, hd, blockDim.x);
+        for (unsigned i = threadIdx.x; i < 2 * COLS * HD / S::PIECE; i += blockDim.x) {
+            unsigned r = i / (HD / S::PIECE), c = i % (HD / S::PIECE) * S::PIECE, row = c0 + r % COLS;
+            bool inside = row < (unsigned)T && c < (unsigned)hd;
+            cp_async16(tk + r * S::LD + c, q + (inside ? row * 3 * D + (1 + r / COLS) * D + c : 0), inside);
+        }
         cp_async_commit();
     };
     Frag o[MI][NO] = {};
@@ -2984,10 +2987,10 @@ __global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, 2)
             int row = first + 16 * mi + frag_row(r);
             if (lse && frag_col(0) == 0 && row < T)
                 lse[((size_t)blockIdx.z * gridDim.y + blockIdx.y) * T + row] = largest[mi][r] + log2f(all);
-            all = 1 / all;
+            all = __fdividef(1, all);
             EACH(i, NO * FRAG_RUNS * FRAG_RUN) frag_run(o[mi], r, i / FRAG_RUN)[i % FRAG_RUN] *= all;
         }
-        store_head(out + (size_t)blockIdx.z * T * D + blockIdx.y * hd, D, first + 16 * mi, T, hd, o[mi], 1);
+        store_head(out + (size_t)(blockIdx.z * T) * D + blockIdx.y * hd, D, first + 16 * mi, T, hd, o[mi], 1);
     }
 }
 
