@@ -1972,6 +1972,12 @@ __device__ inline void mma_bf16(float d[4], const uint32_t a[4], const uint32_t 
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+// The same for the first 8 of these k alone: a[0], a[1] and b[0]
+__device__ inline void mma_bf16_half(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
 
 // 16 bytes from global to shared memory, or zeros unless `valid`. The copy runs on while the thread does: commit closes
 // a group of them, wait<N> waits until at most the N newest groups are under way.
@@ -2158,7 +2164,7 @@ __device__ inline int frag_col(int j) {
 }
 
 // From shared memory, where at(i, j) is number j of the eights of neighbours in row i. SLOW: such a row is one k, not
-// the k of one row. HALF: there are 8 k; the others are zeros.
+// the k of one row. HALF: there are 8 k.
 template <bool SLOW, bool HALF, typename F>
 __device__ inline void left_load(Left a, F at) {
     int lane = threadIdx.x % WARP;
@@ -2166,7 +2172,6 @@ __device__ inline void left_load(Left a, F at) {
         ldmatrix_x4_trans(a, at(lane % 8 + lane / 16 * 8, lane / 8 % 2));
     else
         ldmatrix_x4(a, at(lane % 16, HALF ? 0 : lane / 16));
-    if (HALF) a[2] = a[3] = 0;
 }
 
 // Two at once: the next one to the right, or with DEEP the next 16 k
@@ -2180,11 +2185,16 @@ __device__ inline void right_load(Right (&b)[2], F at) {
         ldmatrix_x4_trans(b[0], at(lane % 16, lane / 16));
     else
         ldmatrix_x4_trans(b[0], at(lane, 0));
-    if (HALF) b[0][1] = b[1][1] = 0;
 }
 
 // d += a·b
-__device__ inline void frag_multiply(Frag d, const Left a, const Right b) { mma_bf16(d[0][0], a, b); }
+template <bool HALF = false>
+__device__ inline void frag_multiply(Frag d, const Left a, const Right b) {
+    if (HALF)
+        mma_bf16_half(d[0][0], a, b);
+    else
+        mma_bf16(d[0][0], a, b);
+}
 
 // Columns of p, 16 in all, as what the next product has on its left: a lane holds what it needs
 __device__ inline void left_from(Left a, const Frag *p) {
@@ -2810,12 +2820,18 @@ static void linear_weight(int half, float *dw, int ldw, float *db, const void *d
 // head of one picture and walks over the columns, COLS at a time; each warp makes its ROWS of S = q·k^T in registers,
 // as fragments, and turns them into its part of the result: the T x T matrix exists nowhere. HD is the head
 // size rounded up to what the kernels are made for; channels beyond it are zeros. In fp32 the same steps run on plain
-// multiply-adds. A row of a tile, LD, is an odd number of 16-byte pieces: no bank conflicts. Two times 16 rows a warp,
-// where registers allow it, because shared memory is what limits this: every fragment of columns then serves two mma.
+// multiply-adds. A row of a tile, LD, is an odd number of 16-byte pieces: no bank conflicts.
+#ifndef FORWARD_MI
+#define FORWARD_MI 1
+#endif
 template <typename A, int HD>
 struct Tiles {
     enum { PIECE = 16 / sizeof(A), LD = HD + (HD / PIECE % 2 ? 0 : PIECE) }; // PIECE: elements in 16 bytes
-    enum { MI = sizeof(A) == 2 && HD <= 72 ? 2 : 1, ROWS = 16 * MI, COLS = sizeof(A) == 2 ? 64 : 32 };
+    enum { SMALL = sizeof(A) == 2 && HD <= 72 };
+    // Forward: a block has up to WARPS warps
+    enum { FMI = SMALL ? FORWARD_MI : 1, FROWS = 16 * FMI, WARPS = sizeof(A) == 2 && FMI == 1 ? 8 : 4 };
+    enum { FCOLS = SMALL ? 64 : 32 };
+    enum { MI = SMALL ? 2 : 1, ROWS = 16 * MI, COLS = sizeof(A) == 2 ? 64 : 32 };
     enum { COLS_LD = COLS + 8, GROUP = 32 * (2 * LD + COLS_LD) };
 };
 
@@ -2823,10 +2839,10 @@ struct Tiles {
 template <typename A, int HD>
 __device__ inline void load_head(A *tile, int rows, const A *p, int ld, int first, int T, int hd, int threads) {
     enum { PIECE = Tiles<A, HD>::PIECE, PIECES = HD / PIECE };
-    for (int i = threadIdx.x % threads; i < rows * PIECES; i += threads) {
-        int r = i / PIECES, c = i % PIECES * PIECE;
-        bool inside = first + r < T && c < hd;
-        cp_async16(tile + r * Tiles<A, HD>::LD + c, inside ? p + (size_t)(first + r) * ld + c : p, inside);
+    for (unsigned i = threads == WARP ? threadIdx.x % WARP : threadIdx.x; i < (unsigned)(rows * PIECES); i += threads) {
+        unsigned r = i / PIECES, c = i % PIECES * PIECE, row = first + r; // 32 bits: half the instructions
+        bool inside = row < (unsigned)T && c < (unsigned)hd;
+        cp_async16(tile + r * Tiles<A, HD>::LD + c, p + (inside ? row * ld + c : 0), inside);
     }
 }
 
@@ -2835,7 +2851,7 @@ template <int HD, int MI, int NT>
 __device__ inline void tile_scores(Frag (&s)[MI][NT], const bf16 *rows, const bf16 *cols) {
     enum { LD = Tiles<bf16, HD>::LD };
     memset(s, 0, sizeof s);
-    auto add = [&](auto half, int k) { // 16 channels; half: 8 and zeros
+    auto add = [&](auto half, int k) { // 16 channels; half: 8
         constexpr bool HALF = decltype(half)::value;
         Left a[MI];
         Right b[2];
@@ -2845,10 +2861,10 @@ __device__ inline void tile_scores(Frag (&s)[MI][NT], const bf16 *rows, const bf
         for (int j = 0; j < NT; j += 2) {
             right_load<RIGHT_FAST, HALF>(
                 b, [&](int r, int piece) { return cols + (FRAG_COLS * j + r) * LD + k + 8 * piece; });
-            EACH(i, 2 * MI) frag_multiply(s[i / 2][j + i % 2], a[i / 2], b[i % 2]);
+            EACH(i, 2 * MI) frag_multiply<HALF>(s[i / 2][j + i % 2], a[i / 2], b[i % 2]);
         }
     };
-#pragma unroll 2 // more would take registers
+#pragma unroll (MI == 1 ? 8 : 2)
     for (int k = 0; k + 16 <= HD; k += 16) add(std::false_type(), k);
     if constexpr (HD % 16 != 0) add(std::true_type(), HD - 8);
 }
@@ -2962,65 +2978,71 @@ __device__ inline void store_head(A *p, int ld, int first, int T, int cols, Frag
 // exponentials, for the backward pass. `scale` is log2(e)/sqrt(hd): everything is in powers of two. The running maximum
 // and sum of a row are corrected as larger scores turn up (the online softmax).
 template <typename A, int HD>
-__global__ void __launch_bounds__(4 * WARP, 2)
+__global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, 2)
     attention_kernel(A *out, float *lse, const A *qkv, int T, int D, int hd, float scale) {
     typedef Tiles<A, HD> S;
-    enum { MI = S::MI, COLS = S::COLS, NT = COLS / FRAG_COLS, NO = HD / FRAG_COLS };
+    enum { MI = S::FMI, COLS = S::FCOLS, NT = COLS / FRAG_COLS, NO = HD / FRAG_COLS, BUFFER = 2 * COLS * S::LD };
     SHARED_DYNAMIC(A, tq);
-    int warp = threadIdx.x / WARP, rows = blockDim.x / WARP * S::ROWS;
-    int first = blockIdx.x * rows + warp * S::ROWS;
-    A *tk = tq + rows * S::LD, *tv = tk + COLS * S::LD;
-    const A *q = qkv + (size_t)blockIdx.z * T * 3 * D + blockIdx.y * hd;
+    int warp = threadIdx.x / WARP, rows = blockDim.x / WARP * S::FROWS;
+    int first = blockIdx.x * rows + warp * S::FROWS;
+    A *buffers = tq + rows * S::LD; // two, each k and v
+    const A *q = qkv + (size_t)(blockIdx.z * T) * (3 * D) + blockIdx.y * hd;
+    auto load_columns = [&](int c0) {
+        A *tk = buffers + c0 / COLS % 2 * BUFFER;
+        for (unsigned i = threadIdx.x; i < 2 * COLS * HD / S::PIECE; i += blockDim.x) {
+            unsigned r = i / (HD / S::PIECE), c = i % (HD / S::PIECE) * S::PIECE, row = c0 + r % COLS;
+            bool inside = row < (unsigned)T && c < (unsigned)hd;
+            cp_async16(tk + r * S::LD + c, q + (inside ? row * 3 * D + (1 + r / COLS) * D + c : 0), inside);
+        }
+        cp_async_commit();
+    };
     Frag o[MI][NO] = {};
-    float largest[MI][FRAG_ROWS], sum[MI][FRAG_ROWS] = {};
+    float largest[MI][FRAG_ROWS], sum[MI][FRAG_ROWS] = {}; // the largest times scale
     EACH(i, FRAG_ROWS * MI) largest[i / FRAG_ROWS][i % FRAG_ROWS] = -INFINITY;
     load_head<A, HD>(tq, rows, q, 3 * D, blockIdx.x * rows, T, hd, blockDim.x);
+    load_columns(0);
     for (int c0 = 0; c0 < T; c0 += COLS) {
         Frag s[MI][NT];
-        load_head<A, HD>(tk, COLS, q + D, 3 * D, c0, T, hd, blockDim.x);
-        cp_async_commit();
-        load_head<A, HD>(tv, COLS, q + 2 * D, 3 * D, c0, T, hd, blockDim.x);
-        cp_async_commit();
-        cp_async_wait<1>(); // v may arrive while the scores are made
-        __syncthreads();
-        tile_scores<HD>(s, tq + S::ROWS * warp * S::LD, tk);
+        const A *tk = buffers + c0 / COLS % 2 * BUFFER, *tv = tk + COLS * S::LD;
+        cp_async_wait<0>();
+        __syncthreads(); // these columns are there, and nobody needs those before them any more
+        if (c0 + COLS < T) load_columns(c0 + COLS);
+        tile_scores<HD>(s, tq + S::FROWS * warp * S::LD, tk);
+        if (c0 + COLS > T)
+            EACH(i, MI * FRAG_ROWS * NT * FRAG_RUNS * FRAG_RUN) {
+                int j = i / FRAG_RUN % (NT * FRAG_RUNS), r = i / (FRAG_RUN * NT * FRAG_RUNS);
+                if (c0 + frag_col(j) + i % FRAG_RUN >= T)
+                    frag_run(s[r / FRAG_ROWS], r % FRAG_ROWS, j)[i % FRAG_RUN] = -INFINITY;
+            }
         EACH(mi, MI) {
             EACH(r, FRAG_ROWS) {
-                float top = largest[mi][r];
-                EACH(j, NT * FRAG_RUNS) {
-                    EACH(i, FRAG_RUN) {
-                        float *x = &frag_run(s[mi], r, j)[i];
-                        if (c0 + frag_col(j) + i >= T) *x = -INFINITY;
-                        top = fmaxf(top, *x);
-                    }
-                }
-                top = row_max(top);
-                float correct = fast_exp2((largest[mi][r] - top) * scale);
+                float top = -INFINITY;
+                EACH(i, NT * FRAG_RUNS * FRAG_RUN)
+                    top = fmaxf(top, frag_run(s[mi], r, i / FRAG_RUN)[i % FRAG_RUN]);
+                top = fmaxf(largest[mi][r], row_max(top) * scale);
+                float correct = fast_exp2(largest[mi][r] - top);
                 largest[mi][r] = top;
                 sum[mi][r] *= correct;
                 EACH(i, NO * FRAG_RUNS * FRAG_RUN) frag_run(o[mi], r, i / FRAG_RUN)[i % FRAG_RUN] *= correct;
                 EACH(i, NT * FRAG_RUNS * FRAG_RUN) {
                     float *x = &frag_run(s[mi], r, i / FRAG_RUN)[i % FRAG_RUN];
-                    *x = fast_exp2((*x - top) * scale);
+                    *x = fast_exp2(*x * scale - top);
                     sum[mi][r] += *x;
                 }
             }
         }
-        cp_async_wait<0>();
-        __syncthreads();
         tile_apply<HD>(o, s, tv);
-        __syncthreads(); // before the next columns take the place of these
     }
     EACH(mi, MI) {
         EACH(r, FRAG_ROWS) {
             float all = row_sum(sum[mi][r]);
             int row = first + 16 * mi + frag_row(r);
             if (lse && frag_col(0) == 0 && row < T)
-                lse[((size_t)blockIdx.z * gridDim.y + blockIdx.y) * T + row] = largest[mi][r] * scale + log2f(all);
-            all = 1 / all;
+                lse[((size_t)blockIdx.z * gridDim.y + blockIdx.y) * T + row] = largest[mi][r] + log2f(all);
+            all = __fdividef(1, all);
             EACH(i, NO * FRAG_RUNS * FRAG_RUN) frag_run(o[mi], r, i / FRAG_RUN)[i % FRAG_RUN] *= all;
         }
-        store_head(out + (size_t)blockIdx.z * T * D + blockIdx.y * hd, D, first + 16 * mi, T, hd, o[mi], 1);
+        store_head(out + (size_t)(blockIdx.z * T) * D + blockIdx.y * hd, D, first + 16 * mi, T, hd, o[mi], 1);
     }
 }
 
@@ -3142,10 +3164,12 @@ static void attention_forward(int half, Act *out, float *lse, const Act *qkv, in
     float scale = (float)(1.4426950408889634 / sqrt((double)hd));
     TYPED(half, HEAD_SIZE(hd, {
               typedef Tiles<A, HD> S;
-              int warps = imin(4, (int)ceil_div(T, S::ROWS)), rows = warps * S::ROWS;
-              dim3 grid((unsigned)ceil_div(T, rows), H, B);
-              RUN((attention_kernel<A, HD>), grid, WARP * warps, S::LD * (rows + 2 * S::COLS) * sizeof(A), (A *)out,
-                  lse, (const A *)qkv, T, D, hd, scale);
+              auto shared = [](int warps) { return sizeof(A) * S::LD * (warps * S::FROWS + 4 * S::FCOLS); };
+              int warps = imin(S::WARPS, (int)ceil_div(T, S::FROWS));
+              while (warps > 1 && shared(warps) > gpu.shared) warps /= 2;
+              dim3 grid((unsigned)ceil_div(T, warps * S::FROWS), H, B);
+              RUN((attention_kernel<A, HD>), grid, WARP * warps, shared(warps), (A *)out, lse, (const A *)qkv, T, D,
+                  hd, scale);
           }));
 }
 

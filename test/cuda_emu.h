@@ -14,6 +14,7 @@
 //   3. what stands in fpdm.cu as PTX under #ifdef NVIDIA, here under the same names:
 //        ldmatrix_x4, ldmatrix_x4_trans (uint32_t *r, const void *smem)            8x8 tiles of 16 bits to registers
 //        mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2])            d += a b, 16x8 += 16x16 * 16x8
+//        mma_bf16_half(float d[4], const uint32_t a[4], const uint32_t b[2])       += 16x8 * 8x8: a[0], a[1], b[0]
 //        cp_async16(void *smem, const void *gmem, bool valid)                      zeros if not valid
 //        cp_async_commit(), cp_async_wait<N>()                                     all but the N newest groups landed
 //        fast_exp2(float x)                                                        2^x, within 2 ulp
@@ -253,6 +254,10 @@ EMU_SHUFFLE(__shfl_xor_sync, emu::XOR)
 inline void ldmatrix_x4(uint32_t *r, const void *smem, EMU_LINE) { emu::ldmatrix(r, smem, false, line); }
 inline void ldmatrix_x4_trans(uint32_t *r, const void *smem, EMU_LINE) { emu::ldmatrix(r, smem, true, line); }
 inline void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2], EMU_LINE) { emu::mma(d, a, b, line); }
+inline void mma_bf16_half(float d[4], const uint32_t a[4], const uint32_t b[2], EMU_LINE) {
+    uint32_t left[4] = {a[0], a[1]}, right[2] = {b[0]};
+    emu::mma(d, left, right, line);
+}
 inline void cp_async16(void *smem, const void *gmem, bool valid, EMU_LINE) { emu::cp_async(smem, gmem, valid, line); }
 inline float fast_exp2(float x) { return exp2f(x); }
 inline void cp_async_commit() { emu::cp_async_commit(); }

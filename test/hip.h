@@ -297,6 +297,7 @@ __device__ inline void right_load(Right (&b)[2], F at) {
         });
 }
 
+template <bool HALF = false>
 __device__ inline void frag_multiply(Frag d, const Left a, const Right b) { matrix_bf16(d[0][0], b, a); }
 
 __device__ inline void left_from(Left a, const Frag *p) {
