@@ -379,19 +379,15 @@ typedef struct Act Act;
 // An unrolled loop: what is indexed by i can stay in registers.
 #define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
 
-// From Part 4: 2^x; V neighbours as one access of up to 16 bytes: as they are, converted to float, and back. fetch lets
-// many loads be under way; a load is waited for where it converts.
+// From Part 4: 2^x; 16 bytes from global to shared memory in the background, in groups; V neighbours as one access of up
+// to 16 bytes, converted to float and back
 #ifdef NVIDIA
 __device__ inline float fast_exp2(float x);
+__device__ inline void cp_async16(void *smem, const void *gmem, bool valid);
+__device__ inline void cp_async_commit();
+template <int N>
+__device__ inline void cp_async_wait();
 #endif
-template <typename T, int V>
-struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vec {
-    T v[V];
-};
-__device__ inline float to_float(float x);
-__device__ inline float to_float(bf16 x);
-template <int V, typename T>
-__device__ inline void fetch(Vec<T, V> *x, const T *p);
 template <int V, typename T>
 __device__ inline void load(float (&x)[V], const T *p);
 template <int V, typename T>
@@ -485,75 +481,81 @@ __global__ void layernorm_modulate_kernel(A *out, float *stats, const float *x, 
 //   normed, unless NULL, = that output once more, which nobody kept: the weight gradient of what follows needs it
 //   dbranch = dx·gate: what dx means to the branch of out = x + gate·branch, whose forward is EPI_GATED
 // Without x the first is left out, without branch the last; `add`: LN's input was x + gate·branch, not x. A block has
-// `chunk` tokens of one picture: first each warp finds what one row has in common, then each thread goes down its own
-// columns, the next row's loads under way. parts (B,gridDim.x,3,D) = the block's sums over tokens of dout, dout·LN(x)
-// and dx·branch: its shares of dshift, dscale and dgate.
-enum { LN_THREADS = 512, LN_CHUNK = 8 }; // at most; at least
+// `chunk` tokens of one picture. They come in through a ring of LN_STAGES buffers in shared memory, `group` tokens
+// each, so that memory always has work: first each warp finds what one row has in common, then each thread goes down
+// its own columns. parts (B,gridDim.x,3,D) = the block's sums over tokens of dout, dout·LN(x) and dx·branch: its shares
+// of dshift, dscale and dgate.
+enum { LN_THREADS = 512, LN_CHUNK = 8, LN_GROUP = 8, LN_STAGES = 2 }; // at most, at least, at most
 template <typename A>
 __global__ void __launch_bounds__(LN_THREADS)
     layernorm_backward_kernel(float *dx, A *copy, A *normed, float *parts, const A *dout, const float *x,
                               const float *stats, int add, const float *mod, A *dbranch, const A *branch,
-                              const float *gate, int stride, int chunk, int T, int D) {
+                              const float *gate, int stride, int chunk, int group, int T, int D) {
     // Of each row: mean, 1/sigma, and of g = dout·(1+scale) the mean and that of g·LN(x)
-    __shared__ __align__(16) float rows[LN_THREADS / WARP][4];
-    struct Row {
-        Vec<float, 4> dx, x;
-        Vec<A, 4> dout, branch;
-    } row, next;
-    int first = blockIdx.x * chunk, end = min(T, first + chunk), warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    __shared__ __align__(16) float common[LN_GROUP][4];
+    SHARED_DYNAMIC(float, ring); // of each row: dx, x, dout, branch
+    const int first = blockIdx.x * chunk, end = min(T, first + chunk), acts = D * sizeof(A) / sizeof(float);
     size_t picture = (size_t)blockIdx.y * T;
     const float *shift = x ? mod + (size_t)blockIdx.y * stride : NULL, *scale = x ? shift + D : NULL;
     parts += ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * 3 * D;
     if (branch) gate += (size_t)blockIdx.y * stride;
+    auto place = [&](int r) { return ring + (r - first) % (LN_STAGES * group) * (2 * D + 2 * acts); };
+    auto load_group = [&](int r0) {
+        for (int r = r0; r < min(end, r0 + group); r++) {
+            size_t at = (picture + r) * D;
+            auto copy_row = [&](float *to, const void *from, int size) {
+                for (int i = 4 * threadIdx.x; i < size; i += 4 * blockDim.x)
+                    cp_async16(to + i, (const float *)from + i, true);
+            };
+            copy_row(place(r), dx + at, D);
+            if (x) copy_row(place(r) + D, x + at, D);
+            if (x) copy_row(place(r) + 2 * D, dout + at, acts);
+            if (branch) copy_row(place(r) + 2 * D + acts, branch + at, acts);
+        }
+        cp_async_commit();
+    };
     for (int d = 4 * threadIdx.x; d - 4 * (int)threadIdx.x < D; d += 4 * blockDim.x) { // once for D up to 2048
-        float sums[3][4] = {}, a[4] = {}, b[4] = {}, s[4] = {};                          // gate, shift, scale
+        float sums[3][4] = {}, s[4] = {}, b[4] = {}, a[4] = {};                          // scale, shift, gate
         if (d < D && x) load(s, scale + d), load(b, shift + d);
         if (d < D && branch) load(a, gate + d);
-        auto get = [&](int r) {
-            size_t at = (picture + r) * D + d;
-            fetch(&next.dx, dx + at);
-            if (x) fetch(&next.x, x + at), fetch(&next.dout, dout + at);
-            if (branch) fetch(&next.branch, branch + at);
-        };
-        for (int r0 = first, stop; r0 < end; r0 = stop) {
-            stop = min(end, r0 + warps);
-            if (d < D) get(r0);
-            if (x && r0 + warp < end) {
-                size_t at = (picture + r0 + warp) * D;
-                float both[2], g_sum = 0, gx_sum = 0;
-                load(both, stats + at / D * 2);
-#pragma unroll 2
+        EACH(i, LN_STAGES - 1) load_group(first + i * group);
+        for (int r0 = first; r0 < end; r0 += group) {
+            int stop = min(end, r0 + group);
+            cp_async_wait<LN_STAGES - 2>();
+            __syncthreads(); // these have come, and nobody needs those before
+            load_group(r0 + (LN_STAGES - 1) * group);
+            for (int r = r0 + threadIdx.x / WARP; x && r < stop; r += blockDim.x / WARP) {
+                float *row = place(r), all[4] = {}, v[4], g[4], factor[4], branched[4], by[4];
+                load(*(float(*)[2])all, stats + 2 * (picture + r));
                 for (int e = threadIdx.x % WARP * 4; e < D; e += 4 * WARP) {
-                    float v[4], g[4], factor[4], more[4] = {}, by[4] = {};
-                    load(v, x + at + e);
-                    load(g, dout + at + e);
+                    load(v, row + D + e);
+                    load(g, (const A *)(row + 2 * D) + e);
                     load(factor, scale + e);
-                    if (add) load(more, branch + at + e), load(by, gate + e);
+                    if (add) load(branched, (const A *)(row + 2 * D + acts) + e), load(by, gate + e);
                     EACH(i, 4) {
                         g[i] *= 1 + factor[i];
-                        g_sum += g[i];
-                        gx_sum += g[i] * (v[i] + by[i] * more[i] - both[0]);
+                        all[2] += g[i];
+                        all[3] += g[i] * (v[i] + (add ? by[i] * branched[i] : 0) - all[0]);
                     }
                 }
-                float all[4] = {both[0], both[1], warp_sum(g_sum) / D, warp_sum(gx_sum) * both[1] / D};
-                if (threadIdx.x % WARP == 0) store(rows[warp], all);
+                all[2] = warp_sum(all[2]) / D, all[3] = warp_sum(all[3]) * all[1] / D;
+                if (threadIdx.x % WARP == 0) store(common[r - r0], all);
             }
             __syncthreads();
             for (int r = r0; d < D && r < stop; r++) {
                 size_t at = (picture + r) * D + d;
-                float out[4], v[4], of[4];
-                row = next;
-                if (r + 1 < stop) get(r + 1);
-                EACH(i, 4) out[i] = row.dx.v[i];
+                float *row = place(r), out[4], v[4], g[4], branched[4] = {}, all[4];
+                load(out, row + d);
+                if (branch) load(branched, (const A *)(row + 2 * D + acts) + d);
                 if (x) {
-                    load(of, rows[r - r0]);
+                    load(v, row + D + d);
+                    load(g, (const A *)(row + 2 * D) + d);
+                    load(all, common[r - r0]);
                     EACH(i, 4) {
-                        float g = to_float(row.dout.v[i]);
-                        v[i] = row.x.v[i] + (add ? a[i] * to_float(row.branch.v[i]) : 0);
-                        v[i] = (v[i] - of[0]) * of[1];
-                        sums[0][i] += g;
-                        sums[1][i] += g * v[i];
-                        out[i] += of[1] * (g * (1 + s[i]) - of[2] - v[i] * of[3]);
+                        v[i] = (v[i] + (add ? a[i] * branched[i] : 0) - all[0]) * all[1];
+                        sums[0][i] += g[i];
+                        sums[1][i] += g[i] * v[i];
+                        out[i] += all[1] * (g[i] * (1 + s[i]) - all[2] - v[i] * all[3]);
                         v[i] = v[i] * (1 + s[i]) + b[i];
                     }
                     store(dx + at, out);
@@ -562,17 +564,17 @@ __global__ void __launch_bounds__(LN_THREADS)
                 }
                 if (branch) {
                     EACH(i, 4) {
-                        sums[2][i] += out[i] * to_float(row.branch.v[i]);
+                        sums[2][i] += out[i] * branched[i];
                         out[i] *= a[i];
                     }
                     store(dbranch + at, out);
                 }
             }
-            __syncthreads(); // before the next rows take the place of these
         }
         EACH(k, 3) {
             if (d < D) store(parts + (size_t)k * D + d, sums[k]);
         }
+        __syncthreads(); // before the next columns' rows take the place of these
     }
 }
 
@@ -832,12 +834,14 @@ static void layernorm_backward(Model *m, int half, float *dx, Act *copy, Act *no
                                const float *x, const float *stats, const float *mod, int vectors, Act *dbranch = NULL,
                                float *dgate = NULL, const float *gate = NULL, const Act *branch = NULL, int add = 0) {
     int T = config_tokens(&m->config), D = m->config.width, stride = vectors * D;
-    int warps = imin(LN_THREADS / WARP, (int)ceil_div(D, 4 * WARP));
-    int many = (size_t)m->B * T >= (size_t)64 * gpu.sms, chunk = (1 + many) * (warps > LN_CHUNK ? warps : LN_CHUNK);
-    int chunks = (int)ceil_div(T, chunk);
-    TYPED(half, RUN((layernorm_backward_kernel<A>), dim3(chunks, m->B), warps * WARP, 0, dx, (A *)copy, (A *)normed,
-                    m->a.parts, (const A *)dout, x, stats, add, mod, (A *)dbranch, (const A *)branch, gate, stride,
-                    chunk, T, D));
+    size_t row = D * 2 * (sizeof(float) + (half ? sizeof(bf16) : sizeof(float)));
+    int chunk = (size_t)m->B * T >= (size_t)64 * gpu.sms ? 4 * LN_CHUNK : LN_CHUNK, chunks = (int)ceil_div(T, chunk);
+    size_t fits = gpu.shared / (2 * LN_STAGES * row); // with two blocks a multiprocessor
+    int group = fits < 1 ? 1 : fits < LN_GROUP ? (int)fits : LN_GROUP;
+    int threads = imin(LN_THREADS / WARP, (int)ceil_div(D, 4 * WARP)) * WARP;
+    TYPED(half, RUN((layernorm_backward_kernel<A>), dim3(chunks, m->B), threads, LN_STAGES * group * row, dx, (A *)copy,
+                    (A *)normed, m->a.parts, (const A *)dout, x, stats, add, mod, (A *)dbranch, (const A *)branch, gate,
+                    stride, chunk, group, T, D));
     RUN(column_sums_kernel, dim3((unsigned)ceil_div(D, 128), m->B, 3), 128, 0, dmod, dgate, m->a.parts, stride, chunks,
         D);
 }
@@ -2109,20 +2113,35 @@ static __device__ int has_wgmma = 0;
 
 #endif
 
-// V neighbours as one access of up to 16 bytes
+// V neighbours as one access of up to 16 bytes, converted to float and back
+template <typename T, int V>
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vec {
+    T v[V];
+};
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ inline void from_float(float *to, float x) { *to = x; }
 __device__ inline void from_float(bf16 *to, float x) { *to = __float2bfloat16_rn(x); }
 template <int V, typename T>
-__device__ inline void fetch(Vec<T, V> *x, const T *p) {
-    *x = *static_cast<const Vec<T, V> *>(__builtin_assume_aligned(p, alignof(Vec<T, V>)));
-}
-template <int V, typename T>
 __device__ inline void load(float (&x)[V], const T *p) {
-    Vec<T, V> vec;
-    fetch(&vec, p);
+    Vec<T, V> vec = *static_cast<const Vec<T, V> *>(__builtin_assume_aligned(p, alignof(decltype(vec))));
     EACH(i, V) x[i] = to_float(vec.v[i]);
+}
+// The same without conversion, which waits for the load: many can be under way. Whole registers, as halves would be
+// taken apart at once.
+template <typename T, int V>
+struct Raw {
+    Vec<uint32_t, V * sizeof(T) / 4> bits;
+    __device__ inline float operator[](int i) const {
+        uint32_t x = sizeof(T) == 4 ? bits.v[i] : i % 2 ? bits.v[i / 2] & 0xFFFF0000u : bits.v[i / 2] << 16;
+        float value;
+        memcpy(&value, &x, sizeof value);
+        return value;
+    }
+};
+template <int V, typename T>
+__device__ inline void fetch(Raw<T, V> *x, const T *p) {
+    x->bits = *static_cast<const decltype(x->bits) *>(__builtin_assume_aligned((const void *)p, alignof(Raw<T, V>)));
 }
 // Two floats as the two bf16 of a register, x in the low half
 __device__ inline uint32_t pack_bf16(float x, float y) {
@@ -2257,64 +2276,81 @@ __device__ inline int row_of_other(const Matmul &g, int row) {
     return EPI == EPI_GATED ? row / g.tokens : EPI < EPI_GATED && g.add ? row % g.add_rows : 0;
 }
 
-// Takes a part of the product to where it belongs: rows row0, row0 + hop, ..., and of each V neighbours from col on,
-// which product(v, i) gives for row i; other[i] is its row_of_other. All of it lies inside: without a branch, all loads
-// are under way before the first is used, and rows are computed side by side. A: type of activations
-template <int EPI, typename A, int ROWS, int V, typename F>
-__device__ inline void epilogue(const Matmul &g, int row0, int hop, const int (&other)[ROWS], int col, F product) {
-    typedef typename std::conditional<EPI == EPI_STORE || EPI == EPI_GELU || EPI == EPI_DGELU, A, float>::type Out;
-    Vec<typename std::conditional<EPI == EPI_DGELU, A, float>::type, V> raw[ROWS] = {};
-    Vec<float, V> more[ROWS] = {};
-    float bias[V] = {}, slope;
-    size_t at[ROWS];
-    EACH(i, ROWS) at[i] = (size_t)(row0 + i * hop) * (EPI == EPI_WEIGHT ? g.ldc : g.N) + col;
-    if (EPI < EPI_DGELU && g.bias) load(bias, g.bias + col);
-    EACH(i, ROWS) {
-        if constexpr (EPI < EPI_GATED) {
-            if (g.add) fetch(&raw[i], g.add + (size_t)other[i] * g.N + col);
-        }
-        if constexpr (EPI == EPI_GATED) {
-            fetch(&raw[i], g.gate + (size_t)other[i] * g.gate_stride + col);
-            fetch(&more[i], g.residual + at[i]);
-        }
-        if constexpr (EPI == EPI_DGELU) {
-            fetch(&raw[i], (const A *)g.pre + at[i]);
-            if (g.sum) fetch(&more[i], g.sum + at[i]);
-        }
-        if constexpr (EPI == EPI_WEIGHT) {
-            if (!g.overwrite) fetch(&raw[i], (const float *)g.out + at[i]);
-        }
+// What an epilogue reads beside V neighbours of the product, in one row: fetched for several rows before the first is
+// used. A: type of activations
+template <int EPI, typename A, int V>
+struct Others {
+    Raw<typename std::conditional<EPI == EPI_DGELU, A, float>::type, V> first; // of add, gate, pre or out
+    Raw<float, V> second;                                                      // of residual or sum
+};
+template <int EPI, typename A, int V>
+__device__ inline void epilogue_fetch(Others<EPI, A, V> *o, const Matmul &g, int row, int col, int other) {
+    size_t at = (size_t)row * (EPI == EPI_WEIGHT ? g.ldc : g.N) + col;
+    if constexpr (EPI < EPI_GATED) {
+        if (g.add) fetch(&o->first, g.add + (size_t)other * g.N + col);
     }
-    EACH(i, ROWS) {
-        float v[V], x[V], y[V], pre[V];
-        product(v, i);
-        EACH(j, V) {
-            x[j] = to_float(raw[i].v[j]), y[j] = more[i].v[j];
-            if (EPI != EPI_DGELU) pre[j] = v[j] += bias[j] + (EPI == EPI_GATED ? 0 : x[j]);
-            if (EPI == EPI_GELU) v[j] = gelu(v[j], &slope);
-            if (EPI == EPI_GATED) v[j] = y[j] + x[j] * v[j];
-            if (EPI == EPI_DGELU) x[j] = gelu(x[j], &slope), v[j] *= slope, y[j] += v[j];
-        }
-        store((Out *)g.out + at[i], v);
-        if (EPI == EPI_DGELU) store((A *)g.copy + at[i], x);
-        if (EPI == EPI_DGELU && g.sum) store(g.sum + at[i], y);
-        if ((EPI == EPI_GELU || EPI == EPI_GATED) && g.pre) store((A *)g.pre + at[i], pre);
-        if (EPI == EPI_GATED && g.copy) store((A *)g.copy + at[i], v);
+    if constexpr (EPI == EPI_GATED) {
+        fetch(&o->first, g.gate + (size_t)other * g.gate_stride + col);
+        fetch(&o->second, g.residual + at);
+    }
+    if constexpr (EPI == EPI_DGELU) {
+        fetch(&o->first, (const A *)g.pre + at);
+        if (g.sum) fetch(&o->second, g.sum + at);
+    }
+    if constexpr (EPI == EPI_WEIGHT) {
+        if (!g.overwrite) fetch(&o->first, (const float *)g.out + at);
     }
 }
 
-// The same for 16 rows and 32·CHUNKS columns that a warp holds as fragments, acc[j] at column FRAG_COLS·j. They go
+// Takes V neighbours v of the product to where they belong. Without a branch, so that rows are computed side by side.
+template <int EPI, typename A, int V>
+__device__ inline void epilogue_store(const Matmul &g, int row, int col, const Raw<float, V> &bias,
+                                      const Others<EPI, A, V> &o, float (&v)[V]) {
+    typedef typename std::conditional<EPI == EPI_STORE || EPI == EPI_GELU || EPI == EPI_DGELU, A, float>::type Out;
+    size_t at = (size_t)row * (EPI == EPI_WEIGHT ? g.ldc : g.N) + col;
+    float x[V], y[V], pre[V], slope;
+    EACH(j, V) {
+        x[j] = o.first[j], y[j] = o.second[j];
+        if (EPI != EPI_DGELU) pre[j] = v[j] += bias[j] + (EPI == EPI_GATED ? 0 : x[j]);
+        if (EPI == EPI_GELU) v[j] = gelu(v[j], &slope);
+        if (EPI == EPI_GATED) v[j] = y[j] + x[j] * v[j];
+        if (EPI == EPI_DGELU) x[j] = gelu(x[j], &slope), v[j] *= slope, y[j] += v[j];
+    }
+    store((Out *)g.out + at, v);
+    if (EPI == EPI_DGELU) store((A *)g.copy + at, x);
+    if (EPI == EPI_DGELU && g.sum) store(g.sum + at, y);
+    if ((EPI == EPI_GELU || EPI == EPI_GATED) && g.pre) store((A *)g.pre + at, pre);
+    if (EPI == EPI_GATED && g.copy) store((A *)g.copy + at, v);
+}
+
+// The epilogue of 16 rows and 32·CHUNKS columns that a warp holds as fragments, acc[j] at column FRAG_COLS·j. They go
 // through shared memory, `stage`, so that a lane gets neighbours and the warp's accesses to memory fill sectors of 32
 // bytes: 8 to a lane where all is bf16, 4 where fp32 comes with it. What a lane writes and reads there lies in banks of
-// its own: rows are 8 banks apart, and in every second four rows, every two fours of columns change places.
+// its own: rows are 8 banks apart, and in every second four rows, every two fours of columns change places. `ahead`, where
+// registers allow it: what is read beside the product is fetched 32 columns ahead.
 template <int EPI, int CHUNKS>
-__device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, int col0, const Frag *acc) {
+__device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, int col0, const Frag *acc, bool ahead) {
     constexpr int V = EPI == EPI_STORE || EPI == EPI_GELU ? 8 : 4, HOP = WARP / 32 * V, ROWS = 16 / HOP,
                   STRIDE = 32 * CHUNKS + 8;
-    int lane = threadIdx.x % WARP, col = lane % (32 / V) * V;
+    int lane = threadIdx.x % WARP, col = lane % (32 / V) * V, end = min(32 * CHUNKS, g.N - col0);
     int row = V == 8 ? lane / 4 % 2 * 4 + lane / 8 % 4 + lane / 32 * 8 : lane / 8, other[ROWS];
+    bool inside = row0 + 16 <= g.M;
+    Others<EPI, bf16, V> now[ROWS], next[ROWS] = {};
+    Raw<float, V> bias, next_bias = {};
+    auto get = [&](int c) {
+        if (EPI < EPI_DGELU && g.bias) fetch(&next_bias, g.bias + col0 + c);
+        EACH(i, ROWS) epilogue_fetch(next + i, g, row0 + row + i * HOP, col0 + c, other[i]);
+    };
+    auto product = [&](float(&v)[V], int r, int c) {
+        EACH(part, V / 4) {
+            float four[4];
+            load(four, stage + r * STRIDE + ((c + 4 * part) ^ (r & 4)));
+            EACH(j, 4) v[4 * part + j] = four[j];
+        }
+    };
     stage += threadIdx.x / WARP * 16 * STRIDE;
     EACH(i, ROWS) other[i] = row_of_other<EPI>(g, row0 + row + i * HOP);
+    if (ahead && inside && col < end) get(col);
     EACH(j, 32 * CHUNKS / FRAG_COLS * FRAG_RUNS) {
         EACH(i, FRAG_ROWS) {
             int r = frag_row(i), c = frag_col(j);
@@ -2324,26 +2360,27 @@ __device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, in
         }
     }
     __syncwarp();
-#pragma unroll 1                                  // saves registers
-    for (int c = col; c < 32 * CHUNKS; c += 32) { // HOP rows at a time
-        auto product = [&](float(&v)[V], int i) {
-            int r = row + i * HOP;
-            EACH(part, V / 4) {
-                float four[4];
-                load(four, stage + r * STRIDE + ((c + 4 * part) ^ (r & 4)));
-                EACH(j, 4) v[4 * part + j] = four[j];
-            }
-        };
-        if (col0 + c < g.N && row0 + 16 <= g.M) {
-            epilogue<EPI, bf16, ROWS, V>(g, row0 + row, HOP, other, col0 + c, product);
-            continue;
+#pragma unroll 1 // saves registers
+    for (int c = col; inside && c < end; c += 32) {
+        if (!ahead) get(c);
+        EACH(i, ROWS) now[i] = next[i];
+        bias = next_bias;
+        if (ahead && c + 32 < end) get(c + 32);
+        EACH(i, ROWS) {
+            float v[V];
+            product(v, row + i * HOP, c);
+            epilogue_store(g, row0 + row + i * HOP, col0 + c, bias, now[i], v);
         }
+    }
 #pragma unroll 1
-        for (int i = 0; i < ROWS && col0 + c < g.N && row0 + row + i * HOP < g.M; i++) { // rows one by one
-            int of[1] = {row_of_other<EPI>(g, row0 + row + i * HOP)};
-            epilogue<EPI, bf16, 1, V>(g, row0 + row + i * HOP, 1, of, col0 + c,
-                                      [&](float(&v)[V], int) { product(v, i); });
-        }
+    for (int i = 0; !inside && i < ROWS * CHUNKS; i++) { // the last rows, one by one
+        int r = row + i % ROWS * HOP, c = col + i / ROWS * 32;
+        float v[V];
+        if (row0 + r >= g.M || c >= end) continue;
+        if (EPI < EPI_DGELU && g.bias) fetch(&next_bias, g.bias + col0 + c);
+        epilogue_fetch(next, g, row0 + r, col0 + c, row_of_other<EPI>(g, row0 + r));
+        product(v, r, c);
+        epilogue_store(g, row0 + r, col0 + c, next_bias, next[0], v);
     }
     __syncwarp(); // before the next results take the place of these
 }
@@ -2467,7 +2504,7 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g, float
     __syncthreads(); // the ring is free: warps stage their results there
     EACH(i, MI) {
         int row = m0 + wm + 16 * i;
-        warp_epilogue<EPI, W / 32>(g, (float *)shared, row, n0 + wn, acc[i]);
+        warp_epilogue<EPI, W / 32>(g, (float *)shared, row, n0 + wn, acc[i], false);
         EACH(h, FRAG_ROWS) {
             int r = row + frag_row(h);
             if (sum_rows && frag_col(0) == 0 && r < g.M)
@@ -2615,7 +2652,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
                 multiply(std::false_type());
             EACH(i, 4) {
                 int row = m0 + i / 2 * 64 + threadIdx.x % 128 / WARP * 16, col = i % 2 * 96;
-                warp_epilogue<EPI, 3>(part, stage, row, n0 + col, acc[i / 2] + col / 8);
+                warp_epilogue<EPI, 3>(part, stage, row, n0 + col, acc[i / 2] + col / 8, i > (EPI == EPI_GATED));
             }
         }
     }
@@ -2670,7 +2707,7 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g, float *parts) {
     auto k_of = [](bool slow, int e) { return slow ? e / F32_TILE : e % F32_BK; };
     auto m_of = [](bool slow, int e) { return slow ? e % F32_TILE : e / F32_BK; };
     auto place = [](int k, int m) { return k * F32_ROW + (m ^ k / 8 * 2); };
-    auto fetch = [&](int k0) {
+    auto load_next = [&](int k0) {
         EACH(i, 8) {
             int e = i * 128 + threadIdx.x, k = k0 + k_of(TA, e), m = m0 + m_of(TA, e);
             next_a[i] = k < k_end && m < g.M ? a[TA ? (size_t)k * g.lda + m : (size_t)m * g.lda + k] : 0;
@@ -2679,7 +2716,7 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g, float *parts) {
             next_b[i] = k < k_end && n < g.N ? b[TB ? (size_t)k * g.ldb + n : (size_t)n * g.ldb + k] : 0;
         }
     };
-    fetch(k_begin);
+    load_next(k_begin);
     for (int k0 = k_begin; k0 < k_end; k0 += F32_BK) {
         EACH(i, 8) {
             int e = i * 128 + threadIdx.x;
@@ -2687,7 +2724,7 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g, float *parts) {
             tb[place(k_of(TB, e), m_of(TB, e))] = next_b[i];
         }
         __syncthreads();
-        fetch(k0 + F32_BK);
+        load_next(k0 + F32_BK);
         EACH(k, F32_BK) {
             float x[2][4], y[4];
             load(x[0], ta + k * F32_ROW + ty);
@@ -2706,18 +2743,22 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g, float *parts) {
         int row = m0 + ty + 4 * half, col = n0 + tx;
         int other[4];
         EACH(i, 4) other[i] = row_of_other<EPI>(g, row + i);
-        auto four = [&](float(&v)[4], int i) {
-            EACH(j, 4) v[j] = acc[half][i][j];
-        };
         if (fours && col < g.N && row + 4 <= g.M) {
-            epilogue<EPI, float, 4, 4>(g, row, 1, other, col, four);
+            Others<EPI, float, 4> o[4] = {};
+            Raw<float, 4> bias = {};
+            if (EPI < EPI_DGELU && g.bias) fetch(&bias, g.bias + col);
+            EACH(i, 4) epilogue_fetch(o + i, g, row + i, col, other[i]);
+            EACH(i, 4) epilogue_store(g, row + i, col, bias, o[i], acc[half][i]);
             continue;
         }
         EACH(i, 16) { // numbers one by one
-            int of[1] = {other[i / 4]};
-            auto one = [&](float(&v)[1], int) { v[0] = acc[half][i / 4][i % 4]; };
-            if (col + i % 4 < g.N && row + i / 4 < g.M)
-                epilogue<EPI, float, 1, 1>(g, row + i / 4, 1, of, col + i % 4, one);
+            float v[1] = {acc[half][i / 4][i % 4]};
+            Others<EPI, float, 1> o = {};
+            Raw<float, 1> bias = {};
+            if (row + i / 4 >= g.M || col + i % 4 >= g.N) continue;
+            if (EPI < EPI_DGELU && g.bias) fetch(&bias, g.bias + col + i % 4);
+            epilogue_fetch(&o, g, row + i / 4, col + i % 4, other[i / 4]);
+            epilogue_store(g, row + i / 4, col + i % 4, bias, o, v);
         }
     }
     EACH(i, 8) {
