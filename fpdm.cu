@@ -2280,8 +2280,8 @@ __device__ inline int row_of_other(const Matmul &g, int row) {
 // used. A: type of activations
 template <int EPI, typename A, int V>
 struct Others {
-    Raw<typename std::conditional<EPI == EPI_DGELU, A, float>::type, V> first; // of add, gate, pre or out
-    Raw<float, V> second;                                                      // of residual or sum
+    Raw<typename std::conditional<EPI == EPI_DGELU, A, float>::type, V> first; // of add, residual, pre or out
+    Raw<float, V> second;                                                      // of sum
 };
 template <int EPI, typename A, int V>
 __device__ inline void epilogue_fetch(Others<EPI, A, V> *o, const Matmul &g, int row, int col, int other) {
@@ -2289,10 +2289,7 @@ __device__ inline void epilogue_fetch(Others<EPI, A, V> *o, const Matmul &g, int
     if constexpr (EPI < EPI_GATED) {
         if (g.add) fetch(&o->first, g.add + (size_t)other * g.N + col);
     }
-    if constexpr (EPI == EPI_GATED) {
-        fetch(&o->first, g.gate + (size_t)other * g.gate_stride + col);
-        fetch(&o->second, g.residual + at);
-    }
+    if constexpr (EPI == EPI_GATED) fetch(&o->first, g.residual + at);
     if constexpr (EPI == EPI_DGELU) {
         fetch(&o->first, (const A *)g.pre + at);
         if (g.sum) fetch(&o->second, g.sum + at);
@@ -2304,16 +2301,17 @@ __device__ inline void epilogue_fetch(Others<EPI, A, V> *o, const Matmul &g, int
 
 // Takes V neighbours v of the product to where they belong. Without a branch, so that rows are computed side by side.
 template <int EPI, typename A, int V>
-__device__ inline void epilogue_store(const Matmul &g, int row, int col, const Raw<float, V> &bias,
+__device__ inline void epilogue_store(const Matmul &g, int row, int col, int other, const Raw<float, V> &bias,
                                       const Others<EPI, A, V> &o, float (&v)[V]) {
     typedef typename std::conditional<EPI == EPI_STORE || EPI == EPI_GELU || EPI == EPI_DGELU, A, float>::type Out;
     size_t at = (size_t)row * (EPI == EPI_WEIGHT ? g.ldc : g.N) + col;
-    float x[V], y[V], pre[V], slope;
+    float x[V], y[V], gate[V] = {}, pre[V], slope;
+    if (EPI == EPI_GATED) load(gate, g.gate + (size_t)other * g.gate_stride + col); // it is in the cache
     EACH(j, V) {
         x[j] = o.first[j], y[j] = o.second[j];
         if (EPI != EPI_DGELU) pre[j] = v[j] += bias[j] + (EPI == EPI_GATED ? 0 : x[j]);
         if (EPI == EPI_GELU) v[j] = gelu(v[j], &slope);
-        if (EPI == EPI_GATED) v[j] = y[j] + x[j] * v[j];
+        if (EPI == EPI_GATED) v[j] = x[j] + gate[j] * v[j];
         if (EPI == EPI_DGELU) x[j] = gelu(x[j], &slope), v[j] *= slope, y[j] += v[j];
     }
     store((Out *)g.out + at, v);
@@ -2369,7 +2367,7 @@ __device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, in
         EACH(i, ROWS) {
             float v[V];
             product(v, row + i * HOP, c);
-            epilogue_store(g, row0 + row + i * HOP, col0 + c, bias, now[i], v);
+            epilogue_store(g, row0 + row + i * HOP, col0 + c, other[i], bias, now[i], v);
         }
     }
 #pragma unroll 1
@@ -2378,9 +2376,10 @@ __device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, in
         float v[V];
         if (row0 + r >= g.M || c >= end) continue;
         if (EPI < EPI_DGELU && g.bias) fetch(&next_bias, g.bias + col0 + c);
-        epilogue_fetch(next, g, row0 + r, col0 + c, row_of_other<EPI>(g, row0 + r));
+        int one = row_of_other<EPI>(g, row0 + r);
+        epilogue_fetch(next, g, row0 + r, col0 + c, one);
         product(v, r, c);
-        epilogue_store(g, row0 + r, col0 + c, next_bias, next[0], v);
+        epilogue_store(g, row0 + r, col0 + c, one, next_bias, next[0], v);
     }
     __syncwarp(); // before the next results take the place of these
 }
@@ -2652,7 +2651,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
                 multiply(std::false_type());
             EACH(i, 4) {
                 int row = m0 + i / 2 * 64 + threadIdx.x % 128 / WARP * 16, col = i % 2 * 96;
-                warp_epilogue<EPI, 3>(part, stage, row, n0 + col, acc[i / 2] + col / 8, i > (EPI == EPI_GATED));
+                warp_epilogue<EPI, 3>(part, stage, row, n0 + col, acc[i / 2] + col / 8, i > 0);
             }
         }
     }
@@ -2748,7 +2747,7 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g, float *parts) {
             Raw<float, 4> bias = {};
             if (EPI < EPI_DGELU && g.bias) fetch(&bias, g.bias + col);
             EACH(i, 4) epilogue_fetch(o + i, g, row + i, col, other[i]);
-            EACH(i, 4) epilogue_store(g, row + i, col, bias, o[i], acc[half][i]);
+            EACH(i, 4) epilogue_store(g, row + i, col, other[i], bias, o[i], acc[half][i]);
             continue;
         }
         EACH(i, 16) { // numbers one by one
@@ -2758,7 +2757,7 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g, float *parts) {
             if (row + i / 4 >= g.M || col + i % 4 >= g.N) continue;
             if (EPI < EPI_DGELU && g.bias) fetch(&bias, g.bias + col + i % 4);
             epilogue_fetch(&o, g, row + i / 4, col + i % 4, other[i / 4]);
-            epilogue_store(g, row + i / 4, col + i % 4, bias, o, v);
+            epilogue_store(g, row + i / 4, col + i % 4, other[i / 4], bias, o, v);
         }
     }
     EACH(i, 8) {
