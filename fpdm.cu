@@ -3025,7 +3025,7 @@ __global__ void __launch_bounds__(Tiles<A, HD>::KEY_WARPS *WARP, 1)
     size_t to = (size_t)blockIdx.y * T * D + blockIdx.x * hd;
     dqkv += q - qkv, sums += to, dout += to, out += to, lse += ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * T;
     auto load_queries = [&](int q0) {
-        A *tq = queries + q0 / QUERIES % buffers * S::BUFFER;
+        A *tq = queries + (q0 / QUERIES & (buffers - 1)) * S::BUFFER;
         if (q0 < T) {
             load_head<A, HD>(tq, QUERIES, q, 3 * D, q0, T, hd, blockDim.x);
             load_head<A, HD>(tq + QUERIES * S::LD, QUERIES, dout, D, q0, T, hd, blockDim.x);
@@ -3058,7 +3058,7 @@ __global__ void __launch_bounds__(Tiles<A, HD>::KEY_WARPS *WARP, 1)
     for (int i = 0; i < buffers; i++) load_queries(i * QUERIES);
     Frag dk[MI][NO] = {}, dv[MI][NO] = {};
     for (int q0 = 0; q0 < T; q0 += QUERIES) {
-        const A *tq = queries + q0 / QUERIES % buffers * S::BUFFER, *tg = tq + QUERIES * S::LD;
+        const A *tq = queries + (q0 / QUERIES & (buffers - 1)) * S::BUFFER, *tg = tq + QUERIES * S::LD;
         int stats = q0 % S::STATS;
         if (!stats) load_stats(q0);
         if (buffers > 1)
