@@ -2785,7 +2785,7 @@ struct Tiles {
     // Backward: a block has up to KEY_WARPS warps of KEYS keys; a group: k, v and dS of 32 keys
     enum { BMI = SMALL ? BACKWARD_MI : 1, KEYS = 16 * BMI, KEY_WARPS = SMALL && BMI == 1 ? 16 : 8 };
     enum { QUERIES = sizeof(A) == 2 ? 64 : 32, QUERIES_LD = QUERIES + 8, GROUP = 32 * (2 * LD + QUERIES_LD) };
-    enum { STATS = 256, BUFFER = 2 * QUERIES * LD };
+    enum { STATS = 256, BUFFERS = SMALL ? 2 : 1, BUFFER = 2 * QUERIES * LD };
 };
 
 // tile (rows,HD) = rows first.. of one head: p (T,hd), row stride ld; zero beyond both sizes. N: as many, `apart` in p
@@ -3011,21 +3011,21 @@ __global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, 2)
 template <typename A, int HD>
 __global__ void __launch_bounds__(Tiles<A, HD>::KEY_WARPS *WARP, 1)
     attention_backward_kernel(A *dqkv, float *sums, const A *dout, const A *out, const float *lse, const A *qkv,
-                              int first, int buffers, int T, int D, int hd, float scale) {
+                              int first, int T, int D, int hd, float scale) {
     typedef Tiles<A, HD> S;
     enum { MI = S::BMI, QUERIES = S::QUERIES, NO = HD / FRAG_COLS, NT = 32 / FRAG_COLS };
     enum { PARTS = (S::KEY_WARPS + 4) / 6, PART = (NO + PARTS - 1) / PARTS }; // of dq's channels
     SHARED_DYNAMIC(float, q_lse);
     float *q_delta = q_lse + S::STATS;
     int warp = threadIdx.x / WARP, warps = blockDim.x / WARP, keys = warps * S::KEYS, mine = warp * S::KEYS;
-    A *groups = (A *)(q_delta + S::STATS), *queries = groups + keys / 32 * S::GROUP;
+    A *queries = (A *)(q_delta + S::STATS), *groups = queries + S::BUFFERS * S::BUFFER;
     A *tk = groups + mine / 32 * S::GROUP + mine % 32 * S::LD, *tv = tk + 32 * S::LD;
     A *ds = groups + mine / 32 * S::GROUP + 64 * S::LD + mine % 32 * S::QUERIES_LD;
     const A *q = qkv + (size_t)blockIdx.y * T * 3 * D + blockIdx.x * hd;
     size_t to = (size_t)blockIdx.y * T * D + blockIdx.x * hd;
     dqkv += q - qkv, sums += to, dout += to, out += to, lse += ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * T;
     auto load_queries = [&](int q0) {
-        A *tq = queries + (q0 / QUERIES & (buffers - 1)) * S::BUFFER;
+        A *tq = queries + (q0 / QUERIES % S::BUFFERS) * S::BUFFER;
         if (q0 < T) {
             load_head<A, HD>(tq, QUERIES, q, 3 * D, q0, T, hd, blockDim.x);
             load_head<A, HD>(tq + QUERIES * S::LD, QUERIES, dout, D, q0, T, hd, blockDim.x);
@@ -3055,53 +3055,52 @@ __global__ void __launch_bounds__(Tiles<A, HD>::KEY_WARPS *WARP, 1)
     };
     load_head<A, HD>(tk, S::KEYS, q + D, 3 * D, first + mine, T, hd, WARP);
     load_head<A, HD>(tv, S::KEYS, q + 2 * D, 3 * D, first + mine, T, hd, WARP);
-    for (int i = 0; i < buffers; i++) load_queries(i * QUERIES);
+    EACH(i, S::BUFFERS) load_queries(i * QUERIES);
     Frag dk[MI][NO] = {}, dv[MI][NO] = {};
-    for (int q0 = 0; q0 < T; q0 += QUERIES) {
-        const A *tq = queries + (q0 / QUERIES & (buffers - 1)) * S::BUFFER, *tg = tq + QUERIES * S::LD;
-        int stats = q0 % S::STATS;
-        if (!stats) load_stats(q0);
-        if (buffers > 1)
-            cp_async_wait<1>();
-        else
-            cp_async_wait<0>();
-        __syncthreads(); // these queries are there, and nobody needs dS of those before any more
-#pragma unroll 1
-        for (int c = 0; c < min((int)QUERIES, T - q0); c += 32) {
-            Frag p[MI][NT], g[MI][NT];
-            float of[FRAG_RUN]; // these queries
-            tile_scores<HD>(p, tk, tq + c * S::LD);
-            EACH(j, NT * FRAG_RUNS) { // a key beyond T meets a row of zeros in k: all its weight must be is finite
-                load(of, q_lse + stats + c + frag_col(j));
-                EACH(r, MI * FRAG_ROWS) {
-                    FragRun &x = frag_run(p[r / FRAG_ROWS], r % FRAG_ROWS, j);
-                    EACH(i, FRAG_RUN) x[i] = fast_exp2(fminf(x[i] * scale - of[i], 0));
-                }
-            }
-            tile_apply<HD>(dv, p, tg + c * S::LD);
-            tile_scores<HD>(g, tv, tg + c * S::LD);
-            EACH(j, NT * FRAG_RUNS) {
-                load(of, q_delta + stats + c + frag_col(j));
-                EACH(r, MI * FRAG_ROWS) {
-                    FragRun &x = frag_run(g[r / FRAG_ROWS], r % FRAG_ROWS, j);
-                    EACH(i, FRAG_RUN) x[i] = frag_run(p[r / FRAG_ROWS], r % FRAG_ROWS, j)[i] * (x[i] - of[i]);
-                    store(ds + (r / FRAG_ROWS * 16 + frag_row(r % FRAG_ROWS)) * S::QUERIES_LD + c + frag_col(j), x);
-                }
-            }
-            tile_apply<HD>(dk, g, tq + c * S::LD);
+    for (int q0 = 0; q0 < T; q0 += 32) { // queries; a tile, with barriers around, has QUERIES
+        int in_tile = q0 % QUERIES;
+        const A *tq = queries + (q0 / QUERIES % S::BUFFERS) * S::BUFFER + in_tile * S::LD;
+        const A *tg = tq + QUERIES * S::LD;
+        if (q0 % S::STATS == 0) load_stats(q0);
+        if (!in_tile) {
+            cp_async_wait<S::BUFFERS - 1>();
+            __syncthreads(); // these queries are there, and nobody needs dS of those before any more
         }
+        Frag p[MI][NT], g[MI][NT];
+        float of[FRAG_RUN]; // these queries
+        tile_scores<HD>(p, tk, tq);
+        EACH(j, NT * FRAG_RUNS) { // a key beyond T meets a row of zeros in k: all its weight must be is finite
+            load(of, q_lse + q0 % S::STATS + frag_col(j));
+            EACH(r, MI * FRAG_ROWS) {
+                FragRun &x = frag_run(p[r / FRAG_ROWS], r % FRAG_ROWS, j);
+                EACH(i, FRAG_RUN) x[i] = fast_exp2(fminf(x[i] * scale - of[i], 0));
+            }
+        }
+        tile_apply<HD>(dv, p, tg);
+        tile_scores<HD>(g, tv, tg);
+        EACH(j, NT * FRAG_RUNS) {
+            load(of, q_delta + q0 % S::STATS + frag_col(j));
+            EACH(r, MI * FRAG_ROWS) {
+                FragRun &x = frag_run(g[r / FRAG_ROWS], r % FRAG_ROWS, j);
+                EACH(i, FRAG_RUN) x[i] = frag_run(p[r / FRAG_ROWS], r % FRAG_ROWS, j)[i] * (x[i] - of[i]);
+                int row = r / FRAG_ROWS * 16 + frag_row(r % FRAG_ROWS);
+                store(ds + row * S::QUERIES_LD + in_tile + frag_col(j), x);
+            }
+        }
+        tile_apply<HD>(dk, g, tq);
+        if (in_tile + 32 < QUERIES && q0 + 32 < T) continue;
         __syncthreads(); // dS is whole, and nobody needs these queries any more
-        load_queries(q0 + buffers * QUERIES);
+        load_queries(q0 - in_tile + S::BUFFERS * QUERIES);
 #pragma unroll 1
         for (int unit = warp; unit < QUERIES / 16 * PARTS; unit += warps) {
             Frag dq[PART] = {};
-            int row = q0 + unit / PARTS * 16, col = unit % PARTS * PART * FRAG_COLS;
+            int query = unit / PARTS * 16, row = q0 - in_tile + query, col = unit % PARTS * PART * FRAG_COLS;
             if (row >= T) break;
             if (col >= HD) continue;
             if (first)
                 each_run(dq, row, T, hd - col,
                          [&](int r, int c, FragRun &run) { load(run, sums + (size_t)r * D + col + c); });
-            tile_apply_groups<HD>(dq, groups + 64 * S::LD + row - q0, groups + col, keys, col + FRAG_COLS * PART <= HD);
+            tile_apply_groups<HD>(dq, groups + 64 * S::LD + query, groups + col, keys, col + FRAG_COLS * PART <= HD);
             if (first + keys < T)
                 store_head(sums + col, D, row, T, hd - col, dq, 1);
             else
@@ -3152,17 +3151,15 @@ static void attention_backward(int half, Act *dqkv, float *sums, const Act *dout
     float scale = (float)(1.4426950408889634 / sqrt((double)hd));
     TYPED(half, HEAD_SIZE(hd, {
               typedef Tiles<A, HD> S;
-              auto shared = [](int keys, int buffers) {
-                  return 2 * S::STATS * sizeof(float) + sizeof(A) * (keys / 32 * S::GROUP + buffers * S::BUFFER);
+              auto shared = [](int keys) {
+                  return 2 * S::STATS * sizeof(float) + sizeof(A) * (S::BUFFERS * S::BUFFER + keys / 32 * S::GROUP);
               };
               int most = S::KEY_WARPS; // keys are a multiple of 32
-              while (shared(most * S::KEYS, 1) > gpu.shared) most /= 2;
+              while (shared(most * S::KEYS) > gpu.shared) most /= 2;
               int parts = (int)ceil_div(T, most * S::KEYS), keys = (int)ceil_div(ceil_div(T, parts), 32) * 32;
-              int buffers = T > S::QUERIES && shared(keys, 2) <= gpu.shared ? 2 : 1;
               for (int first = 0; first < T; first += keys)
-                  RUN((attention_backward_kernel<A, HD>), dim3(H, B), WARP * keys / S::KEYS, shared(keys, buffers),
-                      (A *)dqkv, sums, (const A *)dout, (const A *)out, lse, (const A *)qkv, first, buffers, T, D, hd,
-                      scale);
+                  RUN((attention_backward_kernel<A, HD>), dim3(H, B), WARP * keys / S::KEYS, shared(keys), (A *)dqkv,
+                      sums, (const A *)dout, (const A *)out, lse, (const A *)qkv, first, T, D, hd, scale);
           }));
 }
 
