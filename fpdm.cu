@@ -2864,25 +2864,37 @@ static void linear_weight(int half, float *dw, int ldw, float *db, const void *d
 #ifndef FORWARD_MI
 #define FORWARD_MI 1
 #endif
+#ifndef BACKWARD_MI
+#define BACKWARD_MI 2
+#endif
 template <typename A, int HD>
 struct Tiles {
     enum { PIECE = 16 / sizeof(A), LD = HD + (HD / PIECE % 2 ? 0 : PIECE) }; // PIECE: elements in 16 bytes
     enum { SMALL = sizeof(A) == 2 && HD <= 72 };
     // Forward: a block has up to WARPS warps
-    enum { FMI = SMALL ? FORWARD_MI : 1, FROWS = 16 * FMI, WARPS = sizeof(A) == 2 && FMI == 1 ? 8 : 4 };
+    enum { FMI = SMALL ? FORWARD_MI : 1, FROWS = 16 * FMI, WARPS = SMALL && FMI == 1 ? 8 : 4 };
     enum { FCOLS = SMALL ? 64 : 32 };
-    enum { MI = SMALL ? 2 : 1, ROWS = 16 * MI, COLS = sizeof(A) == 2 ? 64 : 32 };
-    enum { COLS_LD = COLS + 8, GROUP = 32 * (2 * LD + COLS_LD) };
+    // Backward: a block has up to KEY_WARPS warps of KEYS keys; a group: k, v and dS of 32 keys
+    enum { BMI = SMALL ? BACKWARD_MI : 1, KEYS = 16 * BMI, KEY_WARPS = SMALL && BMI == 1 ? 16 : 8 };
+    enum { QUERIES = sizeof(A) == 2 ? 64 : 32, QUERIES_LD = QUERIES + 8, GROUP = 32 * (2 * LD + QUERIES_LD) };
+    enum { STATS = 256, BUFFERS = SMALL ? 2 : 1, BUFFER = 2 * QUERIES * LD };
 };
 
-// tile (rows,HD) = rows first.. of one head: p (T,hd), row stride ld; zero beyond both sizes. By `threads` threads
-template <typename A, int HD>
-__device__ inline void load_head(A *tile, int rows, const A *p, int ld, int first, int T, int hd, int threads) {
-    enum { PIECE = Tiles<A, HD>::PIECE, PIECES = HD / PIECE };
-    for (unsigned i = threads == WARP ? threadIdx.x % WARP : threadIdx.x; i < (unsigned)(rows * PIECES); i += threads) {
-        unsigned r = i / PIECES, c = i % PIECES * PIECE, row = first + r; // 32 bits: half the instructions
-        bool inside = row < (unsigned)T && c < (unsigned)hd;
-        cp_async16(tile + r * Tiles<A, HD>::LD + c, p + (inside ? row * ld + c : 0), inside);
+// tile (rows,HD) = rows first.. of one head: p (T,hd), row stride ld; zero beyond both sizes. N: as many, `apart` in p
+// and right behind each other in `tile`. By `threads` threads, each the same piece of every so many rows.
+template <typename A, int HD, int N = 1>
+__device__ inline void load_head(A *tile, int rows, const A *p, int ld, int first, int T, int hd, int threads,
+                                 int apart = 0) {
+    enum { PIECE = Tiles<A, HD>::PIECE, PIECES = HD / PIECE, LD = Tiles<A, HD>::LD };
+    unsigned thread = threads == WARP ? threadIdx.x % WARP : threadIdx.x, step = (unsigned)threads / PIECES;
+    unsigned c = thread % PIECES * PIECE, r = thread / PIECES;
+#pragma unroll 1
+    for (int n = 0; n < rows; n += step, r += step) { // uniform
+        bool inside = c < (unsigned)hd && first + r < (unsigned)T;
+        const A *from = p + (inside ? (first + r) * ld + c : 0);
+        EACH(i, N)
+            if (thread < step * PIECES && r < (unsigned)rows)
+                cp_async16(tile + (i * rows + r) * LD + c, from + i * apart, inside);
     }
 }
 
@@ -2904,7 +2916,7 @@ __device__ inline void tile_scores(Frag (&s)[MI][NT], const bf16 *rows, const bf
             EACH(i, 2 * MI) frag_multiply<HALF>(s[i / 2][j + i % 2], a[i / 2], b[i % 2]);
         }
     };
-#pragma unroll (MI == 1 ? 8 : 2)
+#pragma unroll (MI == 1 && HD <= 72 ? 8 : 2)
     for (int k = 0; k + 16 <= HD; k += 16) add(std::false_type(), k);
     if constexpr (HD % 16 != 0) add(std::true_type(), HD - 8);
 }
@@ -2967,7 +2979,7 @@ __device__ inline void tile_apply_groups(Frag (&out)[N], const bf16 *p, const bf
         Left a[2];
         Right b[2];
         EACH(i, 2)
-            left_load<true, false>(a[i], [&](int r, int piece) { return p + (16 * i + r) * S::COLS_LD + 8 * piece; });
+            left_load<true, false>(a[i], [&](int r, int piece) { return p + (16 * i + r) * S::QUERIES_LD + 8 * piece; });
         EACH(j, N) {
             if (j == N - 1 && !all) break;
             right_load<RIGHT_SLOW_DEEP, false>(
@@ -2981,7 +2993,7 @@ template <int HD, int N>
 __device__ inline void tile_apply_groups(Frag (&out)[N], const float *p, const float *cols, int rows, bool all) {
     typedef Tiles<float, HD> S;
     for (int k = 0; k < rows; k++) {
-        int row = k / 32 * S::GROUP + k % 32 * S::LD, weight = k / 32 * S::GROUP + k % 32 * S::COLS_LD;
+        int row = k / 32 * S::GROUP + k % 32 * S::LD, weight = k / 32 * S::GROUP + k % 32 * S::QUERIES_LD;
         EACH(j, N * FRAG_RUNS) {
             float c[FRAG_RUN];
             if (j / FRAG_RUNS == N - 1 && !all) break;
@@ -3022,24 +3034,20 @@ __global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, 2)
     attention_kernel(A *out, float *lse, const A *qkv, int T, int D, int hd, float scale) {
     typedef Tiles<A, HD> S;
     enum { MI = S::FMI, COLS = S::FCOLS, NT = COLS / FRAG_COLS, NO = HD / FRAG_COLS, BUFFER = 2 * COLS * S::LD };
-    SHARED_DYNAMIC(A, tq);
-    int warp = threadIdx.x / WARP, rows = blockDim.x / WARP * S::FROWS;
-    int first = blockIdx.x * rows + warp * S::FROWS;
-    A *buffers = tq + rows * S::LD; // two, each k and v
+    SHARED_DYNAMIC(A, buffers); // two of k and v, then q
+    enum { ROWS = S::WARPS * S::FROWS, THREADS = S::WARPS * WARP };
+    int warp = threadIdx.x / WARP, first = blockIdx.x * ROWS + warp * S::FROWS;
+    A *tq = buffers + 2 * BUFFER;
     const A *q = qkv + (size_t)(blockIdx.z * T) * (3 * D) + blockIdx.y * hd;
     auto load_columns = [&](int c0) {
         A *tk = buffers + c0 / COLS % 2 * BUFFER;
-        for (unsigned i = threadIdx.x; i < 2 * COLS * HD / S::PIECE; i += blockDim.x) {
-            unsigned r = i / (HD / S::PIECE), c = i % (HD / S::PIECE) * S::PIECE, row = c0 + r % COLS;
-            bool inside = row < (unsigned)T && c < (unsigned)hd;
-            cp_async16(tk + r * S::LD + c, q + (inside ? row * 3 * D + (1 + r / COLS) * D + c : 0), inside);
-        }
+        load_head<A, HD, 2>(tk, COLS, q + D, 3 * D, c0, T, hd, THREADS, D);
         cp_async_commit();
     };
     Frag o[MI][NO] = {};
     float largest[MI][FRAG_ROWS], sum[MI][FRAG_ROWS] = {}; // the largest times scale
     EACH(i, FRAG_ROWS * MI) largest[i / FRAG_ROWS][i % FRAG_ROWS] = -INFINITY;
-    load_head<A, HD>(tq, rows, q, 3 * D, blockIdx.x * rows, T, hd, blockDim.x);
+    load_head<A, HD>(tq, ROWS, q, 3 * D, blockIdx.x * ROWS, T, hd, THREADS);
     load_columns(0);
     for (int c0 = 0; c0 < T; c0 += COLS) {
         Frag s[MI][NT];
@@ -3093,81 +3101,98 @@ __global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, 2)
 // of the channels at a time. A launch does up to 256 keys, fewer where shared memory is small; if T is more, dq waits
 // in `sums` (B,T,D) for the rest.
 template <typename A, int HD>
-__global__ void __launch_bounds__(8 * WARP, 1)
+__global__ void __launch_bounds__(Tiles<A, HD>::KEY_WARPS *WARP, 1)
     attention_backward_kernel(A *dqkv, float *sums, const A *dout, const A *out, const float *lse, const A *qkv,
                               int first, int T, int D, int hd, float scale) {
     typedef Tiles<A, HD> S;
-    enum { MI = S::MI, QUERIES = S::COLS, NO = HD / FRAG_COLS, HALF = (NO + 1) / 2, NT = 32 / FRAG_COLS };
-    SHARED_DYNAMIC(A, tq);
-    int warp = threadIdx.x / WARP, warps = blockDim.x / WARP, keys = warps * S::ROWS, mine = warp * S::ROWS;
-    A *tg = tq + QUERIES * S::LD, *groups = tg + QUERIES * S::LD; // of 32 keys: k, v, dS
+    enum { MI = S::BMI, QUERIES = S::QUERIES, NO = HD / FRAG_COLS, NT = 32 / FRAG_COLS };
+    enum { PARTS = (S::KEY_WARPS + 4) / 6, PART = (NO + PARTS - 1) / PARTS }; // of dq's channels
+    SHARED_DYNAMIC(float, q_lse);
+    float *q_delta = q_lse + S::STATS;
+    int warp = threadIdx.x / WARP, warps = blockDim.x / WARP, keys = warps * S::KEYS, mine = warp * S::KEYS;
+    A *queries = (A *)(q_delta + S::STATS), *groups = queries + S::BUFFERS * S::BUFFER;
     A *tk = groups + mine / 32 * S::GROUP + mine % 32 * S::LD, *tv = tk + 32 * S::LD;
-    A *ds = groups + mine / 32 * S::GROUP + 64 * S::LD + mine % 32 * S::COLS_LD;
-    float *q_lse = (float *)(groups + keys / 32 * S::GROUP), *q_delta = q_lse + QUERIES;
+    A *ds = groups + mine / 32 * S::GROUP + 64 * S::LD + mine % 32 * S::QUERIES_LD;
     const A *q = qkv + (size_t)blockIdx.y * T * 3 * D + blockIdx.x * hd;
     size_t to = (size_t)blockIdx.y * T * D + blockIdx.x * hd;
     dqkv += q - qkv, sums += to, dout += to, out += to, lse += ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * T;
     auto load_queries = [&](int q0) {
-        load_head<A, HD>(tq, QUERIES, q, 3 * D, q0, T, hd, blockDim.x);
-        load_head<A, HD>(tg, QUERIES, dout, D, q0, T, hd, blockDim.x);
+        A *tq = queries + (q0 / QUERIES % S::BUFFERS) * S::BUFFER;
+        if (q0 < T) {
+            load_head<A, HD>(tq, QUERIES, q, 3 * D, q0, T, hd, blockDim.x);
+            load_head<A, HD>(tq + QUERIES * S::LD, QUERIES, dout, D, q0, T, hd, blockDim.x);
+        }
         cp_async_commit();
-        for (int i = threadIdx.x; i < 4 * QUERIES; i += blockDim.x) { // four threads a query
-            int row = q0 + i / 4;
-            float delta = 0, g[S::PIECE], o[S::PIECE];
-#pragma unroll 1 // saves registers, as below
-            for (int c = i % 4 * S::PIECE; row < T && c < hd; c += 4 * S::PIECE) {
-                load(g, dout + (size_t)row * D + c);
-                load(o, out + (size_t)row * D + c);
-                EACH(j, S::PIECE) delta += g[j] * o[j];
+    };
+    auto load_stats = [&](int q0) { // of the next queries, four threads each; all loads before anything waits for one
+        typedef Vec<A, S::PIECE> Piece;
+        enum { N = (HD / S::PIECE + 3) / 4 };
+        int count = min((int)S::STATS, (T - q0 + QUERIES - 1) / QUERIES * QUERIES);
+        for (int i = threadIdx.x; i < 4 * count; i += blockDim.x) {
+            int row = q0 + i / 4, c = i % 4 * S::PIECE;
+            Piece g[N], o[N];
+            float delta = 0, l = row < T ? lse[row] : INFINITY; // beyond T: without weight
+            EACH(n, N) {
+                size_t at = row < T && c + 4 * n * S::PIECE < hd ? (size_t)row * D + c + 4 * n * S::PIECE : 0;
+                g[n] = *(const Piece *)(dout + at), o[n] = *(const Piece *)(out + at);
+            }
+            EACH(n, N) {
+                EACH(j, S::PIECE)
+                    if (c + 4 * n * S::PIECE < hd) delta += to_float(g[n].v[j]) * to_float(o[n].v[j]);
             }
             delta += lane_xor(delta, 1);
             delta += lane_xor(delta, 2);
-            if (i % 4 == 0) q_delta[i / 4] = delta, q_lse[i / 4] = row < T ? lse[row] : INFINITY; // without weight
+            if (i % 4 == 0) q_delta[i / 4] = delta, q_lse[i / 4] = l;
         }
     };
+    load_head<A, HD>(tk, S::KEYS, q + D, 3 * D, first + mine, T, hd, WARP);
+    load_head<A, HD>(tv, S::KEYS, q + 2 * D, 3 * D, first + mine, T, hd, WARP);
+    EACH(i, S::BUFFERS) load_queries(i * QUERIES);
     Frag dk[MI][NO] = {}, dv[MI][NO] = {};
-    for (int q0 = -QUERIES; q0 < T; q0 += QUERIES) { // to begin with, the first are loaded
-        cp_async_wait<0>();
-        __syncthreads();
-#pragma unroll 1
-        for (int c = 0; q0 >= 0 && c < min((int)QUERIES, T - q0); c += 32) {
-            Frag p[MI][NT], g[MI][NT];
-            float of[FRAG_RUN]; // these queries
-            tile_scores<HD>(p, tk, tq + c * S::LD);
-            EACH(j, NT * FRAG_RUNS) { // a key beyond T meets a row of zeros in k: all its weight must be is finite
-                load(of, q_lse + c + frag_col(j));
-                EACH(r, MI * FRAG_ROWS) {
-                    FragRun &x = frag_run(p[r / FRAG_ROWS], r % FRAG_ROWS, j);
-                    EACH(i, FRAG_RUN) x[i] = fast_exp2(fminf(x[i] * scale - of[i], 0));
-                }
-            }
-            tile_apply<HD>(dv, p, tg + c * S::LD);
-            tile_scores<HD>(g, tv, tg + c * S::LD);
-            EACH(j, NT * FRAG_RUNS) {
-                load(of, q_delta + c + frag_col(j));
-                EACH(r, MI * FRAG_ROWS) {
-                    FragRun &x = frag_run(g[r / FRAG_ROWS], r % FRAG_ROWS, j);
-                    EACH(i, FRAG_RUN) x[i] = frag_run(p[r / FRAG_ROWS], r % FRAG_ROWS, j)[i] * (x[i] - of[i]);
-                    store(ds + (r / FRAG_ROWS * 16 + frag_row(r % FRAG_ROWS)) * S::COLS_LD + c + frag_col(j), x);
-                }
-            }
-            tile_apply<HD>(dk, g, tq + c * S::LD);
+    for (int q0 = 0; q0 < T; q0 += 32) { // queries; a tile, with barriers around, has QUERIES
+        int in_tile = q0 % QUERIES;
+        const A *tq = queries + (q0 / QUERIES % S::BUFFERS) * S::BUFFER + in_tile * S::LD;
+        const A *tg = tq + QUERIES * S::LD;
+        if (q0 % S::STATS == 0) load_stats(q0);
+        if (!in_tile) {
+            cp_async_wait<S::BUFFERS - 1>();
+            __syncthreads(); // these queries are there, and nobody needs dS of those before any more
         }
-        __syncthreads(); // dS is whole, and nobody needs these queries, or the keys before, any more
-        if (q0 < 0) {
-            load_head<A, HD>(tk, S::ROWS, q + D, 3 * D, first + mine, T, hd, WARP);
-            load_head<A, HD>(tv, S::ROWS, q + 2 * D, 3 * D, first + mine, T, hd, WARP);
+        Frag p[MI][NT], g[MI][NT];
+        float of[FRAG_RUN]; // these queries
+        tile_scores<HD>(p, tk, tq);
+        EACH(j, NT * FRAG_RUNS) { // a key beyond T meets a row of zeros in k: all its weight must be is finite
+            load(of, q_lse + q0 % S::STATS + frag_col(j));
+            EACH(r, MI * FRAG_ROWS) {
+                FragRun &x = frag_run(p[r / FRAG_ROWS], r % FRAG_ROWS, j);
+                EACH(i, FRAG_RUN) x[i] = fast_exp2(fminf(x[i] * scale - of[i], 0));
+            }
         }
-        if (q0 + QUERIES < T) load_queries(q0 + QUERIES);
+        tile_apply<HD>(dv, p, tg);
+        tile_scores<HD>(g, tv, tg);
+        EACH(j, NT * FRAG_RUNS) {
+            load(of, q_delta + q0 % S::STATS + frag_col(j));
+            EACH(r, MI * FRAG_ROWS) {
+                FragRun &x = frag_run(g[r / FRAG_ROWS], r % FRAG_ROWS, j);
+                EACH(i, FRAG_RUN) x[i] = frag_run(p[r / FRAG_ROWS], r % FRAG_ROWS, j)[i] * (x[i] - of[i]);
+                int row = r / FRAG_ROWS * 16 + frag_row(r % FRAG_ROWS);
+                store(ds + row * S::QUERIES_LD + in_tile + frag_col(j), x);
+            }
+        }
+        tile_apply<HD>(dk, g, tq);
+        if (in_tile + 32 < QUERIES && q0 + 32 < T) continue;
+        __syncthreads(); // dS is whole, and nobody needs these queries any more
+        load_queries(q0 - in_tile + S::BUFFERS * QUERIES);
 #pragma unroll 1
-        for (int unit = warp; q0 >= 0 && unit < QUERIES / 8; unit += warps) {
-            Frag dq[HALF] = {};
-            int row = q0 + unit / 2 * 16, col = unit % 2 * HALF * FRAG_COLS;
+        for (int unit = warp; unit < QUERIES / 16 * PARTS; unit += warps) {
+            Frag dq[PART] = {};
+            int query = unit / PARTS * 16, row = q0 - in_tile + query, col = unit % PARTS * PART * FRAG_COLS;
             if (row >= T) break;
+            if (col >= HD) continue;
             if (first)
                 each_run(dq, row, T, hd - col,
                          [&](int r, int c, FragRun &run) { load(run, sums + (size_t)r * D + col + c); });
-            tile_apply_groups<HD>(dq, groups + 64 * S::LD + row - q0, groups + col, keys, col + FRAG_COLS * HALF <= HD);
+            tile_apply_groups<HD>(dq, groups + 64 * S::LD + query, groups + col, keys, col + FRAG_COLS * PART <= HD);
             if (first + keys < T)
                 store_head(sums + col, D, row, T, hd - col, dq, 1);
             else
@@ -3204,12 +3229,10 @@ static void attention_forward(int half, Act *out, float *lse, const Act *qkv, in
     float scale = (float)(1.4426950408889634 / sqrt((double)hd));
     TYPED(half, HEAD_SIZE(hd, {
               typedef Tiles<A, HD> S;
-              auto shared = [](int warps) { return sizeof(A) * S::LD * (warps * S::FROWS + 4 * S::FCOLS); };
-              int warps = imin(S::WARPS, (int)ceil_div(T, S::FROWS));
-              while (warps > 1 && shared(warps) > gpu.shared) warps /= 2;
-              dim3 grid((unsigned)ceil_div(T, warps * S::FROWS), H, B);
-              RUN((attention_kernel<A, HD>), grid, WARP * warps, shared(warps), (A *)out, lse, (const A *)qkv, T, D,
-                  hd, scale);
+              enum { ROWS = S::WARPS * S::FROWS };
+              dim3 grid((unsigned)ceil_div(T, ROWS), H, B);
+              RUN((attention_kernel<A, HD>), grid, WARP * S::WARPS, S::LD * (ROWS + 4 * S::FCOLS) * sizeof(A), (A *)out,
+                  lse, (const A *)qkv, T, D, hd, scale);
           }));
 }
 
@@ -3221,14 +3244,13 @@ static void attention_backward(int half, Act *dqkv, float *sums, const Act *dout
     TYPED(half, HEAD_SIZE(hd, {
               typedef Tiles<A, HD> S;
               auto shared = [](int keys) {
-                  return sizeof(A) * (2 * S::COLS * S::LD + keys / 32 * S::GROUP) + 2 * S::COLS * sizeof(float);
+                  return 2 * S::STATS * sizeof(float) + sizeof(A) * (S::BUFFERS * S::BUFFER + keys / 32 * S::GROUP);
               };
-              int most = 8; // warps; keys are a multiple of 32
-              while (shared(most * S::ROWS) > gpu.shared) most /= 2;
-              int parts = (int)ceil_div(T, most * S::ROWS),
-                  warps = (int)ceil_div(ceil_div(T, parts), 32) * 32 / S::ROWS;
-              for (int first = 0; first < T; first += warps * S::ROWS)
-                  RUN((attention_backward_kernel<A, HD>), dim3(H, B), WARP * warps, shared(warps * S::ROWS), (A *)dqkv,
+              int most = S::KEY_WARPS; // keys are a multiple of 32
+              while (shared(most * S::KEYS) > gpu.shared) most /= 2;
+              int parts = (int)ceil_div(T, most * S::KEYS), keys = (int)ceil_div(ceil_div(T, parts), 32) * 32;
+              for (int first = 0; first < T; first += keys)
+                  RUN((attention_backward_kernel<A, HD>), dim3(H, B), WARP * keys / S::KEYS, shared(keys), (A *)dqkv,
                       sums, (const A *)dout, (const A *)out, lse, (const A *)qkv, first, T, D, hd, scale);
           }));
 }
