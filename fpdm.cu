@@ -491,9 +491,8 @@ __global__ void __launch_bounds__(LN_THREADS)
     layernorm_backward_kernel(float *dx, A *copy, A *normed, float *parts, const A *dout, const float *x,
                               const float *stats, int add, const float *mod, A *dbranch, const A *branch,
                               const float *gate, int stride, int chunk, int group, int T, int D) {
-    // Of each row: mean, 1/sigma, and of g = dout·(1+scale) the mean and that of g·LN(x)
-    __shared__ __align__(16) float common[LN_GROUP][4];
-    SHARED_DYNAMIC(float, ring); // of each row: dx, x, dout, branch
+    SHARED_DYNAMIC(float, common);     // of each row: mean, 1/sigma, and of g = dout·(1+scale) the mean and of g·LN(x)
+    float *ring = common + 4 * group; // of each row: dx, x, dout, branch
     const int first = blockIdx.x * chunk, end = min(T, first + chunk), acts = D * sizeof(A) / sizeof(float);
     size_t picture = (size_t)blockIdx.y * T;
     const float *shift = x ? mod + (size_t)blockIdx.y * stride : NULL, *scale = x ? shift + D : NULL;
@@ -539,7 +538,7 @@ __global__ void __launch_bounds__(LN_THREADS)
                     }
                 }
                 all[2] = warp_sum(all[2]) / D, all[3] = warp_sum(all[3]) * all[1] / D;
-                if (threadIdx.x % WARP == 0) store(common[r - r0], all);
+                if (threadIdx.x % WARP == 0) store(common + 4 * (r - r0), all);
             }
             __syncthreads();
             for (int r = r0; d < D && r < stop; r++) {
@@ -550,7 +549,7 @@ __global__ void __launch_bounds__(LN_THREADS)
                 if (x) {
                     load(v, row + D + d);
                     load(g, (const A *)(row + 2 * D) + d);
-                    load(all, common[r - r0]);
+                    load(all, common + 4 * (r - r0));
                     EACH(i, 4) {
                         v[i] = (v[i] + (add ? a[i] * branched[i] : 0) - all[0]) * all[1];
                         sums[0][i] += g[i];
@@ -596,10 +595,10 @@ static void attention_backward(int half, Act *dqkv, float *sums, const Act *dout
 
 // gelu in the tanh form, as x·sigmoid(2·sqrt(2/pi)·(x + 0.044715·x^3)), which is the same function, and its slope
 __device__ inline float gelu(float x, float *slope) {
-    float e = fast_exp2(-2.302208198f * (x + 0.044715f * x * x * x)); // 2·sqrt(2/pi)·log2(e)
-    float sigmoid = __fdividef(1, 1 + e);
-    *slope = sigmoid + x * sigmoid * (1 - sigmoid) * 1.5957691216f * (1 + 0.134145f * fminf(x * x, 1e4f)); // not inf
-    return x * sigmoid;
+    float square = x * x, e = fast_exp2(x * (-2.302208198f - 0.102943240f * square)); // 2·sqrt(2/pi)·log2(e)
+    float sigmoid = __fdividef(1, 1 + e), y = x * sigmoid;
+    *slope = sigmoid + (y - y * sigmoid) * (1.5957691216f + 0.2140644488f * fminf(square, 1e4f)); // not inf
+    return y;
 }
 
 // silu(x) = x·sigmoid(x), only ever applied to (B,D)
@@ -690,11 +689,16 @@ __global__ void condition_backward_kernel(float *dcond, const float *dcond_pp, f
                                           const float *cond_pp, const int *y, int label_only, int B, int D) {
     int d = blockIdx.x * blockDim.x + threadIdx.x;
     if (d >= D) return;
-    for (int b = 0; b < B; b++) {
-        int i = b * D + d;
-        float c = dcond[i] * silu_slope(cond[i]), pp = dcond_pp[i] * silu_slope(cond_pp[i]);
-        dtable[(size_t)y[b] * D + d] += c + pp;
-        dcond[i] = label_only ? c : c + pp;
+    for (int b0 = 0; b0 < B; b0 += 8) { // eight at a time, for their loads
+        float c[8], pp[8];
+        EACH(j, 8) {
+            int i = min(b0 + j, B - 1) * D + d;
+            c[j] = dcond[i] * silu_slope(cond[i]), pp[j] = dcond_pp[i] * silu_slope(cond_pp[i]);
+        }
+        for (int j = 0; j < 8 && b0 + j < B; j++) {
+            dtable[(size_t)y[b0 + j] * D + d] += c[j] + pp[j];
+            dcond[(b0 + j) * D + d] = label_only ? c[j] : c[j] + pp[j];
+        }
     }
 }
 
@@ -839,9 +843,10 @@ static void layernorm_backward(Model *m, int half, float *dx, Act *copy, Act *no
     size_t fits = gpu.shared / (2 * LN_STAGES * row); // with two blocks a multiprocessor
     int group = fits < 1 ? 1 : fits < LN_GROUP ? (int)fits : LN_GROUP;
     int threads = imin(LN_THREADS / WARP, (int)ceil_div(D, 4 * WARP)) * WARP;
-    TYPED(half, RUN((layernorm_backward_kernel<A>), dim3(chunks, m->B), threads, LN_STAGES * group * row, dx, (A *)copy,
-                    (A *)normed, m->a.parts, (const A *)dout, x, stats, add, mod, (A *)dbranch, (const A *)branch, gate,
-                    stride, chunk, group, T, D));
+    TYPED(half,
+          RUN((layernorm_backward_kernel<A>), dim3(chunks, m->B), threads, group * (LN_STAGES * row + 4 * sizeof(float)),
+              dx, (A *)copy, (A *)normed, m->a.parts, (const A *)dout, x, stats, add, mod, (A *)dbranch,
+              (const A *)branch, gate, stride, chunk, group, T, D));
     RUN(column_sums_kernel, dim3((unsigned)ceil_div(D, 128), m->B, 3), 128, 0, dmod, dgate, m->a.parts, stride, chunks,
         D);
 }
@@ -1729,6 +1734,7 @@ enum { NORM_BLOCKS = 1024 };
 __global__ void norm_kernel(double *partial, const float *grads, size_t count) {
     SHARED_DYNAMIC(double, shared);
     double sum = 0;
+#pragma unroll 4
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x)
         sum += (double)grads[i] * grads[i];
     sum = block_sum(sum, shared);
@@ -2003,8 +2009,6 @@ __device__ inline float fast_exp2(float x) { // exp2f without care for results b
 
 #if HOPPER
 static decltype(&cuTensorMapEncodeTiled) box_map_encode; // of the driver, which nothing is linked to
-// 128 bytes of global memory into the L2 cache
-__device__ inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // What only Hopper has, compute capability 9.0: see matmul_wgmma.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define IN_PAIRS __cluster_dims__(2, 1, 1)
@@ -2534,20 +2538,6 @@ enum { WG_K = 64, WG_STAGES = 4, WG_THREADS = 3 * 128 };
 enum { WG_A = WG_M * WG_K, WG_B = WG_N * WG_K, WG_PANEL = 64 * WG_K, WG_ONES = 8 * WG_K, WG_STAGE = 8 * 16 * (96 + 8) };
 enum { WG_SHARED = 2 * (WG_STAGES * (WG_A + WG_B) + WG_ONES) + 4 * WG_STAGE + 8 * (2 * WG_STAGES + 2) };
 
-// What the epilogue of a tile will read, a row a thread, is called into the L2 cache while the tile is multiplied.
-template <int EPI>
-__device__ inline void prefetch_tile(const Matmul &g, int row, int n0) {
-    auto ahead = [&](const void *p, int size, int r) {
-        const char *from = (const char *)p + size * ((size_t)r * g.N + n0);
-        for (int byte = 0; byte < size * min((int)WG_N, g.N - n0); byte += 128) prefetch(from + byte);
-    };
-    if (row >= g.M) return;
-    if (EPI < EPI_GATED && g.add) ahead(g.add, sizeof(float), row % g.add_rows);
-    if (EPI == EPI_GATED) ahead(g.residual, sizeof(float), row);
-    if (EPI == EPI_DGELU) ahead(g.pre, sizeof(bf16), row);
-    if (EPI == EPI_DGELU && g.sum) ahead(g.sum, sizeof(float), row);
-}
-
 template <bool TA, bool TB, int EPI>
 __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
     matmul_wgmma(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b, Matmul g,
@@ -2612,7 +2602,6 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
             Frag acc[2][WG_N / 8] = {};
             Matmul part = g;
             if (EPI == EPI_WEIGHT && split >= 0) own_place(&part, parts, split, splits);
-            prefetch_tile<EPI>(g, m0 + threadIdx.x % 128, n0);
             auto multiply = [&](auto with_sums) {
                 constexpr bool SUMS = decltype(with_sums)::value;
                 Frag row_sums[2] = {};
@@ -2691,7 +2680,7 @@ static void launch_wgmma(const Matmul &, int, int, int, int, int) {}
 enum { F32_TILE = 64, F32_BK = 16, F32_ROW = F32_TILE + 4 };
 
 template <bool TA, bool TB, int EPI>
-__global__ void __launch_bounds__(128) matmul_fp32(Matmul g, float *parts) {
+__global__ void __launch_bounds__(128, TB || EPI == EPI_GATED ? 3 : 4) matmul_fp32(Matmul g, float *parts) {
     SHARED_DYNAMIC(float, ta);
     float *tb = ta + F32_BK * F32_ROW;
     const float *a = (const float *)g.a, *b = (const float *)g.b;
@@ -2773,7 +2762,8 @@ __global__ void __launch_bounds__(128) matmul_fp32(Matmul g, float *parts) {
 __global__ void split_sum_kernel(float *out, int ldc, float *db, int set, const float *bias, const float *part, int M,
                                  int N, int splits, int row0, int high, int col0) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x + (size_t)row0 * N, count = (size_t)M * N;
-    int row = i < count ? (int)(i / N) : (int)(i - count), col = i < count ? (int)(i % N) : 0;
+    unsigned here = (unsigned)i; // 64 bits divide slowly
+    int row = i < count ? (int)(here / N) : (int)(i - count), col = i < count ? (int)(here % N) : 0;
     float sum = 0;
     if (row >= M || row < row0 || (row < row0 + high && col < col0)) return;
     if (i < count) {
@@ -2804,7 +2794,7 @@ static void matmul(int half, Matmul g) {
     int may_split = EPI == EPI_WEIGHT || (EPI == EPI_FLOAT && !half && !g.add);
     if (may_split) { // the fewest splits within 5 % of the shortest time
         double best = INFINITY;
-        for (int s = 1; s <= 16 && s * ((size_t)g.M * g.N + g.M) <= workspace.count && s * 256 <= g.K; s++) {
+        for (int s = 1; s <= 32 && s * ((size_t)g.M * g.N + g.M) <= workspace.count && s * 256 <= g.K; s++) {
             double time = whole / slots + (double)ceil_div((size_t)(tiles - whole) * s, slots) / s;
             if (time < best / 1.05) best = time, splits = s;
         }
