@@ -2963,6 +2963,7 @@ __global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, 2)
         cp_async_wait<0>();
         __syncthreads(); // these columns are there, and nobody needs those before them any more
         if (c0 + COLS < T) load_columns(c0 + COLS);
+        if (first >= T) continue;
         tile_scores<HD>(s, tq + S::FROWS * warp * S::LD, tk);
         if (c0 + COLS > T)
             EACH(i, MI * FRAG_ROWS * NT * FRAG_RUNS * FRAG_RUN) {
