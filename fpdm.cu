@@ -1983,6 +1983,12 @@ __device__ inline float fast_exp2(float x) { // exp2f without care for results b
     return x;
 }
 
+// x; but what the compiler makes of it is made anew in every round of a loop, and waits in no register.
+__device__ inline unsigned anew(unsigned x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 #if HOPPER
 static decltype(&cuTensorMapEncodeTiled) box_map_encode; // of the driver, which nothing is linked to
 // What only Hopper has, compute capability 9.0: see matmul_wgmma.
@@ -2796,7 +2802,7 @@ template <typename A, int HD, int N = 1>
 __device__ inline void load_head(A *tile, int rows, const A *p, int ld, int first, int T, int hd, int threads,
                                  int apart = 0) {
     enum { PIECE = Tiles<A, HD>::PIECE, PIECES = HD / PIECE, LD = Tiles<A, HD>::LD };
-    unsigned thread = threads == WARP ? threadIdx.x % WARP : threadIdx.x, step = (unsigned)threads / PIECES;
+    unsigned thread = anew(threads == WARP ? threadIdx.x % WARP : threadIdx.x), step = (unsigned)threads / PIECES;
     unsigned c = thread % PIECES * PIECE, r = thread / PIECES;
 #pragma unroll 1
     for (int n = 0; n < rows; n += step, r += step) {
@@ -3024,14 +3030,12 @@ __global__ void __launch_bounds__(Tiles<A, HD>::BACK_WARPS *WARP, 1)
     A *tiles = (A *)(q_delta + S::STATS), *groups = tiles + S::TILES * TILE; // tile: q and dout
     A *tk = groups + mine / 32 * S::GROUP + mine % 32 * S::LD, *tv = tk + 32 * S::LD;
     A *ds = groups + mine / 32 * S::GROUP + 64 * S::LD + mine % 32 * S::QUERIES_LD;
-    const A *q = qkv + (size_t)blockIdx.y * T * 3 * D + blockIdx.x * hd;
-    size_t to = (size_t)blockIdx.y * T * D + blockIdx.x * hd;
-    dqkv += q - qkv, sums += to, dout += to, out += to, lse += ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * T;
+    auto head = [&](int ld) { return (size_t)anew(blockIdx.y * T) * ld + blockIdx.x * hd; };
     auto load_queries = [&](int q0) {
         A *tq = tiles + q0 / QUERIES % S::TILES * TILE;
         if (q0 < T) {
-            load_head<A, HD>(tq, QUERIES, q, 3 * D, q0, T, hd, blockDim.x);
-            load_head<A, HD>(tq + QUERIES * S::LD, QUERIES, dout, D, q0, T, hd, blockDim.x);
+            load_head<A, HD>(tq, QUERIES, qkv + head(3 * D), 3 * D, q0, T, hd, blockDim.x);
+            load_head<A, HD>(tq + QUERIES * S::LD, QUERIES, dout + head(D), D, q0, T, hd, blockDim.x);
         }
         cp_async_commit();
     };
@@ -3039,12 +3043,13 @@ __global__ void __launch_bounds__(Tiles<A, HD>::BACK_WARPS *WARP, 1)
         typedef Vec<A, S::PIECE> Piece;
         enum { N = (HD / S::PIECE + 3) / 4 };
         int count = min((int)S::STATS, (T - q0 + QUERIES - 1) / QUERIES * QUERIES);
+        size_t from = head(D), row0 = ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * T;
         for (int i = threadIdx.x; i < 4 * count; i += blockDim.x) {
             int row = q0 + i / 4, c = i % 4 * S::PIECE;
             Piece g[N], o[N];
-            float delta = 0, l = row < T ? lse[row] : INFINITY; // beyond T: without weight
+            float delta = 0, l = row < T ? lse[row0 + row] : INFINITY; // beyond T: without weight
             EACH(n, N) {
-                size_t at = row < T && c + 4 * n * S::PIECE < hd ? (size_t)row * D + c + 4 * n * S::PIECE : 0;
+                size_t at = from + (row < T && c + 4 * n * S::PIECE < hd ? row * D + c + 4 * n * S::PIECE : 0);
                 g[n] = *(const Piece *)(dout + at), o[n] = *(const Piece *)(out + at);
             }
             EACH(n, N) {
@@ -3056,8 +3061,8 @@ __global__ void __launch_bounds__(Tiles<A, HD>::BACK_WARPS *WARP, 1)
             if (i % 4 == 0) q_delta[i / 4] = delta, q_lse[i / 4] = l;
         }
     };
-    load_head<A, HD>(tk, S::KEYS, q + D, 3 * D, first + mine, T, hd, WARP);
-    load_head<A, HD>(tv, S::KEYS, q + 2 * D, 3 * D, first + mine, T, hd, WARP);
+    load_head<A, HD>(tk, S::KEYS, qkv + head(3 * D) + D, 3 * D, first + mine, T, hd, WARP);
+    load_head<A, HD>(tv, S::KEYS, qkv + head(3 * D) + 2 * D, 3 * D, first + mine, T, hd, WARP);
     EACH(i, S::TILES) load_queries(i * QUERIES);
     Frag dk[MI][NO] = {}, dv[MI][NO] = {};
     for (int q0 = 0; q0 < T; q0 += 32) {
@@ -3101,18 +3106,18 @@ __global__ void __launch_bounds__(Tiles<A, HD>::BACK_WARPS *WARP, 1)
             if (col >= HD) continue;
             if (first)
                 each_run(dq, row, T, hd - col,
-                         [&](int r, int c, FragRun &run) { load(run, sums + (size_t)r * D + col + c); });
+                         [&](int r, int c, FragRun &run) { load(run, sums + head(D) + (size_t)r * D + col + c); });
             tile_apply_groups<HD>(dq, groups + 64 * S::LD + query, groups + col, keys, col + FRAG_COLS * PART <= HD);
             if (first + keys < T)
-                store_head(sums + col, D, row, T, hd - col, dq, 1);
+                store_head(sums + head(D) + col, D, row, T, hd - col, dq, 1);
             else
-                store_head(dqkv + col, 3 * D, row, T, hd - col, dq, scale * 0.6931471806f);
+                store_head(dqkv + head(3 * D) + col, 3 * D, row, T, hd - col, dq, scale * 0.6931471806f);
         }
     }
     EACH(i, MI) {
         int row = first + mine + 16 * i;
-        store_head(dqkv + D, 3 * D, row, T, hd, dk[i], scale * 0.6931471806f);
-        store_head(dqkv + 2 * D, 3 * D, row, T, hd, dv[i], 1);
+        store_head(dqkv + head(3 * D) + D, 3 * D, row, T, hd, dk[i], scale * 0.6931471806f);
+        store_head(dqkv + head(3 * D) + 2 * D, 3 * D, row, T, hd, dv[i], 1);
     }
 }
 
