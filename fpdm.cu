@@ -2007,6 +2007,12 @@ __device__ inline float fast_exp2(float x) { // exp2f without care for results b
     return x;
 }
 
+// x; but what the compiler makes of it is made anew in every round of a loop, and waits in no register.
+__device__ inline unsigned anew(unsigned x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 #if HOPPER
 static decltype(&cuTensorMapEncodeTiled) box_map_encode; // of the driver, which nothing is linked to
 // What only Hopper has, compute capability 9.0: see matmul_wgmma.
@@ -2847,39 +2853,41 @@ static void linear_weight(int half, float *dw, int ldw, float *db, const void *d
 // Attention
 
 // Multi-head attention without mask (FlashAttention, arXiv:2205.14135 and 2307.08691). A block has some rows of one
-// head of one picture and walks over the columns, COLS at a time; each warp makes its ROWS of S = q·k^T in registers,
+// head of one picture and walks over the columns, a tile at a time; each warp makes its rows of S = q·k^T in registers,
 // as fragments, and turns them into its part of the result: the T x T matrix exists nowhere. HD is the head
 // size rounded up to what the kernels are made for; channels beyond it are zeros. In fp32 the same steps run on plain
-// multiply-adds. A row of a tile, LD, is an odd number of 16-byte pieces: no bank conflicts.
-#ifndef FORWARD_MI
+// multiply-adds. A row of a tile, LD, is an odd number of 16-byte pieces: no bank conflicts. The copies of the next
+// tile run while a tile is used: what takes time here is waiting, for memory and for the result of the last mma.
+#ifndef FORWARD_MI // 16 rows a warp, so that 16 warps share a multiprocessor: more rows would need fewer fragments
 #define FORWARD_MI 1
 #endif
-#ifndef BACKWARD_MI
+#ifndef BACKWARD_MI // 32 keys a warp: every fragment of queries serves two mma
 #define BACKWARD_MI 2
 #endif
 template <typename A, int HD>
 struct Tiles {
     enum { PIECE = 16 / sizeof(A), LD = HD + (HD / PIECE % 2 ? 0 : PIECE) }; // PIECE: elements in 16 bytes
-    enum { SMALL = sizeof(A) == 2 && HD <= 72 };
-    // Forward: a block has up to WARPS warps
-    enum { FMI = SMALL ? FORWARD_MI : 1, FROWS = 16 * FMI, WARPS = SMALL && FMI == 1 ? 8 : 4 };
-    enum { FCOLS = SMALL ? 64 : 32 };
-    // Backward: a block has up to KEY_WARPS warps of KEYS keys; a group: k, v and dS of 32 keys
-    enum { BMI = SMALL ? BACKWARD_MI : 1, KEYS = 16 * BMI, KEY_WARPS = SMALL && BMI == 1 ? 16 : 8 };
-    enum { QUERIES = sizeof(A) == 2 ? 64 : 32, QUERIES_LD = QUERIES + 8, GROUP = 32 * (2 * LD + QUERIES_LD) };
-    enum { STATS = 256, BUFFERS = SMALL ? 2 : 1, BUFFER = 2 * QUERIES * LD };
+    enum { SMALL = sizeof(A) == 2 && HD <= 72 };                             // what registers allow
+    // Forward: warps of a block, rows of a warp, columns of a tile
+    enum { MI = SMALL ? FORWARD_MI : 1, WARPS = SMALL && MI == 1 ? 8 : 4, ROWS = 16 * MI, COLS = SMALL ? 64 : 32 };
+    // Backward: warps of a block, at most; keys of a warp; queries of a tile, and how many tiles there is room for; for
+    // how many queries lse and delta; a group of 32 keys: k, v and dS
+    enum { BACK_MI = SMALL ? BACKWARD_MI : 1, BACK_WARPS = SMALL && BACK_MI == 1 ? 16 : 8, KEYS = 16 * BACK_MI };
+    enum { QUERIES = sizeof(A) == 2 ? 64 : 32, QUERIES_LD = QUERIES + 8, TILES = SMALL ? 2 : 1, STATS = 256 };
+    enum { GROUP = 32 * (2 * LD + QUERIES_LD) };
 };
 
 // tile (rows,HD) = rows first.. of one head: p (T,hd), row stride ld; zero beyond both sizes. N: as many, `apart` in p
-// and right behind each other in `tile`. By `threads` threads, each the same piece of every so many rows.
+// and right behind each other in `tile`. By `threads` threads, each the same piece of every so many rows: no division,
+// and 32 bits do within a picture.
 template <typename A, int HD, int N = 1>
 __device__ inline void load_head(A *tile, int rows, const A *p, int ld, int first, int T, int hd, int threads,
                                  int apart = 0) {
     enum { PIECE = Tiles<A, HD>::PIECE, PIECES = HD / PIECE, LD = Tiles<A, HD>::LD };
-    unsigned thread = threads == WARP ? threadIdx.x % WARP : threadIdx.x, step = (unsigned)threads / PIECES;
+    unsigned thread = anew(threads == WARP ? threadIdx.x % WARP : threadIdx.x), step = (unsigned)threads / PIECES;
     unsigned c = thread % PIECES * PIECE, r = thread / PIECES;
 #pragma unroll 1
-    for (int n = 0; n < rows; n += step, r += step) { // uniform
+    for (int n = 0; n < rows; n += step, r += step) {
         bool inside = c < (unsigned)hd && first + r < (unsigned)T;
         const A *from = p + (inside ? (first + r) * ld + c : 0);
         EACH(i, N)
@@ -2906,7 +2914,7 @@ __device__ inline void tile_scores(Frag (&s)[MI][NT], const bf16 *rows, const bf
             EACH(i, 2 * MI) frag_multiply<HALF>(s[i / 2][j + i % 2], a[i / 2], b[i % 2]);
         }
     };
-#pragma unroll (MI == 1 && HD <= 72 ? 8 : 2)
+#pragma unroll (MI == 1 && HD <= 72 ? 8 : 2) // more would take registers
     for (int k = 0; k + 16 <= HD; k += 16) add(std::false_type(), k);
     if constexpr (HD % 16 != 0) add(std::true_type(), HD - 8);
 }
@@ -2969,7 +2977,8 @@ __device__ inline void tile_apply_groups(Frag (&out)[N], const bf16 *p, const bf
         Left a[2];
         Right b[2];
         EACH(i, 2)
-            left_load<true, false>(a[i], [&](int r, int piece) { return p + (16 * i + r) * S::QUERIES_LD + 8 * piece; });
+            left_load<true, false>(
+                a[i], [&](int r, int piece) { return p + (16 * i + r) * S::QUERIES_LD + 8 * piece; });
         EACH(j, N) {
             if (j == N - 1 && !all) break;
             right_load<RIGHT_SLOW_DEEP, false>(
@@ -3023,15 +3032,14 @@ template <typename A, int HD>
 __global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, 2)
     attention_kernel(A *out, float *lse, const A *qkv, int T, int D, int hd, float scale) {
     typedef Tiles<A, HD> S;
-    enum { MI = S::FMI, COLS = S::FCOLS, NT = COLS / FRAG_COLS, NO = HD / FRAG_COLS, BUFFER = 2 * COLS * S::LD };
-    SHARED_DYNAMIC(A, buffers); // two of k and v, then q
-    enum { ROWS = S::WARPS * S::FROWS, THREADS = S::WARPS * WARP };
-    int warp = threadIdx.x / WARP, first = blockIdx.x * ROWS + warp * S::FROWS;
-    A *tq = buffers + 2 * BUFFER;
+    enum { MI = S::MI, COLS = S::COLS, NT = COLS / FRAG_COLS, NO = HD / FRAG_COLS, PAIR = 2 * COLS * S::LD };
+    enum { ROWS = S::WARPS * S::ROWS, THREADS = S::WARPS * WARP };
+    SHARED_DYNAMIC(A, pairs); // two of k and v, then q
+    A *tq = pairs + 2 * PAIR;
+    int warp = threadIdx.x / WARP, first = blockIdx.x * ROWS + warp * S::ROWS;
     const A *q = qkv + (size_t)(blockIdx.z * T) * (3 * D) + blockIdx.y * hd;
     auto load_columns = [&](int c0) {
-        A *tk = buffers + c0 / COLS % 2 * BUFFER;
-        load_head<A, HD, 2>(tk, COLS, q + D, 3 * D, c0, T, hd, THREADS, D);
+        load_head<A, HD, 2>(pairs + c0 / COLS % 2 * PAIR, COLS, q + D, 3 * D, c0, T, hd, THREADS, D);
         cp_async_commit();
     };
     Frag o[MI][NO] = {};
@@ -3041,11 +3049,12 @@ __global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, 2)
     load_columns(0);
     for (int c0 = 0; c0 < T; c0 += COLS) {
         Frag s[MI][NT];
-        const A *tk = buffers + c0 / COLS % 2 * BUFFER, *tv = tk + COLS * S::LD;
+        const A *tk = pairs + c0 / COLS % 2 * PAIR, *tv = tk + COLS * S::LD;
         cp_async_wait<0>();
         __syncthreads(); // these columns are there, and nobody needs those before them any more
         if (c0 + COLS < T) load_columns(c0 + COLS);
-        tile_scores<HD>(s, tq + S::FROWS * warp * S::LD, tk);
+        if (first >= T) continue; // no rows
+        tile_scores<HD>(s, tq + S::ROWS * warp * S::LD, tk);
         if (c0 + COLS > T)
             EACH(i, MI * FRAG_ROWS * NT * FRAG_RUNS * FRAG_RUN) {
                 int j = i / FRAG_RUN % (NT * FRAG_RUNS), r = i / (FRAG_RUN * NT * FRAG_RUNS);
@@ -3086,31 +3095,29 @@ __global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, 2)
 
 // The backward pass of one head of one picture, with P recomputed from q, k and lse: dv = P^T·dout, dP = dout·v^T,
 // dS = P·(dP - delta)/sqrt(hd), dk = dS^T·q, dq = dS·k, where delta, what softmax's backward subtracts from each row,
-// is the sum over the head's channels of dout·out. A warp has ROWS keys: it makes rows of P^T and dS^T, whose products
-// it keeps. The block leaves dS of COLS queries in shared memory, and each warp makes dq of some of them, 16 and half
-// of the channels at a time. A launch does up to 256 keys, fewer where shared memory is small; if T is more, dq waits
-// in `sums` (B,T,D) for the rest.
+// is the sum over the head's channels of dout·out. A warp has KEYS keys: it makes rows of P^T and dS^T, whose products
+// it keeps. The block leaves dS of QUERIES queries in shared memory, and each warp makes dq of some of them, 16 and
+// part of the channels at a time. A launch does up to 256 keys, fewer where shared memory is small; if T is more, dq
+// waits in `sums` (B,T,D) for the rest.
 template <typename A, int HD>
-__global__ void __launch_bounds__(Tiles<A, HD>::KEY_WARPS *WARP, 1)
+__global__ void __launch_bounds__(Tiles<A, HD>::BACK_WARPS *WARP, 1)
     attention_backward_kernel(A *dqkv, float *sums, const A *dout, const A *out, const float *lse, const A *qkv,
                               int first, int T, int D, int hd, float scale) {
     typedef Tiles<A, HD> S;
-    enum { MI = S::BMI, QUERIES = S::QUERIES, NO = HD / FRAG_COLS, NT = 32 / FRAG_COLS };
-    enum { PARTS = (S::KEY_WARPS + 4) / 6, PART = (NO + PARTS - 1) / PARTS }; // of dq's channels
+    enum { MI = S::BACK_MI, QUERIES = S::QUERIES, TILE = 2 * QUERIES * S::LD, NT = 32 / FRAG_COLS };
+    enum { NO = HD / FRAG_COLS, PARTS = S::BACK_WARPS == 16 ? 3 : 2, PART = (NO + PARTS - 1) / PARTS }; // of dq
     SHARED_DYNAMIC(float, q_lse);
     float *q_delta = q_lse + S::STATS;
     int warp = threadIdx.x / WARP, warps = blockDim.x / WARP, keys = warps * S::KEYS, mine = warp * S::KEYS;
-    A *queries = (A *)(q_delta + S::STATS), *groups = queries + S::BUFFERS * S::BUFFER;
+    A *tiles = (A *)(q_delta + S::STATS), *groups = tiles + S::TILES * TILE; // tile: q and dout
     A *tk = groups + mine / 32 * S::GROUP + mine % 32 * S::LD, *tv = tk + 32 * S::LD;
     A *ds = groups + mine / 32 * S::GROUP + 64 * S::LD + mine % 32 * S::QUERIES_LD;
-    const A *q = qkv + (size_t)blockIdx.y * T * 3 * D + blockIdx.x * hd;
-    size_t to = (size_t)blockIdx.y * T * D + blockIdx.x * hd;
-    dqkv += q - qkv, sums += to, dout += to, out += to, lse += ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * T;
+    auto head = [&](int ld) { return (size_t)anew(blockIdx.y * T) * ld + blockIdx.x * hd; };
     auto load_queries = [&](int q0) {
-        A *tq = queries + (q0 / QUERIES % S::BUFFERS) * S::BUFFER;
+        A *tq = tiles + q0 / QUERIES % S::TILES * TILE;
         if (q0 < T) {
-            load_head<A, HD>(tq, QUERIES, q, 3 * D, q0, T, hd, blockDim.x);
-            load_head<A, HD>(tq + QUERIES * S::LD, QUERIES, dout, D, q0, T, hd, blockDim.x);
+            load_head<A, HD>(tq, QUERIES, qkv + head(3 * D), 3 * D, q0, T, hd, blockDim.x);
+            load_head<A, HD>(tq + QUERIES * S::LD, QUERIES, dout + head(D), D, q0, T, hd, blockDim.x);
         }
         cp_async_commit();
     };
@@ -3118,12 +3125,13 @@ __global__ void __launch_bounds__(Tiles<A, HD>::KEY_WARPS *WARP, 1)
         typedef Vec<A, S::PIECE> Piece;
         enum { N = (HD / S::PIECE + 3) / 4 };
         int count = min((int)S::STATS, (T - q0 + QUERIES - 1) / QUERIES * QUERIES);
+        size_t from = head(D), row0 = ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * T;
         for (int i = threadIdx.x; i < 4 * count; i += blockDim.x) {
             int row = q0 + i / 4, c = i % 4 * S::PIECE;
             Piece g[N], o[N];
-            float delta = 0, l = row < T ? lse[row] : INFINITY; // beyond T: without weight
+            float delta = 0, l = row < T ? lse[row0 + row] : INFINITY; // beyond T: without weight
             EACH(n, N) {
-                size_t at = row < T && c + 4 * n * S::PIECE < hd ? (size_t)row * D + c + 4 * n * S::PIECE : 0;
+                size_t at = from + (row < T && c + 4 * n * S::PIECE < hd ? row * D + c + 4 * n * S::PIECE : 0);
                 g[n] = *(const Piece *)(dout + at), o[n] = *(const Piece *)(out + at);
             }
             EACH(n, N) {
@@ -3135,17 +3143,16 @@ __global__ void __launch_bounds__(Tiles<A, HD>::KEY_WARPS *WARP, 1)
             if (i % 4 == 0) q_delta[i / 4] = delta, q_lse[i / 4] = l;
         }
     };
-    load_head<A, HD>(tk, S::KEYS, q + D, 3 * D, first + mine, T, hd, WARP);
-    load_head<A, HD>(tv, S::KEYS, q + 2 * D, 3 * D, first + mine, T, hd, WARP);
-    EACH(i, S::BUFFERS) load_queries(i * QUERIES);
+    load_head<A, HD>(tk, S::KEYS, qkv + head(3 * D) + D, 3 * D, first + mine, T, hd, WARP);
+    load_head<A, HD>(tv, S::KEYS, qkv + head(3 * D) + 2 * D, 3 * D, first + mine, T, hd, WARP);
+    EACH(i, S::TILES) load_queries(i * QUERIES);
     Frag dk[MI][NO] = {}, dv[MI][NO] = {};
-    for (int q0 = 0; q0 < T; q0 += 32) { // queries; a tile, with barriers around, has QUERIES
+    for (int q0 = 0; q0 < T; q0 += 32) {
         int in_tile = q0 % QUERIES;
-        const A *tq = queries + (q0 / QUERIES % S::BUFFERS) * S::BUFFER + in_tile * S::LD;
-        const A *tg = tq + QUERIES * S::LD;
+        const A *tq = tiles + q0 / QUERIES % S::TILES * TILE + in_tile * S::LD, *tg = tq + QUERIES * S::LD;
         if (q0 % S::STATS == 0) load_stats(q0);
         if (!in_tile) {
-            cp_async_wait<S::BUFFERS - 1>();
+            cp_async_wait<S::TILES - 1>();
             __syncthreads(); // these queries are there, and nobody needs dS of those before any more
         }
         Frag p[MI][NT], g[MI][NT];
@@ -3172,7 +3179,7 @@ __global__ void __launch_bounds__(Tiles<A, HD>::KEY_WARPS *WARP, 1)
         tile_apply<HD>(dk, g, tq);
         if (in_tile + 32 < QUERIES && q0 + 32 < T) continue;
         __syncthreads(); // dS is whole, and nobody needs these queries any more
-        load_queries(q0 - in_tile + S::BUFFERS * QUERIES);
+        load_queries(q0 - in_tile + S::TILES * QUERIES);
 #pragma unroll 1
         for (int unit = warp; unit < QUERIES / 16 * PARTS; unit += warps) {
             Frag dq[PART] = {};
@@ -3181,18 +3188,18 @@ __global__ void __launch_bounds__(Tiles<A, HD>::KEY_WARPS *WARP, 1)
             if (col >= HD) continue;
             if (first)
                 each_run(dq, row, T, hd - col,
-                         [&](int r, int c, FragRun &run) { load(run, sums + (size_t)r * D + col + c); });
+                         [&](int r, int c, FragRun &run) { load(run, sums + head(D) + (size_t)r * D + col + c); });
             tile_apply_groups<HD>(dq, groups + 64 * S::LD + query, groups + col, keys, col + FRAG_COLS * PART <= HD);
             if (first + keys < T)
-                store_head(sums + col, D, row, T, hd - col, dq, 1);
+                store_head(sums + head(D) + col, D, row, T, hd - col, dq, 1);
             else
-                store_head(dqkv + col, 3 * D, row, T, hd - col, dq, scale * 0.6931471806f);
+                store_head(dqkv + head(3 * D) + col, 3 * D, row, T, hd - col, dq, scale * 0.6931471806f);
         }
     }
     EACH(i, MI) {
         int row = first + mine + 16 * i;
-        store_head(dqkv + D, 3 * D, row, T, hd, dk[i], scale * 0.6931471806f);
-        store_head(dqkv + 2 * D, 3 * D, row, T, hd, dv[i], 1);
+        store_head(dqkv + head(3 * D) + D, 3 * D, row, T, hd, dk[i], scale * 0.6931471806f);
+        store_head(dqkv + head(3 * D) + 2 * D, 3 * D, row, T, hd, dv[i], 1);
     }
 }
 
@@ -3219,9 +3226,9 @@ static void attention_forward(int half, Act *out, float *lse, const Act *qkv, in
     float scale = (float)(1.4426950408889634 / sqrt((double)hd));
     TYPED(half, HEAD_SIZE(hd, {
               typedef Tiles<A, HD> S;
-              enum { ROWS = S::WARPS * S::FROWS };
+              enum { ROWS = S::WARPS * S::ROWS };
               dim3 grid((unsigned)ceil_div(T, ROWS), H, B);
-              RUN((attention_kernel<A, HD>), grid, WARP * S::WARPS, S::LD * (ROWS + 4 * S::FCOLS) * sizeof(A), (A *)out,
+              RUN((attention_kernel<A, HD>), grid, WARP * S::WARPS, S::LD * (ROWS + 4 * S::COLS) * sizeof(A), (A *)out,
                   lse, (const A *)qkv, T, D, hd, scale);
           }));
 }
@@ -3234,9 +3241,10 @@ static void attention_backward(int half, Act *dqkv, float *sums, const Act *dout
     TYPED(half, HEAD_SIZE(hd, {
               typedef Tiles<A, HD> S;
               auto shared = [](int keys) {
-                  return 2 * S::STATS * sizeof(float) + sizeof(A) * (S::BUFFERS * S::BUFFER + keys / 32 * S::GROUP);
+                  int elements = S::TILES * 2 * S::QUERIES * S::LD + keys / 32 * S::GROUP;
+                  return 2 * S::STATS * sizeof(float) + elements * sizeof(A);
               };
-              int most = S::KEY_WARPS; // keys are a multiple of 32
+              int most = S::BACK_WARPS; // keys are a multiple of 32
               while (shared(most * S::KEYS) > gpu.shared) most /= 2;
               int parts = (int)ceil_div(T, most * S::KEYS), keys = (int)ceil_div(ceil_div(T, parts), 32) * 32;
               for (int first = 0; first < T; first += keys)

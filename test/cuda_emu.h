@@ -18,6 +18,7 @@
 //        cp_async16(void *smem, const void *gmem, bool valid)                      zeros if not valid
 //        cp_async_commit(), cp_async_wait<N>()                                     all but the N newest groups landed
 //        fast_exp2(float x)                                                        2^x, within 2 ulp
+//        anew(unsigned x)                                                          x
 //   4. two macros, for what is not C++:
 //        LAUNCH(kernel, grid, block, smem_bytes, stream, arguments...)             LAUNCH((kernel<A, B>), ...)
 //        SHARED_DYNAMIC(type, name);                                               type *name = dynamic shared memory
@@ -260,6 +261,7 @@ inline void mma_bf16_half(float d[4], const uint32_t a[4], const uint32_t b[2], 
 }
 inline void cp_async16(void *smem, const void *gmem, bool valid, EMU_LINE) { emu::cp_async(smem, gmem, valid, line); }
 inline float fast_exp2(float x) { return exp2f(x); }
+inline unsigned anew(unsigned x) { return x; }
 inline void cp_async_commit() { emu::cp_async_commit(); }
 template <int N>
 inline void cp_async_wait(EMU_LINE) {

@@ -202,6 +202,7 @@ template <int N>
 __device__ inline void cp_async_wait() {}
 
 __device__ inline float fast_exp2(float x) { return exp2f(x); }
+__device__ inline unsigned anew(unsigned x) { return x; }
 
 // x of another lane: of 4 or 8 bytes
 template <typename T>
