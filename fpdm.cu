@@ -2858,21 +2858,15 @@ static void linear_weight(int half, float *dw, int ldw, float *db, const void *d
 // size rounded up to what the kernels are made for; channels beyond it are zeros. In fp32 the same steps run on plain
 // multiply-adds. A row of a tile, LD, is an odd number of 16-byte pieces: no bank conflicts. The copies of the next
 // tile run while a tile is used: what takes time here is waiting, for memory and for the result of the last mma.
-#ifndef FORWARD_MI // 16 rows a warp, so that 16 warps share a multiprocessor: more rows would need fewer fragments
-#define FORWARD_MI 1
-#endif
-#ifndef BACKWARD_MI // 32 keys a warp: every fragment of queries serves two mma
-#define BACKWARD_MI 2
-#endif
 template <typename A, int HD>
 struct Tiles {
     enum { PIECE = 16 / sizeof(A), LD = HD + (HD / PIECE % 2 ? 0 : PIECE) }; // PIECE: elements in 16 bytes
     enum { SMALL = sizeof(A) == 2 && HD <= 72 };                             // what registers allow
     // Forward: warps of a block, rows of a warp, columns of a tile
-    enum { MI = SMALL ? FORWARD_MI : 1, WARPS = SMALL && MI == 1 ? 8 : 4, ROWS = 16 * MI, COLS = SMALL ? 64 : 32 };
+    enum { MI = 1, WARPS = SMALL ? 8 : 4, ROWS = 16 * MI, COLS = SMALL ? 64 : 32 }; // 16 warps a multiprocessor
     // Backward: warps of a block, at most; keys of a warp; queries of a tile, and how many tiles there is room for; for
     // how many queries lse and delta; a group of 32 keys: k, v and dS
-    enum { BACK_MI = SMALL ? BACKWARD_MI : 1, BACK_WARPS = SMALL && BACK_MI == 1 ? 16 : 8, KEYS = 16 * BACK_MI };
+    enum { BACK_MI = SMALL ? 2 : 1, BACK_WARPS = 8, KEYS = 16 * BACK_MI }; // 2: a fragment of queries serves two mma
     enum { QUERIES = sizeof(A) == 2 ? 64 : 32, QUERIES_LD = QUERIES + 8, TILES = SMALL ? 2 : 1, STATS = 256 };
     enum { GROUP = 32 * (2 * LD + QUERIES_LD) };
 };
