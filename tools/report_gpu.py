@@ -353,9 +353,11 @@ class Report:
     def warm_torch(self):
         """torch.compile takes minutes and mostly a CPU core: begun now, while programs are built and checked; later
         processes find the compiled kernels in the cache. Only where this leaves enough memory to the tests."""
-        if self.python and self.gpu and self.memory_gb >= 100 and (not self.args.parts or "warm" in self.args.parts):
-            for fixed_point in (1, 0):
-                self.background.append(self.spawn(self.torch_command(fixed_point, "compiled", self.batch(), rounds=1)))
+        if self.python and self.gpu and (not self.args.parts or "warm" in self.args.parts):
+            for fixed_point in self.args.models:
+                if self.memory_gb >= (40 if fixed_point else 100):
+                    command = self.torch_command(fixed_point, "compiled", self.batch(), rounds=1)
+                    self.background.append(self.spawn(command))
 
     def await_torch(self):
         """What is measured from here on needs the GPU alone."""
@@ -507,7 +509,7 @@ class Report:
     def ours(self, batch):
         bench, wrong = self.program("bench"), []
         iters = self.work["passes"] // 20 - 2  # an iteration more than bench's n, with one pre and one post block
-        for fixed_point in (1, 0):
+        for fixed_point in self.args.models:
             figures = self.model(fixed_point, batch)["ours"]
             for n, m, wanted in ((self.work["n"], self.work["m"], "train"), (iters - 1, 1, "sample")):
                 if not fixed_point and wanted == "sample":
@@ -534,8 +536,8 @@ class Report:
             raise Skip(f"no PyTorch that can use a GPU here ({self.torch})")
         if not self.gpu and not self.emulated:
             raise Skip("no NVIDIA GPU here")
-        wrong, share = [], (self.until - time.monotonic()) / 2
-        for fixed_point in (1, 0):
+        wrong, share = [], (self.until - time.monotonic()) / len(self.args.models)
+        for fixed_point in self.args.models:
             figures = self.model(fixed_point, batch)[mode]
             done = self.run(*self.torch_command(fixed_point, mode, batch), limit=share if fixed_point else 600)
             prefix = mode + "_"
@@ -681,9 +683,19 @@ PARTS = ("build", "cases", "steps", "sanitizer", "sample", "warm", "matmul", "ou
          "ours x4", "eager x4", "ours x16", "eager x16", "compiled x4")
 
 
+def models(text):
+    """Names with commas -> values of fixed_point."""
+    try:
+        return [{"fpdm": 1, "dit": 0}[name] for name in text.split(",")]
+    except KeyError as name:
+        raise argparse.ArgumentTypeError(f"{name} is not one of fpdm, dit")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=lambda text: text.split(","), help=f"with commas, of: {', '.join(PARTS)}")
+    parser.add_argument("--models", type=models, default="fpdm,dit",
+                        help="with commas, of: fpdm, dit (default: both)")
     parser.add_argument("--minutes", type=float, default=9, help="for everything (default: 9)")
     parser.add_argument("--out", default="out_report", help="folder for report, figures and log (default: out_report)")
     parser.add_argument("--suffix", default="", help="of the name in test/results")
