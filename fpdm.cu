@@ -3031,15 +3031,15 @@ __global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, 2)
     SHARED_DYNAMIC(A, pairs); // two of k and v, then q
     A *tq = pairs + 2 * PAIR;
     int warp = threadIdx.x / WARP, first = blockIdx.x * ROWS + warp * S::ROWS;
-    const A *q = qkv + (size_t)(blockIdx.z * T) * (3 * D) + blockIdx.y * hd;
+    auto head = [&](int ld) { return (size_t)anew(blockIdx.z * T) * ld + blockIdx.y * hd; };
     auto load_columns = [&](int c0) {
-        load_head<A, HD, 2>(pairs + c0 / COLS % 2 * PAIR, COLS, q + D, 3 * D, c0, T, hd, THREADS, D);
+        load_head<A, HD, 2>(pairs + c0 / COLS % 2 * PAIR, COLS, qkv + head(3 * D) + D, 3 * D, c0, T, hd, THREADS, D);
         cp_async_commit();
     };
     Frag o[MI][NO] = {};
     float largest[MI][FRAG_ROWS], sum[MI][FRAG_ROWS] = {}; // the largest times scale
     EACH(i, FRAG_ROWS * MI) largest[i / FRAG_ROWS][i % FRAG_ROWS] = -INFINITY;
-    load_head<A, HD>(tq, ROWS, q, 3 * D, blockIdx.x * ROWS, T, hd, THREADS);
+    load_head<A, HD>(tq, ROWS, qkv + head(3 * D), 3 * D, blockIdx.x * ROWS, T, hd, THREADS);
     load_columns(0);
     for (int c0 = 0; c0 < T; c0 += COLS) {
         Frag s[MI][NT];
@@ -3083,7 +3083,7 @@ __global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, 2)
             all = __fdividef(1, all);
             EACH(i, NO * FRAG_RUNS * FRAG_RUN) frag_run(o[mi], r, i / FRAG_RUN)[i % FRAG_RUN] *= all;
         }
-        store_head(out + (size_t)(blockIdx.z * T) * D + blockIdx.y * hd, D, first + 16 * mi, T, hd, o[mi], 1);
+        store_head(out + head(D), D, first + 16 * mi, T, hd, o[mi], 1);
     }
 }
 
@@ -3173,11 +3173,12 @@ __global__ void __launch_bounds__(Tiles<A, HD>::BACK_WARPS *WARP, 1)
         tile_apply<HD>(dk, g, tq);
         if (in_tile + 32 < QUERIES && q0 + 32 < T) continue;
         __syncthreads(); // dS is whole, and nobody needs these queries any more
-        load_queries(q0 - in_tile + S::TILES * QUERIES);
+        int tile = anew(q0) / QUERIES * QUERIES;
+        load_queries(tile + S::TILES * QUERIES);
 #pragma unroll 1
-        for (int unit = warp; unit < QUERIES / 16 * PARTS; unit += warps) {
+        for (int unit = anew(threadIdx.x) / WARP; unit < QUERIES / 16 * PARTS; unit += warps) {
             Frag dq[PART] = {};
-            int query = unit / PARTS * 16, row = q0 - in_tile + query, col = unit % PARTS * PART * FRAG_COLS;
+            int query = unit / PARTS * 16, row = tile + query, col = unit % PARTS * PART * FRAG_COLS;
             if (row >= T) break;
             if (col >= HD) continue;
             if (first)
