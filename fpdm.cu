@@ -66,6 +66,11 @@
 #else
 #include "test/cuda_emu.h" // and on a CPU
 #endif
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define ON_HOPPER 1 // the compiler finds registers there for what it has none for elsewhere
+#else
+#define ON_HOPPER 0
+#endif
 #ifdef NCCL
 #include <nccl.h>
 #endif
@@ -487,7 +492,7 @@ __global__ void layernorm_modulate_kernel(A *out, float *stats, const float *x, 
 // of dshift, dscale and dgate.
 enum { LN_THREADS = 512, LN_CHUNK = 8, LN_GROUP = 8, LN_STAGES = 2 }; // at most, at least, at most
 template <typename A>
-__global__ void __launch_bounds__(LN_THREADS)
+__global__ void __launch_bounds__(LN_THREADS, !ON_HOPPER)
     layernorm_backward_kernel(float *dx, A *copy, A *normed, float *parts, const A *dout, const float *x,
                               const float *stats, int add, const float *mod, A *dbranch, const A *branch,
                               const float *gate, int stride, int chunk, int group, int T, int D) {
@@ -2686,7 +2691,8 @@ static void launch_wgmma(const Matmul &, int, int, int, int, int) {}
 enum { F32_TILE = 64, F32_BK = 16, F32_ROW = F32_TILE + 4 };
 
 template <bool TA, bool TB, int EPI>
-__global__ void __launch_bounds__(128, TB || EPI == EPI_GATED ? 3 : 4) matmul_fp32(Matmul g, float *parts) {
+__global__ void __launch_bounds__(128, TB || EPI == EPI_GATED || (EPI == EPI_FLOAT && !ON_HOPPER) ? 3 : 4)
+    matmul_fp32(Matmul g, float *parts) {
     SHARED_DYNAMIC(float, ta);
     float *tb = ta + F32_BK * F32_ROW;
     const float *a = (const float *)g.a, *b = (const float *)g.b;
@@ -2893,7 +2899,7 @@ __device__ inline void load_head(A *tile, int rows, const A *p, int ld, int firs
 // s (16·MI,NT fragments) = rows (16·MI,HD)·cols (..,HD)^T
 template <int HD, int MI, int NT>
 __device__ inline void tile_scores(Frag (&s)[MI][NT], const bf16 *rows, const bf16 *cols) {
-    enum { LD = Tiles<bf16, HD>::LD };
+    enum { LD = Tiles<bf16, HD>::LD, STEPS = HD > 72 ? 2 : MI == 1 ? 8 : HD == 72 && !ON_HOPPER ? 1 : 2 };
     memset(s, 0, sizeof s);
     auto add = [&](auto half, int k) { // 16 channels; half: 8
         constexpr bool HALF = decltype(half)::value;
@@ -2908,7 +2914,7 @@ __device__ inline void tile_scores(Frag (&s)[MI][NT], const bf16 *rows, const bf
             EACH(i, 2 * MI) frag_multiply<HALF>(s[i / 2][j + i % 2], a[i / 2], b[i % 2]);
         }
     };
-#pragma unroll (MI == 1 && HD <= 72 ? 8 : 2) // more would take registers
+#pragma unroll STEPS // more would take registers
     for (int k = 0; k + 16 <= HD; k += 16) add(std::false_type(), k);
     if constexpr (HD % 16 != 0) add(std::true_type(), HD - 8);
 }
@@ -3019,11 +3025,17 @@ __device__ inline void store_head(A *p, int ld, int first, int T, int cols, Frag
     });
 }
 
+#if __CUDA_ARCH__ >= 1200 // its shared memory has room for one block
+#define FORWARD_BLOCKS 1
+#else
+#define FORWARD_BLOCKS 2
+#endif
+
 // qkv (B,T,3D): per token q|k|v, head, channel; out (B,T,D). lse (B,H,T), unless NULL, = log2 of the sum of a row's
 // exponentials, for the backward pass. `scale` is log2(e)/sqrt(hd): everything is in powers of two. The running maximum
 // and sum of a row are corrected as larger scores turn up (the online softmax).
 template <typename A, int HD>
-__global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, 2)
+__global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, FORWARD_BLOCKS)
     attention_kernel(A *out, float *lse, const A *qkv, int T, int D, int hd, float scale) {
     typedef Tiles<A, HD> S;
     enum { MI = S::MI, COLS = S::COLS, NT = COLS / FRAG_COLS, NO = HD / FRAG_COLS, PAIR = 2 * COLS * S::LD };
@@ -3031,7 +3043,9 @@ __global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, 2)
     SHARED_DYNAMIC(A, pairs); // two of k and v, then q
     A *tq = pairs + 2 * PAIR;
     int warp = threadIdx.x / WARP, first = blockIdx.x * ROWS + warp * S::ROWS;
-    auto head = [&](int ld) { return (size_t)anew(blockIdx.z * T) * ld + blockIdx.y * hd; };
+    auto head = [&](int ld) {
+        return (size_t)anew(blockIdx.z * T) * ld + (ON_HOPPER ? blockIdx.y * hd : anew(blockIdx.y * hd));
+    };
     auto load_columns = [&](int c0) {
         load_head<A, HD, 2>(pairs + c0 / COLS % 2 * PAIR, COLS, qkv + head(3 * D) + D, 3 * D, c0, T, hd, THREADS, D);
         cp_async_commit();
@@ -3106,7 +3120,9 @@ __global__ void __launch_bounds__(Tiles<A, HD>::BACK_WARPS *WARP, 1)
     A *tiles = (A *)(q_delta + S::STATS), *groups = tiles + S::TILES * TILE; // tile: q and dout
     A *tk = groups + mine / 32 * S::GROUP + mine % 32 * S::LD, *tv = tk + 32 * S::LD;
     A *ds = groups + mine / 32 * S::GROUP + 64 * S::LD + mine % 32 * S::QUERIES_LD;
-    auto head = [&](int ld) { return (size_t)anew(blockIdx.y * T) * ld + blockIdx.x * hd; };
+    auto head = [&](int ld) {
+        return (size_t)anew(blockIdx.y * T) * ld + (ON_HOPPER ? blockIdx.x * hd : anew(blockIdx.x * hd));
+    };
     auto load_queries = [&](int q0) {
         A *tq = tiles + q0 / QUERIES % S::TILES * TILE;
         if (q0 < T) {
