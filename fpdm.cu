@@ -2868,8 +2868,8 @@ template <typename A, int HD>
 struct Tiles {
     enum { PIECE = 16 / sizeof(A), LD = HD + (HD / PIECE % 2 ? 0 : PIECE) }; // PIECE: elements in 16 bytes
     enum { SMALL = sizeof(A) == 2 && HD <= 72 };                             // what registers allow
-    // Forward: warps of a block, rows of a warp, columns of a tile
-    enum { MI = 1, WARPS = SMALL ? 8 : 4, ROWS = 16 * MI, COLS = SMALL ? 64 : 32 }; // 16 warps a multiprocessor
+    // Forward: warps of a block, each with 16 rows; columns of a tile
+    enum { WARPS = SMALL ? 8 : 4, ROWS = 16 * WARPS, COLS = SMALL ? 64 : 32 }; // 16 warps a multiprocessor
     // Backward: warps of a block, at most; keys of a warp; queries of a tile, and how many tiles there is room for; for
     // how many queries lse and delta; a group of 32 keys: k, v and dS
     enum { BACK_MI = SMALL ? 2 : 1, BACK_WARPS = 8, KEYS = 16 * BACK_MI }; // 2: a fragment of queries serves two mma
@@ -3035,14 +3035,14 @@ __device__ inline void store_head(A *p, int ld, int first, int T, int cols, Frag
 // exponentials, for the backward pass. `scale` is log2(e)/sqrt(hd): everything is in powers of two. The running maximum
 // and sum of a row are corrected as larger scores turn up (the online softmax).
 template <typename A, int HD>
-__global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, FORWARD_BLOCKS)
+__global__ void __launch_bounds__((Tiles<A, HD>::WARPS * WARP), FORWARD_BLOCKS)
     attention_kernel(A *out, float *lse, const A *qkv, int T, int D, int hd, float scale) {
     typedef Tiles<A, HD> S;
-    enum { MI = S::MI, COLS = S::COLS, NT = COLS / FRAG_COLS, NO = HD / FRAG_COLS, PAIR = 2 * COLS * S::LD };
-    enum { ROWS = S::WARPS * S::ROWS, THREADS = S::WARPS * WARP };
+    enum { ROWS = S::ROWS, COLS = S::COLS, NT = COLS / FRAG_COLS, NO = HD / FRAG_COLS, PAIR = 2 * COLS * S::LD };
+    enum { THREADS = S::WARPS * WARP };
     SHARED_DYNAMIC(A, pairs); // two of k and v, then q
     A *tq = pairs + 2 * PAIR;
-    int warp = threadIdx.x / WARP, first = blockIdx.x * ROWS + warp * S::ROWS;
+    int warp = threadIdx.x / WARP, first = blockIdx.x * ROWS + warp * 16;
     auto head = [&](int ld) {
         return (size_t)anew(blockIdx.z * T) * ld + (ON_HOPPER ? blockIdx.y * hd : anew(blockIdx.y * hd));
     };
@@ -3050,55 +3050,49 @@ __global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, FORWARD_BLOCKS)
         load_head<A, HD, 2>(pairs + c0 / COLS % 2 * PAIR, COLS, qkv + head(3 * D) + D, 3 * D, c0, T, hd, THREADS, D);
         cp_async_commit();
     };
-    Frag o[MI][NO] = {};
-    float largest[MI][FRAG_ROWS], sum[MI][FRAG_ROWS] = {}; // the largest times scale
-    EACH(i, FRAG_ROWS * MI) largest[i / FRAG_ROWS][i % FRAG_ROWS] = -INFINITY;
+    Frag o[1][NO] = {};
+    float largest[FRAG_ROWS], sum[FRAG_ROWS] = {}; // the largest times scale
+    EACH(r, FRAG_ROWS) largest[r] = -INFINITY;
     load_head<A, HD>(tq, ROWS, qkv + head(3 * D), 3 * D, blockIdx.x * ROWS, T, hd, THREADS);
     load_columns(0);
     for (int c0 = 0; c0 < T; c0 += COLS) {
-        Frag s[MI][NT];
+        Frag s[1][NT];
         const A *tk = pairs + c0 / COLS % 2 * PAIR, *tv = tk + COLS * S::LD;
         cp_async_wait<0>();
         __syncthreads(); // these columns are there, and nobody needs those before them any more
         if (c0 + COLS < T) load_columns(c0 + COLS);
         if (first >= T) continue; // no rows
-        tile_scores<HD>(s, tq + S::ROWS * warp * S::LD, tk);
+        tile_scores<HD>(s, tq + 16 * warp * S::LD, tk);
         if (c0 + COLS > T)
-            EACH(i, MI * FRAG_ROWS * NT * FRAG_RUNS * FRAG_RUN) {
+            EACH(i, FRAG_ROWS * NT * FRAG_RUNS * FRAG_RUN) {
                 int j = i / FRAG_RUN % (NT * FRAG_RUNS), r = i / (FRAG_RUN * NT * FRAG_RUNS);
-                if (c0 + frag_col(j) + i % FRAG_RUN >= T)
-                    frag_run(s[r / FRAG_ROWS], r % FRAG_ROWS, j)[i % FRAG_RUN] = -INFINITY;
+                if (c0 + frag_col(j) + i % FRAG_RUN >= T) frag_run(s[0], r, j)[i % FRAG_RUN] = -INFINITY;
             }
-        EACH(mi, MI) {
-            EACH(r, FRAG_ROWS) {
-                float top = -INFINITY;
-                EACH(i, NT * FRAG_RUNS * FRAG_RUN)
-                    top = fmaxf(top, frag_run(s[mi], r, i / FRAG_RUN)[i % FRAG_RUN]);
-                top = fmaxf(largest[mi][r], row_max(top) * scale);
-                float correct = fast_exp2(largest[mi][r] - top);
-                largest[mi][r] = top;
-                sum[mi][r] *= correct;
-                EACH(i, NO * FRAG_RUNS * FRAG_RUN) frag_run(o[mi], r, i / FRAG_RUN)[i % FRAG_RUN] *= correct;
-                EACH(i, NT * FRAG_RUNS * FRAG_RUN) {
-                    float *x = &frag_run(s[mi], r, i / FRAG_RUN)[i % FRAG_RUN];
-                    *x = fast_exp2(*x * scale - top);
-                    sum[mi][r] += *x;
-                }
+        EACH(r, FRAG_ROWS) {
+            float top = -INFINITY;
+            EACH(i, NT * FRAG_RUNS * FRAG_RUN) top = fmaxf(top, frag_run(s[0], r, i / FRAG_RUN)[i % FRAG_RUN]);
+            top = fmaxf(largest[r], row_max(top) * scale);
+            float correct = fast_exp2(largest[r] - top);
+            largest[r] = top;
+            sum[r] *= correct;
+            EACH(i, NO * FRAG_RUNS * FRAG_RUN) frag_run(o[0], r, i / FRAG_RUN)[i % FRAG_RUN] *= correct;
+            EACH(i, NT * FRAG_RUNS * FRAG_RUN) {
+                float *x = &frag_run(s[0], r, i / FRAG_RUN)[i % FRAG_RUN];
+                *x = fast_exp2(*x * scale - top);
+                sum[r] += *x;
             }
         }
         tile_apply<HD>(o, s, tv);
     }
-    EACH(mi, MI) {
-        EACH(r, FRAG_ROWS) {
-            float all = row_sum(sum[mi][r]);
-            int row = first + 16 * mi + frag_row(r);
-            if (lse && frag_col(0) == 0 && row < T)
-                lse[((size_t)blockIdx.z * gridDim.y + blockIdx.y) * T + row] = largest[mi][r] + log2f(all);
-            all = __fdividef(1, all);
-            EACH(i, NO * FRAG_RUNS * FRAG_RUN) frag_run(o[mi], r, i / FRAG_RUN)[i % FRAG_RUN] *= all;
-        }
-        store_head(out + head(D), D, first + 16 * mi, T, hd, o[mi], 1);
+    EACH(r, FRAG_ROWS) {
+        float all = row_sum(sum[r]);
+        int row = first + frag_row(r);
+        if (lse && frag_col(0) == 0 && row < T)
+            lse[((size_t)blockIdx.z * gridDim.y + blockIdx.y) * T + row] = largest[r] + log2f(all);
+        all = __fdividef(1, all);
+        EACH(i, NO * FRAG_RUNS * FRAG_RUN) frag_run(o[0], r, i / FRAG_RUN)[i % FRAG_RUN] *= all;
     }
+    store_head(out + head(D), D, first, T, hd, o[0], 1);
 }
 
 // The backward pass of one head of one picture, with P recomputed from q, k and lse: dv = P^T·dout, dP = dout·v^T,
@@ -3108,7 +3102,7 @@ __global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, FORWARD_BLOCKS)
 // part of the channels at a time. A launch does up to 256 keys, fewer where shared memory is small; if T is more, dq
 // waits in `sums` (B,T,D) for the rest.
 template <typename A, int HD>
-__global__ void __launch_bounds__(Tiles<A, HD>::BACK_WARPS *WARP, 1)
+__global__ void __launch_bounds__((Tiles<A, HD>::BACK_WARPS * WARP), 1)
     attention_backward_kernel(A *dqkv, float *sums, const A *dout, const A *out, const float *lse, const A *qkv,
                               int first, int T, int D, int hd, float scale) {
     typedef Tiles<A, HD> S;
@@ -3237,10 +3231,9 @@ static void attention_forward(int half, Act *out, float *lse, const Act *qkv, in
     float scale = (float)(1.4426950408889634 / sqrt((double)hd));
     TYPED(half, HEAD_SIZE(hd, {
               typedef Tiles<A, HD> S;
-              enum { ROWS = S::WARPS * S::ROWS };
-              dim3 grid((unsigned)ceil_div(T, ROWS), H, B);
-              RUN((attention_kernel<A, HD>), grid, WARP * S::WARPS, S::LD * (ROWS + 4 * S::COLS) * sizeof(A), (A *)out,
-                  lse, (const A *)qkv, T, D, hd, scale);
+              dim3 grid((unsigned)ceil_div(T, S::ROWS), H, B);
+              RUN((attention_kernel<A, HD>), grid, WARP * S::WARPS, S::LD * (S::ROWS + 4 * S::COLS) * sizeof(A),
+                  (A *)out, lse, (const A *)qkv, T, D, hd, scale);
           }));
 }
 
