@@ -67,7 +67,7 @@
 #include "test/cuda_emu.h" // and on a CPU
 #endif
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define ON_HOPPER 1 // the compiler finds registers there for what it has none for elsewhere
+#define ON_HOPPER 1 // code that fits in registers there, and elsewhere takes a detour to do so
 #else
 #define ON_HOPPER 0
 #endif
@@ -3025,7 +3025,7 @@ __device__ inline void store_head(A *p, int ld, int first, int T, int cols, Frag
     });
 }
 
-#if __CUDA_ARCH__ >= 1200 // its shared memory has room for one block
+#if __CUDA_ARCH__ >= 1200 // where registers are short, its shared memory has room for one block
 #define FORWARD_BLOCKS 1
 #else
 #define FORWARD_BLOCKS 2
