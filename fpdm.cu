@@ -66,6 +66,11 @@
 #else
 #include "test/cuda_emu.h" // and on a CPU
 #endif
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define ON_HOPPER 1 // code that fits in registers there, and elsewhere takes a detour to do so
+#else
+#define ON_HOPPER 0
+#endif
 #ifdef NCCL
 #include <nccl.h>
 #endif
@@ -487,7 +492,7 @@ __global__ void layernorm_modulate_kernel(A *out, float *stats, const float *x, 
 // of dshift, dscale and dgate.
 enum { LN_THREADS = 512, LN_CHUNK = 8, LN_GROUP = 8, LN_STAGES = 2 }; // at most, at least, at most
 template <typename A>
-__global__ void __launch_bounds__(LN_THREADS)
+__global__ void __launch_bounds__(LN_THREADS, !ON_HOPPER)
     layernorm_backward_kernel(float *dx, A *copy, A *normed, float *parts, const A *dout, const float *x,
                               const float *stats, int add, const float *mod, A *dbranch, const A *branch,
                               const float *gate, int stride, int chunk, int group, int T, int D) {
@@ -2686,7 +2691,8 @@ static void launch_wgmma(const Matmul &, int, int, int, int, int) {}
 enum { F32_TILE = 64, F32_BK = 16, F32_ROW = F32_TILE + 4 };
 
 template <bool TA, bool TB, int EPI>
-__global__ void __launch_bounds__(128, TB || EPI == EPI_GATED ? 3 : 4) matmul_fp32(Matmul g, float *parts) {
+__global__ void __launch_bounds__(128, TB || EPI == EPI_GATED || (EPI == EPI_FLOAT && !ON_HOPPER) ? 3 : 4)
+    matmul_fp32(Matmul g, float *parts) {
     SHARED_DYNAMIC(float, ta);
     float *tb = ta + F32_BK * F32_ROW;
     const float *a = (const float *)g.a, *b = (const float *)g.b;
@@ -2862,8 +2868,8 @@ template <typename A, int HD>
 struct Tiles {
     enum { PIECE = 16 / sizeof(A), LD = HD + (HD / PIECE % 2 ? 0 : PIECE) }; // PIECE: elements in 16 bytes
     enum { SMALL = sizeof(A) == 2 && HD <= 72 };                             // what registers allow
-    // Forward: warps of a block, rows of a warp, columns of a tile
-    enum { MI = 1, WARPS = SMALL ? 8 : 4, ROWS = 16 * MI, COLS = SMALL ? 64 : 32 }; // 16 warps a multiprocessor
+    // Forward: warps of a block, each with 16 rows; columns of a tile
+    enum { WARPS = SMALL ? 8 : 4, ROWS = 16 * WARPS, COLS = SMALL ? 64 : 32 }; // 16 warps a multiprocessor
     // Backward: warps of a block, at most; keys of a warp; queries of a tile, and how many tiles there is room for; for
     // how many queries lse and delta; a group of 32 keys: k, v and dS
     enum { BACK_MI = SMALL ? 2 : 1, BACK_WARPS = 8, KEYS = 16 * BACK_MI }; // 2: a fragment of queries serves two mma
@@ -2893,7 +2899,7 @@ __device__ inline void load_head(A *tile, int rows, const A *p, int ld, int firs
 // s (16·MI,NT fragments) = rows (16·MI,HD)·cols (..,HD)^T
 template <int HD, int MI, int NT>
 __device__ inline void tile_scores(Frag (&s)[MI][NT], const bf16 *rows, const bf16 *cols) {
-    enum { LD = Tiles<bf16, HD>::LD };
+    enum { LD = Tiles<bf16, HD>::LD, STEPS = HD > 72 ? 2 : MI == 1 ? 8 : HD == 72 && !ON_HOPPER ? 1 : 2 };
     memset(s, 0, sizeof s);
     auto add = [&](auto half, int k) { // 16 channels; half: 8
         constexpr bool HALF = decltype(half)::value;
@@ -2908,7 +2914,7 @@ __device__ inline void tile_scores(Frag (&s)[MI][NT], const bf16 *rows, const bf
             EACH(i, 2 * MI) frag_multiply<HALF>(s[i / 2][j + i % 2], a[i / 2], b[i % 2]);
         }
     };
-#pragma unroll (MI == 1 && HD <= 72 ? 8 : 2) // more would take registers
+#pragma unroll STEPS // more would take registers
     for (int k = 0; k + 16 <= HD; k += 16) add(std::false_type(), k);
     if constexpr (HD % 16 != 0) add(std::true_type(), HD - 8);
 }
@@ -3019,72 +3025,74 @@ __device__ inline void store_head(A *p, int ld, int first, int T, int cols, Frag
     });
 }
 
+#if __CUDA_ARCH__ >= 1200 // where registers are short, its shared memory has room for one block
+#define FORWARD_BLOCKS 1
+#else
+#define FORWARD_BLOCKS 2
+#endif
+
 // qkv (B,T,3D): per token q|k|v, head, channel; out (B,T,D). lse (B,H,T), unless NULL, = log2 of the sum of a row's
 // exponentials, for the backward pass. `scale` is log2(e)/sqrt(hd): everything is in powers of two. The running maximum
 // and sum of a row are corrected as larger scores turn up (the online softmax).
 template <typename A, int HD>
-__global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, 2)
+__global__ void __launch_bounds__((Tiles<A, HD>::WARPS * WARP), FORWARD_BLOCKS)
     attention_kernel(A *out, float *lse, const A *qkv, int T, int D, int hd, float scale) {
     typedef Tiles<A, HD> S;
-    enum { MI = S::MI, COLS = S::COLS, NT = COLS / FRAG_COLS, NO = HD / FRAG_COLS, PAIR = 2 * COLS * S::LD };
-    enum { ROWS = S::WARPS * S::ROWS, THREADS = S::WARPS * WARP };
+    enum { ROWS = S::ROWS, COLS = S::COLS, NT = COLS / FRAG_COLS, NO = HD / FRAG_COLS, PAIR = 2 * COLS * S::LD };
+    enum { THREADS = S::WARPS * WARP };
     SHARED_DYNAMIC(A, pairs); // two of k and v, then q
     A *tq = pairs + 2 * PAIR;
-    int warp = threadIdx.x / WARP, first = blockIdx.x * ROWS + warp * S::ROWS;
-    auto head = [&](int ld) { return (size_t)anew(blockIdx.z * T) * ld + blockIdx.y * hd; };
+    int warp = threadIdx.x / WARP, first = blockIdx.x * ROWS + warp * 16;
+    auto head = [&](int ld) {
+        return (size_t)anew(blockIdx.z * T) * ld + (ON_HOPPER ? blockIdx.y * hd : anew(blockIdx.y * hd));
+    };
     auto load_columns = [&](int c0) {
         load_head<A, HD, 2>(pairs + c0 / COLS % 2 * PAIR, COLS, qkv + head(3 * D) + D, 3 * D, c0, T, hd, THREADS, D);
         cp_async_commit();
     };
-    Frag o[MI][NO] = {};
-    float largest[MI][FRAG_ROWS], sum[MI][FRAG_ROWS] = {}; // the largest times scale
-    EACH(i, FRAG_ROWS * MI) largest[i / FRAG_ROWS][i % FRAG_ROWS] = -INFINITY;
+    Frag o[1][NO] = {};
+    float largest[FRAG_ROWS], sum[FRAG_ROWS] = {}; // the largest times scale
+    EACH(r, FRAG_ROWS) largest[r] = -INFINITY;
     load_head<A, HD>(tq, ROWS, qkv + head(3 * D), 3 * D, blockIdx.x * ROWS, T, hd, THREADS);
     load_columns(0);
     for (int c0 = 0; c0 < T; c0 += COLS) {
-        Frag s[MI][NT];
+        Frag s[1][NT];
         const A *tk = pairs + c0 / COLS % 2 * PAIR, *tv = tk + COLS * S::LD;
         cp_async_wait<0>();
         __syncthreads(); // these columns are there, and nobody needs those before them any more
         if (c0 + COLS < T) load_columns(c0 + COLS);
         if (first >= T) continue; // no rows
-        tile_scores<HD>(s, tq + S::ROWS * warp * S::LD, tk);
+        tile_scores<HD>(s, tq + 16 * warp * S::LD, tk);
         if (c0 + COLS > T)
-            EACH(i, MI * FRAG_ROWS * NT * FRAG_RUNS * FRAG_RUN) {
+            EACH(i, FRAG_ROWS * NT * FRAG_RUNS * FRAG_RUN) {
                 int j = i / FRAG_RUN % (NT * FRAG_RUNS), r = i / (FRAG_RUN * NT * FRAG_RUNS);
-                if (c0 + frag_col(j) + i % FRAG_RUN >= T)
-                    frag_run(s[r / FRAG_ROWS], r % FRAG_ROWS, j)[i % FRAG_RUN] = -INFINITY;
+                if (c0 + frag_col(j) + i % FRAG_RUN >= T) frag_run(s[0], r, j)[i % FRAG_RUN] = -INFINITY;
             }
-        EACH(mi, MI) {
-            EACH(r, FRAG_ROWS) {
-                float top = -INFINITY;
-                EACH(i, NT * FRAG_RUNS * FRAG_RUN)
-                    top = fmaxf(top, frag_run(s[mi], r, i / FRAG_RUN)[i % FRAG_RUN]);
-                top = fmaxf(largest[mi][r], row_max(top) * scale);
-                float correct = fast_exp2(largest[mi][r] - top);
-                largest[mi][r] = top;
-                sum[mi][r] *= correct;
-                EACH(i, NO * FRAG_RUNS * FRAG_RUN) frag_run(o[mi], r, i / FRAG_RUN)[i % FRAG_RUN] *= correct;
-                EACH(i, NT * FRAG_RUNS * FRAG_RUN) {
-                    float *x = &frag_run(s[mi], r, i / FRAG_RUN)[i % FRAG_RUN];
-                    *x = fast_exp2(*x * scale - top);
-                    sum[mi][r] += *x;
-                }
+        EACH(r, FRAG_ROWS) {
+            float top = -INFINITY;
+            EACH(i, NT * FRAG_RUNS * FRAG_RUN) top = fmaxf(top, frag_run(s[0], r, i / FRAG_RUN)[i % FRAG_RUN]);
+            top = fmaxf(largest[r], row_max(top) * scale);
+            float correct = fast_exp2(largest[r] - top);
+            largest[r] = top;
+            sum[r] *= correct;
+            EACH(i, NO * FRAG_RUNS * FRAG_RUN) frag_run(o[0], r, i / FRAG_RUN)[i % FRAG_RUN] *= correct;
+            EACH(i, NT * FRAG_RUNS * FRAG_RUN) {
+                float *x = &frag_run(s[0], r, i / FRAG_RUN)[i % FRAG_RUN];
+                *x = fast_exp2(*x * scale - top);
+                sum[r] += *x;
             }
         }
         tile_apply<HD>(o, s, tv);
     }
-    EACH(mi, MI) {
-        EACH(r, FRAG_ROWS) {
-            float all = row_sum(sum[mi][r]);
-            int row = first + 16 * mi + frag_row(r);
-            if (lse && frag_col(0) == 0 && row < T)
-                lse[((size_t)blockIdx.z * gridDim.y + blockIdx.y) * T + row] = largest[mi][r] + log2f(all);
-            all = __fdividef(1, all);
-            EACH(i, NO * FRAG_RUNS * FRAG_RUN) frag_run(o[mi], r, i / FRAG_RUN)[i % FRAG_RUN] *= all;
-        }
-        store_head(out + head(D), D, first + 16 * mi, T, hd, o[mi], 1);
+    EACH(r, FRAG_ROWS) {
+        float all = row_sum(sum[r]);
+        int row = first + frag_row(r);
+        if (lse && frag_col(0) == 0 && row < T)
+            lse[((size_t)blockIdx.z * gridDim.y + blockIdx.y) * T + row] = largest[r] + log2f(all);
+        all = __fdividef(1, all);
+        EACH(i, NO * FRAG_RUNS * FRAG_RUN) frag_run(o[0], r, i / FRAG_RUN)[i % FRAG_RUN] *= all;
     }
+    store_head(out + head(D), D, first, T, hd, o[0], 1);
 }
 
 // The backward pass of one head of one picture, with P recomputed from q, k and lse: dv = P^T·dout, dP = dout·v^T,
@@ -3094,7 +3102,7 @@ __global__ void __launch_bounds__(Tiles<A, HD>::WARPS *WARP, 2)
 // part of the channels at a time. A launch does up to 256 keys, fewer where shared memory is small; if T is more, dq
 // waits in `sums` (B,T,D) for the rest.
 template <typename A, int HD>
-__global__ void __launch_bounds__(Tiles<A, HD>::BACK_WARPS *WARP, 1)
+__global__ void __launch_bounds__((Tiles<A, HD>::BACK_WARPS * WARP), 1)
     attention_backward_kernel(A *dqkv, float *sums, const A *dout, const A *out, const float *lse, const A *qkv,
                               int first, int T, int D, int hd, float scale) {
     typedef Tiles<A, HD> S;
@@ -3106,7 +3114,9 @@ __global__ void __launch_bounds__(Tiles<A, HD>::BACK_WARPS *WARP, 1)
     A *tiles = (A *)(q_delta + S::STATS), *groups = tiles + S::TILES * TILE; // tile: q and dout
     A *tk = groups + mine / 32 * S::GROUP + mine % 32 * S::LD, *tv = tk + 32 * S::LD;
     A *ds = groups + mine / 32 * S::GROUP + 64 * S::LD + mine % 32 * S::QUERIES_LD;
-    auto head = [&](int ld) { return (size_t)anew(blockIdx.y * T) * ld + blockIdx.x * hd; };
+    auto head = [&](int ld) {
+        return (size_t)anew(blockIdx.y * T) * ld + (ON_HOPPER ? blockIdx.x * hd : anew(blockIdx.x * hd));
+    };
     auto load_queries = [&](int q0) {
         A *tq = tiles + q0 / QUERIES % S::TILES * TILE;
         if (q0 < T) {
@@ -3221,10 +3231,9 @@ static void attention_forward(int half, Act *out, float *lse, const Act *qkv, in
     float scale = (float)(1.4426950408889634 / sqrt((double)hd));
     TYPED(half, HEAD_SIZE(hd, {
               typedef Tiles<A, HD> S;
-              enum { ROWS = S::WARPS * S::ROWS };
-              dim3 grid((unsigned)ceil_div(T, ROWS), H, B);
-              RUN((attention_kernel<A, HD>), grid, WARP * S::WARPS, S::LD * (ROWS + 4 * S::COLS) * sizeof(A), (A *)out,
-                  lse, (const A *)qkv, T, D, hd, scale);
+              dim3 grid((unsigned)ceil_div(T, S::ROWS), H, B);
+              RUN((attention_kernel<A, HD>), grid, WARP * S::WARPS, S::LD * (S::ROWS + 4 * S::COLS) * sizeof(A),
+                  (A *)out, lse, (const A *)qkv, T, D, hd, scale);
           }));
 }
 

@@ -17,21 +17,30 @@ BATCH, TOKENS = 64, 256
 EPILOGUES = ("STORE", "FLOAT", "GELU", "GATED", "DGELU", "WEIGHT")
 
 
-def launch(name, args):
-    """Threads of a block and bytes of dynamic shared memory, as fpdm.cu launches this kernel."""
+def launch(name, args, room):
+    """Threads of a block and bytes of dynamic shared memory, as fpdm.cu launches this kernel where a block may have
+    `room` bytes; attention at 256 tokens, layernorm_backward_kernel at XL's width."""
     if name == "matmul_bf16":
         return 128, 2 * 3 * int(args[0]) * 32 * 2
     if name == "matmul_wgmma":  # four steps of both tiles, ones, what eight warps stage, barriers
         return 384, 2 * (4 * (128 + 192) * 64 + 8 * 64) + 4 * 8 * 16 * 104 + 8 * 10
     if name == "matmul_fp32":
         return 128, 2 * 16 * 68 * 4
-    if name.startswith("attention"):  # at 256 tokens
-        HD, piece, rows, columns, _ = tiles(*args)
-        row = HD + (0 if HD // piece % 2 else piece)
-        size = 16 // piece
-        if name == "attention_kernel":
-            return 128, size * row * (4 * rows + 2 * columns)
-        return 256, size * (2 * row * columns + 8 * rows * (2 * row + columns + 8)) + 8 * columns
+    if name == "layernorm_backward_kernel":  # two stages of as many rows as let two blocks live side by side, at most 8
+        D = SIZES["XL"][0]
+        row = D * 2 * (4 + (2 if args[0] == "bf16" else 4))
+        return 32 * min(16, -(-D // 128)), max(1, min(8, room // (4 * row))) * (2 * row + 16)
+    if name.startswith("attention"):
+        size, row, small = tiles(*args)
+        if name == "attention_kernel":  # rows, and two tiles of columns: k and v
+            warps, columns = (8, 64) if small else (4, 32)
+            return 32 * warps, size * row * (16 * warps + 4 * columns)
+        keys, queries = 32 if small else 16, 128 // size  # of a warp; of a tile
+        shared = lambda warps: 8 * 256 + size * ((4 if small else 2) * queries * row +
+                                                 warps * keys * (2 * row + queries + 8))
+        choices = [warps for warps in (8, 4, 2, 1) if warps * keys >= 32]
+        warps = next((warps for warps in choices if shared(warps) <= room), choices[-1])
+        return 32 * warps, shared(warps)
     return {"residual_kernel": (1024, 256), "loss_kernel": (512, 256),
              "anderson_products_kernel": (512, 256), "norm_kernel": (256, 256),
              "condition_backward_kernel": (128, 0), "column_sums_kernel": (128, 0),
@@ -39,10 +48,9 @@ def launch(name, args):
 
 
 def tiles(dtype, HD):
-    """Attention's Tiles: head size, elements in 16 bytes, rows of a warp, columns at a time, rows in sixteens."""
-    HD, half = int(HD), dtype == "bf16"
-    MI = 2 if half and HD <= 72 else 1
-    return HD, 8 if half else 4, 16 * MI, 64 if half else 32, MI
+    """Of attention's Tiles: bytes of an element, elements in a row of a tile, whether registers allow large ones."""
+    HD, size = int(HD), 2 if dtype == "bf16" else 4
+    return size, HD + (0 if HD * size // 16 % 2 else 16 // size), size == 2 and HD <= 72
 
 
 def occupancy(shared_kib, threads, registers, shared):
@@ -95,7 +103,7 @@ def resources(found, arch):
     for (name, args), (registers, static, stack, spills) in sorted(found.items()):
         if name == "matmul_wgmma" and arch != "sm_90a":
             continue  # empty there
-        threads, dynamic = launch(name, args)
+        threads, dynamic = launch(name, args, 1024 * (ARCHS[arch] - 1))
         blocks = occupancy(ARCHS[arch], threads, registers, static + dynamic)
         shown = list(args)
         if name.startswith("matmul"):
@@ -121,7 +129,7 @@ def schedule(form, m, n, k, D):
         rows = columns = 128 if large else 64
         slots, tiles = SMS * (2 if large else 4), count(rows, columns)
     splits, best, room = 1, 1e9, max(16 * D * (D + 1), 2 * SMS * 128 * 130)
-    for s in range(1, 17 if form == "dw" else 2):
+    for s in range(1, 33 if form == "dw" else 2):
         if s > 1 and (s * (m * n + m) > room or s * 256 > k):
             break
         time = whole / slots + -(-(tiles - whole) * s // slots) / s
@@ -215,6 +223,7 @@ def estimate():
     rows.append(("with 1 us between kernels", "", "", "", "", f"{1e3 * (total[0] + gap * total[2]):.1f}",
                  f"{1e3 * (total[1] + gap * total[2]):.1f}"))
     return ["## Estimate of a training step, not a measurement", "",
+            "Since 2026-11-26 there is a measurement on an H100: `test/results/nvidia-h100-80gb-hbm3.md`. "
             f"FPDM XL/2, batch {BATCH}, {TOKENS} tokens, n {n}, m {m}, one pre and one post block, on an H100. Time of "
             f"a kernel = max(FLOP / rate, bytes / {memory / 1e12:.2f} TB/s). Assumed: {wgmma / 1e12:.0f} TFLOP/s for "
             f"`wgmma`, times the shares of full waves and of tiles inside above; {mma_sync / 1e12:.0f} for `mma.sync`, times 0.9; "
@@ -226,16 +235,16 @@ def estimate():
 
 
 def attention_units(D, H, backward):
-    """FLOP done, padding counted, and seconds that tensor cores, shared memory and exponentials need for it, for all heads
-    of the batch. Of 32 rows of a warp: mma (16x8x16), fragments of 512 bytes (ldmatrix), for 64 columns forward and for
-    32 backward, where dq of 64 rows and 32 columns is made 16 rows and half of the channels at a time."""
-    HD, _, rows, _, MI = tiles("bf16", next(h for h in (32, 64, 72, 128) if D // H <= h))
+    """FLOP done, and seconds that tensor cores, shared memory and exponentials need for it, for all heads of the batch.
+    Of a warp: mma (16x8x16; one of 8 channels counts half) and fragments of 512 bytes (ldmatrix): forward for 16 rows
+    and 64 columns, backward for 32 keys and 32 queries, with their part of dq, which is made 16 queries and half of the
+    channels at a time."""
+    HD = next(h for h in (32, 64, 72) if D // H <= h)
     K, N = -(-HD // 16), HD // 8
     if backward:
-        mma, fragments, scores = 2 * K * MI * 4 + 2 * 2 * MI * N, 2 * K * (MI + 2) + 2 * N, rows * 32
-        mma, fragments = mma + 4 * 2 * N * rows / 64, fragments + (8 * 2 + 4 * N + 8) * rows / 64  # 8: dS is stored
+        mma, fragments, scores = 8 * N + 8 * N + 4 * N, 2 * K * 4 + 2 * N + 8 + 2 * N + 4, 32 * 32  # 4: dS is stored
     else:
-        mma, fragments, scores = K * MI * 8 + 4 * MI * N, K * (MI + 4) + 2 * N, rows * 64
+        mma, fragments, scores = 4 * N + 4 * N, K * 5 + 2 * N, 16 * 64
     times = BATCH * H * TOKENS * TOKENS / scores
     clock = PEAK / (SMS * 4096)
     return times * mma * 4096, (times * mma * 4096 / (PEAK * 2 / 3), times * fragments * 4 / SMS / clock,
@@ -246,14 +255,14 @@ def attentions():
     rows, T = [], TOKENS
     for size, (D, H) in SIZES.items():
         # T²·hd multiply-adds needed; arrays (B,T,D): in memory; read and written by a block, as rows of tiles
-        for form, useful, arrays, tiled in (("forward", 4, 4, 2 + 2 * T / 128), ("backward", 10, 8, 8)):
-            done, units = attention_units(D, H, form == "backward")
+        for form, useful, arrays, tiled in (("forward", 4, 4, 2 + 2 * T / 128), ("backward", 10, 8, 9)):
+            units = attention_units(D, H, form == "backward")[1]
             flop = BATCH * H * T * T * (D // H) * useful
             memory = BATCH * T * D * 2 * arrays
-            rows.append((f"{size} {form}", f"{BATCH}x{T}x{D}x{H}", f"{100 * flop / done:.0f} %",
-                         f"{flop / memory:.0f}", f"{flop / (BATCH * T * D * 2 * tiled):.0f}",
+            rows.append((f"{size} {form}", f"{BATCH}x{T}x{D}x{H}", f"{flop / memory:.0f}",
+                         f"{flop / (BATCH * T * D * 2 * tiled):.0f}",
                          *(f"{1e6 * unit:.0f}" for unit in units), f"{1e6 * memory / MEMORY:.0f}"))
-    return table(("attention", "BxTxDxH", "useful FLOP", "FLOP/B memory", "FLOP/B L2", "tensor cores, us",
+    return table(("attention", "BxTxDxH", "FLOP/B memory", "FLOP/B L2", "tensor cores, us",
                   "shared memory, us", "exponentials, us", "memory, us"), rows)
 
 
@@ -271,12 +280,12 @@ def main():
              f"that {SMS} multiprocessors hold at once; full: of what they could do in the waves begun; inside: "
              "of what the tiles cover.", ""]
     lines += matmuls() + attentions()
-    lines += ["Useful FLOP: the rest is padding of the head size, 72 to 80 where sums run over it. Time of each unit alone: "
-              "`mma.sync` at 2/3 of the peak, 128 bytes of shared memory and 16 exponentials a cycle.", ""]
+    lines += ["Time of each unit alone: `mma.sync` at 2/3 of the peak, "
+              "128 bytes of shared memory and 16 exponentials a cycle.", ""]
     lines += estimate()
     for arch in ARCHS:
         lines += [f"## Kernels on {arch}", "", "matmul: tile, first and second operand with k as the slow dimension, "
-                  "epilogue; attention: type, padded head size.", ""]
+                  "epilogue; attention: type, padded head size. layernorm_backward_kernel: as at XL's width, 1152.", ""]
         lines += resources(found[arch], arch)
     print("\n".join(lines).rstrip())
 

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 
-from report_compiler import EPILOGUES, decode, launch, table, tiles
+from report_compiler import EPILOGUES, decode, launch, table
 
 ARCHS = {"gfx90a": 64, "gfx942": 64, "gfx1100": 32}  # lanes of a wave
 LDS = 65536  # bytes that a block may have, on all three
@@ -34,16 +34,6 @@ def kernels(clang, arch):
             name, args = decode(fields["name"])
             found[name, tuple(args)] = {k: int(v) for k, v in fields.items() if v.isdigit()}
     return found
-
-
-def dynamic_lds(name, args):
-    if name != "attention_backward_kernel":
-        return launch(name, args)[1]
-    HD, piece, rows, columns, _ = tiles(*args)  # as many keys as fit: 8, 4 or 2 warps
-    row = HD + (0 if HD // piece % 2 else piece)
-    sizes = [16 // piece * (2 * row * columns + warps * rows * (2 * row + columns + 8)) + 8 * columns
-             for warps in (8, 4, 2) if warps * rows >= 32]
-    return next((size for size in sizes if size <= LDS), sizes[-1])
 
 
 def main():
@@ -73,7 +63,7 @@ def main():
             spill, static = k["vgpr_spill_count"] + k["sgpr_spill_count"], k["group_segment_fixed_size"]
             spilled[arch] += spill > 0
             cells.append(f"{k['vgpr_count']} / {k['sgpr_count']} / {spill}")
-        lds = static + dynamic_lds(name, args)
+        lds = static + launch(name, args, LDS)[1]
         rows.append((name + (f"<{', '.join(shown)}>" if shown else ""), f"{lds}{' **too much**' if lds > LDS else ''}",
                      *cells))
     print("# fpdm.cu compiled for AMD's GPUs\n\nBy `make hip`, with " + version + ": " + ", ".join(
