@@ -496,7 +496,7 @@ __global__ void __launch_bounds__(LN_THREADS, !ON_HOPPER)
     layernorm_backward_kernel(float *dx, A *copy, A *normed, float *parts, const A *dout, const float *x,
                               const float *stats, int add, const float *mod, A *dbranch, const A *branch,
                               const float *gate, int stride, int chunk, int group, int T, int D) {
-    SHARED_DYNAMIC(float, common);     // of each row: mean, 1/sigma, and of g = dout·(1+scale) the mean and of g·LN(x)
+    SHARED_DYNAMIC(float, common);    // of each row: mean, 1/sigma, and of g = dout·(1+scale) the mean and of g·LN(x)
     float *ring = common + 4 * group; // of each row: dx, x, dout, branch
     const int first = blockIdx.x * chunk, end = min(T, first + chunk), acts = D * sizeof(A) / sizeof(float);
     size_t picture = (size_t)blockIdx.y * T;
@@ -519,7 +519,7 @@ __global__ void __launch_bounds__(LN_THREADS, !ON_HOPPER)
         cp_async_commit();
     };
     for (int d = 4 * threadIdx.x; d - 4 * (int)threadIdx.x < D; d += 4 * blockDim.x) { // once for D up to 2048
-        float sums[3][4] = {}, s[4] = {}, b[4] = {}, a[4] = {};                          // scale, shift, gate
+        float sums[3][4] = {}, s[4] = {}, b[4] = {}, a[4] = {};                        // scale, shift, gate
         if (d < D && x) load(s, scale + d), load(b, shift + d);
         if (d < D && branch) load(a, gate + d);
         EACH(i, LN_STAGES - 1) load_group(first + i * group);
@@ -845,13 +845,13 @@ static void layernorm_backward(Model *m, int half, float *dx, Act *copy, Act *no
     int T = config_tokens(&m->config), D = m->config.width, stride = vectors * D;
     size_t row = D * 2 * (sizeof(float) + (half ? sizeof(bf16) : sizeof(float)));
     int chunk = (size_t)m->B * T >= (size_t)64 * gpu.sms ? 4 * LN_CHUNK : LN_CHUNK, chunks = (int)ceil_div(T, chunk);
-    size_t fits = gpu.shared / (2 * LN_STAGES * row); // with two blocks a multiprocessor
+    size_t fits = (gpu.shared - 1024) / 2 / (LN_STAGES * row + 4 * sizeof(float)); // two blocks a multiprocessor
     int group = fits < 1 ? 1 : fits < LN_GROUP ? (int)fits : LN_GROUP;
     int threads = imin(LN_THREADS / WARP, (int)ceil_div(D, 4 * WARP)) * WARP;
     TYPED(half,
-          RUN((layernorm_backward_kernel<A>), dim3(chunks, m->B), threads, group * (LN_STAGES * row + 4 * sizeof(float)),
-              dx, (A *)copy, (A *)normed, m->a.parts, (const A *)dout, x, stats, add, mod, (A *)dbranch,
-              (const A *)branch, gate, stride, chunk, group, T, D));
+          RUN((layernorm_backward_kernel<A>), dim3(chunks, m->B), threads,
+              group * (LN_STAGES * row + 4 * sizeof(float)), dx, (A *)copy, (A *)normed, m->a.parts, (const A *)dout, x,
+              stats, add, mod, (A *)dbranch, (const A *)branch, gate, stride, chunk, group, T, D));
     RUN(column_sums_kernel, dim3((unsigned)ceil_div(D, 128), m->B, 3), 128, 0, dmod, dgate, m->a.parts, stride, chunks,
         D);
 }
@@ -2977,8 +2977,8 @@ __device__ inline void tile_apply_groups(Frag (&out)[N], const bf16 *p, const bf
         Left a[2];
         Right b[2];
         EACH(i, 2)
-            left_load<true, false>(
-                a[i], [&](int r, int piece) { return p + (16 * i + r) * S::QUERIES_LD + 8 * piece; });
+            left_load<true, false>(a[i],
+                                   [&](int r, int piece) { return p + (16 * i + r) * S::QUERIES_LD + 8 * piece; });
         EACH(j, N) {
             if (j == N - 1 && !all) break;
             right_load<RIGHT_SLOW_DEEP, false>(

@@ -612,7 +612,7 @@ def test_plot_fixed_point():
     fails("two traces", "plot.py", "fixed_point", "cold.csv", *command)
     fails("log.csv: a log", "plot.py", "fixed_point", "log.csv", "warm.csv", *command)
     fails("one.csv: want", "plot.py", "fixed_point", "one.csv", "warm.csv", *command)
-    for file in (root / "weights" / "emoji_dit.safetensors", "none.safetensors", "cold.csv"):
+    for file in (root / "weights" / "cifar10_dit.safetensors", "none.safetensors", "cold.csv"):
         fails("--weights", "plot.py", "fixed_point", "cold.csv", "warm.csv", "--weights", file, "--out", "b.png")
 
 
