@@ -384,8 +384,8 @@ typedef struct Act Act;
 // An unrolled loop: what is indexed by i can stay in registers.
 #define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
 
-// From Part 4: 2^x; 16 bytes from global to shared memory in the background, in groups; V neighbours as one access of up
-// to 16 bytes, converted to float and back
+// From Part 4: 2^x; 16 bytes from global to shared memory in the background, in groups; V neighbours as one access of
+// up to 16 bytes, converted to float and back
 #ifdef NVIDIA
 __device__ inline float fast_exp2(float x);
 __device__ inline void cp_async16(void *smem, const void *gmem, bool valid);
@@ -2339,8 +2339,8 @@ __device__ inline void epilogue_store(const Matmul &g, int row, int col, int oth
 // The epilogue of 16 rows and 32·CHUNKS columns that a warp holds as fragments, acc[j] at column FRAG_COLS·j. They go
 // through shared memory, `stage`, so that a lane gets neighbours and the warp's accesses to memory fill sectors of 32
 // bytes: 8 to a lane where all is bf16, 4 where fp32 comes with it. What a lane writes and reads there lies in banks of
-// its own: rows are 8 banks apart, and in every second four rows, every two fours of columns change places. `ahead`, where
-// registers allow it: what is read beside the product is fetched 32 columns ahead.
+// its own: rows are 8 banks apart, and in every second four rows, every two fours of columns change places. `ahead`,
+// where registers allow it: what is read beside the product is fetched 32 columns ahead.
 template <int EPI, int CHUNKS>
 __device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, int col0, const Frag *acc, bool ahead) {
     constexpr int V = EPI == EPI_STORE || EPI == EPI_GELU ? 8 : 4, HOP = WARP / 32 * V, ROWS = 16 / HOP,
