@@ -3127,18 +3127,18 @@ __global__ void __launch_bounds__((Tiles<A, HD>::BACK_WARPS * WARP), 1)
     };
     auto load_stats = [&](int q0) { // of the next queries, four threads each; all loads before anything waits for one
         typedef Vec<A, S::PIECE> Piece;
-        enum { N = (HD / S::PIECE + 3) / 4 };
+        enum { PIECES = (HD / S::PIECE + 3) / 4 };
         int count = min((int)S::STATS, (T - q0 + QUERIES - 1) / QUERIES * QUERIES);
         size_t from = head(D), row0 = ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * T;
         for (int i = threadIdx.x; i < 4 * count; i += blockDim.x) {
             int row = q0 + i / 4, c = i % 4 * S::PIECE;
-            Piece g[N], o[N];
+            Piece g[PIECES], o[PIECES];
             float delta = 0, l = row < T ? lse[row0 + row] : INFINITY; // beyond T: without weight
-            EACH(n, N) {
+            EACH(n, PIECES) {
                 size_t at = from + (row < T && c + 4 * n * S::PIECE < hd ? row * D + c + 4 * n * S::PIECE : 0);
                 g[n] = *(const Piece *)(dout + at), o[n] = *(const Piece *)(out + at);
             }
-            EACH(n, N) {
+            EACH(n, PIECES) {
                 EACH(j, S::PIECE)
                     if (c + 4 * n * S::PIECE < hd) delta += to_float(g[n].v[j]) * to_float(o[n].v[j]);
             }
