@@ -72,7 +72,8 @@ static void test_matmul(int half, int M, int N, int K) {
     const void *right = (const char *)gw + K * (half ? 2 : 4);
     int add_rows = M / 2, tokens = M / 2;
 
-    std::vector<double> v((size_t)M * N), act = v, gated = v, product((size_t)M * K), dpre = product, inner = product;
+    std::vector<double> v((size_t)M * N), plain = v, act = v, gated = v, product((size_t)M * K), dpre = product,
+                                          inner = product;
     std::vector<double> sum = product, dw((size_t)N * 2 * K), db(N);
     for (int i = 0; i < M; i++)
         for (int j = 0; j < N; j++) {
@@ -113,6 +114,11 @@ static void test_matmul(int half, int M, int N, int K) {
     expect(name("forward"), from_gpu(y, (size_t)M * N, half), v, output);
     matmul<false, false, EPI_FLOAT>(half, g);
     expect(name("forward, fp32 result"), from_gpu(y, (size_t)M * N, 0), v, exact);
+    g.add = NULL; // the sum may be split then
+    for (size_t i = 0; i < v.size(); i++) plain[i] = v[i] - add[i % ((size_t)add_rows * N)];
+    matmul<false, false, EPI_FLOAT>(half, g);
+    expect(name("forward, fp32, bias alone"), from_gpu(y, (size_t)M * N, 0), plain, exact);
+    g.add = (float *)gadd;
     g.pre = y2;
     matmul<false, false, EPI_GELU>(half, g);
     expect(name("gelu"), from_gpu(y, (size_t)M * N, half), act, output);
@@ -396,6 +402,8 @@ int main(void) {
             test_matmul(half, 1030, 136, 144);
             test_matmul(half, 24, 8, 16);
             if (!half) test_matmul(half, 10, 3, 12);
+            if (!half) test_matmul(half, 24, 40, 1160); // conditioning: both sums over k are split
+            if (!half) test_matmul(half, 24, 1160, 40);
             for (int parts : {1, 2, 3, 7}) test_layernorm_backward(half, 4, 7, 72, parts);
             test_layernorm_backward(half, 2, 10, 1160, 7);
             test_layernorm_backward(half, 1, 3, 2064, 7);
