@@ -2795,7 +2795,7 @@ static const Option option_table[] = {
     {"", 0, 0, 0, "", 0, 0, "Model"},
     {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
     {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0,
-     "S/2 to XL/8: sets width, heads, depth, patch, and the paper's n, m, c_pp, constant lr, ema, no clipping"},
+     "S/2 to XL/8: sets width, heads, depth, patch, the paper's n, m, c_pp, timesteps, constant lr, ema, no clipping"},
     {"width", MODEL, OPT_INT, AT(model.width), "128", 8, 16384, "D, channels of a token; a multiple of 8"},
     {"heads", MODEL, OPT_INT, AT(model.heads), "4", 1, 1024, "attention heads; width / heads is the head size"},
     {"depth", MODEL, OPT_INT, AT(model.depth), "8", 1, 64, "DiT: blocks; fixed point: default iterations + pre + post"},
@@ -2834,7 +2834,7 @@ static const Option option_table[] = {
     {"warmup", TRAIN, OPT_INT, AT(warmup), "200", 0, 2e9, "steps of linear warm-up"},
     {"lr_schedule", TRAIN, OPT_CHOICE, AT(lr_schedule), "linear", 0, 0,
      "constant|linear|cosine: the fall of lr after the warm-up, to zero at steps"},
-    {"t_sampling", TRAIN, OPT_CHOICE, AT(t_sampling), "uniform", 0, 0,
+    {"t_sampling", TRAIN, OPT_CHOICE, AT(t_sampling), "logit_normal", 0, 0,
      "uniform|logit_normal: timesteps trained on; logit_normal: t/1000 = sigmoid(t_mean + t_std g), g normal"},
     {"t_mean", TRAIN, OPT_REAL, AT(t_mean), "0", -20, 20, "logit_normal: mean; above 0: more noise"},
     {"t_std", TRAIN, OPT_REAL, AT(t_std), "1", 0, 20, "logit_normal: standard deviation"},
@@ -3003,6 +3003,7 @@ static void options_model(Options *o) {
     o->model.timestep_in_pre_post = 0;
     o->lr = 1e-4;
     o->lr_schedule = LR_CONSTANT;
+    o->t_sampling = T_UNIFORM;
     o->ema = 0.9999;
     o->grad_clip = o->warmup = o->ema_warmup = 0;
 }
