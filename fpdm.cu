@@ -3099,7 +3099,7 @@ __global__ void __launch_bounds__((Tiles<A, HD>::WARPS * WARP), FORWARD_BLOCKS)
 // dS = P·(dP - delta)/sqrt(hd), dk = dS^T·q, dq = dS·k, where delta, what softmax's backward subtracts from each row,
 // is the sum over the head's channels of dout·out. A warp has KEYS keys: it makes rows of P^T and dS^T, whose products
 // it keeps. The block leaves dS of QUERIES queries in shared memory, and each warp makes dq of some of them, 16 and
-// part of the channels at a time. A launch does up to 256 keys, fewer where shared memory is small; if T is more, dq
+// half of the channels at a time. A launch does up to 256 keys, fewer where shared memory is small; if T is more, dq
 // waits in `sums` (B,T,D) for the rest.
 template <typename A, int HD>
 __global__ void __launch_bounds__((Tiles<A, HD>::BACK_WARPS * WARP), 1)
@@ -3107,7 +3107,7 @@ __global__ void __launch_bounds__((Tiles<A, HD>::BACK_WARPS * WARP), 1)
                               int first, int T, int D, int hd, float scale) {
     typedef Tiles<A, HD> S;
     enum { MI = S::BACK_MI, QUERIES = S::QUERIES, TILE = 2 * QUERIES * S::LD, NT = 32 / FRAG_COLS };
-    enum { NO = HD / FRAG_COLS, PARTS = S::BACK_WARPS == 16 ? 3 : 2, PART = (NO + PARTS - 1) / PARTS }; // of dq
+    enum { NO = HD / FRAG_COLS, HALF = (NO + 1) / 2 };
     SHARED_DYNAMIC(float, q_lse);
     float *q_delta = q_lse + S::STATS;
     int warp = threadIdx.x / WARP, warps = blockDim.x / WARP, keys = warps * S::KEYS, mine = warp * S::KEYS;
@@ -3186,15 +3186,14 @@ __global__ void __launch_bounds__((Tiles<A, HD>::BACK_WARPS * WARP), 1)
         int tile = anew(q0) / QUERIES * QUERIES;
         load_queries(tile + S::TILES * QUERIES);
 #pragma unroll 1
-        for (int unit = anew(threadIdx.x) / WARP; unit < QUERIES / 16 * PARTS; unit += warps) {
-            Frag dq[PART] = {};
-            int query = unit / PARTS * 16, row = tile + query, col = unit % PARTS * PART * FRAG_COLS;
+        for (int unit = anew(threadIdx.x) / WARP; unit < QUERIES / 8; unit += warps) {
+            Frag dq[HALF] = {};
+            int query = unit / 2 * 16, row = tile + query, col = unit % 2 * HALF * FRAG_COLS;
             if (row >= T) break;
-            if (col >= HD) continue;
             if (first)
                 each_run(dq, row, T, hd - col,
                          [&](int r, int c, FragRun &run) { load(run, sums + head(D) + (size_t)r * D + col + c); });
-            tile_apply_groups<HD>(dq, groups + 64 * S::LD + query, groups + col, keys, col + FRAG_COLS * PART <= HD);
+            tile_apply_groups<HD>(dq, groups + 64 * S::LD + query, groups + col, keys, col + FRAG_COLS * HALF <= HD);
             if (first + keys < T)
                 store_head(sums + head(D) + col, D, row, T, hd - col, dq, 1);
             else
