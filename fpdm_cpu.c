@@ -301,7 +301,8 @@ enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: ear
 // row-major. Outputs come first. A backward adds (+=) to weight and modulation gradients, and says whether it adds to
 // its input's.
 
-// An operand of a matmul that --dtype concerns: its elements are bf16 where `half` says so, else real.
+// An operand of a matmul that --dtype concerns: its elements are bf16 where `half` says so, else real. `put` does not
+// look for NaN: those that arithmetic makes (0x7fc00000, 0xffc00000) stay what they are, and files are checked.
 typedef void Act;
 typedef uint16_t bf16;
 static float bf16_to_float(uint16_t h); // from Part 5
@@ -310,8 +311,12 @@ static inline real get(int half, const Act *p, size_t i) {
     return half ? (real)bf16_to_float(((const bf16 *)p)[i]) : ((const real *)p)[i];
 }
 static inline void put(int half, Act *p, size_t i, real x) {
+    union {
+        float f;
+        uint32_t i;
+    } bits = {(float)x};
     if (half)
-        ((bf16 *)p)[i] = float_to_bf16((float)x);
+        ((bf16 *)p)[i] = (bf16)((bits.i + 0x7fff + (bits.i >> 16 & 1)) >> 16); // to nearest even
     else
         ((real *)p)[i] = x;
 }
@@ -335,7 +340,8 @@ static inline const Act *act_at(int half, const Act *p, size_t i) {
 // but inside a parallel region only the one that calls.
 static void gemm(int half, real *C, size_t ldc, const Act *A, size_t ars, size_t acs, const Act *B, size_t brs,
                  size_t bcs, const real *from, size_t ldf, int M, int N, int K);
-static inline real exp_real(real x); // exp in arithmetic that becomes vector instructions
+static inline real exp_real(real x);    // exp in arithmetic that becomes vector instructions
+static inline real exp_bounded(real x); // the same for -88 <= x <= 88
 
 #ifdef _OPENMP
 static int max_threads(void) { return omp_get_max_threads(); }
@@ -461,18 +467,26 @@ static void attention_forward(int half, real *out, real *lse, const Act *qkv, re
         Act *p = half ? s + QUERY_ROWS * T : s;
         gemm(half, s, T, act_at(half, qkv, at + (size_t)first * 3 * D), 3 * D, 1, act_at(half, qkv, at + D), 1, 3 * D,
              NULL, 0, rows, T, hd);
+        real sums[QUERY_ROWS];
         for (int i = 0; i < rows; i++) {
-            real *si = s + (size_t)i * T, max = si[0], sum = 0;
+            real *si = s + (size_t)i * T, max = si[0];
 #pragma omp simd reduction(max : max)
             for (int j = 0; j < T; j++) max = si[j] > max ? si[j] : max;
+            row_lse[i] = max;
+        }
+        for (int i = 0; i < rows; i++) {
+            real *si = s + (size_t)i * T, max = row_lse[i], sum = 0;
 #pragma omp simd reduction(+ : sum)
             for (int j = 0; j < T; j++) {
                 si[j] = exp_real((si[j] - max) * scale);
                 sum += si[j];
             }
-            real inverse = 1 / sum;
+            sums[i] = sum;
+        }
+        for (int i = 0; i < rows; i++) {
+            const real *si = s + (size_t)i * T, inverse = 1 / sums[i];
             TYPED(half, SIMD for (int j = 0; j < T; j++) put(HALF, p, (size_t)i * T + j, si[j] * inverse));
-            row_lse[i] = max * scale + (real)log((double)sum);
+            row_lse[i] = row_lse[i] * scale + (real)log((double)sums[i]);
         }
         gemm(half, out + ((size_t)b * T + first) * D + h * hd, D, p, T, 1, act_at(half, qkv, at + 2 * D), 3 * D, 1,
              NULL, 0, rows, hd, T);
@@ -540,8 +554,9 @@ static void gelu_forward(int half, Act *out, const real *in, size_t count) {
 static void gelu_backward(int half, Act *dx, Act *out, const real *dout, const real *x, size_t count) {
     FOR_EACH_PIECE TYPED(half, {
         SIMD for (size_t i = piece; i < PIECE_END; i++) {
-            real xi = x[i] < -100 ? -100 : x[i] > 100 ? 100 : x[i]; // beyond, the slope is 0 or 1, a cube too large
-            real xx = xi * xi, e = exp_real(-GELU_SLOPE * xi * (1 + GELU_CUBIC * xx)), s = 1 / (1 + e);
+            real xi = -10 > x[i] ? -10 : x[i]; // beyond, the slope is 0 or 1
+            xi = 10 < xi ? 10 : xi;
+            real xx = xi * xi, e = exp_bounded(-GELU_SLOPE * xi * (1 + GELU_CUBIC * xx)), s = 1 / (1 + e);
             put(HALF, out, i, x[i] * s);
             put(HALF, dx, i, dout[i] * (s * (1 + xi * (e * s) * GELU_SLOPE * (1 + 3 * GELU_CUBIC * xx))));
         }
@@ -1427,7 +1442,10 @@ static double model_gradient_norm(const Model *m) {
 #pragma omp parallel for schedule(static)
     for (int64_t p = 0; p < pieces; p++) {
         int64_t last = (p + 1) * PIECE < count ? (p + 1) * PIECE : count;
-        for (int64_t i = p * PIECE; i < last; i++) partial[p] += (double)grads[i] * grads[i];
+        double squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t i = p * PIECE; i < last; i++) squares += (double)grads[i] * grads[i];
+        partial[p] = squares;
     }
     for (int64_t p = 0; p < pieces; p++) sum += partial[p];
     xfree(partial);
@@ -1638,7 +1656,8 @@ enum {
     NR = 2 * VL,
     KC = 384, // a tile's rows of A, MR x KC, stay in the first-level cache
     NC = 512, // the block of B, KC x NC, in the second
-    MC = 8 * MR
+    MC = 8 * MR,
+    PITCH = KC + 64 / sizeof(real), // between rows of A that are copied: an odd number of cache lines
 };
 #define VECTOR(bytes) __attribute__((vector_size(bytes), aligned(sizeof(real)), may_alias)) // may stand anywhere
 typedef real vec VECTOR(VEC_BYTES);
@@ -1669,22 +1688,28 @@ INLINE void gemm_pack(real *p, const int w, int n, int kc, const real *src, size
             }
             for (; i + 4 <= n; i += 4) memcpy(p + i / w * w * kc + k * w + i % w, src + i + k * ks, 4 * sizeof(real));
         }
-    } else if (ks == 1) { // transposed, in blocks of 4 x 4
-        for (; i + 4 <= n; i += 4) {
-            const real *s = src + i * is, *end = s + kc / 4 * 4;
-            real *d = p + i / w * w * kc + i % w;
-            for (int t = 0; s < end; s += 4, d += 4 * w, t++) {
-                __builtin_prefetch(s + (4 + t % 4) * is); // of the next four rows
-                vec4 s0 = *(const vec4 *)s, s1 = *(const vec4 *)(s + is);
-                vec4 s2 = *(const vec4 *)(s + 2 * is), s3 = *(const vec4 *)(s + 3 * is);
-                vec4 a = SHUFFLE(s0, s1, 0, 4, 1, 5), b = SHUFFLE(s2, s3, 0, 4, 1, 5);
-                vec4 c = SHUFFLE(s0, s1, 2, 6, 3, 7), e = SHUFFLE(s2, s3, 2, 6, 3, 7);
-                *(vec4 *)d = SHUFFLE(a, b, 0, 1, 4, 5), *(vec4 *)(d + w) = SHUFFLE(a, b, 2, 3, 6, 7);
-                *(vec4 *)(d + 2 * w) = SHUFFLE(c, e, 0, 1, 4, 5), *(vec4 *)(d + 3 * w) = SHUFFLE(c, e, 2, 3, 6, 7);
-            }
-            for (int k = 0; k < kc % 4; k++)
-                for (int r = 0; r < 4; r++) d[k * w + r] = s[r * is + k];
-        }
+    } else if (ks == 1) { // transposed, in blocks of 4 x 4: a cache line of all rows of a panel, then the next line
+        enum { LINE = 64 / sizeof(real) };
+        for (int first = 0; first < n; first += w)
+            for (int k0 = 0; k0 < kc; k0 += LINE)
+                for (i = first; i + 4 <= imin(first + w, n); i += 4) {
+                    const real *s = src + i * is;
+                    real *d = p + first * kc + i - first;
+                    int k = k0, last = imin(k0 + LINE, kc);
+                    for (; k + 4 <= last; k += 4) {
+                        vec4 s0 = *(const vec4 *)(s + k), s1 = *(const vec4 *)(s + is + k);
+                        vec4 s2 = *(const vec4 *)(s + 2 * is + k), s3 = *(const vec4 *)(s + 3 * is + k);
+                        vec4 a = SHUFFLE(s0, s1, 0, 4, 1, 5), b = SHUFFLE(s2, s3, 0, 4, 1, 5);
+                        vec4 c = SHUFFLE(s0, s1, 2, 6, 3, 7), e = SHUFFLE(s2, s3, 2, 6, 3, 7);
+                        *(vec4 *)(d + k * w) = SHUFFLE(a, b, 0, 1, 4, 5);
+                        *(vec4 *)(d + (k + 1) * w) = SHUFFLE(a, b, 2, 3, 6, 7);
+                        *(vec4 *)(d + (k + 2) * w) = SHUFFLE(c, e, 0, 1, 4, 5);
+                        *(vec4 *)(d + (k + 3) * w) = SHUFFLE(c, e, 2, 3, 6, 7);
+                        __builtin_prefetch(s + (k - k0) / 4 * is + k0 + 2 * LINE);
+                    }
+                    for (; k < last; k++)
+                        for (int r = 0; r < 4; r++) d[k * w + r] = s[r * is + k];
+                }
     }
     for (; i < n; i++)
         for (int k = 0; k < kc; k++) p[(i / w * kc + k) * w + i % w] = src[i * is + k * ks];
@@ -1715,6 +1740,19 @@ INLINE void pair_pack(real *p, const int w, int n, int kc, const bf16 *src, size
                 for (int j = 0; j < imin(w, n - i); j++)
                     out[j] = x[j * is] | (2 * k + 1 < kc ? (bf16x2)y[j * is] << 16 : 0);
         }
+}
+
+// Either, into panels of MR or NR columns; not inline, for the compiler has registers for one alone
+static __attribute__((noinline)) void pack(int half, real *p, int w, int n, int kc, const Act *src, size_t is,
+                                           size_t ks) {
+    if (half && w == NR)
+        pair_pack(p, NR, n, kc, src, is, ks);
+    else if (half)
+        pair_pack(p, MR, n, kc, src, is, ks);
+    else if (w == NR)
+        gemm_pack(p, NR, n, kc, src, is, ks);
+    else
+        gemm_pack(p, MR, n, kc, src, is, ks);
 }
 
 // sum + the products of two pairs in every lane, first of their high halves, then of the low ones. The product of two
@@ -1758,18 +1796,22 @@ INLINE void gemm_kernel(const int half, const int wide, real *c, size_t ldc, con
                         const real *b, const real *from, size_t ldf, int kc, Ahead next) {
     vec s[MR] = {0}, t[MR] = {0};
     for (int i = 0; i < MR; i++) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + NR - 1, 1);
-    for (int k = 0; k < kc; k++, a += acs, b += NR) {
+    for (int i = 0; i < MR && from && ldf; i++)
+        __builtin_prefetch(from + i * ldf), __builtin_prefetch(from + i * ldf + NR - 1);
+    const real *low = a, *high = a + MR / 2 * ars; // halves of the rows: fewer distances to keep in registers
+    for (int k = 0; k < kc; k++, low += acs, high += acs, b += NR) {
         vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VL);
         __builtin_prefetch(next.at + k / 16 * 16 + (k & (next.rows - 1)) * next.stride);
         UNROLL
         for (int i = 0; i < MR; i++) {
+            const real *row = i < MR / 2 ? low + i * ars : high + (i - MR / 2) * ars;
             if (half) {
-                bf16x2 ai = *(const bf16x2 *)(a + i * ars);
+                bf16x2 ai = *(const bf16x2 *)row;
                 s[i] = (vec)pair_multiply((vec_float)s[i], ai, (vec_bf16x2)b0);
                 if (wide) t[i] = (vec)pair_multiply((vec_float)t[i], ai, (vec_bf16x2)b1);
             } else {
-                s[i] += a[i * ars] * b0;
-                if (wide) t[i] += a[i * ars] * b1;
+                s[i] += *row * b0;
+                if (wide) t[i] += *row * b1;
             }
         }
     }
@@ -1797,7 +1839,7 @@ INLINE void gemm_tile(const int half, const Gemm *g, int i0, int j0, const real 
     else
         gemm_kernel(half, 0, t, NR, a, ars, acs, b, NULL, 0, kc, next);
     if (g->flip) {
-        gemm_pack(turned, MR, MR, n, t, NR, 1);
+        pack(0, turned, MR, MR, n, t, NR, 1);
         int rows = n;
         n = m, m = rows, tile = turned, ld = MR;
     }
@@ -1813,7 +1855,7 @@ static void pair_tile(const Gemm *g, int i0, int j0, const real *a, size_t ars, 
     gemm_tile(1, g, i0, j0, a, ars, acs, b, first, kc, next);
 }
 
-static _Thread_local real gemm_a[MC * KC] __attribute__((aligned(64))),
+static _Thread_local real gemm_a[MC * PITCH] __attribute__((aligned(64))),
     gemm_b[2 * KC * NC] __attribute__((aligned(64)));
 
 // What one of `threads` threads does. Each takes rows of tiles from those left, at first MC / MR, at the end one, so
@@ -1825,7 +1867,9 @@ static void gemm_thread(Gemm *g, int thread, int threads) {
     real *panel = g->panels; // this block's; the other one may still be read by a slower thread
     int width = ((g->N + nn - 1) / nn + NR - 1) / NR * NR;
     int stands = g->acs == 1 && (!g->half || rows_of_pairs(g->A, g->ars, g->K)); // A needs no packing
-    size_t ars = g->ars / step;
+    // Rows a multiple of 2048 bytes apart fall into the same few sets of the first-level cache: they are copied.
+    int crowded = stands && g->ars / step * sizeof(real) % 2048 == 0;
+    size_t ars = crowded ? PITCH : g->ars / step;
     for (int kb = 0; kb < nk; kb++) {
         int k0 = (int)((long)K * kb / nk), kc = (int)((long)K * (kb + 1) / nk) - k0;
         int values = imin(kc * step, g->K - k0 * step);
@@ -1833,10 +1877,7 @@ static void gemm_thread(Gemm *g, int thread, int threads) {
             int n = imin(width, g->N - n0), panels = (n + NR - 1) / NR, share = 8 / imin(panels, 8);
             int p0 = panels * thread / threads * NR, p1 = imin(n, panels * (thread + 1) / threads * NR);
             const Act *B = act_at(g->half, g->B, (n0 + p0) * g->bcs + k0 * step * g->brs);
-            if (g->half)
-                pair_pack(panel + p0 * kc, NR, p1 - p0, values, B, g->bcs, g->brs);
-            else
-                gemm_pack(panel + p0 * kc, NR, p1 - p0, values, B, g->bcs, g->brs);
+            pack(g->half, panel + p0 * kc, NR, p1 - p0, values, B, g->bcs, g->brs);
             if (threads > 1) {
 #pragma omp barrier
             }
@@ -1850,14 +1891,15 @@ static void gemm_thread(Gemm *g, int thread, int threads) {
                 int m0 = (row - done) * MR, m = imin(g->M - m0, len * MR), inside = stands ? m / MR * MR : 0;
                 const Act *A = act_at(g->half, g->A, m0 * g->ars + k0 * step * g->acs);
                 const Act *rest = act_at(g->half, A, inside * g->ars); // goes into panels
-                if (g->half)
-                    pair_pack(gemm_a, MR, m - inside, values, rest, g->ars, g->acs);
-                else
-                    gemm_pack(gemm_a, MR, m - inside, values, rest, g->ars, g->acs);
+                real *edge = gemm_a + inside * PITCH * crowded;
+                pack(g->half, edge, MR, m - inside, values, rest, g->ars, g->acs);
+                for (int i = 0; i < inside && crowded; i++)
+                    memcpy(gemm_a + i * PITCH, act_at(g->half, A, i * g->ars), kc * sizeof(real));
+                if (crowded) A = gemm_a;
                 for (int i = 0; i < m; i += MR)
                     for (int j = 0; j < n; j += NR) {
                         int in = i < inside, next_row = j / NR * share;
-                        const real *a = in ? (const real *)A + i * ars : gemm_a + (i - inside) * kc;
+                        const real *a = in ? (const real *)A + i * ars : edge + (i - inside) * kc;
                         Ahead next = {a, 0, 1};
                         if (next_row < 8 && i + MR < inside) next = (Ahead){a + (MR + next_row) * ars, ars, share};
                         (g->half ? pair_tile : float_tile)(g, m0 + i, n0 + j, a, in ? ars : 1, in ? 1 : MR,
@@ -1884,13 +1926,12 @@ static void gemm(int half, real *C, size_t ldc, const Act *A, size_t ars, size_t
     gemm_thread(&g, 0, 1);
 }
 
-// exp(x) in arithmetic that an `omp simd` loop turns into vector instructions: x = n ln 2 + r, exp(x) = 2^n *
-// polynomial(r) (Cephes coefficients; 1.2 ulp at most over all floats). Below -87.3 it gives 0, above 88 exp(88) =
-// 1.7e38, and NaN stays NaN: a comparison with NaN is false, so neither limit replaces it. Double precision, for the
-// gradient checks, calls libm.
-static inline real exp_real(real x) {
+// exp(x) for |x| <= 88 in arithmetic that an `omp simd` loop turns into vector instructions: x = n ln 2 + r, exp(x) =
+// 2^n * polynomial(r) (Cephes coefficients; 1.2 ulp at most down to -87.3, 0 from -87.7 on). NaN stays NaN. Double
+// precision, for the gradient checks, calls libm.
+static inline real exp_bounded(real x) {
     if (sizeof(real) == 8) return (real)exp((double)x);
-    float y = x > 88 ? 88 : x < -87.3f ? -87.3f : (float)x;
+    float y = (float)x;
     float t = y * 1.44269504f + 12582912.0f; // 1.5 * 2^23: no room for a fraction, n stands in the last bits
     float n = t - 12582912.0f, r = y - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -1904,8 +1945,14 @@ static inline real exp_real(real x) {
         float f;
         uint32_t i;
     } scale = {t};
-    scale.i = (scale.i << 23) + 0x3f800000u; // 2^n, by its exponent bits
-    return x < -87.3f ? 0 : p * scale.f;
+    scale.i = (scale.i << 23) + 0x3f800000u; // 2^n, by its exponent bits; 0 for n = -127
+    return p * scale.f;
+}
+
+// exp of any number: exp(88) = 1.7e38 above 88. Comparisons with NaN are false, so neither limit replaces it.
+static inline real exp_real(real x) {
+    x = 88 < x ? 88 : x;
+    return exp_bounded(-88 > x ? -88 : x);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -448,6 +448,23 @@ static void test_anderson(void) {
     set_threads(max_threads());
 }
 
+static void test_exp(void) { // against the C library's in double precision
+    double worst = 0, small = 0;
+    for (uint32_t i = 0; i < 200000; i++) {
+        real x = (real)(-90 + 178 * rng_uniform(random_word(i, 7)));
+        double want = exp((double)x), error = fabs(exp_real(x) - want);
+        if (x > (real)-87.3)
+            worst = fmax(worst, error / want);
+        else
+            small = fmax(small, error);
+    }
+    CHECK("exp: to 1.2 units in the last place", worst < 1.2 / (1 << 23));
+    CHECK("exp: very small: to the smallest normal number", small < (double)FLT_MIN);
+    CHECK("exp: NaN stays, infinity has an end", exp_real((real)NAN) != exp_real((real)NAN) &&
+                                                     fabs(exp_real((real)INFINITY) / exp(88.0) - 1) < 1e-6 &&
+                                                     exp_real((real)-INFINITY) < FLT_MIN);
+}
+
 static void test_gelu(void) { // against the formula in double precision, also where a cube is larger than any float
     real x[] = {0, 1, -1, 3, -5, 30, -30, 1e5f, -1e5f, 1e13f, -1e13f, 1e30f, -1e30f, NAN}, out[14];
     double worst = 0;
@@ -488,6 +505,8 @@ static void test_gemm(int half, int rounds, int largest) {
         int a_transposed = r[3] & 1, b_transposed = r[4] & 1, adds = r[5] & 3;
         size_t lda = (size_t)(a_transposed ? M : K) + rng_below(r[7], 5),
                ldb = (size_t)(b_transposed ? K : N) + rng_below(r[8], 5);
+        size_t crowd = 2048 / (half ? sizeof(bf16) : sizeof(real)); // rows so far apart are copied
+        if (round % 8 == 3) lda = (lda + crowd - 1) / crowd * crowd;
         size_t ldc = (size_t)N + rng_below(r[9], 5), a_count = lda * (size_t)(a_transposed ? K : M),
                b_count = ldb * (size_t)(b_transposed ? N : K), c_count = ldc * (size_t)M,
                all = a_count + b_count + 2 * c_count;
@@ -1334,6 +1353,7 @@ int main(int argc, char **argv) {
         test_gemm(1, 200, 1000);
         test_pairs();
         set_threads(threads);
+        test_exp();
         test_gelu();
         test_anderson();
         Case wide = cases[1], alone = cases[7]; // large enough for the matmuls to use threads
