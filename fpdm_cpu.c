@@ -1654,8 +1654,9 @@ enum { VEC_BYTES = 16, MR = 6 };
 enum {
     VL = VEC_BYTES / sizeof(real),
     NR = 2 * VL,
-    KC = 384, // a tile's rows of A, MR x KC, stay in the first-level cache
-    NC = 512, // the block of B, KC x NC, in the second
+    KC = 384,    // a tile's rows of A, MR x KC, stay in the first-level cache
+    NC = 512,    // the block of B, KC x NC, in the second
+    WIDE = 1152, // or KC x WIDE, where A has to be packed again for each block: that costs more than the next cache
     MC = 8 * MR,
     PITCH = KC + 64 / sizeof(real), // between rows of A that are copied: an odd number of cache lines
 };
@@ -1856,24 +1857,24 @@ static void pair_tile(const Gemm *g, int i0, int j0, const real *a, size_t ars, 
 }
 
 static _Thread_local real gemm_a[MC * PITCH] __attribute__((aligned(64))),
-    gemm_b[2 * KC * NC] __attribute__((aligned(64)));
+    gemm_b[2 * KC * WIDE] __attribute__((aligned(64)));
 
 // What one of `threads` threads does. Each takes rows of tiles from those left, at first MC / MR, at the end one, so
 // that fast threads do more and all finish together. Who computes a tile changes nothing in it: no sum is split among
 // threads.
 static void gemm_thread(Gemm *g, int thread, int threads) {
-    int step = g->half ? 2 : 1, K = (g->K + step - 1) / step; // k counts floats, or pairs
-    int nk = (K + KC - 1) / KC, nn = (g->N + NC - 1) / NC, rows = (g->M + MR - 1) / MR, done = 0;
-    real *panel = g->panels; // this block's; the other one may still be read by a slower thread
-    int width = ((g->N + nn - 1) / nn + NR - 1) / NR * NR;
+    int step = g->half ? 2 : 1, K = (g->K + step - 1) / step;                    // k counts floats, or pairs
     int stands = g->acs == 1 && (!g->half || rows_of_pairs(g->A, g->ars, g->K)); // A needs no packing
+    int most = stands ? NC : WIDE, nk = (K + KC - 1) / KC, nn = (g->N + most - 1) / most, done = 0;
+    int width = ((g->N + nn - 1) / nn + NR - 1) / NR * NR, rows = (g->M + MR - 1) / MR;
+    real *panel = g->panels; // this block's; the other one may still be read by a slower thread
     // Rows a multiple of 2048 bytes apart fall into the same few sets of the first-level cache: they are copied.
     int crowded = stands && g->ars / step * sizeof(real) % 2048 == 0;
     size_t ars = crowded ? PITCH : g->ars / step;
     for (int kb = 0; kb < nk; kb++) {
         int k0 = (int)((long)K * kb / nk), kc = (int)((long)K * (kb + 1) / nk) - k0;
         int values = imin(kc * step, g->K - k0 * step);
-        for (int n0 = 0; n0 < g->N; n0 += width, done += rows, panel = g->panels + (panel == g->panels) * KC * NC) {
+        for (int n0 = 0; n0 < g->N; n0 += width, done += rows, panel = g->panels + (panel == g->panels) * KC * WIDE) {
             int n = imin(width, g->N - n0), panels = (n + NR - 1) / NR, share = 8 / imin(panels, 8);
             int p0 = panels * thread / threads * NR, p1 = imin(n, panels * (thread + 1) / threads * NR);
             const Act *B = act_at(g->half, g->B, (n0 + p0) * g->bcs + k0 * step * g->brs);
