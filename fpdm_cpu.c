@@ -1629,8 +1629,8 @@ static void model_reduce(Model *m) {
 
 // Matrix multiplication: C = A.B (+ bias) or C += A.B, for matrices of any strides, so that one function does the
 // products of forward (x.W^T), backward (dy.W and dy^T.x) and attention. The scheme is that of Goto and of BLIS (Van
-// Zee and van de Geijn 2015): a tile of C, MR rows by two vectors, is summed in registers over KC steps of k; the KC x
-// NC block of B that it runs along is first packed into panels two vectors wide, in the order of reading, and stays in
+// Zee and van de Geijn 2015): a tile of C, MR rows by two vectors, is summed in registers over at most KC steps of k; the
+// block of B that it runs along is first packed into panels two vectors wide, in the order of reading, and stays in
 // the second-level cache. A is read where it stands when its rows are contiguous, else MC of its rows are packed too.
 // In % of the peak of a Zen 5 core with AVX-512: plain loops for x.W^T 2, with `omp simd` 19; these tiles with A and B
 // packed 83; A read in place 88; the next rows of A prefetched 91. Prefetching them in one burst before a tile stalls
@@ -1654,11 +1654,15 @@ enum { VEC_BYTES = 16, MR = 6 };
 enum {
     VL = VEC_BYTES / sizeof(real),
     NR = 2 * VL,
-    KC = 384,    // a tile's rows of A, MR x KC, stay in the first-level cache
-    NC = 512,    // the block of B, KC x NC, in the second
-    WIDE = 1152, // or KC x WIDE, where A has to be packed again for each block: that costs more than the next cache
+    // Blocks of B: as few k as fit KC, as many columns as fit BLOCK, of a second-level cache of 1 MB. Where A must be
+    // packed again for each block, that costs more than reading B from the next cache: fewer k, more columns.
+    KC = 896,
+    BLOCK = 600 * 1024 / sizeof(real),
+    PACKED_KC = 384,
+    PACKED_BLOCK = 1600 * 1024 / sizeof(real),
     MC = 8 * MR,
     PITCH = KC + 64 / sizeof(real), // between rows of A that are copied: an odd number of cache lines
+    GEMM_B = PACKED_BLOCK + NR * PACKED_KC,
 };
 #define VECTOR(bytes) __attribute__((vector_size(bytes), aligned(sizeof(real)), may_alias)) // may stand anywhere
 typedef real vec VECTOR(VEC_BYTES);
@@ -1857,7 +1861,7 @@ static void pair_tile(const Gemm *g, int i0, int j0, const real *a, size_t ars, 
 }
 
 static _Thread_local real gemm_a[MC * PITCH] __attribute__((aligned(64))),
-    gemm_b[2 * KC * WIDE] __attribute__((aligned(64)));
+    gemm_b[2 * GEMM_B] __attribute__((aligned(64)));
 
 // What one of `threads` threads does. Each takes rows of tiles from those left, at first MC / MR, at the end one, so
 // that fast threads do more and all finish together. Who computes a tile changes nothing in it: no sum is split among
@@ -1865,8 +1869,9 @@ static _Thread_local real gemm_a[MC * PITCH] __attribute__((aligned(64))),
 static void gemm_thread(Gemm *g, int thread, int threads) {
     int step = g->half ? 2 : 1, K = (g->K + step - 1) / step;                    // k counts floats, or pairs
     int stands = g->acs == 1 && (!g->half || rows_of_pairs(g->A, g->ars, g->K)); // A needs no packing
-    int most = stands ? NC : WIDE, nk = (K + KC - 1) / KC, nn = (g->N + most - 1) / most, done = 0;
-    int width = ((g->N + nn - 1) / nn + NR - 1) / NR * NR, rows = (g->M + MR - 1) / MR;
+    int most = stands ? KC : PACKED_KC, nk = (K + most - 1) / most, done = 0, rows = (g->M + MR - 1) / MR;
+    int columns = (stands ? BLOCK : PACKED_BLOCK) / ((K + nk - 1) / nk), nn = (g->N + columns - 1) / columns;
+    int width = ((g->N + nn - 1) / nn + NR - 1) / NR * NR;
     real *panel = g->panels; // this block's; the other one may still be read by a slower thread
     // Rows a multiple of 2048 bytes apart fall into the same few sets of the first-level cache: they are copied.
     int crowded = stands && g->ars / step * sizeof(real) % 2048 == 0;
@@ -1874,8 +1879,12 @@ static void gemm_thread(Gemm *g, int thread, int threads) {
     for (int kb = 0; kb < nk; kb++) {
         int k0 = (int)((long)K * kb / nk), kc = (int)((long)K * (kb + 1) / nk) - k0;
         int values = imin(kc * step, g->K - k0 * step);
-        for (int n0 = 0; n0 < g->N; n0 += width, done += rows, panel = g->panels + (panel == g->panels) * KC * WIDE) {
-            int n = imin(width, g->N - n0), panels = (n + NR - 1) / NR, share = 8 / imin(panels, 8);
+        for (int n0 = 0; n0 < g->N; n0 += width, done += rows, panel = g->panels + (panel == g->panels) * GEMM_B) {
+            int n = imin(width, g->N - n0), panels = (n + NR - 1) / NR,
+                share = panels < 2   ? 8
+                        : panels < 4 ? 4
+                        : panels < 8 ? 2
+                                     : 1;
             int p0 = panels * thread / threads * NR, p1 = imin(n, panels * (thread + 1) / threads * NR);
             const Act *B = act_at(g->half, g->B, (n0 + p0) * g->bcs + k0 * step * g->brs);
             pack(g->half, panel + p0 * kc, NR, p1 - p0, values, B, g->bcs, g->brs);
