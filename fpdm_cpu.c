@@ -1636,8 +1636,9 @@ static void model_reduce(Model *m) {
 // packed 83; A read in place 88; the next rows of A prefetched 91. Prefetching them in one burst before a tile stalls
 // it: one line at each k instead. dy^T.x, where A is packed, reaches 80 to 88. No gain: tiles of 12 x 2 and 14 x 2
 // vectors, the loop over panels outside that over rows, huge pages.
-// With bf16's instruction the peak is twice as high. In % of that peak: 65 to 90 when operands are rounded as they are
-// packed; as they come as bf16, so that x and dy are read in place, 89 to 93, and dy^T.x 79 to 85.
+// Where rows of A lie a multiple of 4096 bytes apart, they share the few places of a cache set, and the rate halves:
+// such rows are copied. More k at once and narrower blocks of B: 2 to 4 % more.
+// With bf16's instruction the peak is twice as high: of that peak 85 to 93, and dy^T.x 68 to 85.
 
 // Vectors as wide as the machine's registers; plain C operators act on all lanes, so no instruction is named below but
 // one, in pair_multiply. A tile has 2 MR sums in registers, with room for two vectors of B and one of A: there are 32
