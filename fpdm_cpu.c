@@ -1629,8 +1629,8 @@ static void model_reduce(Model *m) {
 
 // Matrix multiplication: C = A.B (+ bias) or C += A.B, for matrices of any strides, so that one function does the
 // products of forward (x.W^T), backward (dy.W and dy^T.x) and attention. The scheme is that of Goto and of BLIS (Van
-// Zee and van de Geijn 2015): a tile of C, MR rows by two vectors, is summed in registers over at most KC steps of k; the
-// block of B that it runs along is first packed into panels two vectors wide, in the order of reading, and stays in
+// Zee and van de Geijn 2015): a tile of C, MR rows by two vectors, is summed in registers over at most KC steps of k;
+// the block of B that it runs along is first packed into panels two vectors wide, in the order of reading, and stays in
 // the second-level cache. A is read where it stands when its rows are contiguous, else MC of its rows are packed too.
 // In % of the peak of a Zen 5 core with AVX-512: plain loops for x.W^T 2, with `omp simd` 19; these tiles with A and B
 // packed 83; A read in place 88; the next rows of A prefetched 91. Prefetching them in one burst before a tile stalls
