@@ -1881,7 +1881,8 @@ static void gemm_thread(Gemm *g, int thread, int threads) {
         int k0 = (int)((long)K * kb / nk), kc = (int)((long)K * (kb + 1) / nk) - k0;
         int values = imin(kc * step, g->K - k0 * step);
         for (int n0 = 0; n0 < g->N; n0 += width, done += rows, panel = g->panels + (panel == g->panels) * GEMM_B) {
-            int n = imin(width, g->N - n0), panels = (n + NR - 1) / NR, share = 1; // share: rows of A that a tile prefetches
+            int n = imin(width, g->N - n0), panels = (n + NR - 1) / NR;
+            int share = 1; // rows of A that a tile prefetches
             while (share * panels < 8) share *= 2;
             int p0 = panels * thread / threads * NR, p1 = imin(n, panels * (thread + 1) / threads * NR);
             const Act *B = act_at(g->half, g->B, (n0 + p0) * g->bcs + k0 * step * g->brs);
