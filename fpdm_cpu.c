@@ -333,6 +333,7 @@ static inline const Act *act_at(int half, const Act *p, size_t i) {
         __VA_ARGS__;       \
     }
 #define SIMD _Pragma("omp simd")
+#define SIMD_SUM _Pragma("omp simd reduction(+ : sum)")
 #define SIMD_DOT _Pragma("omp simd reduction(+ : dot)")
 
 // From Part 4: C (M,N; row stride ldc) = A.B + from; element (i,k) of A is A[i*ars + k*acs], (k,j) of B is B[k*brs +
@@ -340,8 +341,7 @@ static inline const Act *act_at(int half, const Act *p, size_t i) {
 // but inside a parallel region only the one that calls.
 static void gemm(int half, real *C, size_t ldc, const Act *A, size_t ars, size_t acs, const Act *B, size_t brs,
                  size_t bcs, const real *from, size_t ldf, int M, int N, int K);
-static inline real exp_real(real x);    // exp in arithmetic that becomes vector instructions
-static inline real exp_bounded(real x); // the same for -88 <= x <= 88
+static inline real exp2_real(real x); // 2^x in arithmetic that becomes vector instructions
 
 #ifdef _OPENMP
 static int max_threads(void) { return omp_get_max_threads(); }
@@ -449,66 +449,79 @@ static void layernorm_modulate_backward(real *dx, real *dmod, real *stats, const
         }
 }
 
+// (rows,n) of out, from element `at` on and with row stride ld, = in (rows,n)·factor (rows; NULL: 1)
+static void put_rows(int half, Act *out, size_t at, size_t ld, const real *in, const real *factor, int rows, int n) {
+    for (int i = 0; i < rows; i++, at += ld) {
+        real f = factor ? factor[i] : 1;
+        TYPED(half, SIMD for (int j = 0; j < n; j++) put(HALF, out, at + j, in[i * n + j] * f));
+    }
+}
+
 // Multi-head attention without mask. qkv (B,T,3D): per token q|k|v, head, channel; out (B,T,D). One task is a block of
-// query rows of one head, so the T×T matrix never exists; lse (B,H,T) keeps log sum exp of each row for the backward
-// pass.
+// query rows of one head, so the T×T matrix never exists; lse (B,H,T) keeps log2 sum exp of each row for the backward
+// pass. All is in powers of two: exp(x) = 2^(x·log2 e).
 enum { QUERY_ROWS = 128 };
-static void attention_forward(int half, real *out, real *lse, const Act *qkv, real *scores, int B, int T, int D,
+#define LOG2_E ((real)1.4426950408889634)
+// A thread's scratch: three blocks of rows x T, and rows + 2 T x hd
+static size_t attention_scratch(int T, int hd) {
+    size_t rows = T < QUERY_ROWS ? T : QUERY_ROWS;
+    return 3 * rows * T + (rows + 2 * T) * hd;
+}
+
+static void attention_forward(int half, Act *out, real *lse, const Act *qkv, real *scratch, int B, int T, int D,
                               int H) {
-    int hd = D / H, row_blocks = (T + QUERY_ROWS - 1) / QUERY_ROWS;
-    real scale = 1 / (real)sqrt((double)hd);
+    int hd = D / H, most = T < QUERY_ROWS ? T : QUERY_ROWS, row_blocks = (T + most - 1) / most;
+    real scale = LOG2_E / (real)sqrt((double)hd);
 #pragma omp parallel for schedule(static)
     for (int task = 0; task < B * H * row_blocks; task++) {
-        int b = task / (H * row_blocks), h = task / row_blocks % H, first = task % row_blocks * QUERY_ROWS;
-        int rows = T - first < QUERY_ROWS ? T - first : QUERY_ROWS;
+        int b = task / (H * row_blocks), h = task / row_blocks % H, first = task % row_blocks * most;
+        int rows = T - first < most ? T - first : most;
         size_t at = (size_t)b * T * 3 * D + h * hd;
-        real *s = scores + (size_t)thread_index() * 3 * QUERY_ROWS * T,
-             *row_lse = lse + ((size_t)b * H + h) * T + first;
-        Act *p = half ? s + QUERY_ROWS * T : s;
+        real *s = scratch + thread_index() * attention_scratch(T, hd), *o = s + 3 * most * T,
+             *row_lse = lse + ((size_t)b * H + h) * T + first, inverse[QUERY_ROWS];
+        Act *p = half ? s + most * T : s;
         gemm(half, s, T, act_at(half, qkv, at + (size_t)first * 3 * D), 3 * D, 1, act_at(half, qkv, at + D), 1, 3 * D,
              NULL, 0, rows, T, hd);
-        real sums[QUERY_ROWS];
         for (int i = 0; i < rows; i++) {
-            real *si = s + (size_t)i * T, max = si[0];
+            const real *si = s + (size_t)i * T;
+            real max = si[0];
 #pragma omp simd reduction(max : max)
             for (int j = 0; j < T; j++) max = si[j] > max ? si[j] : max;
             row_lse[i] = max;
         }
-        for (int i = 0; i < rows; i++) {
-            real *si = s + (size_t)i * T, max = row_lse[i], sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int j = 0; j < T; j++) {
-                si[j] = exp_real((si[j] - max) * scale);
-                sum += si[j];
-            }
-            sums[i] = sum;
+        for (int i = 0; i < rows; i++) { // unnormalised: the sum divides the output
+            const real *si = s + (size_t)i * T, max = row_lse[i] * scale;
+            real sum = 0;
+            TYPED(
+                half, SIMD_SUM for (int j = 0; j < T; j++) {
+                    real e = exp2_real(si[j] * scale - max);
+                    put(HALF, p, (size_t)i * T + j, e);
+                    sum += e;
+                });
+            inverse[i] = 1 / sum;
+            row_lse[i] = max + (real)log2((double)sum);
         }
-        for (int i = 0; i < rows; i++) {
-            const real *si = s + (size_t)i * T, inverse = 1 / sums[i];
-            TYPED(half, SIMD for (int j = 0; j < T; j++) put(HALF, p, (size_t)i * T + j, si[j] * inverse));
-            row_lse[i] = row_lse[i] * scale + (real)log((double)sums[i]);
-        }
-        gemm(half, out + ((size_t)b * T + first) * D + h * hd, D, p, T, 1, act_at(half, qkv, at + 2 * D), 3 * D, 1,
-             NULL, 0, rows, hd, T);
+        gemm(half, o, hd, p, T, 1, act_at(half, qkv, at + 2 * D), 3 * D, 1, NULL, 0, rows, hd, T);
+        put_rows(half, out, ((size_t)b * T + first) * D + h * hd, D, o, inverse, rows, hd);
     }
 }
 
 // dqkv (B,T,3D) is overwritten. Row block by row block, with P recomputed from q, k and lse:
 // dv += P^T·dout;  dP = dout·v^T;  dS = P·(dP - sum(dout·out))·scale;  dq = dS·k;  dk += dS^T·q
-static void attention_backward(int half, real *dqkv, const Act *dout, const Act *out, const real *lse, const Act *qkv,
-                               real *scores, int B, int T, int D, int H) {
-    int hd = D / H;
-    real scale = 1 / (real)sqrt((double)hd);
+static void attention_backward(int half, Act *dqkv, const Act *dout, const Act *out, const real *lse, const Act *qkv,
+                               real *scratch, int B, int T, int D, int H) {
+    int hd = D / H, most = T < QUERY_ROWS ? T : QUERY_ROWS;
+    real scale = 1 / (real)sqrt((double)hd), log2_scale = LOG2_E * scale;
 #pragma omp parallel for schedule(static)
     for (int task = 0; task < B * H; task++) {
         int b = task / H, h = task % H;
         size_t at = (size_t)b * T * 3 * D + h * hd;
         const Act *k = act_at(half, qkv, at + D), *v = act_at(half, qkv, at + 2 * D);
-        real *dk = dqkv + at + D, *dv = dk + D;
-        real *s = scores + (size_t)thread_index() * 3 * QUERY_ROWS * T, *ds = s + QUERY_ROWS * T;
-        Act *p = half ? ds + QUERY_ROWS * T : s, *dp = half ? ds + QUERY_ROWS * T * 3 / 2 : ds;
-        for (int first = 0; first < T; first += QUERY_ROWS) {
-            int rows = T - first < QUERY_ROWS ? T - first : QUERY_ROWS;
+        real *s = scratch + thread_index() * attention_scratch(T, hd), *ds = s + most * T;
+        real *dq = s + 3 * most * T, *dk = dq + most * hd, *dv = dk + T * hd;
+        Act *p = half ? ds + most * T : s, *dp = half ? (bf16 *)p + most * T : (Act *)ds;
+        for (int first = 0; first < T; first += most) {
+            int rows = T - first < most ? T - first : most;
             size_t q_at = at + (size_t)first * 3 * D, out_at = ((size_t)b * T + first) * D + h * hd;
             const Act *q = act_at(half, qkv, q_at), *go = act_at(half, dout, out_at), *o = act_at(half, out, out_at);
             gemm(half, s, T, q, 3 * D, 1, k, 1, 3 * D, NULL, 0, rows, T, hd);
@@ -520,16 +533,19 @@ static void attention_backward(int half, real *dqkv, const Act *dout, const Act 
                     SIMD_DOT for (size_t d = (size_t)i * D; d < (size_t)i * D + hd; d++) dot +=
                         get(HALF, go, d) * get(HALF, o, d);
                     SIMD for (int j = 0; j < T; j++) {
-                        real e = exp_real(si[j] * scale - row_lse);
+                        real e = exp2_real(si[j] * log2_scale - row_lse);
                         put(HALF, p, (size_t)i * T + j, e);
                         put(HALF, dp, (size_t)i * T + j, e * (di[j] - dot) * scale);
                     }
                 });
             }
-            gemm(half, dv, 3 * D, p, 1, T, go, D, 1, first ? dv : NULL, 3 * D, T, hd, rows);
-            gemm(half, dqkv + q_at, 3 * D, dp, T, 1, k, 3 * D, 1, NULL, 0, rows, hd, T);
-            gemm(half, dk, 3 * D, dp, 1, T, q, 3 * D, 1, first ? dk : NULL, 3 * D, T, hd, rows);
+            gemm(half, dv, hd, p, 1, T, go, D, 1, first ? dv : NULL, hd, T, hd, rows);
+            gemm(half, dq, hd, dp, T, 1, k, 3 * D, 1, NULL, 0, rows, hd, T);
+            put_rows(half, dqkv, q_at, 3 * D, dq, NULL, rows, hd);
+            gemm(half, dk, hd, dp, 1, T, q, 3 * D, 1, first ? dk : NULL, hd, T, hd, rows);
         }
+        put_rows(half, dqkv, at + D, 3 * D, dk, NULL, T, hd);
+        put_rows(half, dqkv, at + 2 * D, 3 * D, dv, NULL, T, hd);
     }
 }
 
@@ -543,22 +559,38 @@ enum { PIECE = 1 << 12 };
 // gelu in its tanh form: with u = 2·sqrt(2/pi)·(x + 0.044715·x^3), gelu(x) = x/2·(1 + tanh(u/2)) = x·sigmoid(u)
 #define GELU_SLOPE ((real)1.5957691216057308)
 #define GELU_CUBIC ((real)0.044715)
+// exp(-u) of x, or of 16 and -16 beyond them, where sigmoid is 0 or 1 and x³ might be more than any float. Limits set to
+// the bits, which are in order as signed integers where x > 0 and as unsigned where x < 0: see exp2_real.
+static inline real gelu_exp(real x, real *clipped) {
+    union {
+        float f;
+        uint32_t u;
+        int32_t i;
+    } bits = {(float)x};
+    bits.i = bits.i < 0x41800000 ? bits.i : 0x41800000; // 16
+    bits.u = bits.u < 0xc1800000 ? bits.u : 0xc1800000; // -16
+    real xi = sizeof(real) == 4 ? bits.f : x < -16 ? -16 : x < 16 ? x : 16;
+    *clipped = xi;
+    return exp2_real(-LOG2_E * GELU_SLOPE * xi * (1 + GELU_CUBIC * xi * xi));
+}
+
 static void gelu_forward(int half, Act *out, const real *in, size_t count) {
     FOR_EACH_PIECE TYPED(half, {
-        SIMD for (size_t i = piece; i < PIECE_END; i++)
-            put(HALF, out, i, in[i] / (1 + exp_real(-GELU_SLOPE * in[i] * (1 + GELU_CUBIC * in[i] * in[i]))));
+        SIMD for (size_t i = piece; i < PIECE_END; i++) {
+            real clipped;
+            put(HALF, out, i, in[i] / (1 + gelu_exp(in[i], &clipped)));
+        }
     });
 }
 
-// dx = dout·gelu'(x), and out = gelu(x) once more: the exponential is shared. dx may be dout.
+// dx = dout·gelu'(x), and out = gelu(x) once more: the exponential is shared. dx may be dout. 0·x keeps NaN.
 static void gelu_backward(int half, Act *dx, Act *out, const real *dout, const real *x, size_t count) {
     FOR_EACH_PIECE TYPED(half, {
         SIMD for (size_t i = piece; i < PIECE_END; i++) {
-            real xi = -10 > x[i] ? -10 : x[i]; // beyond, the slope is 0 or 1
-            xi = 10 < xi ? 10 : xi;
-            real xx = xi * xi, e = exp_bounded(-GELU_SLOPE * xi * (1 + GELU_CUBIC * xx)), s = 1 / (1 + e);
+            real xi, e = gelu_exp(x[i], &xi), s = 1 / (1 + e);
             put(HALF, out, i, x[i] * s);
-            put(HALF, dx, i, dout[i] * (s * (1 + xi * (e * s) * GELU_SLOPE * (1 + 3 * GELU_CUBIC * xx))));
+            put(HALF, dx, i,
+                dout[i] * (s * (1 + xi * (e * s) * GELU_SLOPE * (1 + 3 * GELU_CUBIC * xi * xi)) + 0 * x[i]));
         }
     });
 }
@@ -705,7 +737,7 @@ typedef struct {
     Act *normed;     // (B,T,D) scratch: LN output, and other operands
     Act *gelu;       // (B,T,4D) scratch: gelu output, and other operands
     real *patch_out; // (B,T,p·p·Cout)
-    real *scores;    // (threads,3,QUERY_ROWS,T) attention scratch
+    real *scratch;   // (threads,attention_scratch)
     real *z_before;  // (B,T,D) z_{k-1} where it is needed (sampling)
     real *reused;    // (B,T,D) the solution of the timestep before (sampling)
     real *history;   // (B,window+1,2,T,D) Anderson acceleration: of each iteration in the window f, then g
@@ -767,11 +799,11 @@ static void block_forward(Model *m, real *out, const real *x, Layer *l, int inde
     const real *mod = block_mod(m, a->mod, index);
     int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T, stride = 6 * D, half = m->half;
     size_t N = (size_t)M * D;
-    real *qkv = half ? l->fc1 : l->qkv, *att = half ? l->fc2 : l->att; // before rounding
+    real *qkv = half ? l->fc1 : l->qkv; // before rounding
     layernorm_modulate_forward(half, a->normed, x, mod, stride, B, T, D);
     linear_forward(half, qkv, a->normed, act_weight(m, p->qkv_w), p->qkv_b, M, D, 3 * D);
-    attention_forward(half, att, l->lse, as_act(half, l->qkv, qkv, 3 * N), a->scores, B, T, D, m->config.heads);
-    linear_forward(half, l->proj, as_act(half, l->att, att, N), act_weight(m, p->proj_w), p->proj_b, M, D, D);
+    attention_forward(half, l->att, l->lse, as_act(half, l->qkv, qkv, 3 * N), a->scratch, B, T, D, m->config.heads);
+    linear_forward(half, l->proj, l->att, act_weight(m, p->proj_w), p->proj_b, M, D, D);
     gated_residual_forward(out, x, mod + 2 * D, stride, l->proj, B, T, D);
     layernorm_modulate_forward(half, a->normed, out, mod + 3 * D, stride, B, T, D);
     linear_forward(half, l->fc1, a->normed, act_weight(m, p->fc1_w), p->fc1_b, M, D, 4 * D);
@@ -785,8 +817,8 @@ static void block_backward(Model *m, real *dx, const real *x, Layer *l, int inde
     Activations *a = &m->a;
     const BlockParams *p = &m->p.block[index], *g = &m->g.block[index];
     const real *mod = block_mod(m, a->mod, index);
-    real *dmod = block_mod(m, a->dmod, index), *dfc1 = a->dwide, *dqkv = a->dwide;
-    Act *dfc2 = a->normed, *dproj = a->normed;
+    real *dmod = block_mod(m, a->dmod, index), *dfc1 = a->dwide;
+    Act *dfc2 = a->normed, *dproj = a->normed, *dqkv = a->dwide_act;
     int B = m->B, T = config_tokens(&m->config), D = m->config.width, M = B * T, stride = 6 * D, half = m->half;
     size_t N = (size_t)M * D;
     // MLP branch
@@ -802,11 +834,10 @@ static void block_backward(Model *m, real *dx, const real *x, Layer *l, int inde
     // Attention branch
     gated_residual_backward(half, dproj, dmod + 2 * D, dx, mod + 2 * D, stride, l->proj, B, T, D);
     linear_backward(half, a->dnormed, g->proj_w, g->proj_b, dproj, l->att, act_weight(m, p->proj_w), M, D, D);
-    attention_backward(half, dqkv, as_act(half, a->normed, a->dnormed, N), l->att, l->lse, l->qkv, a->scores, B, T, D,
+    attention_backward(half, dqkv, as_act(half, a->normed, a->dnormed, N), l->att, l->lse, l->qkv, a->scratch, B, T, D,
                        m->config.heads);
     layernorm_modulate_forward(half, a->normed, x, mod, stride, B, T, D);
-    linear_backward(half, a->dnormed, g->qkv_w, g->qkv_b, as_act(half, a->dwide_act, dqkv, 3 * N), a->normed,
-                    act_weight(m, p->qkv_w), M, D, 3 * D);
+    linear_backward(half, a->dnormed, g->qkv_w, g->qkv_b, dqkv, a->normed, act_weight(m, p->qkv_w), M, D, 3 * D);
     layernorm_modulate_backward(dx, dmod, a->stats, a->dnormed, x, mod, stride, B, T, D);
 }
 
@@ -1870,12 +1901,13 @@ static _Thread_local real gemm_a[MC * PITCH] __attribute__((aligned(64))),
 static void gemm_thread(Gemm *g, int thread, int threads) {
     int step = g->half ? 2 : 1, K = (g->K + step - 1) / step;                    // k counts floats, or pairs
     int stands = g->acs == 1 && (!g->half || rows_of_pairs(g->A, g->ars, g->K)); // A needs no packing
-    int most = stands ? KC : PACKED_KC, nk = (K + most - 1) / most, done = 0, rows = (g->M + MR - 1) / MR;
-    int columns = (stands ? BLOCK : PACKED_BLOCK) / ((K + nk - 1) / nk), nn = (g->N + columns - 1) / columns;
-    int width = ((g->N + nn - 1) / nn + NR - 1) / NR * NR;
-    real *panel = g->panels; // this block's; the other one may still be read by a slower thread
     // Rows a multiple of 2048 bytes apart fall into the same few sets of the first-level cache: they are copied.
     int crowded = stands && g->ars / step * sizeof(real) % 2048 == 0;
+    int most = stands ? KC : PACKED_KC, nk = (K + most - 1) / most, done = 0, rows = (g->M + MR - 1) / MR;
+    int columns = (stands && !crowded ? BLOCK : PACKED_BLOCK) / ((K + nk - 1) / nk),
+        nn = (g->N + columns - 1) / columns;
+    int width = ((g->N + nn - 1) / nn + NR - 1) / NR * NR;
+    real *panel = g->panels; // this block's; the other one may still be read by a slower thread
     size_t ars = crowded ? PITCH : g->ars / step;
     for (int kb = 0; kb < nk; kb++) {
         int k0 = (int)((long)K * kb / nk), kc = (int)((long)K * (kb + 1) / nk) - k0;
@@ -1935,33 +1967,28 @@ static void gemm(int half, real *C, size_t ldc, const Act *A, size_t ars, size_t
     gemm_thread(&g, 0, 1);
 }
 
-// exp(x) for |x| <= 88 in arithmetic that an `omp simd` loop turns into vector instructions: x = n ln 2 + r, exp(x) =
-// 2^n * polynomial(r) (Cephes coefficients; 1.2 ulp at most down to -87.3, 0 from -87.7 on). NaN stays NaN. Double
+// 2^x in arithmetic that an `omp simd` loop turns into vector instructions: x = n + r, 2^x = 2^n * polynomial(r), the
+// one of least relative error for |r| <= 1/2. To 0.7 ulp from -126 to 127, 0.9 without fused multiply-adds; at most
+// 2^-125 below, at least 2^126 above; NaN stays. The limits are set to integers, which takes one instruction: floats,
+// where NaN must be thought of, take three. Beyond 1e9 the remainder r is off, and with it the value. Double
 // precision, for the gradient checks, calls libm.
-static inline real exp_bounded(real x) {
-    if (sizeof(real) == 8) return (real)exp((double)x);
-    float y = (float)x;
-    float t = y * 1.44269504f + 12582912.0f; // 1.5 * 2^23: no room for a fraction, n stands in the last bits
-    float n = t - 12582912.0f, r = y - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1;
+static inline real exp2_real(real x) {
+    if (sizeof(real) == 8) return (real)exp2((double)x);
+    enum { ZERO = 0x4b400000 }; // the bits of 1.5 * 2^23: no room for a fraction, n stands in the last bits
     union {
         float f;
-        uint32_t i;
-    } scale = {t};
-    scale.i = (scale.i << 23) + 0x3f800000u; // 2^n, by its exponent bits; 0 for n = -127
-    return p * scale.f;
-}
-
-// exp of any number: exp(88) = 1.7e38 above 88. Comparisons with NaN are false, so neither limit replaces it.
-static inline real exp_real(real x) {
-    x = 88 < x ? 88 : x;
-    return exp_bounded(-88 > x ? -88 : x);
+        int32_t i;
+    } n = {(float)x + 12582912.0f};
+    float r = (float)x - (n.f - 12582912.0f), p = 1.535336190e-4f;
+    n.i = n.i > ZERO - 126 ? n.i : ZERO - 126;
+    n.i = n.i < ZERO + 127 ? n.i : ZERO + 127;
+    n.i = (n.i - ZERO + 127) * (1 << 23); // 2^n, by its exponent bits
+    p = p * r + 1.339887441e-3f;
+    p = p * r + 9.618437358e-3f;
+    p = p * r + 5.550332471e-2f;
+    p = p * r + 2.402264791e-1f;
+    p = p * r + 6.931472029e-1f;
+    return (p * r + 1) * n.f;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2021,7 +2048,7 @@ static size_t activations_point(Model *m, real *memory) {
     a->inj_part = c->fixed_point ? take(r, 2 * N) : NULL;
     a->normed = take(r, N);
     a->gelu = take(r, m->half ? 2 * N : 4 * N);
-    a->scores = take(r, (size_t)max_threads() * 3 * QUERY_ROWS * T);
+    a->scratch = take(r, max_threads() * attention_scratch((int)T, (int)(D / c->heads)));
     a->z_before = a->mid = take(r, N);
     a->reused = c->fixed_point ? take(r, N) : NULL;
     size_t solver = c->fixed_point && m->window; // needs memory

@@ -146,9 +146,9 @@ static void bench_layers(Model *m, int rounds, Calls calls) {
            bias_gradient_calls = 2.25 * b + 0.25 * calls.z_backward;
     double gelu_calls = f + calls.z_forward / 2.0, gelu_gradient_calls = b + calls.z_backward / 2.0,
            optimiser_calls = 1;
-    SHARE(attention, attention_forward(half, a->dx, l->lse, l->qkv, a->scores, B, T, D, heads));
+    SHARE(attention, attention_forward(half, a->dx, l->lse, l->qkv, a->scratch, B, T, D, heads));
     SHARE(attention_gradient,
-          attention_backward(half, a->dwide, a->normed, l->att, l->lse, l->qkv, a->scores, B, T, D, heads));
+          attention_backward(half, a->dwide, a->normed, l->att, l->lse, l->qkv, a->scratch, B, T, D, heads));
     SHARE(gelu, gelu_forward(half, a->gelu, l->fc1, 4 * N));
     SHARE(gelu_gradient, gelu_backward(half, a->dwide_act, a->gelu, a->dwide, l->fc1, 4 * N));
     SHARE(layernorm, layernorm_modulate_forward(half, a->normed, l->x, a->mod, 6 * D, B, T, D));

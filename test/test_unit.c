@@ -448,21 +448,24 @@ static void test_anderson(void) {
     set_threads(max_threads());
 }
 
-static void test_exp(void) { // against the C library's in double precision
-    double worst = 0, small = 0;
+static void test_exp2(void) { // against the C library's in double precision
+    double worst = 0, small = 0, large = INFINITY;
     for (uint32_t i = 0; i < 200000; i++) {
-        real x = (real)(-90 + 178 * rng_uniform(random_word(i, 7)));
-        double want = exp((double)x), error = fabs(exp_real(x) - want);
-        if (x > (real)-87.3)
-            worst = fmax(worst, error / want);
+        real x = (real)(-300 + 600 * rng_uniform(random_word(i, 7)));
+        double want = exp2((double)x), got = exp2_real(x);
+        if (x > -126 && x < 127)
+            worst = fmax(worst, fabs(got - want) / want);
+        else if (x < 0)
+            small = fmax(small, fabs(got));
         else
-            small = fmax(small, error);
+            large = fmin(large, got);
     }
-    CHECK("exp: to 1.2 units in the last place", worst < 1.2 / (1 << 23));
-    CHECK("exp: very small: to the smallest normal number", small < (double)FLT_MIN);
-    CHECK("exp: NaN stays, infinity has an end", exp_real((real)NAN) != exp_real((real)NAN) &&
-                                                     fabs(exp_real((real)INFINITY) / exp(88.0) - 1) < 1e-6 &&
-                                                     exp_real((real)-INFINITY) < FLT_MIN);
+    CHECK("exp2: to one unit in the last place", worst < 1.0 / (1 << 23));
+    CHECK("exp2: very small, down to -300: at most 2^-125", small <= exp2(-125));
+    CHECK("exp2: very large, up to 300: at least 2^126", large >= exp2(126));
+    CHECK("exp2: millions", exp2_real((real)-1e9) <= exp2(-100) && exp2_real((real)-5e6) <= exp2(-125) &&
+                                exp2_real((real)1e9) >= exp2(126) && exp2_real((real)5e6) >= exp2(126));
+    CHECK("exp2: NaN stays", exp2_real((real)NAN) != exp2_real((real)NAN));
 }
 
 static void test_gelu(void) { // against the formula in double precision, also where a cube is larger than any float
@@ -1353,7 +1356,7 @@ int main(int argc, char **argv) {
         test_gemm(1, 200, 1000);
         test_pairs();
         set_threads(threads);
-        test_exp();
+        test_exp2();
         test_gelu();
         test_anderson();
         Case wide = cases[1], alone = cases[7]; // large enough for the matmuls to use threads
