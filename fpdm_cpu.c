@@ -1669,7 +1669,7 @@ static void model_reduce(Model *m) {
 // vectors, the loop over panels outside that over rows, huge pages.
 // Where rows of A lie a multiple of 4096 bytes apart, they share the few places of a cache set, and the rate halves:
 // such rows are copied. More k at once and narrower blocks of B: 2 to 4 % more.
-// With bf16's instruction the peak is twice as high: of that peak 85 to 93, and dy^T.x 68 to 85.
+// With bf16's instruction the peak is twice as high: of that peak 85 to 93, and dy^T.x 78 to 90.
 
 // Vectors as wide as the machine's registers; plain C operators act on all lanes, so no instruction is named below but
 // one, in pair_multiply. A tile has 2 MR sums in registers, with room for two vectors of B and one of A: there are 32
