@@ -559,9 +559,10 @@ enum { PIECE = 1 << 12 };
 // gelu in its tanh form: with u = 2·sqrt(2/pi)·(x + 0.044715·x^3), gelu(x) = x/2·(1 + tanh(u/2)) = x·sigmoid(u)
 #define GELU_SLOPE ((real)1.5957691216057308)
 #define GELU_CUBIC ((real)0.044715)
-// exp(-u) of x, or of 16 and -16 beyond them, where sigmoid is 0 or 1 and x³ might be more than any float. Limits set to
-// the bits, which are in order as signed integers where x > 0 and as unsigned where x < 0: see exp2_real.
-static inline real gelu_exp(real x, real *clipped) {
+// x, or 16 and -16 beyond them, where sigmoid is 0 or 1 and x³ might be more than any float. Limits set to the bits,
+// which are in order as signed integers where x > 0 and as unsigned where x < 0: see exp2_real.
+static inline real gelu_clip(real x) {
+    if (sizeof(real) == 8) return x < -16 ? -16 : x < 16 ? x : 16;
     union {
         float f;
         uint32_t u;
@@ -569,25 +570,22 @@ static inline real gelu_exp(real x, real *clipped) {
     } bits = {(float)x};
     bits.i = bits.i < 0x41800000 ? bits.i : 0x41800000; // 16
     bits.u = bits.u < 0xc1800000 ? bits.u : 0xc1800000; // -16
-    real xi = sizeof(real) == 4 ? bits.f : x < -16 ? -16 : x < 16 ? x : 16;
-    *clipped = xi;
-    return exp2_real(-LOG2_E * GELU_SLOPE * xi * (1 + GELU_CUBIC * xi * xi));
+    return bits.f;
+}
+static inline real gelu_exp(real x) { // exp(-u)
+    return exp2_real(-LOG2_E * GELU_SLOPE * x * (1 + GELU_CUBIC * x * x));
 }
 
 static void gelu_forward(int half, Act *out, const real *in, size_t count) {
-    FOR_EACH_PIECE TYPED(half, {
-        SIMD for (size_t i = piece; i < PIECE_END; i++) {
-            real clipped;
-            put(HALF, out, i, in[i] / (1 + gelu_exp(in[i], &clipped)));
-        }
-    });
+    FOR_EACH_PIECE TYPED(half, SIMD for (size_t i = piece; i < PIECE_END; i++)
+                                   put(HALF, out, i, in[i] / (1 + gelu_exp(gelu_clip(in[i])))));
 }
 
 // dx = dout·gelu'(x), and out = gelu(x) once more: the exponential is shared. dx may be dout. 0·x keeps NaN.
 static void gelu_backward(int half, Act *dx, Act *out, const real *dout, const real *x, size_t count) {
     FOR_EACH_PIECE TYPED(half, {
         SIMD for (size_t i = piece; i < PIECE_END; i++) {
-            real xi, e = gelu_exp(x[i], &xi), s = 1 / (1 + e);
+            real xi = gelu_clip(x[i]), e = gelu_exp(xi), s = 1 / (1 + e);
             put(HALF, out, i, x[i] * s);
             put(HALF, dx, i,
                 dout[i] * (s * (1 + xi * (e * s) * GELU_SLOPE * (1 + 3 * GELU_CUBIC * xi * xi)) + 0 * x[i]));
