@@ -733,7 +733,7 @@ typedef struct {
     Act *u;       // (B,T,2D) iterations only: the projection before its gelu
     float *in;    // (B,T,D)  iterations only: the block's input; elsewhere it is x
     Act *qkv;     // (B,T,3D)
-    float *lse;   // (B,H,T)
+    float *lse;   // (B,H,T)  log2 sum exp of the scores
     float *stats; // (2,B,T,2) mean and 1/sigma of both LayerNorms
     Act *att;     // (B,T,D)
     Act *proj;    // (B,T,D)

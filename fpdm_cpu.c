@@ -709,7 +709,7 @@ typedef struct {
     real *u;    // (B,T,2D) iterations only: the projection before its gelu
     real *in;   // (B,T,D)  iterations only: the block's input; elsewhere it is x
     Act *qkv;   // (B,T,3D)
-    real *lse;  // (B,H,T)
+    real *lse;  // (B,H,T)  log2 sum exp of the scores
     Act *att;   // (B,T,D)
     real *proj; // (B,T,D)
     real *fc1;  // (B,T,4D) before its gelu
@@ -1648,7 +1648,7 @@ static void train(Run *run) {
 static void model_reduce(Model *m) {
     for (int64_t i = 0, most = 1 << 30; i < m->n_params; i += most)
         MPI_Allreduce(MPI_IN_PLACE, m->memory[MODEL_GRADS] + i, (int)(m->n_params - i < most ? m->n_params - i : most),
-                      MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
+                      sizeof(real) == 8 ? MPI_DOUBLE : MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
 }
 #endif
 

@@ -53,7 +53,8 @@ kernel void layernorm_modulate(global float *a, global const float *w, local flo
         a[out + row * D + d] = (a[x + row * D + d] - mean) * rstd * (1 + a[scale + d]) + a[shift + d];
 }
 
-// out (B,T,D) and lse (B,H,T) from qkv (B,T,3D), a group a row of a head: its T scores stay in local memory.
+// out (B,T,D) and lse (B,H,T), log2 of the sum of exponentials, from qkv (B,T,3D). A group a row of a head, whose T scores
+// stay in local memory.
 kernel void attention(global float *a, global const float *w, local float *s, long out, long lse, long qkv, long T,
                       long D, long H) {
     long row = get_group_id(0), i = row % T, h = row / T % H, b = row / T / H, hd = D / H;
@@ -77,7 +78,7 @@ kernel void attention(global float *a, global const float *w, local float *s, lo
         for (long j = 0; j < T; j++) value += p[j] * a[v + j * 3 * D + d];
         a[out + (b * T + i) * D + h * hd + d] = value / sum;
     }
-    if (get_local_id(0) == 0) a[lse + row] = largest + log(sum);
+    if (get_local_id(0) == 0) a[lse + row] = largest * M_LOG2E_F + log2(sum);
 }
 
 // out = gelu(x) in its tanh form, an element a work-item
