@@ -102,7 +102,7 @@ static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch,
 //   inj    = inject·h                                            the input injection: z may forget x_t, inj does not
 //   z_0    = h, or in sampling the solution of the timestep before
 //   z_k    = block( fp2·gelu(fp1·[z_{k-1}; inj]), cond )         the same weights for every k, until z settles
-//   out    = unpatch( final·modulate(post blocks (z_K, cond_pp)) )
+//   out    = unpatch( final·modulate(post blocks (z_K + skip·h, cond_pp)) )    skip: 0 in the paper, 1 by our default
 //
 //   block(x, c):   shift1, scale1, gate1, shift2, scale2, gate2 = ada·silu(c);   modulate(x) = LN(x)·(1+scale)+shift
 //       x <- x + gate1·proj(attention(qkv(modulate1(x))))
@@ -131,6 +131,7 @@ typedef struct {     // what a weight file's metadata says: the model and the di
     int depth;       // DiT: blocks; fixed point: sets the default iterations, depth - pre - post
     int pre_depth, post_depth;
     int timestep_in_pre_post;
+    int skip;       // the post blocks get z + h, not z alone: a skip connection around the loop
     int prediction; // enum Prediction
     int zero_terminal_snr;
     int v_weight;        // enum VWeight
@@ -891,7 +892,7 @@ static void injection_forward(Model *m, const Layer *l) {
          m->p.fp1_b, 0, M, 2 * D, D);
 }
 
-// dh (B,T,D) = all of its gradient: h is the first z too, but as a constant
+// dh (B,T,D) = the gradient of h by way of inj; h is the first z too, but as a constant
 static void injection_backward(Model *m, real *dh, const Layer *l) {
     Activations *a = &m->a;
     int D = m->config.width, M = m->B * config_tokens(&m->config), half = m->half;
@@ -1031,6 +1032,7 @@ static void model_forward(Model *m, const int *t, const int *y, int B, int n, in
             memcpy(a->reused, l->x, (size_t)N * sizeof(real));
             solve->reuse_ready = 1;
         }
+        if (c->skip) add(0, l->x, (const Act *)a->layer[c->pre_depth].x, (size_t)N);
         for (i++; i < config_blocks(c); i++, l++) block_forward(m, l[1].x, l->x, l, i);
     }
     show_probe(m, "act.post", 0, l->x, N);
@@ -1065,6 +1067,8 @@ static void model_backward(Model *m) {
     layernorm_modulate_backward(a->dx, a->dfinal_mod, a->stats, a->dnormed, l->x, a->final_mod, 2 * D, B, T, D);
     if (c->fixed_point) {
         for (; i > c->pre_depth; i--) block_backward_at(m, --l, i);
+        real *dskip = l->x; // which is not needed any more
+        if (c->skip) memcpy(dskip, a->dx, bytes);
         memset(a->du_sum, 0, 2 * bytes);
         for (int k = m->m; k > 0; k--) {
             l--;
@@ -1072,6 +1076,7 @@ static void model_backward(Model *m) {
             iteration_backward(m, a->dx, l, k == 1);
         }
         injection_backward(m, a->dx, --l);
+        if (c->skip) add(0, a->dx, (const Act *)dskip, (size_t)M * D);
         i--;
     }
     for (; i >= 0; i--) block_backward_at(m, --l, i);
@@ -2013,7 +2018,8 @@ static size_t activations_point(Model *m, real *memory) {
     int one = m->recompute || !m->training, made = 0; // one rest for all layers
     for (int l = 0; l <= last; l++) {
         Layer *at = &a->layer[l];
-        real *x = at->x = m->training || !l ? take(r, N) : a->layer[0].x;
+        int keeps_h = c->fixed_point && c->skip && l == c->pre_depth + 1; // z must not overwrite it
+        real *x = at->x = m->training || !l || keeps_h ? take(r, N) : a->layer[l - 1].x;
         if (l == last || (c->fixed_point && l == c->pre_depth)) continue; // the last output, the injection: x alone
         if (one && made++) {
             *at = shared;
@@ -2857,7 +2863,7 @@ static const char **parse_class_names(const char *json, int *count) {
 
 enum { OPT_INT, OPT_SEED, OPT_REAL, OPT_TEXT, OPT_FLAG, OPT_RANGE, OPT_CHOICE };
 // Where an option is used. WEIGHTS: metadata of weight files; STATE: only in a training state; ONCE: never there.
-// ADDED: files from before it was there lack it, and mean its default.
+// ADDED: files from before it was there lack it, and mean its default, or 0 of a flag.
 enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, STATE = 16, ONCE = 32, ADDED = 64 };
 enum { MODEL = TRAIN | BENCH | WEIGHTS };
 
@@ -2886,6 +2892,7 @@ static const Option option_table[] = {
     {"post_depth", MODEL, OPT_INT, AT(model.post_depth), "1", 0, 32, "blocks after it"},
     {"timestep_in_pre_post", MODEL, OPT_FLAG, AT(model.timestep_in_pre_post), "1", 0, 1,
      "1: pre, post and final layers see the timestep too"},
+    {"skip", MODEL | ADDED, OPT_FLAG, AT(model.skip), "1", 0, 1, "1: a skip connection around the fixed point"},
     {"learn_sigma", MODEL, OPT_FLAG, AT(model.learn_sigma), "0", 0, 1, "1: predict the variance too (eps and v)"},
     {"channels", BENCH | WEIGHTS, OPT_INT, AT(model.channels), "3", 1, 1024, "channels of a picture"},
     {"classes", BENCH | WEIGHTS, OPT_INT, AT(model.classes), "10", 0, 1e6, "number of labels"},
@@ -3081,7 +3088,7 @@ static void options_model(Options *o) {
     o->model.heads = sizes[size].heads;
     o->no_grad_iters[0] = 0, o->no_grad_iters[1] = 10;
     o->grad_iters[0] = 1, o->grad_iters[1] = 12;
-    o->model.timestep_in_pre_post = 0;
+    o->model.timestep_in_pre_post = o->model.skip = 0;
     o->lr = 1e-4;
     o->lr_schedule = LR_CONSTANT;
     o->t_sampling = T_UNIFORM;
@@ -3160,7 +3167,7 @@ static void options_from_meta(Options *o, const SafeTensors *f, int use) {
     for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
         if (!(opt->use & use) || opt->use & ONCE) continue;
         const char *text = st_meta(f, opt->name);
-        if (!text && opt->use & ADDED) text = opt->initial;
+        if (!text && opt->use & ADDED) text = opt->type == OPT_FLAG ? "0" : opt->initial;
         if (!text) die("%s'%s' is missing: is this a file of weights of this project?", where, opt->name);
         option_set(o, opt, opt->type == OPT_TEXT ? xstrdup(text) : text, where);
     }
@@ -4027,6 +4034,7 @@ static Config init_settings(Options *o, SafeTensors *f, int argc, char **argv, c
     o->model.pre_depth = asked.pre_depth;
     o->model.post_depth = asked.post_depth;
     o->model.timestep_in_pre_post = asked.timestep_in_pre_post;
+    o->model.skip = asked.skip;
     if (asked.pre_depth + asked.post_depth > from.depth)
         die("option --init: %s has %d blocks; lower --pre_depth or --post_depth", o->init, from.depth);
     return from;
@@ -4042,6 +4050,7 @@ static void init_check(const Options *o, Config from) {
         from.pre_depth = c->pre_depth;
         from.post_depth = c->post_depth;
         from.timestep_in_pre_post = c->timestep_in_pre_post;
+        from.skip = c->skip;
     }
     same_model("init", o->init, &from, o);
 }

@@ -319,7 +319,7 @@ runs "bench: without matmuls" "$bench" --width 32 --heads 2 --image_size 8 --bat
 
 # ---- Help
 
-for option in data image_size model width heads depth patch fixed_point pre_depth post_depth timestep_in_pre_post \
+for option in data image_size model width heads depth patch fixed_point pre_depth post_depth timestep_in_pre_post skip \
     no_grad_iters grad_iters prediction learn_sigma zero_terminal_snr v_weight batch micro_batch steps lr warmup \
     lr_schedule t_sampling t_mean t_std weight_decay grad_clip ema ema_warmup label_drop hflip seed recompute dtype out \
     resume init time_embedding save_every sample_every \

@@ -47,27 +47,27 @@ static uint32_t random_word(uint32_t index, uint32_t step) {
 
 typedef struct {
     const char *name;
-    int fixed_point, pre, post, pre_post_time, prediction, v_weight, learn_sigma, zero_snr;
+    int fixed_point, pre, post, pre_post_time, skip, prediction, v_weight, learn_sigma, zero_snr;
     int image_size, patch, channels, width, heads, classes;
     int B, n, m;
     int t[4], y[4];
 } Case;
 
 // clang-format off
-static const Case cases[] = { // model: fixed point, pre, post, time in both; loss; sizes; B, n, m; t; y
-    {"eps", 1, 1, 1, 0, PREDICT_EPS, 0, 0, 0, 6, 2, 3, 16, 2, 3, 2, 0, 1, {700, 20}, {0, 3}},
-    {"eps, variance", 1, 1, 1, 0, PREDICT_EPS, 0, 1, 0, 6, 2, 2, 16, 4, 3, 4, 2, 2, {0, 400, 999, 1}, {1, 3, 0, 1}},
-    {"v p2, variance", 1, 2, 0, 1, PREDICT_V, V_WEIGHT_P2, 1, 0, 4, 2, 1, 12, 4, 5, 3, 1, 3, {0, 0, 600}, {5, 2, 2}},
-    {"v", 1, 0, 2, 1, PREDICT_V, V_WEIGHT_1, 0, 0, 6, 2, 3, 16, 1, 3, 2, 3, 1, {500, 3}, {2, 1}},
-    {"v p2", 1, 1, 2, 0, PREDICT_V, V_WEIGHT_P2, 0, 0, 15, 3, 1, 20, 4, 3, 3, 2, 2, {999, 0, 300}, {0, 1, 3}},
-    {"v, zero SNR", 1, 0, 1, 0, PREDICT_V, V_WEIGHT_1, 1, 1, 4, 2, 3, 8, 2, 2, 3, 0, 2, {999, 998, 0}, {2, 0, 1}},
-    {"flow, no pre, no post", 1, 0, 0, 0, PREDICT_FLOW, 0, 0, 0, 6, 2, 3, 24, 3, 3, 2, 0, 3, {999, 111}, {1, 0}},
-    {"flow, no labels, one token", 1, 2, 1, 1, PREDICT_FLOW, 0, 0, 0, 3, 3, 4, 12, 1, 0, 1, 4, 1, {250}, {0}},
-    {"x, 9 tokens", 1, 1, 1, 1, PREDICT_X, 0, 0, 0, 9, 3, 3, 16, 2, 3, 3, 1, 2, {999, 0, 120}, {1, 3, 2}},
-    {"144 tokens", 1, 0, 1, 0, PREDICT_EPS, 0, 0, 0, 12, 1, 1, 8, 1, 1, 1, 1, 1, {800}, {1}},
-    {"DiT eps, variance", 0, 2, 0, 0, PREDICT_EPS, 0, 1, 0, 6, 2, 3, 16, 2, 3, 3, 1, 1, {0, 300, 800}, {1, 3, 3}},
-    {"DiT flow", 0, 3, 0, 0, PREDICT_FLOW, 0, 0, 0, 5, 1, 1, 8, 2, 2, 2, 0, 1, {1, 900}, {0, 2}},
-    {"DiT x", 0, 2, 0, 0, PREDICT_X, 0, 0, 0, 4, 2, 1, 12, 3, 2, 2, 0, 1, {49, 400}, {2, 1}},
+static const Case cases[] = { // model: fixed point, pre, post, time in both, skip; loss; sizes; B, n, m; t; y
+    {"eps", 1, 1, 1, 0, 0, PREDICT_EPS, 0, 0, 0, 6, 2, 3, 16, 2, 3, 2, 0, 1, {700, 20}, {0, 3}},
+    {"eps, variance", 1, 1, 1, 0, 1, PREDICT_EPS, 0, 1, 0, 6, 2, 2, 16, 4, 3, 4, 2, 2, {0, 400, 999, 1}, {1, 3, 0, 1}},
+    {"v p2, variance", 1, 2, 0, 1, 0, PREDICT_V, V_WEIGHT_P2, 1, 0, 4, 2, 1, 12, 4, 5, 3, 1, 3, {0, 0, 600}, {5, 2, 2}},
+    {"v", 1, 0, 2, 1, 1, PREDICT_V, V_WEIGHT_1, 0, 0, 6, 2, 3, 16, 1, 3, 2, 3, 1, {500, 3}, {2, 1}},
+    {"v p2", 1, 1, 2, 0, 0, PREDICT_V, V_WEIGHT_P2, 0, 0, 15, 3, 1, 20, 4, 3, 3, 2, 2, {999, 0, 300}, {0, 1, 3}},
+    {"v, zero SNR", 1, 0, 1, 0, 0, PREDICT_V, V_WEIGHT_1, 1, 1, 4, 2, 3, 8, 2, 2, 3, 0, 2, {999, 998, 0}, {2, 0, 1}},
+    {"flow, no pre, no post", 1, 0, 0, 0, 1, PREDICT_FLOW, 0, 0, 0, 6, 2, 3, 24, 3, 3, 2, 0, 3, {999, 111}, {1, 0}},
+    {"flow, no labels, one token", 1, 2, 1, 1, 0, PREDICT_FLOW, 0, 0, 0, 3, 3, 4, 12, 1, 0, 1, 4, 1, {250}, {0}},
+    {"x, 9 tokens", 1, 1, 1, 1, 0, PREDICT_X, 0, 0, 0, 9, 3, 3, 16, 2, 3, 3, 1, 2, {999, 0, 120}, {1, 3, 2}},
+    {"144 tokens", 1, 0, 1, 0, 0, PREDICT_EPS, 0, 0, 0, 12, 1, 1, 8, 1, 1, 1, 1, 1, {800}, {1}},
+    {"DiT eps, variance", 0, 2, 0, 0, 0, PREDICT_EPS, 0, 1, 0, 6, 2, 3, 16, 2, 3, 3, 1, 1, {0, 300, 800}, {1, 3, 3}},
+    {"DiT flow", 0, 3, 0, 0, 0, PREDICT_FLOW, 0, 0, 0, 5, 1, 1, 8, 2, 2, 2, 0, 1, {1, 900}, {0, 2}},
+    {"DiT x", 0, 2, 0, 0, 0, PREDICT_X, 0, 0, 0, 4, 2, 1, 12, 3, 2, 2, 0, 1, {49, 400}, {2, 1}},
 };
 // clang-format on
 enum { N_CASES = sizeof cases / sizeof *cases };
@@ -81,6 +81,7 @@ static Config case_config(const Case *k) {
     c.pre_depth = k->pre;
     c.post_depth = k->post;
     c.timestep_in_pre_post = k->pre_post_time;
+    c.skip = k->skip;
     c.prediction = k->prediction;
     c.v_weight = k->v_weight;
     c.learn_sigma = k->learn_sigma;

@@ -378,6 +378,7 @@ def arrow(axis, *points, color="#444", linestyle="-"):
 def plot_architecture(args):
     """The model from left to right, its conditions above it, one iteration in detail below. Places are in inches."""
     block, layer, given, free, graded, reused = "#cfe2f3", "#f3ecd8", "#d9eedb", "#ececec", "#fbe0c6", "#8e3a80"
+    skipped = "#2a7f62"
     figure = plt.figure(figsize=(9, 5.2))
     axis = figure.add_axes([0, 0, 1, 1], xlim=(0, 9), ylim=(0, 5.2))
     axis.axis("off")
@@ -393,7 +394,7 @@ def plot_architecture(args):
     say(4.45, total, "c = embed(t) + embed(y)", ha="right")
     arrow(axis, (1.0, bus), (1.475, bus))
     arrow(axis, (2.425, bus), (8.0, bus), (8.0, row + 0.3))
-    arrow(axis, (7.2, bus), (7.2, row + 0.3))
+    arrow(axis, (7.28, bus), (7.28, row + 0.3))
     arrow(axis, (1.95, bus - 0.18), (1.95, row + 0.3))
     arrow(axis, (4.75, bus), (4.75, total + 0.15))
     arrow(axis, (6.33, total), (6.025, total))
@@ -403,7 +404,7 @@ def plot_architecture(args):
     say(0.25, row, "x$_t$")
     box(axis, 1.0, row, 0.8, 0.6, "patches\n→ tokens", layer)
     box(axis, 1.95, row, 0.68, 0.6, "pre\nblocks", block)
-    box(axis, 7.2, row, 0.68, 0.6, "post\nblocks", block)
+    box(axis, 7.28, row, 0.62, 0.6, "post\nblocks", block)
     box(axis, 8.0, row, 0.68, 0.6, "final\nlayer", layer)
     say(8.75, row, "out")
     arrow(axis, (0.38, row), (0.6, row))
@@ -411,9 +412,13 @@ def plot_architecture(args):
     arrow(axis, (2.29, row), (3.08, row))
     say(2.62, row + 0.12, "h")
     say(3.22, row, "z$_0$")
-    say(6.42, row, "z$_{n+m}$")
-    arrow(axis, (6.66, row), (6.86, row))
-    arrow(axis, (7.54, row), (7.66, row))
+    say(6.3, row, "z$_{n+m}$")
+    arrow(axis, (6.52, row), (6.65, row))
+    say(6.75, row, "+", bbox={"boxstyle": "circle,pad=0.1", "facecolor": "white", "edgecolor": "#444"})
+    arrow(axis, (6.85, row), (6.97, row))
+    arrow(axis, (7.59, row), (7.66, row))
+    arrow(axis, (2.38, row), (2.38, row + 1.05), (6.75, row + 1.05), (6.75, row + 0.1), color=skipped)
+    say(3.5, row + 1.15, "h again, with --skip 1 (ours)", fontsize=9, color=skipped)
     arrow(axis, (8.34, row), (8.55, row))
 
     # the iteration
@@ -434,8 +439,8 @@ def plot_architecture(args):
     say(3.03, inject + 0.13, "inj")
     arrow(axis, (3.36, row), (3.6, row))
     arrow(axis, (4.6, row), (4.9, row))
-    arrow(axis, (5.9, row), (6.12, row))
-    arrow(axis, (6.42, row - 0.15), (6.42, reuse), (3.22, reuse), (3.22, row - 0.15), color=reused, linestyle="--")
+    arrow(axis, (5.9, row), (6.08, row))
+    arrow(axis, (6.3, row - 0.15), (6.3, reuse), (3.22, reuse), (3.22, row - 0.15), color=reused, linestyle="--")
     say(4.82, reuse - 0.15, "reuse in sampling: the next timestep starts from this one's solution", color=reused)
 
     # f

@@ -53,6 +53,7 @@ class Config:
     v_weight: str = "p2"  # p2 or 1
     diffusion_steps: int = 1000
     time_embedding: str = "dit"  # dit, sit or diffusers
+    skip: int = 0  # ours: the post blocks get z + h
 
     @property
     def out_channels(self):
@@ -60,8 +61,9 @@ class Config:
 
     def metadata(self):
         fields = dataclasses.asdict(self)
-        if self.time_embedding == "dit":  # what a file without it means
-            del fields["time_embedding"]
+        for name, absent in ("time_embedding", "dit"), ("skip", 0):  # what a file without it means
+            if fields[name] == absent:
+                del fields[name]
         return {k: str(v) for k, v in fields.items()}
 
     @classmethod
@@ -251,19 +253,20 @@ class FPDM(nn.Module):
         c_pp = c if self.cfg.timestep_in_pre_post else y_emb
         for block in self.blocks_pre:
             h = block(h, c_pp)
-        inj = keep("inj", self.block_pre_projection(keep("pre", h)))
+        before = keep("pre", h)
+        inj = keep("inj", self.block_pre_projection(before))
 
         z, history = (h if z is None else z).detach(), []
         with torch.no_grad():
             for k in range(n):
                 z = keep("z.%d" % (k + 1), self.iterate(z, inj, c))
         for k in range(n, n + m):
-            before, z = z, keep("z.%d" % (k + 1), self.iterate(z, inj, c))
+            last, z = z, keep("z.%d" % (k + 1), self.iterate(z, inj, c))
             if window:
-                history = history[-window:] + [(before, z)]
+                history = history[-window:] + [(last, z)]
                 z = anderson(history, mixing if k + 1 < n + m else 1.0)
 
-        h = z
+        h = z + before if self.cfg.skip else z
         for block in self.blocks_post:
             h = block(h, c_pp)
         return self.unpatch(self.final_layer(keep("post", h), c_pp)), z
@@ -804,6 +807,8 @@ def case_table():
     add("forward_token1_patch8_class1", tiny(**p(0, 0), **one), t=[130, 999, 4], n=1, m=2, y=[0, 1, 0])
     add("forward_dit_flow_sit_time", tiny(**dit(1), prediction="flow", time_embedding="sit"), t=[0, 999, 321], n=0, m=1)
     add("forward_diffusers_time", tiny(**p(0, 0), time_embedding="diffusers"), t=[999, 5], n=1, m=1)
+    add("forward_skip_acts", tiny(**p(1, 1), **flow, skip=1), t=[17, 803, 400], n=1, m=2)
+    add("forward_skip_pre0_post0", tiny(**p(0, 0), **odd, skip=1), t=[3, 970], n=0, m=1)
     many = dict(**latent, classes=1000, learn_sigma=1)
     add("forward_classes1000_sigma", tiny(**p(0, 0), **many), t=[10, 700, 350], n=1, m=1, y=[999, 1000, 0])
 
@@ -819,6 +824,8 @@ def case_table():
     add("train_x_decay", tiny(**p(0, 1), **odd, timestep_in_pre_post=1), B=3, n=n, m=m, weight_decay=0.05, lr=3e-3,
         adam_eps=1e-2)  # the velocity's error is up to 400 times as large
     add("train_x_dit_clip", tiny(**dit(1), prediction="x"), B=2, n=[0] * 5, m=[1] * 5, grad_clip=3.0, **settings)
+
+    add("train_skip", tiny(**p(2, 1), **flow, skip=1), B=3, n=n, m=m, grad_clip=2.0, **settings)
 
     # Samplers
     sigma = dict(learn_sigma=1)
@@ -853,6 +860,10 @@ def case_table():
     add("sample_ddim_anderson", tiny(**p(1, 1)), B=2, sampler="ddim", steps=3, iters="6,5,1", window=3, mixing=1.0)
     add("sample_flow_anderson_reuse_guided", tiny(**p(0, 1), prediction="flow"), B=2, sampler="flow", steps=4,
         iters="3,2,5,4", cfg_scale=2.0, reuse=1, window=1, mixing=0.7)
+    add("sample_skip_reuse_guided", tiny(**p(1, 1), **flow, skip=1), B=2, sampler="flow", steps=4, iters="2,1,3,1",
+        cfg_scale=2.0, reuse=1, t_shift=1.0)
+    add("sample_skip_anderson", tiny(**p(0, 2), skip=1), B=1, sampler="ddim", steps=3, iters="4,1,3", window=2,
+        mixing=0.9)
     add("sample_dit_ddpm_sigma_guided", tiny(**dit(2), **sigma), B=1, sampler="ddpm", steps=3, iters="1", cfg_scale=1.5)
     return table
 

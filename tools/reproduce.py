@@ -7,10 +7,10 @@
 It builds and runs train_cpu and sample_cpu (the GPU programs if nvidia-smi sees a GPU) and judges pictures with
 tools/evaluate.py. Stop it whenever you like: the same command goes on where it stopped, and once all is measured it
 writes the report again at once. Everything it did is in --out (runs, points.json); the report is claims.md and its
-plots in --results. Every contender is trained with the same arithmetic, at the learning rate and sampled with the
---t_shift that served it best in short trials. Guidance is off in all measurements, so that a block pass is a block
-pass. --scale smoke is a self-test of this program in a minute: its models are too small and too little trained to say
-anything of the claims.
+plots in --results. Every contender is trained with the same arithmetic, at the learning rate that served it best in
+short trials, with the --t_sampling and sampled with the --t_shift that served it best. Guidance is off in all
+measurements, so that a block pass is a block pass. --scale smoke is a self-test of this program in a minute: its models
+are too small and too little trained to say anything of the claims.
 """
 import argparse
 import importlib.util
@@ -29,15 +29,17 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 
 # What differs between the scales. `steps`: of the fixed-point model; its rivals get as many as cost the same; `seeds`:
-# of training, each with a sampling seed of its own; `per_step`: iterations per timestep that are tried at each budget;
+# of training, each with a sampling seed of its own; `samplings`: ways to draw timesteps in training, of which each
+# contender takes the one with the better distance; `per_step`: iterations per timestep that are tried at each budget;
 # `plateau_steps`: of the models that differ from the first in one thing.
 SCALES = {
     "smoke": dict(image_size=16, width=32, heads=2, patch=4, depth=8, rival_depth=6, batch=32, warmup=20, ema=0.98,
-                  dtype="auto", steps=150, tune_steps=40, lrs=[4e-3, 8e-3], seeds=2, pictures=200, real=800,
-                  budgets=[6, 12, 24], per_step=[1, 2], solver_iters=[2, 4], unroll_iters=[1, 4], tols=[0.1],
-                  trace_iters=6, plateau_steps=60),
+                  dtype="auto", steps=150, tune_steps=40, lrs=[4e-3, 8e-3], samplings=["logit_normal"], seeds=2,
+                  pictures=200, real=800, budgets=[6, 12, 24], per_step=[1, 2], solver_iters=[2, 4],
+                  unroll_iters=[1, 4], tols=[0.1], trace_iters=6, plateau_steps=60),
     "hour": dict(image_size=24, width=128, heads=4, patch=4, depth=8, rival_depth=6, batch=32, warmup=100, ema=0.995,
-                 dtype="bf16", steps=2000, tune_steps=200, lrs=[2e-3, 4e-3, 8e-3], seeds=1, pictures=1000, real=10000,
+                 dtype="bf16", steps=2000, tune_steps=200, lrs=[2e-3, 4e-3, 8e-3],
+                 samplings=["logit_normal", "uniform"], seeds=1, pictures=1000, real=10000,
                  budgets=[6, 12, 24, 48, 96], per_step=[1, 2, 4], solver_iters=[2], unroll_iters=[1, 4],
                  tols=[0.1], trace_iters=16, plateau_steps=700),
 }
@@ -45,15 +47,16 @@ SCALES["laptop"] = {**SCALES["hour"], "steps": 9000, "tune_steps": 500, "seeds":
                     "budgets": [6, 12, 24, 48, 96, 192], "solver_iters": [2, 8], "tols": [0.1, 0.02],
                     "unroll_iters": [1, 2, 4, 8], "plateau_steps": 3000}
 SCALES["gpu"] = dict(image_size=32, width=384, heads=6, patch=2, depth=12, rival_depth=9, batch=256, warmup=500,
-                     ema=0.999, dtype="auto", steps=10000, tune_steps=500, lrs=[5e-4, 1e-3, 2e-3], seeds=3,
-                     pictures=10000, real=50000, budgets=[6, 9, 18, 36, 72, 144, 288], per_step=[1, 2, 4, 10],
-                     solver_iters=[2, 4, 8], unroll_iters=[1, 2, 4, 8, 16], tols=[0.1, 0.05, 0.02], trace_iters=16,
-                     plateau_steps=4000)
+                     ema=0.999, dtype="auto", steps=10000, tune_steps=500, lrs=[5e-4, 1e-3, 2e-3],
+                     samplings=["logit_normal", "uniform"], seeds=3, pictures=10000, real=50000,
+                     budgets=[6, 9, 18, 36, 72, 144, 288], per_step=[1, 2, 4, 10], solver_iters=[2, 4, 8],
+                     unroll_iters=[1, 2, 4, 8, 16], tols=[0.1, 0.05, 0.02], trace_iters=16, plateau_steps=4000)
 # What differs on photographs, at the scales of a CPU; here the learning rates are given.
 PHOTOGRAPHS = dict(image_size=32, width=160, heads=5, steps=6500, warmup=200, ema=0.999, hflip=1, seeds=1,
-                   lrs={"fpdm": 2.5e-3, "dit": 4e-3})
-# Contenders that take the learning rate that was best for another of their kind.
+                   samplings=["logit_normal"], lrs={"fpdm": 2.5e-3, "fpdm_skip": 2.5e-3, "dit3": 4e-3, "dit": 4e-3})
+# Contenders that take the learning rate, and the way to draw timesteps, that was best for another of their kind.
 SAME_RATE = {"fpdm_blind": "fpdm", "unroll": "fpdm", "dit3": "dit"}
+SAME_SAMPLING = {"fpdm_blind": "fpdm", "unroll": "fpdm", "one_step": "fpdm", "fpdm_x": "fpdm"}
 METRICS = ["fd", "precision", "recall", "recognised"]
 
 
@@ -67,31 +70,33 @@ def contenders(scale):
     without, half of the depth with gradient; the rivals of the training method get as many iterations on average."""
     whole, rival = scale["depth"] - 2, scale["rival_depth"]
     some = whole // 2
-    ours = dict(no_grad_iters=[0, some], grad_iters=[1, some + 1])
+    ours = dict(skip=0, no_grad_iters=[0, some], grad_iters=[1, some + 1])
     return {
         "fpdm": ("FPDM", ours),
+        "fpdm_skip": ("FPDM with our skip connection", dict(ours, skip=1)),
         "fpdm_blind": ("FPDM, pre and post do not see t", dict(ours, timestep_in_pre_post=0)),
         "fpdm_x": ("FPDM, predicts x", dict(ours, prediction="x")),
         "dit3": ("DiT, 3 blocks", dict(fixed_point=0, depth=3)),
         "dit": (f"DiT, {rival} blocks", dict(fixed_point=0, depth=rival)),
         "dit_deep": (f"DiT, {2 * rival} blocks", dict(fixed_point=0, depth=2 * rival)),
-        "one_step": ("FPDM, one step", dict(no_grad_iters=[0, whole], grad_iters=[1, 1])),
-        "unroll": ("FPDM, full unrolling", dict(no_grad_iters=[0, 0], grad_iters=[whole, whole])),
+        "one_step": ("FPDM, one step", dict(ours, no_grad_iters=[0, whole], grad_iters=[1, 1])),
+        "unroll": ("FPDM, full unrolling", dict(ours, no_grad_iters=[0, 0], grad_iters=[whole, whole])),
     }
 
 
 def plateau(scale):
     """The first contender, and models that differ from it in one thing, which may be what holds it back."""
     some = (scale["depth"] - 2) // 2
-    ours, half = dict(no_grad_iters=[0, some], grad_iters=[1, some + 1]), (some + 1) // 2
+    ours, half = dict(skip=0, no_grad_iters=[0, some], grad_iters=[1, some + 1]), (some + 1) // 2
     return {
         "fpdm": ("FPDM as it is", ours),
+        "skip": ("a skip connection around the loop (`--skip 1`)", dict(ours, skip=1)),
         "blind": ("pre, post and final layer do not see t", dict(ours, timestep_in_pre_post=0)),
-        "fixed": ("n and m always the same", dict(no_grad_iters=[half] * 2, grad_iters=[half] * 2)),
+        "fixed": ("n and m always the same", dict(ours, no_grad_iters=[half] * 2, grad_iters=[half] * 2)),
         "gradient": ("every iteration has its gradient, number random",
-                     dict(no_grad_iters=[0, 0], grad_iters=[1, 2 * some + 1])),
+                     dict(ours, no_grad_iters=[0, 0], grad_iters=[1, 2 * some + 1])),
         "unrolled": ("every iteration has its gradient, number fixed",
-                     dict(no_grad_iters=[0, 0], grad_iters=[some + 1] * 2)),
+                     dict(ours, no_grad_iters=[0, 0], grad_iters=[some + 1] * 2)),
         "pre": ("two pre blocks", dict(ours, pre_depth=2)),
         "pre_post": ("two pre and two post blocks", dict(ours, pre_depth=2, post_depth=2)),
         "once": ("the block runs once: a DiT of 3 blocks", dict(fixed_point=0, depth=3)),
@@ -164,7 +169,7 @@ class Experiment:
     # ---- the work: each piece is cached in points.json under its name
 
     def folder(self, run, seed, lr, steps):
-        return os.path.join(self.out, f"{run}-{seed}-{lr:g}-{steps}")
+        return os.path.join(self.out, f"{run}-{self.sampling[run]}-{seed}-{lr:g}-{steps}")
 
     def steps(self, run, steps):
         """As many steps as cost what `steps` cost of the first contender."""
@@ -175,13 +180,13 @@ class Experiment:
 
     def train(self, run, seed, lr, steps):
         """Trains, or goes on training; returns {memory, parameters, seconds, images, loss} of the whole run."""
-        key = f"train {run} {seed} {lr:g} {steps}"
+        key = f"train {run} {self.sampling[run]} {seed} {lr:g} {steps}"
         if key in self.points:
             return self.points[key]
         folder, scale = self.folder(run, seed, lr, steps), self.scale
         options = {k: scale[k] for k in ("width", "heads", "patch", "depth", "batch", "warmup", "ema", "dtype")}
-        options.update(data=self.data, seed=seed, sample_every=0, t_sampling="uniform", hflip=scale.get("hflip", 0),
-                       lr=f"{lr:g}", steps=steps, **self.runs[run][1])
+        options.update(data=self.data, seed=seed, sample_every=0, t_sampling=self.sampling[run],
+                       hflip=scale.get("hflip", 0), lr=f"{lr:g}", steps=steps, **self.runs[run][1])
         if self.data == "shapes":
             options["image_size"] = scale["image_size"]
         facts = os.path.join(folder, "facts.json")
@@ -217,10 +222,13 @@ class Experiment:
         """Training that points.json does not hold yet, for one picture of the batch."""
         scale = self.scale
         rates = scale["lrs"] if len(scale["lrs"]) > 1 and isinstance(scale["lrs"], list) else []
-        todo = [(run, self.steps(run, scale["tune_steps"]), f"train {run} 100 {lr:g}") for run in self.runs
+        first, *others = scale["samplings"]
+        todo = [(run, self.steps(run, scale["tune_steps"]), f"train {run} {first} 100 {lr:g}") for run in self.runs
                 for lr in rates if run not in SAME_RATE]
-        todo += [(run, self.steps(run, scale["steps"]), f"train {run} {seed}") for run in self.runs
-                 for seed in range(1, scale["seeds"] + 1)]
+        todo += [(run, self.steps(run, scale["steps"]), f"train {run} {self.sampling[run]} {seed}")
+                 for run in self.runs for seed in range(1, scale["seeds"] + 1)]
+        todo += [(run, self.steps(run, scale["steps"]), f"train {run} {other} 1") for run in self.runs
+                 for other in others if run not in SAME_SAMPLING]
         done = list(self.points)
         return sum(steps * flops(scale, self.runs[run][1], 0)[1] for run, steps, key in todo
                    if not any(other.startswith(key + " ") for other in done))
@@ -257,10 +265,21 @@ class Experiment:
                 command += ["--labels", ",".join(map(str, y[chosen].tolist()))]
         return [str(word) for word in command]
 
+    def best_sampling(self, run):
+        """Settles how timesteps were drawn in training, and the --t_shift: {sampling: distance}, all by seed 1."""
+        distances, shifts = {}, {}
+        same = SAME_SAMPLING.get(run)
+        for self.sampling[run] in [self.sampling[same]] if same else self.scale["samplings"]:
+            self.train(run, 1, self.lr[run], self.steps(run, self.scale["steps"]))
+            shifts[self.sampling[run]], distances[self.sampling[run]] = self.best_shift(run)
+        self.sampling[run] = min(distances, key=distances.get)
+        self.shift[run] = shifts[self.sampling[run]]
+        return distances
+
     def best_shift(self, run):
-        """The --t_shift with the lowest distance at a budget in the middle, by seed 1."""
+        """(the --t_shift with the lowest distance at a budget in the middle, that distance), by seed 1"""
         if "t_shift" in self.scale:
-            return self.scale["t_shift"]
+            return self.scale["t_shift"], 0
         self.shift[run] = 0
         budgets = self.scale["budgets"]
         budget = next(b for b in budgets[len(budgets) // 2:] if self.settings(run, b, 1))
@@ -268,11 +287,11 @@ class Experiment:
         for shift in (0, 1, 2):
             self.shift[run] = shift
             distances[shift] = self.measure(run, 1, **self.settings(run, budget, 1))["fd"]
-        return min(distances, key=distances.get)
+        best = min(distances, key=distances.get)
+        return best, distances[best]
 
-    @staticmethod
-    def key(run, seed, settings):
-        return f"{run} {seed} " + " ".join(f"{name}={value}" for name, value in settings.items())
+    def key(self, run, seed, settings):
+        return f"{run} {self.sampling[run]} {seed} " + " ".join(f"{name}={value}" for name, value in settings.items())
 
     def measure(self, run, seed, **settings):
         """Draws pictures with these settings of sample_* and judges them: METRICS, passes, seconds of sampling."""
@@ -358,13 +377,14 @@ class Experiment:
         scale, seeds = self.scale, range(1, self.scale["seeds"] + 1)
         subprocess.run(["make", "-s", f"train_{self.target}", f"sample_{self.target}"], cwd=ROOT, check=True)
         self.lr, self.tuning, self.shift = {}, {}, {}
+        self.sampling = dict.fromkeys(self.runs, scale["samplings"][0])
         for run in sorted(self.runs, key=SAME_RATE.__contains__):
             self.lr[run], self.tuning[run] = self.best_lr(run)
+        self.measured, self.begin_measure = 0, time.time()
+        self.to_measure = sum(3 * (1 if run in SAME_SAMPLING else len(scale["samplings"])) for run in self.runs)
+        self.drawn = {run: self.best_sampling(run) for run in sorted(self.runs, key=SAME_SAMPLING.__contains__)}
         self.training = {run: [self.train(run, seed, self.lr[run], self.steps(run, scale["steps"])) for seed in seeds]
                          for run in self.runs}
-        self.measured, self.to_measure, self.begin_measure = 0, 3 * len(self.runs), time.time()
-        for run in self.runs:
-            self.shift[run] = self.best_shift(run)
         plan = list(self.plan())
         self.to_measure = sum(self.key(run, seed, settings) not in self.points for run, settings in plan
                               for seed in seeds)
@@ -444,8 +464,8 @@ class Experiment:
 
 # ---- the report
 
-COLORS = {"fpdm": "#d62728", "fpdm_blind": "#e377c2", "fpdm_x": "#ff7f0e", "dit3": "#17becf", "dit": "#1f77b4",
-          "dit_deep": "#000080", "one_step": "#9467bd", "unroll": "#8c564b"}
+COLORS = {"fpdm": "#d62728", "fpdm_skip": "#2ca02c", "fpdm_blind": "#e377c2", "fpdm_x": "#ff7f0e",
+          "dit3": "#17becf", "dit": "#1f77b4", "dit_deep": "#000080", "one_step": "#9467bd", "unroll": "#8c564b"}
 
 
 def value(mean_and_deviation, digits=2):
@@ -521,8 +541,9 @@ class Report:
             f"({1e-12 * scale['steps'] * scale['batch'] * flops(scale, e.runs['fpdm'][1], 0)[1]:.0f} TFLOP on shapes), "
             f"with a learning rate that falls to zero, in {scale['dtype']}; {scale['seeds']} training seed"
             f"{'s, ± is the standard deviation over them' if scale['seeds'] > 1 else ''}. Sampling without guidance, "
-            f"flow, {scale['pictures']:,} pictures a point. The learning rate and `--t_shift` (0, 1 or 2) are the "
-            "best of short trials, for each contender alone, and so are its iterations per timestep at each budget. "
+            f"flow, {scale['pictures']:,} pictures a point. The learning rate is the best of short trials, for each "
+            "contender alone; so are, by distance, how timesteps were drawn in training (shapes), `--t_shift` (0, 1 or "
+            "2), and the iterations per timestep at each budget. "
             "`distance` is the Fréchet distance of tools/evaluate.py (lower is better; not the FID of papers).", "",
             "A *pass* is one forward of a Transformer block for one picture, the paper's unit. An iteration of the "
             "fixed point also has a projection, a third of a block more arithmetic, which the unit leaves out: so the "
@@ -601,16 +622,19 @@ class Report:
         for run, (words, options) in e.runs.items():
             points = e.training[run]
             lrs = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in e.tuning[run].items())
+            drawn = ", ".join(f"{name} {fd:.3g}" for name, fd in e.drawn[run].items())
             rows.append([words, f"{points[0]['parameters']:.2f} M", f"{points[0]['memory']:.0f} MB",
                          f"{1e-9 * flops(scale, options, 0)[1]:.2f}", f"{points[0]['images']:,}",
-                         f"{e.lr[run]:g}" + f" ({lrs})" * bool(lrs),
+                         f"{e.lr[run]:g}" + f" ({lrs})" * bool(lrs), drawn,
                          value((statistics.fmean(p["loss"] for p in points),
                                 statistics.stdev([p["loss"] for p in points]) if len(points) > 1 else 0), 4)])
         self.lines += table(["model", "parameters", f"training memory, batch {scale['batch']}", "GFLOP per picture",
-                             "pictures seen", "learning rate (loss of the short runs)", "loss, last quarter"], rows)
+                             "pictures seen", "learning rate (loss of the short runs)",
+                             "timesteps drawn (distance at a budget in the middle)", "loss, last quarter"], rows)
         self.lines += ["Memory is what train_* allocates and prints. The learning rate is the best of short runs "
                        f"({scale['tune_steps']} steps of the first, another seed). The loss of a "
-                       "fixed-point model is that of its random n and m, so it compares the rows of one kind only.", ""]
+                       "fixed-point model is that of its random n and m, and of the timesteps drawn: it compares rows "
+                       "alike in both.", ""]
         rows = [[f"{name}, batch {batch}", f"{millions:.1f} M", f"{mb / 1000:.2f} GB", f"`train_{e.target} {options}`"]
                 for name, batch, millions, mb, options in e.points["paper"]]
         self.lines += ["At the paper's size, 32×32 input (the program prints it before it starts):", ""]
@@ -655,7 +679,7 @@ class Report:
             if not e:
                 continue
             budget, files, names = e.scale["budgets"][len(e.scale["budgets"]) // 2], [], []
-            for run in ("fpdm", "dit3", "dit", "dit_deep"):
+            for run in ("fpdm", "fpdm_skip", "dit3", "dit", "dit_deep"):
                 if run not in e.runs or not (found := self.at_budget(e, run, budget)):
                     continue
                 settings = {"cfg": 1, **found[1]}
@@ -816,14 +840,15 @@ def main():
     try:
         shapes.everything()
         scale = {**scale, "steps": scale["plateau_steps"], "lrs": [shapes.lr["fpdm"]], "seeds": 1,
-                 "budgets": [24], "per_step": [1, 4], "t_shift": 1, "same_pictures": True}
+                 "samplings": [shapes.sampling["fpdm"]], "budgets": [24], "per_step": [1, 4], "t_shift": 1,
+                 "same_pictures": True}
         single = Experiment(args, "shapes", os.path.join(args.out, "plateau"), scale, plateau(scale))
         single.make_evaluator = shapes.make_evaluator
         single.everything()
         photographs = None
         if args.photographs:
             scale = {**SCALES[args.scale], **(PHOTOGRAPHS if args.scale in ("hour", "laptop") else {})}
-            some = scale["lrs"] if isinstance(scale["lrs"], dict) else ("fpdm", "dit3", "dit", "dit_deep")
+            some = scale["lrs"] if isinstance(scale["lrs"], dict) else ("fpdm", "fpdm_skip", "dit3", "dit", "dit_deep")
             photographs = Experiment(args, os.path.abspath(args.photographs), os.path.join(args.out, "photographs"),
                                      scale, {run: runs[run] for run in some})
             photographs.everything()

@@ -96,6 +96,12 @@ kernel void gated_residual(global float *a, global const float *w, local float *
     if (i < count) a[out + i] = a[x + i] + a[gate + i / (T * D) * stride + i % D] * a[branch + i];
 }
 
+// out += x
+kernel void add(global float *a, global const float *w, local float *s, long out, long x, long count) {
+    long i = get_global_id(0);
+    if (i < count) a[out + i] += a[x + i];
+}
+
 // Between pictures (B,C,S,S) and tokens (B,T,p·p·C); a token is (channel, row, column) on the way there, and on the way
 // back, with to_picture, (row, column, channel).
 kernel void patches(global float *a, global const float *w, local float *s, long tokens, long pictures, long to_picture,

@@ -224,6 +224,8 @@ static void model_forward(Model *m, const int *t, const int *y, int B, int n, in
             device_copy(m, a->reused, l->x);
             solve->reuse_ready = 1;
         }
+        if (c->skip)
+            RUN("add", groups_of((size_t)N, GROUP), GROUP, 0, act(m, l->x), act(m, a->layer[c->pre_depth].x), N);
         for (i++; i < config_blocks(c); i++, l++) device_block(m, l[1].x, l->x, l, i);
     }
     show(m, "act.post", 0, l->x, N);
