@@ -319,7 +319,8 @@ class BenchCpu:
         self.name, self.about = name, {}
         work = {"width": args.width, "heads": args.heads, "patch": args.patch, "image_size": args.image_size,
                 "batch": args.batch, "n": args.n, "m": args.m, "pre_depth": args.pre_depth,
-                "post_depth": args.post_depth, "gemm": 0, "rounds": 1, "dtype": "bf16" if args.autocast else "fp32"}
+                "post_depth": args.post_depth, "skip": 0, "gemm": 0, "rounds": 1,
+                "dtype": "bf16" if args.autocast else "fp32"}
         self.command = [args.bench, *(f"--{option}={value}" for option, value in work.items())]
 
     def step(self):

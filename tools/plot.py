@@ -328,7 +328,7 @@ def plot_fixed_point(args):
     ways.set_title(f"The way of each token's z, t = {t:.0f}")
     ways.set_xlabel("first principal component")
     ways.set_ylabel("second principal component")
-    ways.annotate("z$_0$ = h", cold_way[0].mean(0), (0.58, 0.75), textcoords="axes fraction",
+    ways.annotate("z$_0$ = h", cold_way[0].mean(0), (0.42, 0.93), textcoords="axes fraction",
                   arrowprops={"arrowstyle": "->", "color": "#444"})
     ways.set_aspect("equal", "datalim")
     image.imshow(picture, interpolation="nearest")

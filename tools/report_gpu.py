@@ -515,7 +515,7 @@ class Report:
                 if not fixed_point and wanted == "sample":
                     continue  # n and m mean nothing to it: one run has both
                 options = {**self.work["model"], "fixed_point": fixed_point, "batch": batch, "n": n, "m": m, "gemm": 0,
-                           "rounds": self.work["rounds"]}
+                           "rounds": self.work["rounds"], "skip": 0}
                 with Watch() as watch:
                     done = self.run(bench, *(f"--{key}={value}" for key, value in options.items()))
                 found = parse_figures(done.text)
