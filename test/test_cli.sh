@@ -135,6 +135,10 @@ runs "bf16: sample" "$sample" --dtype bf16 --weights bf16_3/weights.safetensors 
 runs "resume: a model by its name" "$train" --model S/4 --image_size 8 --width 24 --heads 3 --steps 1 --batch 2 \
     --sample_steps 2 --out named
 runs "resume: a model by its name: goes on" "$train" --resume named --steps 2
+metadata() { head -c 4000 "$1/weights.safetensors" | grep -aq "\"$2\":\"$3\""; } # FOLDER KEY VALUE: so its metadata
+check "model: the paper's has no skip connection" metadata named skip 0
+check "model: the paper's pre and post blocks do not see t" metadata named timestep_in_pre_post 0
+check "model: ours has a skip connection" metadata six skip 1
 
 # interrupt SIGNAL FOLDER CONDITION OPTION...: starts training, sends it the signal as soon as the condition holds.
 # Leaves the exit status in `status` and what the program said in `out`.
