@@ -931,32 +931,38 @@ def test_reproduce():
         assert f"## {heading}" in claims, heading
     for picture in ("claims", "claims_shapes", "claims_smoothing", "claims_residual", "claims_training"):
         assert f"({picture}.png)" in claims and is_plot(f"out/{picture}.png") is None
-    shift = {run: int(re.search(rf"\n\| {words}, t_shift (\d) \|", claims)[1])
-             for run, words in (("fpdm", "FPDM"), ("dit", "DiT, 6 blocks"), ("dit_deep", "DiT, 12 blocks"))}
-    for name, k in shift.items():  # the one with the lowest distance at a budget in the middle
-        settings = {"fpdm": "steps=4 budget=12 reuse=1 alloc=const", "dit": "steps=2", "dit_deep": "steps=2"}[name]
-        tried = {i: points[key]["fd"] for i in (0, 1, 2, 4, 8) if (key := f"{name} 1 {settings} t_shift={i}") in points}
-        assert k == min(tried, key=tried.get), (name, tried)
-    both = [points[f"fpdm {seed} steps=4 budget=12 reuse=1 alloc=const t_shift={shift['fpdm']}"] for seed in (1, 2)]
+    shift, drawn = {}, {}
+    for run_, words in ("fpdm", "FPDM"), ("dit", "DiT, 6 blocks"), ("dit_deep", "DiT, 12 blocks"):
+        # Both are those with the lowest distance at a budget in the middle.
+        settings = "steps=4 budget=12 reuse=1 alloc=const" if run_ == "fpdm" else "steps=2"
+        tried = {(name, i): points[f"{run_} {name} 1 {settings} t_shift={i}"]["fd"]
+                 for name in ("logit_normal", "uniform") for i in (0, 1, 2)}
+        drawn[run_], shift[run_] = min(tried, key=tried.get)
+        assert f"\n| {words}, t_shift {shift[run_]} |" in claims, (run_, tried)
+        best = {name: min(tried[name, i] for i in (0, 1, 2)) for name in ("logit_normal", "uniform")}
+        assert ", ".join(f"{name} {fd:.3g}" for name, fd in best.items()) in claims, best
+        assert len(list(Path("out").glob(f"{run_}-{drawn[run_]}-2-*"))) == 1, drawn  # the second seed trains so, too
+    both = [points[f"fpdm {drawn['fpdm']} {seed} steps=4 budget=12 reuse=1 alloc=const t_shift={shift['fpdm']}"]
+            for seed in (1, 2)]
     mean, deviation = np.mean([p["fd"] for p in both]), np.std([p["fd"] for p in both], ddof=1)
     assert f"{mean:.2f} ± {deviation:.2f} (4)" in claims, (mean, deviation)
     assert both[0]["passes"] == 12 and both[0]["fd"] != both[1]["fd"]
-    assert points[f"dit 1 steps=2 t_shift={shift['dit']}"]["passes"] == 12
+    assert points[f"dit {drawn['dit']} 1 steps=2 t_shift={shift['dit']}"]["passes"] == 12
     answer = claims.split("## ")[1]  # names every budget once, and the nearer side's distance first or last
     budgets = re.findall(r"shapes at ([\d, ]+) passes a picture \((.*?)\)", answer)
     assert sorted(int(b) for found, _ in budgets for b in found.split(", ")) == [6, 12, 24], budgets
     for line in answer.splitlines():
         for ours, theirs in re.findall(r"([\d.e+]+) against ([\d.e+]+)", line):
             assert (float(ours) <= float(theirs)) == line.startswith("Trained"), line
-    weights = next(Path("out").glob("dit-2-*")) / "weights.safetensors"  # a point, measured by hand
+    weights = next(Path("out").glob(f"dit-{drawn['dit']}-2-*")) / "weights.safetensors"  # a point, measured by hand
     subprocess.run([TOOLS.parent / "sample_cpu", "--weights", weights, "--n", "200", "--batch", "200", "--cfg", "1",
                     "--seed", "1002", "--steps", "4", "--t_shift", str(shift["dit"]), "--latents", "x.safetensors",
                     "--out", "x.png"], check=True)
     run("evaluate.py", "out/real.safetensors", "x.safetensors", "--json", "x.json")
     want = json.loads(Path("x.json").read_text())["pictures"]["x.safetensors"]["fd"]
-    assert abs(points[f"dit 2 steps=4 t_shift={shift['dit']}"]["fd"] - want) < 1e-6 * want
+    assert abs(points[f"dit {drawn['dit']} 2 steps=4 t_shift={shift['dit']}"]["fd"] - want) < 1e-6 * want
     assert points["evaluator"]["floor"]["fd"] < want
-    memory = {run: points[next(key for key in points if key.startswith(f"train {run} 1 "))]["memory"]
+    memory = {run: points[next(key for key in points if re.match(rf"train {run} \w+ 1 ", key))]["memory"]
               for run in ("one_step", "fpdm", "unroll")}
     assert memory["one_step"] < memory["fpdm"] < memory["unroll"], memory
     run("reproduce.py", "--scale", "smoke", "--target", "cpu", "--out", "out")
