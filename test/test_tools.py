@@ -916,7 +916,7 @@ def test_reproduce():
     command = [sys.executable, TOOLS / "reproduce.py", "--scale", "smoke", "--target", "cpu", "--out", "out"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in first.stdout:
-        if "train one_step" in line:
+        if "train dit_deep" in line:
             first.send_signal(signal.SIGINT)
     assert first.wait() == 130 and "the same command goes on" in line, line
     done = json.loads(Path("out/points.json").read_text())

@@ -38,12 +38,12 @@ SCALES = {
                   samplings=["logit_normal", "uniform"], seeds=2, pictures=200, real=800, budgets=[6, 12, 24],
                   per_step=[1, 2], solver_iters=[2, 4], unroll_iters=[1, 4], tols=[0.1], trace_iters=6, plateau_steps=60),
     "hour": dict(image_size=24, width=128, heads=4, patch=4, depth=8, rival_depth=6, batch=32, warmup=100, ema=0.995,
-                 dtype="bf16", steps=2000, tune_steps=200, lrs=[2e-3, 4e-3, 8e-3],
+                 dtype="bf16", steps=2000, tune_steps=500, lrs=[2e-3, 4e-3, 8e-3],
                  samplings=["logit_normal", "uniform"], seeds=1, pictures=1000, real=10000,
                  budgets=[6, 12, 24, 48, 96], per_step=[1, 2, 4], solver_iters=[2], unroll_iters=[1, 4],
                  tols=[0.1], trace_iters=16, plateau_steps=700),
 }
-SCALES["laptop"] = {**SCALES["hour"], "steps": 9000, "tune_steps": 500, "seeds": 3, "pictures": 1500,
+SCALES["laptop"] = {**SCALES["hour"], "steps": 9000, "tune_steps": 1000, "seeds": 3, "pictures": 1500,
                     "budgets": [6, 12, 24, 48, 96, 192], "solver_iters": [2, 8], "tols": [0.1, 0.02],
                     "unroll_iters": [1, 2, 4, 8], "plateau_steps": 3000}
 SCALES["gpu"] = dict(image_size=32, width=384, heads=6, patch=2, depth=12, rival_depth=9, batch=256, warmup=500,
@@ -54,8 +54,8 @@ SCALES["gpu"] = dict(image_size=32, width=384, heads=6, patch=2, depth=12, rival
 # What differs on photographs, at the scales of a CPU; here the learning rates are given.
 PHOTOGRAPHS = dict(image_size=32, width=160, heads=5, steps=6500, warmup=200, ema=0.999, hflip=1, seeds=1,
                    samplings=["logit_normal"], lrs={"fpdm": 2.5e-3, "fpdm_skip": 2.5e-3, "dit3": 4e-3, "dit": 4e-3})
-# Contenders that take the learning rate, and the way to draw timesteps, that was best for another of their kind.
-SAME_RATE = {"fpdm_blind": "fpdm", "unroll": "fpdm", "dit3": "dit"}
+# Contenders that take the learning rate, or the way to draw timesteps, that was best for another of their kind.
+SAME_RATE = {"fpdm_blind": "fpdm", "fpdm_x": "fpdm", "unroll": "fpdm", "one_step": "fpdm", "dit3": "dit"}
 SAME_SAMPLING = {"fpdm_blind": "fpdm", "unroll": "fpdm", "one_step": "fpdm", "fpdm_x": "fpdm"}
 METRICS = ["fd", "precision", "recall", "recognised"]
 
