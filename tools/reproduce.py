@@ -38,12 +38,12 @@ SCALES = {
                   samplings=["logit_normal", "uniform"], seeds=2, pictures=200, real=800, budgets=[6, 12, 24],
                   per_step=[1, 2], solver_iters=[2, 4], unroll_iters=[1, 4], tols=[0.1], trace_iters=6, plateau_steps=60),
     "hour": dict(image_size=24, width=128, heads=4, patch=4, depth=8, rival_depth=6, batch=32, warmup=100, ema=0.995,
-                 dtype="bf16", steps=2000, tune_steps=500, lrs=[2e-3, 4e-3, 8e-3],
+                 dtype="bf16", steps=2000, tune_steps=200, lrs=[2e-3, 4e-3, 8e-3],
                  samplings=["logit_normal", "uniform"], seeds=1, pictures=1000, real=10000,
                  budgets=[6, 12, 24, 48, 96], per_step=[1, 2, 4], solver_iters=[2], unroll_iters=[1, 4],
                  tols=[0.1], trace_iters=16, plateau_steps=700),
 }
-SCALES["laptop"] = {**SCALES["hour"], "steps": 9000, "tune_steps": 1000, "seeds": 3, "pictures": 1500,
+SCALES["laptop"] = {**SCALES["hour"], "steps": 9000, "tune_steps": 500, "seeds": 3, "pictures": 1500,
                     "budgets": [6, 12, 24, 48, 96, 192], "solver_iters": [2, 8], "tols": [0.1, 0.02],
                     "unroll_iters": [1, 2, 4, 8], "plateau_steps": 3000}
 SCALES["gpu"] = dict(image_size=32, width=384, heads=6, patch=2, depth=12, rival_depth=9, batch=256, warmup=500,
@@ -55,8 +55,9 @@ SCALES["gpu"] = dict(image_size=32, width=384, heads=6, patch=2, depth=12, rival
 PHOTOGRAPHS = dict(image_size=32, width=160, heads=5, steps=6500, warmup=200, ema=0.999, hflip=1, seeds=1,
                    samplings=["logit_normal"], lrs={"fpdm": 2.5e-3, "fpdm_skip": 2.5e-3, "dit3": 4e-3, "dit": 4e-3})
 # Contenders that take the learning rate, or the way to draw timesteps, that was best for another of their kind.
-SAME_RATE = {"fpdm_blind": "fpdm", "fpdm_x": "fpdm", "unroll": "fpdm", "one_step": "fpdm", "dit3": "dit"}
+SAME_RATE = {"fpdm_blind": "fpdm", "unroll": "fpdm", "dit3": "dit"}
 SAME_SAMPLING = {"fpdm_blind": "fpdm", "unroll": "fpdm", "one_step": "fpdm", "fpdm_x": "fpdm"}
+SHIFTS = (0, 1, 2)  # values of --t_shift that are tried
 METRICS = ["fd", "precision", "recall", "recognised"]
 
 
@@ -284,7 +285,7 @@ class Experiment:
         budgets = self.scale["budgets"]
         budget = next(b for b in budgets[len(budgets) // 2:] if self.settings(run, b, 1))
         distances = {}
-        for shift in (0, 1, 2):
+        for shift in SHIFTS:
             self.shift[run] = shift
             distances[shift] = self.measure(run, 1, **self.settings(run, budget, 1))["fd"]
         best = min(distances, key=distances.get)
@@ -409,14 +410,23 @@ class Experiment:
 
     # Settings of each experiment, as lists of (run, settings of sample_*).
 
-    def settings(self, run, budget, k):
-        """As many timesteps as the budget allows, of k iterations each where the model iterates; None: not even two."""
+    def settings(self, run, budget, k, shift=None):
+        """As many timesteps as the budget allows, of k iterations each where the model iterates; None: not even two.
+        shift: another --t_shift than the run's."""
         options = self.runs[run][1]
         dit = "fixed_point" in options
         per_step = options["depth"] if dit else k + options.get("pre_depth", 1) + options.get("post_depth", 1)
         steps = budget // per_step
         ours = {} if dit else dict(budget=steps * per_step, reuse=1, alloc="const")
-        return dict(steps=steps, **ours, t_shift=self.shift[run]) if steps >= 2 else None
+        return dict(steps=steps, **ours, t_shift=self.shift[run] if shift is None else shift) if steps >= 2 else None
+
+    def choices(self, run, budget):
+        """The settings from which a contender may choose at this budget: its iterations per timestep, and with the
+        fewest every --t_shift."""
+        per_step = self.scale["per_step"][: 1 if "fixed_point" in self.runs[run][1] else None]
+        shifts = [] if "t_shift" in self.scale else [s for s in SHIFTS if s != self.shift[run]]
+        found = [self.settings(run, budget, k) for k in per_step]
+        return [s for s in found + [self.settings(run, budget, per_step[0], shift) for shift in shifts] if s]
 
     def contest(self):
         """The contenders for quality, without the rivals in training."""
@@ -425,8 +435,8 @@ class Experiment:
     def quality_plan(self):
         for budget in self.scale["budgets"]:
             for run in self.contest():
-                for k in [1] if "fixed_point" in self.runs[run][1] else self.scale["per_step"]:
-                    yield run, self.settings(run, budget, k)
+                for settings in self.choices(run, budget):
+                    yield run, settings
 
     def technique_plan(self):
         """Reuse and allocation at two budgets: 2 and 3 iterations per timestep."""
@@ -521,10 +531,9 @@ class Report:
 
     @staticmethod
     def at_budget(e, run, budget):
-        """(metrics, settings) of a contender; the fixed point with the iterations per timestep that seed 1 alone would
-        choose at this budget, so that the error bars of the others are not those of a choice by luck."""
-        usable = [s for k in e.scale["per_step"] if (s := e.settings(run, budget, k))]
-        best = min(usable, key=lambda s: e.measure(run, 1, **s)["fd"], default=None)
+        """(metrics, settings) of a contender, with what seed 1 alone would choose at this budget, so that the error
+        bars of the others are not those of a choice by luck."""
+        best = min(e.choices(run, budget), key=lambda s: e.measure(run, 1, **s)["fd"], default=None)
         return best and (e.mean(run, best), best)
 
     def write(self):
@@ -542,8 +551,8 @@ class Report:
             f"with a learning rate that falls to zero, in {scale['dtype']}; {scale['seeds']} training seed"
             f"{'s, ± is the standard deviation over them' if scale['seeds'] > 1 else ''}. Sampling without guidance, "
             f"flow, {scale['pictures']:,} pictures a point. The learning rate is the best of short trials, for each "
-            "contender alone; so are, by distance, how timesteps were drawn in training (shapes), `--t_shift` (0, 1 or "
-            "2), and the iterations per timestep at each budget. "
+            "contender alone; so are, by distance, how timesteps were drawn in training (shapes), and at each budget "
+            "`--t_shift` (0, 1 or 2) and the iterations per timestep. "
             "`distance` is the Fréchet distance of tools/evaluate.py (lower is better; not the FID of papers).", "",
             "A *pass* is one forward of a Transformer block for one picture, the paper's unit. An iteration of the "
             "fixed point also has a projection, a third of a block more arithmetic, which the unit leaves out: so the "
@@ -664,12 +673,13 @@ class Report:
             axis.legend(fontsize=7)
 
         self.figure(f"claims_{name}.png", draw)
-        for words, cell in (("distance (timesteps)", lambda m, s: f"{value(m['fd'])} ({s['steps']})"),
+        for words, cell in (("distance (timesteps, t_shift)",
+                             lambda m, s: f"{value(m['fd'])} ({s['steps']}, {s['t_shift']})"),
                             ("recognised",
                              lambda m, s: f"{100 * m['recognised'][0]:.0f} %" if "recognised" in m else "–"),
                             ("precision / recall", lambda m, s: f"{m['precision'][0]:.2f} / {m['recall'][0]:.2f}")):
-            rows = [[f"{e.runs[run][0]}, t_shift {e.shift[run]}"] +
-                    [cell(*best[run, b]) if best[run, b] else "–" for b in budgets] for run in e.contest()]
+            rows = [[e.runs[run][0]] + [cell(*best[run, b]) if best[run, b] else "–" for b in budgets]
+                    for run in e.contest()]
             self.lines += table([f"{words} at passes", *budgets], rows)
 
     def pictures(self):
