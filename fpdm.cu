@@ -417,10 +417,10 @@ __device__ inline T block_sum(T x, T *shared);
 // and what follows a product happens in its epilogue, while the result is in registers.
 
 enum Epilogue {
-    EPI_STORE,  // out = v,                     v = product + bias + add
-    EPI_FLOAT,  // the same, but out is fp32 whatever the type of activations
-    EPI_GELU,   // pre = v, out = gelu(v)       pre may be NULL
-    EPI_GATED,  // pre = v, out = residual + gate·v, copy = out, both fp32 but copy; pre and copy may be NULL
+    EPI_STORE,  // out = product + bias
+    EPI_FLOAT,  // the same, but out is fp32 whatever the type of activations; in fp32, add too, unless NULL
+    EPI_GELU,   // out = gelu(v), pre = v, v = product + add; pre may be NULL
+    EPI_GATED,  // out = residual + gate·v, copy = out, pre = v, v = product + bias; out is fp32; pre, copy may be NULL
     EPI_DGELU,  // out = product·gelu'(pre), copy = gelu(pre), sum += out; sum may be NULL
     EPI_WEIGHT, // out += product, fp32; or the product alone into a workspace, when the sum over k is split
 };
@@ -431,8 +431,8 @@ typedef struct {
     int k_chunk; // each blockIdx.y sums this many k
     void *out;   // (M,N), row stride ldc
     int ldc;
-    const float *bias, *add; // (N); (add_rows,N): row i takes row i % add_rows. NULL: none
-    int add_rows;
+    const float *bias, *add;      // (N), NULL: none; (add_rows,N): row i takes row i % add_rows
+    int add_rows;                 // in bf16, 1 or M
     void *pre, *copy;             // (M,N)
     const float *residual, *gate; // (M,N); (N) of picture i at gate + i·gate_stride, a picture has `tokens` rows
     int gate_stride, tokens;
@@ -893,12 +893,13 @@ static void gated_linear_forward(Model *m, float *out, Act *copy, Act *branch, c
     matmul<false, false, EPI_GATED>(m->half, g);
 }
 
-// out = gelu(x·w^T + b + add), w with row stride ldw; pre, unless NULL, keeps what gelu is applied to
-static void gelu_linear_forward(Model *m, Act *out, Act *pre, const Act *x, const real *w, int ldw, const real *b,
-                                const float *add, int K, int N) {
+// out = gelu(x·w^T + add), w with row stride ldw; add (N), a bias, or with add_each (M,N); pre, unless NULL, keeps what
+// gelu is applied to
+static void gelu_linear_forward(Model *m, Act *out, Act *pre, const Act *x, const real *w, int ldw, const float *add,
+                                int add_each, int K, int N) {
     int M = m->B * config_tokens(&m->config);
-    Matmul g = linear(out, x, act_weight(m, w), ldw, b, M, K, N);
-    g.add = add, g.add_rows = M, g.pre = pre;
+    Matmul g = linear(out, x, act_weight(m, w), ldw, NULL, M, K, N);
+    g.add = add, g.add_rows = add_each ? M : 1, g.pre = pre;
     matmul<false, false, EPI_GELU>(m->half, g);
 }
 
@@ -959,7 +960,7 @@ static void block_forward(Model *m, float *out, Act *copy, const float *x, Layer
     attention_forward(m->half, l->att, keep ? l->lse : NULL, l->qkv, B, T, D, m->config.heads);
     gated_linear_forward(m, out, NULL, keep ? l->proj : NULL, x, mod + 2 * D, l->att, p->proj_w, p->proj_b, D);
     layernorm_forward(m, m->half, a->normed, keep ? l->stats + 2 * M : NULL, out, mod + 3 * D, 6);
-    gelu_linear_forward(m, a->gelu, keep ? l->fc1 : NULL, a->normed, p->fc1_w, D, p->fc1_b, NULL, D, 4 * D);
+    gelu_linear_forward(m, a->gelu, keep ? l->fc1 : NULL, a->normed, p->fc1_w, D, p->fc1_b, 0, D, 4 * D);
     gated_linear_forward(m, out, copy, keep ? l->fc2 : NULL, out, mod + 5 * D, a->gelu, p->fc2_w, p->fc2_b, 4 * D);
 }
 
@@ -1010,7 +1011,7 @@ static void block_backward(Model *m, float *dx, Act *copy, const float *x, Layer
 static void iteration_forward(Model *m, float *out, Act *copy, const Act *z, Layer *l, int keep) {
     Activations *a = &m->a;
     int D = m->config.width, M = m->B * config_tokens(&m->config);
-    gelu_linear_forward(m, a->gelu, keep ? l->u : NULL, z, m->p.fp1_w, 2 * D, NULL, a->inj_part, D, 2 * D);
+    gelu_linear_forward(m, a->gelu, keep ? l->u : NULL, z, m->p.fp1_w, 2 * D, a->inj_part, 1, D, 2 * D);
     matmul<false, false, EPI_FLOAT>(m->half,
                                     linear(l->in, a->gelu, act_weight(m, m->p.fp2_w), 2 * D, m->p.fp2_b, M, 2 * D, D));
     block_forward(m, out, copy, l->in, l, m->config.pre_depth, keep);
@@ -2305,24 +2306,49 @@ __device__ inline T block_sum(T x, T *shared) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The matrix product
 
-// Which row of `add`, or which picture's gate, goes with a row of the product
-template <int EPI>
-__device__ inline int row_of_other(const Matmul &g, int row) {
-    return EPI == EPI_GATED ? row / g.tokens : EPI < EPI_GATED && g.add ? row % g.add_rows : 0;
+// What an epilogue adds, stores and reads: see Epilogue. A: type of activations
+template <int EPI, typename A>
+struct EpilogueOf {
+    static constexpr bool BIAS = EPI == EPI_STORE || EPI == EPI_FLOAT || EPI == EPI_GATED, DGELU = EPI == EPI_DGELU;
+    static constexpr bool ADD = EPI == EPI_GELU || (EPI == EPI_FLOAT && sizeof(A) == 4);
+    typedef typename std::conditional<EPI == EPI_STORE || EPI == EPI_GELU || DGELU, A, float>::type Out;
+    typedef typename std::conditional<DGELU, A, float>::type First; // of add, residual, pre or out
+};
+
+// The same product for a lane whose results begin at (row, col): pointers are moved there, those of add and gate, which
+// have rows of their own, by col alone.
+template <int EPI, typename A>
+__device__ inline Matmul moved(Matmul g, int row, int col) {
+    size_t at = (size_t)row * g.ldc + col;
+    g.out = (typename EpilogueOf<EPI, A>::Out *)g.out + at;
+    if (EPI == EPI_GATED) g.residual += at, g.gate += col;
+    if (g.pre) g.pre = (A *)g.pre + at;
+    if (g.copy) g.copy = (A *)g.copy + at;
+    if (g.sum) g.sum += at;
+    if (g.bias) g.bias += col;
+    if (g.add) g.add += col;
+    return g;
 }
 
-// What an epilogue reads beside V neighbours of the product, in one row: fetched for several rows before the first is
-// used. A: type of activations
+// Where the row of add, or of gate, begins that goes with a row of the result
+template <int EPI, typename A>
+__device__ inline unsigned place_of_other(const Matmul &g, unsigned row) {
+    if (EPI == EPI_GATED) return row / g.tokens * g.gate_stride;
+    if (!EpilogueOf<EPI, A>::ADD || !g.add) return 0;
+    return (sizeof(A) == 4 ? row % g.add_rows : g.add_rows == 1 ? 0 : row) * g.N;
+}
+
+// What an epilogue reads of one row beside V neighbours of the product: fetched for several rows before the first is
+// used. at: their place, counted from where g begins
 template <int EPI, typename A, int V>
 struct Others {
-    Raw<typename std::conditional<EPI == EPI_DGELU, A, float>::type, V> first; // of add, residual, pre or out
-    Raw<float, V> second;                                                      // of sum
+    Raw<typename EpilogueOf<EPI, A>::First, V> first;
+    Raw<float, V> second; // of sum
 };
 template <int EPI, typename A, int V>
-__device__ inline void epilogue_fetch(Others<EPI, A, V> *o, const Matmul &g, int row, int col, int other) {
-    size_t at = (size_t)row * (EPI == EPI_WEIGHT ? g.ldc : g.N) + col;
-    if constexpr (EPI < EPI_GATED) {
-        if (g.add) fetch(&o->first, g.add + (size_t)other * g.N + col);
+__device__ inline void epilogue_fetch(Others<EPI, A, V> *o, const Matmul &g, int at, unsigned other) {
+    if constexpr (EpilogueOf<EPI, A>::ADD) {
+        if (EPI == EPI_GELU || g.add) fetch(&o->first, g.add + other);
     }
     if constexpr (EPI == EPI_GATED) fetch(&o->first, g.residual + at);
     if constexpr (EPI == EPI_DGELU) {
@@ -2334,87 +2360,98 @@ __device__ inline void epilogue_fetch(Others<EPI, A, V> *o, const Matmul &g, int
     }
 }
 
-// Takes V neighbours v of the product to where they belong. Without a branch, so that rows are computed side by side.
-template <int EPI, typename A, int V>
-__device__ inline void epilogue_store(const Matmul &g, int row, int col, int other, const Raw<float, V> &bias,
-                                      const Others<EPI, A, V> &o, float (&v)[V]) {
-    typedef typename std::conditional<EPI == EPI_STORE || EPI == EPI_GELU || EPI == EPI_DGELU, A, float>::type Out;
-    size_t at = (size_t)row * (EPI == EPI_WEIGHT ? g.ldc : g.N) + col;
-    float x[V], y[V], gate[V] = {}, pre[V], slope;
-    if (EPI == EPI_GATED) load(gate, g.gate + (size_t)other * g.gate_stride + col); // it is in the cache
-    EACH(j, V) {
-        x[j] = o.first[j], y[j] = o.second[j];
-        if (EPI != EPI_DGELU) pre[j] = v[j] += bias[j] + (EPI == EPI_GATED ? 0 : x[j]);
-        if (EPI == EPI_GELU) v[j] = gelu(v[j], &slope);
-        if (EPI == EPI_GATED) v[j] = x[j] + gate[j] * v[j];
-        if (EPI == EPI_DGELU) x[j] = gelu(x[j], &slope), v[j] *= slope, y[j] += v[j];
+// Takes V neighbours v of the product in each of ROWS rows, `step` apart, to where they belong. The rows are computed
+// side by side, without a branch between them.
+template <int EPI, typename A, int V, int ROWS>
+__device__ inline void epilogue_store(const Matmul &g, int at, int step, const unsigned *other, int c,
+                                      const Raw<float, V> &bias, const Others<EPI, A, V> *o, float (*v)[V]) {
+    typedef EpilogueOf<EPI, A> K;
+    float pre[ROWS][V], copy[ROWS][V], sum[ROWS][V], slope;
+    EACH(i, ROWS) {
+        float gate[V] = {};
+        if (EPI == EPI_GATED) load(gate, g.gate + other[i] + c); // it is in the cache
+        EACH(j, V) {
+            float x = o[i].first[j], &y = v[i][j];
+            if (EPI == EPI_WEIGHT || K::ADD) y += x;
+            if (K::BIAS) y += bias[j];
+            pre[i][j] = y;
+            if (EPI == EPI_GELU) y = gelu(y, &slope);
+            if (EPI == EPI_GATED) y = x + gate[j] * y;
+            if (EPI == EPI_DGELU) copy[i][j] = gelu(x, &slope), y *= slope, sum[i][j] = o[i].second[j] + y;
+        }
+        store((typename K::Out *)g.out + at + i * step, v[i]);
+        if (EPI == EPI_DGELU) store((A *)g.copy + at + i * step, copy[i]);
     }
-    store((Out *)g.out + at, v);
-    if (EPI == EPI_DGELU) store((A *)g.copy + at, x);
-    if (EPI == EPI_DGELU && g.sum) store(g.sum + at, y);
-    if ((EPI == EPI_GELU || EPI == EPI_GATED) && g.pre) store((A *)g.pre + at, pre);
-    if (EPI == EPI_GATED && g.copy) store((A *)g.copy + at, v);
+    if (EPI == EPI_DGELU && g.sum)
+        EACH(i, ROWS) store(g.sum + at + i * step, sum[i]);
+    if ((EPI == EPI_GELU || EPI == EPI_GATED) && g.pre)
+        EACH(i, ROWS) store((A *)g.pre + at + i * step, pre[i]);
+    if (EPI == EPI_GATED && g.copy)
+        EACH(i, ROWS) store((A *)g.copy + at + i * step, v[i]);
 }
 
 // The epilogue of 16 rows and 32·CHUNKS columns that a warp holds as fragments, acc[j] at column FRAG_COLS·j. They go
 // through shared memory, `stage`, so that a lane gets neighbours and the warp's accesses to memory fill sectors of 32
 // bytes: 8 to a lane where all is bf16, 4 where fp32 comes with it. What a lane writes and reads there lies in banks of
-// its own: rows are 8 banks apart, and in every second four rows, every two fours of columns change places. `ahead`,
-// where registers allow it: what is read beside the product is fetched 32 columns ahead.
-template <int EPI, int CHUNKS>
-__device__ inline void warp_epilogue(const Matmul &g, float *stage, int row0, int col0, const Frag *acc, bool ahead) {
+// its own: rows are 8 banks apart, and in every second four rows, every two fours of columns change places. Everything
+// is unrolled, so that a place is a row's pointer and a constant.
+enum Room { ROW_BY_ROW, SIDE_BY_SIDE, AHEAD }; // what registers allow: AHEAD: what is read is fetched 32 columns ahead
+template <int EPI, int CHUNKS, int ROOM>
+__device__ inline void warp_epilogue(const Matmul &whole, float *stage, int row0, int col0, const Frag *acc) {
     constexpr int V = EPI == EPI_STORE || EPI == EPI_GELU ? 8 : 4, HOP = WARP / 32 * V, ROWS = 16 / HOP,
-                  STRIDE = 32 * CHUNKS + 8;
-    int lane = threadIdx.x % WARP, col = lane % (32 / V) * V, end = min(32 * CHUNKS, g.N - col0);
-    int row = V == 8 ? lane / 4 % 2 * 4 + lane / 8 % 4 + lane / 32 * 8 : lane / 8, other[ROWS];
-    bool inside = row0 + 16 <= g.M;
-    Others<EPI, bf16, V> now[ROWS], next[ROWS] = {};
-    Raw<float, V> bias, next_bias = {};
+                  STRIDE = 32 * CHUNKS + 8, SIDE = ROOM == ROW_BY_ROW && V == 4 ? 1 : ROWS;
+    int lane = threadIdx.x % WARP, col = lane % (32 / V) * V, end = min(32 * CHUNKS, whole.N - col0) - col;
+    int row = V == 8 ? lane / 4 % 2 * 4 + lane / 8 % 4 + lane / 32 * 8 : lane / 8, step = HOP * whole.ldc;
+    Matmul g = moved<EPI, bf16>(whole, row0 + row, col0 + col);
+    unsigned other[ROWS];
+    Others<EPI, bf16, V> o[2][ROWS] = {};
+    Raw<float, V> bias[2] = {};
     auto get = [&](int c) {
-        if (EPI < EPI_DGELU && g.bias) fetch(&next_bias, g.bias + col0 + c);
-        EACH(i, ROWS) epilogue_fetch(next + i, g, row0 + row + i * HOP, col0 + c, other[i]);
+        if (EpilogueOf<EPI, bf16>::BIAS && g.bias) fetch(bias + c / 32 % 2, g.bias + c);
+        EACH(i, ROWS) epilogue_fetch(o[c / 32 % 2] + i, g, i * step + c, other[i] + c);
     };
     auto product = [&](float(&v)[V], int r, int c) {
         EACH(part, V / 4) {
             float four[4];
-            load(four, stage + r * STRIDE + ((c + 4 * part) ^ (r & 4)));
+            load(four, stage + r * STRIDE + c + ((col + 4 * part) ^ (r & 4)));
             EACH(j, 4) v[4 * part + j] = four[j];
         }
     };
     stage += threadIdx.x / WARP * 16 * STRIDE;
-    EACH(i, ROWS) other[i] = row_of_other<EPI>(g, row0 + row + i * HOP);
-    if (ahead && inside && col < end) get(col);
+    EACH(i, ROWS) other[i] = place_of_other<EPI, bf16>(g, row0 + row + i * HOP);
+    bool inside = row0 + 16 <= g.M;
+    if (ROOM == AHEAD && inside && 0 < end) get(0);
     EACH(j, 32 * CHUNKS / FRAG_COLS * FRAG_RUNS) {
         EACH(i, FRAG_ROWS) {
             int r = frag_row(i), c = frag_col(j);
             Vec<float, FRAG_RUN> run;
             EACH(e, FRAG_RUN) run.v[e] = frag_run(acc, i, j)[e];
-            *(Vec<float, FRAG_RUN> *)(stage + r * STRIDE + (c ^ (r & 4))) = run;
+            *(Vec<float, FRAG_RUN> *)(stage + r * STRIDE + c / 8 * 8 + (c % 8 ^ (r & 4))) = run;
         }
     }
     __syncwarp();
-#pragma unroll 1 // saves registers
-    for (int c = col; inside && c < end; c += 32) {
-        if (!ahead) get(c);
-        EACH(i, ROWS) now[i] = next[i];
-        bias = next_bias;
-        if (ahead && c + 32 < end) get(c + 32);
-        EACH(i, ROWS) {
-            float v[V];
-            product(v, row + i * HOP, c);
-            epilogue_store(g, row0 + row + i * HOP, col0 + c, other[i], bias, now[i], v);
+    EACH(chunk, CHUNKS) {
+        int c = 32 * chunk;
+        if (!inside || c >= end) break;
+        if (ROOM < AHEAD || c + 32 < end) get(ROOM < AHEAD ? c : c + 32);
+        EACH(part, ROWS / SIDE) {
+            int first = part * SIDE;
+            float v[SIDE][V];
+            EACH(i, SIDE) product(v[i], row + (first + i) * HOP, c);
+            epilogue_store<EPI, bf16, V, SIDE>(g, first * step + c, step, other + first, c, bias[chunk % 2],
+                                               o[chunk % 2] + first, v);
         }
     }
 #pragma unroll 1
     for (int i = 0; !inside && i < ROWS * CHUNKS; i++) { // the last rows, one by one
-        int r = row + i % ROWS * HOP, c = col + i / ROWS * 32;
-        float v[V];
-        if (row0 + r >= g.M || c >= end) continue;
-        if (EPI < EPI_DGELU && g.bias) fetch(&next_bias, g.bias + col0 + c);
-        int one = row_of_other<EPI>(g, row0 + r);
-        epilogue_fetch(next, g, row0 + r, col0 + c, one);
-        product(v, r, c);
-        epilogue_store(g, row0 + r, col0 + c, one, next_bias, next[0], v);
+        int r = i % ROWS * HOP, c = i / ROWS * 32, at = i % ROWS * step + c;
+        float v[1][V];
+        if (row0 + row + r >= g.M || c >= end) continue;
+        unsigned one = place_of_other<EPI, bf16>(g, row0 + row + r);
+        if (EpilogueOf<EPI, bf16>::BIAS && g.bias) fetch(bias, g.bias + c);
+        epilogue_fetch(o[0], g, at, one + c);
+        product(v[0], row + r, c);
+        epilogue_store<EPI, bf16, V, 1>(g, at, 0, &one, c, bias[0], o[0], v);
     }
     __syncwarp(); // before the next results take the place of these
 }
@@ -2538,7 +2575,7 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g, float
     __syncthreads(); // the ring is free: warps stage their results there
     EACH(i, MI) {
         int row = m0 + wm + 16 * i;
-        warp_epilogue<EPI, W / 32>(g, (float *)shared, row, n0 + wn, acc[i], false);
+        warp_epilogue<EPI, W / 32, SIDE_BY_SIDE>(g, (float *)shared, row, n0 + wn, acc[i]);
         EACH(h, FRAG_ROWS) {
             int r = row + frag_row(h);
             if (sum_rows && frag_col(0) == 0 && r < g.M)
@@ -2669,10 +2706,11 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
                 multiply(std::true_type());
             else
                 multiply(std::false_type());
-            EACH(i, 4) {
-                int row = m0 + i / 2 * 64 + threadIdx.x % 128 / WARP * 16, col = i % 2 * 96;
-                warp_epilogue<EPI, 3>(part, stage, row, n0 + col, acc[i / 2] + col / 8, i > 0);
-            }
+            int row = m0 + threadIdx.x % 128 / WARP * 16;
+            warp_epilogue<EPI, 3, ROW_BY_ROW>(part, stage, row, n0, acc[0]);
+            warp_epilogue<EPI, 3, AHEAD>(part, stage, row, n0 + 96, acc[0] + 12);
+            warp_epilogue<EPI, 3, AHEAD>(part, stage, row + 64, n0, acc[1]);
+            warp_epilogue<EPI, 3, AHEAD>(part, stage, row + 64, n0 + 96, acc[1] + 12);
         }
     }
     cluster_sync(); // the other block may still arrive at barriers here
@@ -2761,24 +2799,26 @@ __global__ void __launch_bounds__(128, TB || EPI == EPI_GATED || (EPI == EPI_FLO
     bool fours = !((g.N | g.ldc) % 4 || ((uintptr_t)g.out | (uintptr_t)g.bias) % 16); // all else lies at such places
     EACH(half, 2) {
         int row = m0 + ty + 4 * half, col = n0 + tx;
-        int other[4];
-        EACH(i, 4) other[i] = row_of_other<EPI>(g, row + i);
+        Matmul here = moved<EPI, float>(g, row, col);
+        unsigned other[4];
+        EACH(i, 4) other[i] = place_of_other<EPI, float>(here, row + i);
         if (fours && col < g.N && row + 4 <= g.M) {
             Others<EPI, float, 4> o[4] = {};
             Raw<float, 4> bias = {};
-            if (EPI < EPI_DGELU && g.bias) fetch(&bias, g.bias + col);
-            EACH(i, 4) epilogue_fetch(o + i, g, row + i, col, other[i]);
-            EACH(i, 4) epilogue_store(g, row + i, col, other[i], bias, o[i], acc[half][i]);
+            if (EpilogueOf<EPI, float>::BIAS && g.bias) fetch(&bias, here.bias);
+            EACH(i, 4) epilogue_fetch(o + i, here, i * g.ldc, other[i]);
+            epilogue_store<EPI, float, 4, 4>(here, 0, g.ldc, other, 0, bias, o, acc[half]);
             continue;
         }
         EACH(i, 16) { // numbers one by one
-            float v[1] = {acc[half][i / 4][i % 4]};
+            float v[1][1] = {{acc[half][i / 4][i % 4]}};
+            int c = i % 4, at = i / 4 * g.ldc + c;
             Others<EPI, float, 1> o = {};
             Raw<float, 1> bias = {};
-            if (row + i / 4 >= g.M || col + i % 4 >= g.N) continue;
-            if (EPI < EPI_DGELU && g.bias) fetch(&bias, g.bias + col + i % 4);
-            epilogue_fetch(&o, g, row + i / 4, col + i % 4, other[i / 4]);
-            epilogue_store(g, row + i / 4, col + i % 4, other[i / 4], bias, o, v);
+            if (row + i / 4 >= g.M || col + c >= g.N) continue;
+            if (EpilogueOf<EPI, float>::BIAS && g.bias) fetch(&bias, here.bias + c);
+            epilogue_fetch(&o, here, at, other[i / 4] + c);
+            epilogue_store<EPI, float, 1, 1>(here, at, 0, other + i / 4, c, bias, &o, v);
         }
     }
     EACH(i, 8) {

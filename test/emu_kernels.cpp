@@ -72,16 +72,15 @@ static void test_matmul(int half, int M, int N, int K) {
     const void *right = (const char *)gw + K * (half ? 2 : 4);
     int add_rows = M / 2, tokens = M / 2;
 
-    std::vector<double> v((size_t)M * N), plain = v, act = v, gated = v, product((size_t)M * K), dpre = product,
+    std::vector<double> v((size_t)M * N), sums = v, act = v, gated = v, product((size_t)M * K), dpre = product,
                                           inner = product;
     std::vector<double> sum = product, dw((size_t)N * 2 * K), db(N);
     for (int i = 0; i < M; i++)
         for (int j = 0; j < N; j++) {
-            double s = 0, slope;
+            double s = 0;
             for (int k = 0; k < K; k++) s += (double)x[(size_t)i * K + k] * w[(size_t)j * 2 * K + K + k];
             size_t at = (size_t)i * N + j;
-            v[at] = s + b[j] + add[(size_t)(i % add_rows) * N + j];
-            act[at] = gelu_double(v[at], &slope);
+            sums[at] = s, v[at] = s + b[j];
             gated[at] = add[at] + gate[(size_t)(i / tokens) * 3 * N + j] * (s + b[j]);
         }
     for (int i = 0; i < M; i++)
@@ -108,21 +107,27 @@ static void test_matmul(int half, int M, int N, int K) {
         return text;
     };
     Matmul g = linear(y, gx, right, 2 * K, (float *)gb, M, K, N);
-    g.add = (float *)gadd;
-    g.add_rows = add_rows;
     matmul<false, false, EPI_STORE>(half, g);
     expect(name("forward"), from_gpu(y, (size_t)M * N, half), v, output);
-    matmul<false, false, EPI_FLOAT>(half, g);
+    matmul<false, false, EPI_FLOAT>(half, g); // the sum may be split
     expect(name("forward, fp32 result"), from_gpu(y, (size_t)M * N, 0), v, exact);
-    g.add = NULL; // the sum may be split then
-    for (size_t i = 0; i < v.size(); i++) plain[i] = v[i] - add[i % ((size_t)add_rows * N)];
-    matmul<false, false, EPI_FLOAT>(half, g);
-    expect(name("forward, fp32, bias alone"), from_gpu(y, (size_t)M * N, 0), plain, exact);
     g.add = (float *)gadd;
+    g.add_rows = add_rows;
+    for (size_t i = 0; !half && i < v.size(); i++) v[i] += add[i % ((size_t)add_rows * N)];
+    if (!half) matmul<false, false, EPI_FLOAT>(half, g);
+    if (!half) expect(name("forward, added to"), from_gpu(y, (size_t)M * N, 0), v, exact);
     g.pre = y2;
-    matmul<false, false, EPI_GELU>(half, g);
-    expect(name("gelu"), from_gpu(y, (size_t)M * N, half), act, output);
-    expect(name("gelu, its input"), from_gpu(y2, (size_t)M * N, half), v, output);
+    for (int rows : {1, half ? M : add_rows}) { // a bias; what every row, or every token, has of its own
+        double slope;
+        for (size_t i = 0; i < v.size(); i++) {
+            v[i] = sums[i] + add[i % ((size_t)rows * N)];
+            act[i] = gelu_double(v[i], &slope);
+        }
+        g.add_rows = rows;
+        matmul<false, false, EPI_GELU>(half, g);
+        expect(name("gelu"), from_gpu(y, (size_t)M * N, half), act, output);
+        expect(name("gelu, its input"), from_gpu(y2, (size_t)M * N, half), v, output);
+    }
     g.residual = (float *)gadd;
     g.gate = (float *)ggate;
     g.gate_stride = 3 * N;

@@ -38,12 +38,12 @@ SCALES = {
                   samplings=["logit_normal", "uniform"], seeds=2, pictures=200, real=800, budgets=[6, 12, 24],
                   per_step=[1, 2], solver_iters=[2, 4], unroll_iters=[1, 4], tols=[0.1], trace_iters=6, plateau_steps=60),
     "hour": dict(image_size=24, width=128, heads=4, patch=4, depth=8, rival_depth=6, batch=32, warmup=100, ema=0.995,
-                 dtype="bf16", steps=2000, tune_steps=200, lrs=[2e-3, 4e-3, 8e-3],
+                 dtype="bf16", steps=2000, tune_steps=500, lrs=[2e-3, 4e-3, 8e-3],
                  samplings=["logit_normal", "uniform"], seeds=1, pictures=1000, real=10000,
                  budgets=[6, 12, 24, 48, 96], per_step=[1, 2, 4], solver_iters=[2], unroll_iters=[1, 4],
                  tols=[0.1], trace_iters=16, plateau_steps=700),
 }
-SCALES["laptop"] = {**SCALES["hour"], "steps": 9000, "tune_steps": 500, "seeds": 3, "pictures": 1500,
+SCALES["laptop"] = {**SCALES["hour"], "steps": 9000, "seeds": 3, "pictures": 1500,
                     "budgets": [6, 12, 24, 48, 96, 192], "solver_iters": [2, 8], "tols": [0.1, 0.02],
                     "unroll_iters": [1, 2, 4, 8], "plateau_steps": 3000}
 SCALES["gpu"] = dict(image_size=32, width=384, heads=6, patch=2, depth=12, rival_depth=9, batch=256, warmup=500,
@@ -129,7 +129,7 @@ class Experiment:
         setup = {"scale": args.scale, "data": data, "target": self.target, **scale}
         setup = json.loads(json.dumps(setup))
         path = os.path.join(self.out, "setup.json")
-        if os.path.exists(path) and json.load(open(path)) != setup:
+        if os.path.exists(path) and {**json.load(open(path)), "seeds": scale["seeds"]} != setup:  # seeds may join later
             die(f"{self.out}: holds the results of another setup: give another --out, or remove it")
         self.write(path, setup)
         self.points_path = os.path.join(self.out, "points.json")
@@ -539,6 +539,8 @@ class Report:
 
     def write(self):
         e, scale, command = self.e, self.scale, f"python3 tools/reproduce.py --scale {self.args.scale}"
+        if self.args.seeds:
+            command += f" --seeds {self.args.seeds}"
         if self.photographs:
             command += f" --photographs {os.path.basename(self.photographs.data)}"
         self.lines = [
@@ -827,6 +829,7 @@ class Report:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scale", choices=SCALES, default="hour", help="[hour]; smoke: self-test")
+    parser.add_argument("--seeds", type=int, help="training runs of each contender [1; laptop, gpu: 3]")
     parser.add_argument("--photographs", metavar="DATASET", help="a dataset file for the part on photographs [none]")
     parser.add_argument("--target", choices=["cpu", "gpu"], help="which programs [gpu if nvidia-smi sees one]")
     parser.add_argument("--out", help="folder for runs and measurements [reproduce_SCALE]")
@@ -842,8 +845,11 @@ def main():
     if not args.target:
         gpu = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
         args.target = "gpu" if gpu else "cpu"
+    if args.seeds is not None and args.seeds < 1:
+        die("--seeds: at least 1")
     sys.path.insert(0, HERE)
-    scale = SCALES[args.scale]
+    seeds = {"seeds": args.seeds} if args.seeds else {}
+    scale = {**SCALES[args.scale], **seeds}
     runs = contenders(scale)
     shapes = Experiment(args, "shapes", args.out, scale, runs)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell had it ignored
@@ -858,7 +864,7 @@ def main():
         single.everything()
         photographs = None
         if args.photographs:
-            scale = {**SCALES[args.scale], **(PHOTOGRAPHS if args.scale in ("hour", "laptop") else {})}
+            scale = {**SCALES[args.scale], **(PHOTOGRAPHS if args.scale in ("hour", "laptop") else {}), **seeds}
             some = scale["lrs"] if isinstance(scale["lrs"], dict) else ("fpdm", "fpdm_skip", "dit3", "dit", "dit_deep")
             photographs = Experiment(args, os.path.abspath(args.photographs), os.path.join(args.out, "photographs"),
                                      scale, {run: runs[run] for run in some})
