@@ -2758,7 +2758,6 @@ __global__ void __launch_bounds__(128, TB || EPI == EPI_GATED || (EPI == EPI_FLO
     int m0 = blockIdx.x / n_tiles * F32_TILE, n0 = blockIdx.x % n_tiles * F32_TILE;
     int k_end = min(g.K, k_begin + g.k_chunk), ty = threadIdx.x / 16 * 8, tx = threadIdx.x % 16 * 4;
     float acc[2][4][4] = {}, row_sums[8] = {}, next_a[8], next_b[8];
-    if ((EPI == EPI_WEIGHT || EPI == EPI_FLOAT) && gridDim.y > 1) own_place(&g, parts, blockIdx.y, gridDim.y);
 
     // Element i of this thread: neighbouring threads read neighbouring addresses. In shared memory, pairs change places
     // in the second half of the k, for their banks.
@@ -2790,29 +2789,31 @@ __global__ void __launch_bounds__(128, TB || EPI == EPI_GATED || (EPI == EPI_FLO
             load(y, tb + k * F32_ROW + tx);
             EACH(i, 8) {
                 float xi = x[i / 4][i % 4 ^ k / 8 * 2];
-                if (EPI == EPI_WEIGHT) row_sums[i] += xi;
+                if (EPI == EPI_WEIGHT && TA) row_sums[i] += xi;
                 EACH(j, 4) acc[i / 4][i % 4][j] += xi * y[j ^ k / 8 * 2];
             }
         }
         __syncthreads();
     }
+    if ((EPI == EPI_WEIGHT || EPI == EPI_FLOAT) && gridDim.y > 1) own_place(&g, parts, blockIdx.y, gridDim.y);
     bool fours = !((g.N | g.ldc) % 4 || ((uintptr_t)g.out | (uintptr_t)g.bias) % 16); // all else lies at such places
+    int col = n0 + tx;
+    Matmul here = moved<EPI, float>(g, m0 + ty, col);
     EACH(half, 2) {
-        int row = m0 + ty + 4 * half, col = n0 + tx;
-        Matmul here = moved<EPI, float>(g, row, col);
+        int row = m0 + ty + 4 * half, down = 4 * half * g.ldc;
         unsigned other[4];
         EACH(i, 4) other[i] = place_of_other<EPI, float>(here, row + i);
         if (fours && col < g.N && row + 4 <= g.M) {
             Others<EPI, float, 4> o[4] = {};
             Raw<float, 4> bias = {};
             if (EpilogueOf<EPI, float>::BIAS && g.bias) fetch(&bias, here.bias);
-            EACH(i, 4) epilogue_fetch(o + i, here, i * g.ldc, other[i]);
-            epilogue_store<EPI, float, 4, 4>(here, 0, g.ldc, other, 0, bias, o, acc[half]);
+            EACH(i, 4) epilogue_fetch(o + i, here, down + i * g.ldc, other[i]);
+            epilogue_store<EPI, float, 4, 4>(here, down, g.ldc, other, 0, bias, o, acc[half]);
             continue;
         }
         EACH(i, 16) { // numbers one by one
             float v[1][1] = {{acc[half][i / 4][i % 4]}};
-            int c = i % 4, at = i / 4 * g.ldc + c;
+            int c = i % 4, at = down + i / 4 * g.ldc + c;
             Others<EPI, float, 1> o = {};
             Raw<float, 1> bias = {};
             if (row + i / 4 >= g.M || col + c >= g.N) continue;
@@ -2823,7 +2824,7 @@ __global__ void __launch_bounds__(128, TB || EPI == EPI_GATED || (EPI == EPI_FLO
     }
     EACH(i, 8) {
         int row = m0 + ty + i;
-        if (EPI == EPI_WEIGHT && g.db && n0 + tx == 0 && row < g.M)
+        if (EPI == EPI_WEIGHT && TA && g.db && n0 + tx == 0 && row < g.M)
             g.db[row] = g.overwrite ? row_sums[i] : g.db[row] + row_sums[i];
     }
 }
