@@ -2366,17 +2366,17 @@ template <int EPI, typename A, int V, int ROWS>
 __device__ inline void epilogue_store(const Matmul &g, int at, int step, const unsigned *other, int c,
                                       const Raw<float, V> &bias, const Others<EPI, A, V> *o, float (*v)[V]) {
     typedef EpilogueOf<EPI, A> K;
-    float pre[ROWS][V], copy[ROWS][V], sum[ROWS][V], slope;
+    float gate[ROWS][V] = {}, pre[ROWS][V], copy[ROWS][V], sum[ROWS][V], slope;
+    if (EPI == EPI_GATED) // from the cache, so late; before the first store, which the compiler lets no load pass
+        EACH(i, ROWS) load(gate[i], g.gate + other[i] + c);
     EACH(i, ROWS) {
-        float gate[V] = {};
-        if (EPI == EPI_GATED) load(gate, g.gate + other[i] + c); // it is in the cache
         EACH(j, V) {
             float x = o[i].first[j], &y = v[i][j];
             if (EPI == EPI_WEIGHT || K::ADD) y += x;
             if (K::BIAS) y += bias[j];
             pre[i][j] = y;
             if (EPI == EPI_GELU) y = gelu(y, &slope);
-            if (EPI == EPI_GATED) y = x + gate[j] * y;
+            if (EPI == EPI_GATED) y = x + gate[i][j] * y;
             if (EPI == EPI_DGELU) copy[i][j] = gelu(x, &slope), y *= slope, sum[i][j] = o[i].second[j] + y;
         }
         store((typename K::Out *)g.out + at + i * step, v[i]);
@@ -2758,6 +2758,7 @@ __global__ void __launch_bounds__(128, TB || EPI == EPI_GATED || (EPI == EPI_FLO
     int m0 = blockIdx.x / n_tiles * F32_TILE, n0 = blockIdx.x % n_tiles * F32_TILE;
     int k_end = min(g.K, k_begin + g.k_chunk), ty = threadIdx.x / 16 * 8, tx = threadIdx.x % 16 * 4;
     float acc[2][4][4] = {}, row_sums[8] = {}, next_a[8], next_b[8];
+    if ((EPI == EPI_WEIGHT || EPI == EPI_FLOAT) && gridDim.y > 1) own_place(&g, parts, blockIdx.y, gridDim.y);
 
     // Element i of this thread: neighbouring threads read neighbouring addresses. In shared memory, pairs change places
     // in the second half of the k, for their banks.
@@ -2795,7 +2796,6 @@ __global__ void __launch_bounds__(128, TB || EPI == EPI_GATED || (EPI == EPI_FLO
         }
         __syncthreads();
     }
-    if ((EPI == EPI_WEIGHT || EPI == EPI_FLOAT) && gridDim.y > 1) own_place(&g, parts, blockIdx.y, gridDim.y);
     bool fours = !((g.N | g.ldc) % 4 || ((uintptr_t)g.out | (uintptr_t)g.bias) % 16); // all else lies at such places
     int col = n0 + tx;
     Matmul here = moved<EPI, float>(g, m0 + ty, col);
