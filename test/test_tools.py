@@ -910,7 +910,8 @@ def test_evaluate_broken_input():
 
 
 def test_reproduce():
-    """The smoke scale, stopped in the middle and gone on with; its report holds every claim and the runs' figures."""
+    """The smoke scale, stopped in the middle and gone on with, with a second seed; its report holds every claim and the
+    runs' figures."""
     if not importlib.util.find_spec("torch"):
         raise Skip("needs torch")
     command = [sys.executable, TOOLS / "reproduce.py", "--scale", "smoke", "--target", "cpu", "--out", "out"]
@@ -921,11 +922,11 @@ def test_reproduce():
     assert first.wait() == 130 and "the same command goes on" in line, line
     done = json.loads(Path("out/points.json").read_text())
     assert 3 <= len(done) < 25 and all(key.startswith("train ") for key in done), done
-    said, _ = run("reproduce.py", "--scale", "smoke", "--target", "cpu", "--out", "out")
+    said, _ = run("reproduce.py", "--scale", "smoke", "--seeds", "2", "--target", "cpu", "--out", "out")
     points = json.loads(Path("out/points.json").read_text())
     assert all(points[key] == value for key, value in done.items()), "measured again what was measured already"
     claims = Path("out/claims.md").read_text()
-    assert "A self-test" in claims
+    assert "A self-test" in claims and "`python3 tools/reproduce.py --scale smoke --seeds 2`" in claims
     for heading in ("When should I use a fixed-point model?", "Parameters, memory", "Quality against budget: shapes",
                     "Smoothing", "Reuse and allocation", "Solvers", "Training: S-JFB", "What holds it back"):
         assert f"## {heading}" in claims, heading
@@ -956,7 +957,7 @@ def test_reproduce():
         for ours, theirs in re.findall(r"([\d.e+]+) against ([\d.e+]+)", line):
             assert (float(ours) <= float(theirs)) == line.startswith("Trained"), line
     weights = next(Path("out").glob(f"dit-{drawn['dit']}-2-*")) / "weights.safetensors"  # a point, measured by hand
-    subprocess.run([TOOLS.parent / "sample_cpu", "--weights", weights, "--n", "200", "--batch", "200", "--cfg", "1",
+    subprocess.run([TOOLS.parent / "sample_cpu", "--weights", weights, "--n", "100", "--batch", "100", "--cfg", "1",
                     "--seed", "1002", "--steps", "4", "--t_shift", str(shift["dit"]), "--latents", "x.safetensors",
                     "--out", "x.png"], check=True)
     run("evaluate.py", "out/real.safetensors", "x.safetensors", "--json", "x.json")
@@ -966,9 +967,10 @@ def test_reproduce():
     memory = {run: points[next(key for key in points if re.match(rf"train {run} \w+ 1 ", key))]["memory"]
               for run in ("one_step", "fpdm", "unroll")}
     assert memory["one_step"] < memory["fpdm"] < memory["unroll"], memory
-    run("reproduce.py", "--scale", "smoke", "--target", "cpu", "--out", "out")
+    run("reproduce.py", "--scale", "smoke", "--seeds", "2", "--target", "cpu", "--out", "out")
     assert Path("out/claims.md").read_text() == claims and json.loads(Path("out/points.json").read_text()) == points
     fails("another setup", "reproduce.py", "--scale", "laptop", "--target", "cpu", "--out", "out")
+    fails("--seeds: at least 1", "reproduce.py", "--scale", "smoke", "--seeds", "0", "--target", "cpu", "--out", "out")
     fails("no such dataset", "reproduce.py", "--photographs", "none.safetensors", "--target", "cpu")
 
 

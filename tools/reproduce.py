@@ -34,9 +34,9 @@ ROOT = os.path.dirname(HERE)
 # `plateau_steps`: of the models that differ from the first in one thing.
 SCALES = {
     "smoke": dict(image_size=16, width=32, heads=2, patch=4, depth=8, rival_depth=6, batch=32, warmup=20, ema=0.98,
-                  dtype="auto", steps=150, tune_steps=40, lrs=[4e-3, 8e-3],
-                  samplings=["logit_normal", "uniform"], seeds=2, pictures=200, real=800, budgets=[6, 12, 24],
-                  per_step=[1, 2], solver_iters=[2, 4], unroll_iters=[1, 4], tols=[0.1], trace_iters=6, plateau_steps=60),
+                  dtype="auto", steps=60, tune_steps=30, lrs=[4e-3, 8e-3],
+                  samplings=["logit_normal", "uniform"], seeds=1, pictures=100, real=600, budgets=[6, 12, 24],
+                  per_step=[1, 2], solver_iters=[2, 4], unroll_iters=[1, 4], tols=[0.1], trace_iters=6, plateau_steps=30),
     "hour": dict(image_size=24, width=128, heads=4, patch=4, depth=8, rival_depth=6, batch=32, warmup=100, ema=0.995,
                  dtype="bf16", steps=2000, tune_steps=500, lrs=[2e-3, 4e-3, 8e-3],
                  samplings=["logit_normal", "uniform"], seeds=1, pictures=1000, real=10000,
