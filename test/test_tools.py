@@ -933,10 +933,11 @@ def test_reproduce():
     for picture in ("claims", "claims_shapes", "claims_smoothing", "claims_residual", "claims_training"):
         assert f"({picture}.png)" in claims and is_plot(f"out/{picture}.png") is None
     shift, drawn = {}, {}
+    rate = {key.split()[1]: key.split()[4] for key in points if re.match(r"train \w+ \w+ 1 ", key)}
     for run_, words in ("fpdm", "FPDM"), ("dit", "DiT, 6 blocks"), ("dit_deep", "DiT, 12 blocks"):
         # Both are those with the lowest distance at a budget in the middle.
         settings = "steps=4 budget=12 reuse=1 alloc=const" if run_ == "fpdm" else "steps=2"
-        tried = {(name, i): points[f"{run_} {name} 1 {settings} t_shift={i}"]["fd"]
+        tried = {(name, i): points[f"{run_} {name} 1 {rate[run_]} {settings} t_shift={i}"]["fd"]
                  for name in ("logit_normal", "uniform") for i in (0, 1, 2)}
         drawn[run_], shift[run_] = min(tried, key=tried.get)
         if run_ != "fpdm":  # of which the table may show more iterations
@@ -944,12 +945,17 @@ def test_reproduce():
         best = {name: min(tried[name, i] for i in (0, 1, 2)) for name in ("logit_normal", "uniform")}
         assert ", ".join(f"{name} {fd:.3g}" for name, fd in best.items()) in claims, best
         assert len(list(Path("out").glob(f"{run_}-{drawn[run_]}-2-*"))) == 1, drawn  # the second seed trains so, too
-    both = [points[f"fpdm {drawn['fpdm']} {seed} steps=4 budget=12 reuse=1 alloc=const t_shift={shift['fpdm']}"]
-            for seed in (1, 2)]
+    for run_ in ("fpdm", "dit"):  # the best rate is not the lowest or highest of those tried, or twice more were
+        losses = {float(key.split()[4]): value["loss"] for key, value in points.items()
+                  if key.startswith(f"train {run_} logit_normal 100 ")}
+        best = min(losses, key=losses.get)
+        assert f"{best:g}" == rate[run_] and (min(losses) < best < max(losses) or len(losses) == 4), losses
+    both = [points[f"fpdm {drawn['fpdm']} {seed} {rate['fpdm']} steps=4 budget=12 reuse=1 alloc=const "
+                   f"t_shift={shift['fpdm']}"] for seed in (1, 2)]
     mean, deviation = np.mean([p["fd"] for p in both]), np.std([p["fd"] for p in both], ddof=1)
     assert f"{mean:.2f} ± {deviation:.2f} (4)" in claims, (mean, deviation)
     assert both[0]["passes"] == 12 and both[0]["fd"] != both[1]["fd"]
-    assert points[f"dit {drawn['dit']} 1 steps=2 t_shift={shift['dit']}"]["passes"] == 12
+    assert points[f"dit {drawn['dit']} 1 {rate['dit']} steps=2 t_shift={shift['dit']}"]["passes"] == 12
     answer = claims.split("## ")[1]  # names every budget once, and the nearer side's distance first or last
     budgets = re.findall(r"shapes at ([\d, ]+) passes a picture \((.*?)\)", answer)
     assert sorted(int(b) for found, _ in budgets for b in found.split(", ")) == [6, 12, 24], budgets
@@ -962,7 +968,7 @@ def test_reproduce():
                     "--out", "x.png"], check=True)
     run("evaluate.py", "out/real.safetensors", "x.safetensors", "--json", "x.json")
     want = json.loads(Path("x.json").read_text())["pictures"]["x.safetensors"]["fd"]
-    assert abs(points[f"dit {drawn['dit']} 2 steps=4 t_shift={shift['dit']}"]["fd"] - want) < 1e-6 * want
+    assert abs(points[f"dit {drawn['dit']} 2 {rate['dit']} steps=4 t_shift={shift['dit']}"]["fd"] - want) < 1e-6 * want
     assert points["evaluator"]["floor"]["fd"] < want
     memory = {run: points[next(key for key in points if re.match(rf"train {run} \w+ 1 ", key))]["memory"]
               for run in ("one_step", "fpdm", "unroll")}

@@ -235,20 +235,31 @@ class Experiment:
                    if not any(other.startswith(key + " ") for other in done))
 
     def best_lr(self, run):
-        """(the learning rate whose short run ends with the lowest training loss, {rate: loss})"""
+        """(the learning rate whose short run ends with the lowest training loss, {rate: loss}). Where the best is the
+        lowest or highest of those tried, half or twice of it is tried too, two times at most."""
         lrs, losses = self.scale["lrs"], {}
         if isinstance(lrs, dict):
             return lrs[run], {}
         if run in SAME_RATE:
             return self.lr[SAME_RATE[run]], {}
-        for lr in lrs if len(lrs) > 1 else []:
+        if len(lrs) == 1:
+            return lrs[0], {}
+
+        def trial(lr):
             try:
                 losses[lr] = self.train(run, 100, lr, self.steps(run, self.scale["tune_steps"]))["loss"]
             except Failed as error:
                 if "the loss is" not in str(error):
                     raise
                 losses[lr] = math.inf  # it diverged
-        return min(losses, key=losses.get, default=lrs[0]), losses
+
+        for lr in lrs:
+            trial(lr)
+        for _ in range(2):
+            best = min(losses, key=losses.get)
+            if best in (min(losses), max(losses)):
+                trial(best / 2 if best == min(losses) else 2 * best)
+        return min(losses, key=losses.get), losses
 
     def sample_command(self, run, seed, n, settings, out):
         folder = self.folder(run, seed, self.lr[run], self.steps(run, self.scale["steps"]))
@@ -292,7 +303,8 @@ class Experiment:
         return best, distances[best]
 
     def key(self, run, seed, settings):
-        return f"{run} {self.sampling[run]} {seed} " + " ".join(f"{name}={value}" for name, value in settings.items())
+        return " ".join([run, self.sampling[run], str(seed), f"{self.lr[run]:g}",
+                         *(f"{name}={value}" for name, value in settings.items())])
 
     def measure(self, run, seed, **settings):
         """Draws pictures with these settings of sample_* and judges them: METRICS, passes, seconds of sampling."""
@@ -342,7 +354,7 @@ class Experiment:
 
     def trace(self, seed, reuse, solver, steps):
         """Mean residual of each iteration (rows: timesteps), as sample_* --trace writes it."""
-        key = f"trace {seed} {reuse} {solver} {steps}"
+        key = f"trace {seed} {self.lr['fpdm']:g} {reuse} {solver} {steps}"
         if key not in self.points:
             path = os.path.join(self.out, "trace.csv")
             settings = dict(cfg=1, steps=steps, iters=self.scale["trace_iters"], reuse=reuse, solver=solver,
@@ -633,7 +645,7 @@ class Report:
         rows = []
         for run, (words, options) in e.runs.items():
             points = e.training[run]
-            lrs = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in e.tuning[run].items())
+            lrs = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in sorted(e.tuning[run].items()))
             drawn = ", ".join(f"{name} {fd:.3g}" for name, fd in e.drawn[run].items())
             rows.append([words, f"{points[0]['parameters']:.2f} M", f"{points[0]['memory']:.0f} MB",
                          f"{1e-9 * flops(scale, options, 0)[1]:.2f}", f"{points[0]['images']:,}",
