@@ -2855,6 +2855,7 @@ __global__ void split_sum_kernel(float *out, int ldc, float *db, int set, const 
 // On Hopper, whose tiles are large, only those are split that do not fill it once more.
 template <bool TA, bool TB, int EPI>
 static void matmul(int half, Matmul g) {
+    assert(EPI != EPI_GELU || (g.add && (!half || g.add_rows == 1 || g.add_rows == g.M)));
     int across = (int)ceil_div(g.N, WG_N), down = (int)ceil_div(g.M, WG_M); // tiles of Hopper's, in pairs
     int upright = down / 2 * across, pairs = upright + down % 2 * (across + 1) / 2;
     int large = half && (EPI == EPI_WEIGHT ? g.M >= 128 && g.N >= 128

@@ -152,7 +152,7 @@ static void race_products(int M, const int (*shapes)[2], int count) {
 static void race_epilogues(int M, int D, int T) {
     const struct {
         const char *form;
-        int epilogue, N, K, more; // more: gelu adds the injection's part, dgelu sums its gradient
+        int epilogue, N, K, more; // more: gelu adds the injection's part, not a bias; dgelu sums its gradient
     } list[] = {{"gated", EPI_GATED, D, D, 0},     {"gated", EPI_GATED, D, 4 * D, 0},
                 {"gelu", EPI_GELU, 4 * D, D, 0},   {"gelu+add", EPI_GELU, 2 * D, D, 1},
                 {"dgelu", EPI_DGELU, D, 4 * D, 0}, {"dgelu+sum", EPI_DGELU, D, 2 * D, 1}};
@@ -166,9 +166,9 @@ static void race_epilogues(int M, int D, int T) {
         double ms[2], flops = 2e-6 * M * l.N * l.K;
         int gradient = l.epilogue == EPI_DGELU;
         Matmul g = gradient ? linear_input(out, x, w, l.K, M, l.K, l.N) : linear(out, x, w, l.K, bias, M, l.K, l.N);
-        g.pre = pre, g.copy = copy, g.gate = gate, g.gate_stride = D, g.tokens = T, g.residual = other, g.add_rows = M;
+        g.pre = pre, g.copy = copy, g.gate = gate, g.gate_stride = D, g.tokens = T, g.residual = other;
+        g.add = l.more ? other : bias, g.add_rows = l.more ? M : 1;
         if (l.more && gradient) g.sum = other;
-        if (l.more && !gradient) g.add = other;
         race(
             ms,
             [&] {

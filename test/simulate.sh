@@ -1,7 +1,7 @@
 #!/bin/bash
 # Runs fpdm.cu as nvcc compiles it, in the simulator of PTX that stands beside the project: every test case and kernel
 # test, twenty training steps at the default size, sampling with graphs; on 3 multiprocessors and on 132, then with every
-# product of bf16 by Hopper's wgmma. Any fault that the simulator finds ends its program. Last, every kernel that the
+# product of bf16 by Hopper's wgmma; and what report_gpu times products with. Any fault that the simulator finds ends its program. Last, every kernel that the
 # programs have must have been launched by the tests.
 #
 #   test/simulate.sh [FOLDER]     the simulator's, ../shared/ptxsim otherwise
@@ -28,7 +28,7 @@ run() {
     "$simulator/run.sh" "$root" "$@" > "$name.log" 2>&1
     status=$?
     [ $status = 0 ] || grep -vE '^ptxsim: launch' "$name.log" | tail -n 8
-    result $status "$name: $(grep -E 'passed,|^step|pictures in' "$name.log" | tail -n 1)"
+    result $status "$name: $(grep -E 'passed,|^step|pictures in|^attention backward' "$name.log" | tail -n 1)"
 }
 
 for sms in $([ "$QUICK" ] || echo 3) 132; do
@@ -39,6 +39,7 @@ for sms in $([ "$QUICK" ] || echo 3) 132; do
     run train_$sms train_gpu --steps "${STEPS:-20}" --sample_steps 4 --out "$work/out_$sms"
     run sample_$sms sample_gpu --n 4 --steps 4 --cfg 2 --out "$work/sample_$sms.png"
 done
+DEFINES='-diag-suppress 177' PTXSIM_SMS=4 run report test/report_cublas.cu 64 2 16 2 1 # what measures on a GPU
 export ARCH=compute_90a FPDM_WGMMA=2
 run cases_hopper test_gpu
 run kernels_hopper test_kernels_gpu

@@ -949,7 +949,8 @@ def test_reproduce():
         losses = {float(key.split()[4]): value["loss"] for key, value in points.items()
                   if key.startswith(f"train {run_} logit_normal 100 ")}
         best = min(losses, key=losses.get)
-        assert f"{best:g}" == rate[run_] and (min(losses) < best < max(losses) or len(losses) == 4), losses
+        assert min(losses) < best < max(losses) or len(losses) == 4, losses
+        assert f"{min(lr for lr, loss in losses.items() if loss <= 1.02 * losses[best]):g}" == rate[run_], losses
     both = [points[f"fpdm {drawn['fpdm']} {seed} {rate['fpdm']} steps=4 budget=12 reuse=1 alloc=const "
                    f"t_shift={shift['fpdm']}"] for seed in (1, 2)]
     mean, deviation = np.mean([p["fd"] for p in both]), np.std([p["fd"] for p in both], ddof=1)

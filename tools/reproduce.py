@@ -235,8 +235,9 @@ class Experiment:
                    if not any(other.startswith(key + " ") for other in done))
 
     def best_lr(self, run):
-        """(the learning rate whose short run ends with the lowest training loss, {rate: loss}). Where the best is the
-        lowest or highest of those tried, half or twice of it is tried too, two times at most."""
+        """(the learning rate that served best in short runs, {rate: training loss at their end}): the lowest whose loss
+        is within 2 % of the best, since short runs flatter high rates. Where the best is the lowest or highest of those
+        tried, half or twice of it is tried too, two times at most."""
         lrs, losses = self.scale["lrs"], {}
         if isinstance(lrs, dict):
             return lrs[run], {}
@@ -259,7 +260,7 @@ class Experiment:
             best = min(losses, key=losses.get)
             if best in (min(losses), max(losses)):
                 trial(best / 2 if best == min(losses) else 2 * best)
-        return min(losses, key=losses.get), losses
+        return min(lr for lr, loss in losses.items() if loss <= 1.02 * min(losses.values())), losses
 
     def sample_command(self, run, seed, n, settings, out):
         folder = self.folder(run, seed, self.lr[run], self.steps(run, self.scale["steps"]))
@@ -655,8 +656,8 @@ class Report:
         self.lines += table(["model", "parameters", f"training memory, batch {scale['batch']}", "GFLOP per picture",
                              "pictures seen", "learning rate (loss of the short runs)",
                              "timesteps drawn (distance at a budget in the middle)", "loss, last quarter"], rows)
-        self.lines += ["Memory is what train_* allocates and prints. The learning rate is the best of short runs "
-                       f"({scale['tune_steps']} steps of the first, another seed). The loss of a "
+        self.lines += ["Memory is what train_* allocates and prints. The learning rate is the lowest whose loss is within "
+                       f"2 % of the best of short runs ({scale['tune_steps']} steps of the first, another seed). The loss of a "
                        "fixed-point model is that of its random n and m, and of the timesteps drawn: it compares rows "
                        "alike in both.", ""]
         rows = [[f"{name}, batch {batch}", f"{millions:.1f} M", f"{mb / 1000:.2f} GB", f"`train_{e.target} {options}`"]
