@@ -1,8 +1,8 @@
 #!/bin/bash
 # Runs fpdm.cu as nvcc compiles it, in the simulator of PTX that stands beside the project: every test case and kernel
 # test, twenty training steps at the default size, sampling with graphs; on 3 multiprocessors and on 132, then with every
-# product of bf16 by Hopper's wgmma; and what report_gpu times products with. Any fault that the simulator finds ends its program. Last, every kernel that the
-# programs have must have been launched by the tests.
+# product of bf16 by Hopper's wgmma; and the program that times products on a GPU. Any fault that the simulator finds ends
+# its program. Last, every kernel that the programs have must have been launched by the tests.
 #
 #   test/simulate.sh [FOLDER]     the simulator's, ../shared/ptxsim otherwise
 #   STEPS=2 test/simulate.sh      fewer training steps;  QUICK=1: cases and kernel tests alone, on 132 multiprocessors

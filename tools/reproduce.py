@@ -566,7 +566,7 @@ class Report:
             f"({1e-12 * scale['steps'] * scale['batch'] * flops(scale, e.runs['fpdm'][1], 0)[1]:.0f} TFLOP on shapes), "
             f"with a learning rate that falls to zero, in {scale['dtype']}; {scale['seeds']} training seed"
             f"{'s, ± is the standard deviation over them' if scale['seeds'] > 1 else ''}. Sampling without guidance, "
-            f"flow, {scale['pictures']:,} pictures a point. The learning rate is the best of short trials, for each "
+            f"flow, {scale['pictures']:,} pictures a point. The learning rate is chosen by short trials, for each "
             "contender alone; so are, by distance, how timesteps were drawn in training (shapes), and at each budget "
             "`--t_shift` (0, 1 or 2) and the iterations per timestep. "
             "`distance` is the Fréchet distance of tools/evaluate.py (lower is better; not the FID of papers).", "",
@@ -656,8 +656,9 @@ class Report:
         self.lines += table(["model", "parameters", f"training memory, batch {scale['batch']}", "GFLOP per picture",
                              "pictures seen", "learning rate (loss of the short runs)",
                              "timesteps drawn (distance at a budget in the middle)", "loss, last quarter"], rows)
-        self.lines += ["Memory is what train_* allocates and prints. The learning rate is the lowest whose loss is within "
-                       f"2 % of the best of short runs ({scale['tune_steps']} steps of the first, another seed). The loss of a "
+        self.lines += ["Memory is what train_* allocates and prints. The learning rate is the lowest whose loss is "
+                       f"within 2 % of the best of short runs ({scale['tune_steps']} steps of the first, another seed); "
+                       "where the best was the lowest or highest tried, half or twice of it was tried too. The loss of a "
                        "fixed-point model is that of its random n and m, and of the timesteps drawn: it compares rows "
                        "alike in both.", ""]
         rows = [[f"{name}, batch {batch}", f"{millions:.1f} M", f"{mb / 1000:.2f} GB", f"`train_{e.target} {options}`"]
