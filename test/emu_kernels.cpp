@@ -415,7 +415,7 @@ int main(void) {
             test_anderson(half, 3, 2, 8, 3);
             test_anderson(half, 2, 7, 40, 1);
             test_anderson(half, 1, 5, 64, 8);
-            if (sms == 3) test_splits(half, 4104, 64, 64, 12);
+            if (sms == 3) test_splits(half, 4104, 64, 64, half ? 6 : 12);
             for (int s = 1; sms == 132 && s <= 16; s++) test_splits(half, 256 * s + 8, 24, 16, s);
         }
     }
@@ -436,12 +436,12 @@ int main(void) {
         test_matmul(1, 24, 8, 16);
         test_matmul(1, 520, 392, 328);
         test_matmul(1, 1536, 200, 72);
-        test_splits(1, 4104, 136, 144, sms == 132 ? 16 : sms == 6 ? 3 : 1); // the last of 16 are empty
+        test_splits(1, 4104, 136, 144, sms == 132 ? 15 : sms == 6 ? 3 : 1); // the last of 15 are empty
         if (sms != 6) continue; // three pairs of tiles at a time: of 5 or 8, the last 2 are split, wherever they begin
-        test_splits(1, 1000, 384, 400, 3, 256 * 400 + 256);
-        test_splits(1, 1000, 640, 400, 3, 512 * 400 + 512);
-        test_splits(1, 1000, 256, 904, 3, 256 * 576 + 256);
-        test_splits(1, 1000, 128, 1544, 3, 128 * 1152 + 128);
+        test_splits(1, 7000, 384, 400, 3, 256 * 400 + 256);
+        test_splits(1, 7000, 640, 400, 3, 512 * 400 + 512);
+        test_splits(1, 7000, 256, 904, 3, 256 * 576 + 256);
+        test_splits(1, 7000, 128, 1544, 3, 128 * 1152 + 128);
     }
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;

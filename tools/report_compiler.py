@@ -138,6 +138,8 @@ def schedule(form, m, n, k, D):
         if s > 1 and (s * (m * n + m) > room or s * 256 > k):
             break
         time = whole / slots + -(-(tiles - whole) * s // slots) / s
+        if s > 1:  # partial sums come and go, at 200 operations a byte
+            time += s * 800 * m * n * (tiles - whole) / (k * rows * columns * tiles * slots)
         if time < best / 1.05:
             best, splits = time, s
     area = tiles * rows * columns
