@@ -142,8 +142,8 @@ def schedule(form, m, n, k, D):
             time += s * 800 * m * n * (tiles - whole) / (k * rows * columns * tiles * slots)
         if time < best / 1.05:
             best, splits = time, s
-    area = tiles * rows * columns
-    return rows, columns, splits, tiles / slots / best, tiles / slots, m * n / area, 0 if splits == 1 else 1 - whole / tiles
+    area, waves = tiles * rows * columns, whole / slots + -(-(tiles - whole) * splits // slots) / splits
+    return rows, columns, splits, tiles / slots / waves, tiles / slots, m * n / area, 0 if splits == 1 else 1 - whole / tiles
 
 
 def matmuls():
