@@ -736,27 +736,31 @@ class Report:
                              *(f"{b} passes" for b in e.scale["budgets"])], rows)
 
     def smoothing(self):
-        e = self.e
         self.lines += ["## Smoothing: the same budget over more timesteps", "",
                        "The paper: at a fixed budget more timesteps with fewer iterations each are better, up to a "
                        "point.", ""]
-        budgets = self.scale["budgets"][-4:]
-        grid = {b: [(s["steps"], e.mean("fpdm", s)) for k in self.scale["per_step"] if (s := e.settings("fpdm", b, k))]
-                for b in self.scale["budgets"]}
+        budgets, per_step = self.scale["budgets"], self.scale["per_step"]
+        parts = {"shapes": self.e, **({"photographs": self.photographs} if self.photographs else {})}
+        grids = {name: {b: [(s["steps"], e.mean("fpdm", s)) for k in per_step if (s := e.settings("fpdm", b, k))]
+                        for b in budgets} for name, e in parts.items()}
 
         def draw(axis):
-            for i, b in enumerate(budgets):
+            grid = grids["shapes"]
+            for i, b in enumerate(budgets[-4:]):
                 self.curve(axis, [(steps, m["fd"]) for steps, m in sorted(grid[b], key=lambda p: p[0])], f"{b} passes",
                            f"C{i}")
             axis.set(xscale="log", yscale="log", xlabel="timesteps", ylabel="Fréchet distance")
-            self.ticks(axis, sorted({steps for b in budgets for steps, _ in grid[b]})[::2])
+            self.ticks(axis, sorted({steps for b in budgets[-4:] for steps, _ in grid[b]})[::2])
             axis.legend()
 
         self.figure("claims_smoothing.png", draw)
-        head = ["passes"] + [f"{k} iteration{'s' * (k > 1)} per timestep" for k in self.scale["per_step"]]
-        self.lines += table(head, [[b] + [f"{value(m['fd'])} ({steps})" for steps, m in grid[b]] +
-                                   ["–"] * (len(self.scale["per_step"]) - len(grid[b])) for b in grid])
-        self.lines += ["Distance, and in brackets the number of timesteps.", ""]
+        for name, grid in grids.items():
+            head = [f"{name}: passes"] + [f"{k} iteration{'s' * (k > 1)} per timestep" for k in per_step]
+            self.lines += table(head, [[b] + [f"{value(m['fd'])} ({steps})" for steps, m in grid[b]] +
+                                       ["–"] * (len(per_step) - len(grid[b])) for b in grid])
+        shifts = " and ".join(f"{e.shift['fpdm']} on {name}" for name, e in parts.items())
+        self.lines += [f"Distance, and in brackets the number of timesteps; the plot is of shapes;"
+                       f" `--t_shift` {shifts}.", ""]
 
     def techniques(self):
         e = self.e
@@ -838,6 +842,8 @@ class Report:
         self.figure("claims_training.png", draw)
         self.lines += table(["iterations per timestep"] + [e.runs[run][0] for run in runs],
                             [[k] + [value(found[run, k]) for run in runs] for k in iterations])
+        losses = [e.runs[run][0] + " " + ", ".join(f"{p['loss']:.4f}" for p in e.training[run]) for run in runs]
+        self.lines += [f"Losses, a run each (a loss near 1 is a run that diverged): {'; '.join(losses)}.", ""]
 
 
 def main():
