@@ -143,7 +143,8 @@ def schedule(form, m, n, k, D):
         if time < best / 1.05:
             best, splits = time, s
     area, waves = tiles * rows * columns, whole / slots + -(-(tiles - whole) * splits // slots) / splits
-    return rows, columns, splits, tiles / slots / waves, tiles / slots, m * n / area, 0 if splits == 1 else 1 - whole / tiles
+    split = 0 if splits == 1 else 1 - whole / tiles
+    return rows, columns, splits, tiles / slots / waves, tiles / slots, m * n / area, split
 
 
 def matmuls():
@@ -322,8 +323,9 @@ def main():
     lines += ["Time of each unit alone: `mma.sync` at 2/3 of the peak, "
               "128 bytes of shared memory and 16 exponentials a cycle.", ""]
     lines += estimate()
-    lines += ["## Epilogues of matmul_wgmma", "", "Instructions of a warp for the results of one tile, 192 a lane. On the H100 a "
-              "warp issued one in about six cycles there, while the other warpgroup multiplied for about 11 us (K = 1152).", ""]
+    lines += ["## Epilogues of matmul_wgmma", "", "Instructions of a warp for the results of one tile, 192 a lane. On the "
+              "H100 a warp issued one in about six cycles there, while the other warpgroup multiplied for about 11 us "
+              "(K = 1152).", ""]
     lines += epilogues(nvcc, cubins["sm_90a"])
     for arch in ARCHS:
         lines += [f"## Kernels on {arch}", "", "matmul: tile, first and second operand with k as the slow dimension, "

@@ -36,7 +36,8 @@ SCALES = {
     "smoke": dict(image_size=16, width=32, heads=2, patch=4, depth=8, rival_depth=6, batch=32, warmup=20, ema=0.98,
                   dtype="auto", steps=60, tune_steps=30, lrs=[4e-3, 8e-3],
                   samplings=["logit_normal", "uniform"], seeds=1, pictures=100, real=600, budgets=[6, 12, 24],
-                  per_step=[1, 2], solver_iters=[2, 4], unroll_iters=[1, 4], tols=[0.1], trace_iters=6, plateau_steps=30),
+                  per_step=[1, 2], solver_iters=[2, 4], unroll_iters=[1, 4], tols=[0.1], trace_iters=6,
+                  plateau_steps=30),
     "hour": dict(image_size=24, width=128, heads=4, patch=4, depth=8, rival_depth=6, batch=32, warmup=100, ema=0.995,
                  dtype="bf16", steps=2000, tune_steps=500, lrs=[2e-3, 4e-3, 8e-3],
                  samplings=["logit_normal", "uniform"], seeds=1, pictures=1000, real=10000,
@@ -657,9 +658,9 @@ class Report:
                              "pictures seen", "learning rate (loss of the short runs)",
                              "timesteps drawn (distance at a budget in the middle)", "loss, last quarter"], rows)
         self.lines += ["Memory is what train_* allocates and prints. The learning rate is the lowest whose loss is "
-                       f"within 2 % of the best of short runs ({scale['tune_steps']} steps of the first, another seed); "
-                       "where the best was the lowest or highest tried, half or twice of it was tried too. The loss of a "
-                       "fixed-point model is that of its random n and m, and of the timesteps drawn: it compares rows "
+                       f"within 2 % of the best of short runs ({scale['tune_steps']} steps of the first, another "
+                       "seed); where the best was the lowest or highest tried, half or twice of it was tried too. The "
+                       "loss of a fixed-point model is that of its random n and m, and of the timesteps drawn: it compares rows "
                        "alike in both.", ""]
         rows = [[f"{name}, batch {batch}", f"{millions:.1f} M", f"{mb / 1000:.2f} GB", f"`train_{e.target} {options}`"]
                 for name, batch, millions, mb, options in e.points["paper"]]
