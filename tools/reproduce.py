@@ -660,8 +660,8 @@ class Report:
         self.lines += ["Memory is what train_* allocates and prints. The learning rate is the lowest whose loss is "
                        f"within 2 % of the best of short runs ({scale['tune_steps']} steps of the first, another "
                        "seed); where the best was the lowest or highest tried, half or twice of it was tried too. The "
-                       "loss of a fixed-point model is that of its random n and m, and of the timesteps drawn: it compares rows "
-                       "alike in both.", ""]
+                       "loss of a fixed-point model is that of its random n and m, and of the timesteps drawn: it "
+                       "compares rows alike in both.", ""]
         rows = [[f"{name}, batch {batch}", f"{millions:.1f} M", f"{mb / 1000:.2f} GB", f"`train_{e.target} {options}`"]
                 for name, batch, millions, mb, options in e.points["paper"]]
         self.lines += ["At the paper's size, 32×32 input (the program prints it before it starts):", ""]
