@@ -5501,8 +5501,8 @@ static void resume_settings(Options *o, SafeTensors *state, int argc, char **arg
     if (o->step > o->steps) die("option --steps: %s is at step %d already; ask for more", path, o->step);
 }
 
-// The model of --init, then the command line over it, which may only make a fixed point of a DiT; opens the file and
-// returns its model.
+// The model of --init, then the command line over it, which may only set --skip or make a fixed point of a DiT; opens
+// the file and returns its model.
 static Config init_settings(Options *o, SafeTensors *f, int argc, char **argv, const char *about) {
     Config asked = o->model; // by the command line, or else by default
     if (*o->resume) die("option --init: a run that goes on has weights; leave out --init or --resume");
@@ -5521,16 +5521,16 @@ static Config init_settings(Options *o, SafeTensors *f, int argc, char **argv, c
 }
 
 // Dies unless the run's model, which by now knows its data, can start from the model `from` of --init: only labels may
-// differ, and what makes a fixed point of a DiT.
+// differ, the skip connection, which has no parameters, and what makes a fixed point of a DiT.
 static void init_check(const Options *o, Config from) {
     const Config *c = &o->model;
     from.classes = c->classes;
+    from.skip = c->skip;
     if (c->fixed_point && !from.fixed_point) {
         from.fixed_point = 1;
         from.pre_depth = c->pre_depth;
         from.post_depth = c->post_depth;
         from.timestep_in_pre_post = c->timestep_in_pre_post;
-        from.skip = c->skip;
     }
     same_model("init", o->init, &from, o);
 }

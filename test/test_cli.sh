@@ -211,6 +211,9 @@ runs "init" "$train" --init six/weights.safetensors $still --steps 1 --out init
 check "init: the same bytes" same six/weights.safetensors init/weights.safetensors
 runs "init: of a DiT" "$train" --init dit/weights.safetensors $still --steps 1 --out init_dit
 check "init: of a DiT: the same bytes" same dit/weights.safetensors init_dit/weights.safetensors
+runs "init: without the skip connection" "$train" --init six/weights.safetensors --skip 0 $still --steps 1 --out unskipped
+check "init: without the skip connection: else the same bytes" \
+    same <(sed 's/"skip":"1"/"skip":"0"/' six/weights.safetensors) unskipped/weights.safetensors
 runs "init: goes on" "$train" --resume init --steps 2
 check "init: goes on: the same bytes" same six/weights.safetensors init/weights.safetensors
 runs "init: other labels" \
