@@ -35,12 +35,12 @@ ROOT = os.path.dirname(HERE)
 SCALES = {
     "smoke": dict(image_size=16, width=32, heads=2, patch=4, depth=8, rival_depth=6, batch=32, warmup=20, ema=0.98,
                   dtype="auto", steps=60, tune_steps=30, lrs=[4e-3, 8e-3],
-                  samplings=["logit_normal", "uniform"], seeds=1, pictures=100, real=600, budgets=[6, 12, 24],
-                  per_step=[1, 2], solver_iters=[2, 4], unroll_iters=[1, 4], tols=[0.1], trace_iters=6,
-                  plateau_steps=30),
+                  samplings=["logit_normal", "uniform"], shifts=[0, 1], seeds=1, pictures=100, real=600,
+                  budgets=[6, 12, 24], per_step=[1, 2], solver_iters=[2, 4], unroll_iters=[1, 4], tols=[0.1],
+                  trace_iters=6, plateau_steps=30),
     "hour": dict(image_size=24, width=128, heads=4, patch=4, depth=8, rival_depth=6, batch=32, warmup=100, ema=0.995,
                  dtype="bf16", steps=2000, tune_steps=500, lrs=[2e-3, 4e-3, 8e-3],
-                 samplings=["logit_normal", "uniform"], seeds=1, pictures=1000, real=10000,
+                 samplings=["logit_normal", "uniform"], shifts=[0, 1, 2, 4], seeds=1, pictures=1000, real=10000,
                  budgets=[6, 12, 24, 48, 96], per_step=[1, 2, 4], solver_iters=[2], unroll_iters=[1, 4],
                  tols=[0.1], trace_iters=16, plateau_steps=700),
 }
@@ -49,7 +49,7 @@ SCALES["laptop"] = {**SCALES["hour"], "steps": 9000, "seeds": 3, "pictures": 150
                     "unroll_iters": [1, 2, 4, 8], "plateau_steps": 3000}
 SCALES["gpu"] = dict(image_size=32, width=384, heads=6, patch=2, depth=12, rival_depth=9, batch=256, warmup=500,
                      ema=0.999, dtype="auto", steps=10000, tune_steps=500, lrs=[5e-4, 1e-3, 2e-3],
-                     samplings=["logit_normal", "uniform"], seeds=3, pictures=10000, real=50000,
+                     samplings=["logit_normal", "uniform"], shifts=[0, 1, 2, 4], seeds=3, pictures=10000, real=50000,
                      budgets=[6, 9, 18, 36, 72, 144, 288], per_step=[1, 2, 4, 10], solver_iters=[2, 4, 8],
                      unroll_iters=[1, 2, 4, 8, 16], tols=[0.1, 0.05, 0.02], trace_iters=16, plateau_steps=4000)
 # What differs on photographs, at the scales of a CPU; here the learning rates are given.
@@ -58,7 +58,6 @@ PHOTOGRAPHS = dict(image_size=32, width=160, heads=5, steps=6500, warmup=200, em
 # Contenders that take the learning rate, or the way to draw timesteps, that was best for another of their kind.
 SAME_RATE = {"fpdm_blind": "fpdm", "unroll": "fpdm", "dit3": "dit"}
 SAME_SAMPLING = {"fpdm_blind": "fpdm", "unroll": "fpdm", "one_step": "fpdm", "fpdm_x": "fpdm"}
-SHIFTS = (0, 1, 2)  # values of --t_shift that are tried
 METRICS = ["fd", "precision", "recall", "recognised"]
 
 
@@ -292,13 +291,13 @@ class Experiment:
 
     def best_shift(self, run):
         """(the --t_shift with the lowest distance at a budget in the middle, that distance), by seed 1"""
-        if "t_shift" in self.scale:
-            return self.scale["t_shift"], 0
+        if len(self.scale["shifts"]) == 1:
+            return self.scale["shifts"][0], 0
         self.shift[run] = 0
         budgets = self.scale["budgets"]
         budget = next(b for b in budgets[len(budgets) // 2:] if self.settings(run, b, 1))
         distances = {}
-        for shift in SHIFTS:
+        for shift in self.scale["shifts"]:
             self.shift[run] = shift
             distances[shift] = self.measure(run, 1, **self.settings(run, budget, 1))["fd"]
         best = min(distances, key=distances.get)
@@ -396,7 +395,8 @@ class Experiment:
         for run in sorted(self.runs, key=SAME_RATE.__contains__):
             self.lr[run], self.tuning[run] = self.best_lr(run)
         self.measured, self.begin_measure = 0, time.time()
-        self.to_measure = sum(3 * (1 if run in SAME_SAMPLING else len(scale["samplings"])) for run in self.runs)
+        self.to_measure = len(scale["shifts"]) * sum(1 if run in SAME_SAMPLING else len(scale["samplings"])
+                                                     for run in self.runs)
         self.drawn = {run: self.best_sampling(run) for run in sorted(self.runs, key=SAME_SAMPLING.__contains__)}
         self.training = {run: [self.train(run, seed, self.lr[run], self.steps(run, scale["steps"])) for seed in seeds]
                          for run in self.runs}
@@ -435,13 +435,11 @@ class Experiment:
         ours = {} if dit else dict(budget=steps * per_step, reuse=1, alloc="const")
         return dict(steps=steps, **ours, t_shift=self.shift[run] if shift is None else shift) if steps >= 2 else None
 
-    def choices(self, run, budget):
-        """The settings from which a contender may choose at this budget: its iterations per timestep, and with the
-        fewest every --t_shift."""
-        per_step = self.scale["per_step"][: 1 if "fixed_point" in self.runs[run][1] else None]
-        shifts = [] if "t_shift" in self.scale else [s for s in SHIFTS if s != self.shift[run]]
-        found = [self.settings(run, budget, k) for k in per_step]
-        return [s for s in found + [self.settings(run, budget, per_step[0], shift) for shift in shifts] if s]
+    def choices(self, run, budget, iterations=None):
+        """The settings from which a contender may choose at this budget: its iterations per timestep, or as many as
+        asked for, and --t_shift."""
+        per_step = [1] if "fixed_point" in self.runs[run][1] else [iterations] if iterations else self.scale["per_step"]
+        return [s for k in per_step for shift in self.scale["shifts"] if (s := self.settings(run, budget, k, shift))]
 
     def contest(self):
         """The contenders for quality, without the rivals in training."""
@@ -545,10 +543,10 @@ class Report:
         axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
 
     @staticmethod
-    def at_budget(e, run, budget):
+    def at_budget(e, run, budget, iterations=None):
         """(metrics, settings) of a contender, with what seed 1 alone would choose at this budget, so that the error
         bars of the others are not those of a choice by luck."""
-        best = min(e.choices(run, budget), key=lambda s: e.measure(run, 1, **s)["fd"], default=None)
+        best = min(e.choices(run, budget, iterations), key=lambda s: e.measure(run, 1, **s)["fd"], default=None)
         return best and (e.mean(run, best), best)
 
     def write(self):
@@ -557,6 +555,7 @@ class Report:
             command += f" --seeds {self.args.seeds}"
         if self.photographs:
             command += f" --photographs {os.path.basename(self.photographs.data)}"
+        shifts = ", ".join(map(str, scale["shifts"]))
         self.lines = [
             "# The paper's claims, measured", "",
             *(["**A self-test of tools/reproduce.py: models this small, trained this little, say nothing of the "
@@ -567,9 +566,10 @@ class Report:
             f"({1e-12 * scale['steps'] * scale['batch'] * flops(scale, e.runs['fpdm'][1], 0)[1]:.0f} TFLOP on shapes), "
             f"with a learning rate that falls to zero, in {scale['dtype']}; {scale['seeds']} training seed"
             f"{'s, ± is the standard deviation over them' if scale['seeds'] > 1 else ''}. Sampling without guidance, "
-            f"flow, {scale['pictures']:,} pictures a point. The learning rate is chosen by short trials, for each "
-            "contender alone; so are, by distance, how timesteps were drawn in training (shapes), and at each budget "
-            "`--t_shift` (0, 1 or 2) and the iterations per timestep. "
+            f"flow, {scale['pictures']:,} pictures a point. The learning rate is chosen by short trials on "
+            "shapes (rows without trials have that of their kind), by distance how timesteps were drawn in training "
+            f"(shapes), and at each budget the iterations per timestep and `--t_shift` (of {shifts}), all by the first "
+            "seed. "
             "`distance` is the Fréchet distance of tools/evaluate.py (lower is better; not the FID of papers).", "",
             "A *pass* is one forward of a Transformer block for one picture, the paper's unit. An iteration of the "
             "fixed point also has a projection, a third of a block more arithmetic, which the unit leaves out: so the "
@@ -742,26 +742,24 @@ class Report:
                        "point.", ""]
         budgets, per_step = self.scale["budgets"], self.scale["per_step"]
         parts = {"shapes": self.e, **({"photographs": self.photographs} if self.photographs else {})}
-        grids = {name: {b: [(s["steps"], e.mean("fpdm", s)) for k in per_step if (s := e.settings("fpdm", b, k))]
-                        for b in budgets} for name, e in parts.items()}
+        grids = {name: {b: [found for k in per_step if (found := self.at_budget(e, "fpdm", b, k))] for b in budgets}
+                 for name, e in parts.items()}
 
         def draw(axis):
             grid = grids["shapes"]
             for i, b in enumerate(budgets[-4:]):
-                self.curve(axis, [(steps, m["fd"]) for steps, m in sorted(grid[b], key=lambda p: p[0])], f"{b} passes",
-                           f"C{i}")
+                self.curve(axis, sorted((s["steps"], m["fd"]) for m, s in grid[b]), f"{b} passes", f"C{i}")
             axis.set(xscale="log", yscale="log", xlabel="timesteps", ylabel="Fréchet distance")
-            self.ticks(axis, sorted({steps for b in budgets[-4:] for steps, _ in grid[b]})[::2])
+            self.ticks(axis, sorted({s["steps"] for b in budgets[-4:] for _, s in grid[b]})[::2])
             axis.legend()
 
         self.figure("claims_smoothing.png", draw)
         for name, grid in grids.items():
             head = [f"{name}: passes"] + [f"{k} iteration{'s' * (k > 1)} per timestep" for k in per_step]
-            self.lines += table(head, [[b] + [f"{value(m['fd'])} ({steps})" for steps, m in grid[b]] +
+            self.lines += table(head, [[b] + [f"{value(m['fd'])} ({s['steps']}, {s['t_shift']})" for m, s in grid[b]] +
                                        ["–"] * (len(per_step) - len(grid[b])) for b in grid])
-        shifts = " and ".join(f"{e.shift['fpdm']} on {name}" for name, e in parts.items())
-        self.lines += [f"Distance, and in brackets the number of timesteps; the plot is of shapes;"
-                       f" `--t_shift` {shifts}.", ""]
+        self.lines += ["Distance, and in brackets the number of timesteps and the best `--t_shift` of each cell; the "
+                       "plot is of shapes.", ""]
 
     def techniques(self):
         e = self.e
@@ -878,7 +876,7 @@ def main():
     try:
         shapes.everything()
         scale = {**scale, "steps": scale["plateau_steps"], "lrs": [shapes.lr["fpdm"]], "seeds": 1,
-                 "samplings": [shapes.sampling["fpdm"]], "budgets": [24], "per_step": [1, 4], "t_shift": 1,
+                 "samplings": [shapes.sampling["fpdm"]], "budgets": [24], "per_step": [1, 4], "shifts": [1],
                  "same_pictures": True}
         single = Experiment(args, "shapes", os.path.join(args.out, "plateau"), scale, plateau(scale))
         single.make_evaluator = shapes.make_evaluator
