@@ -1670,7 +1670,7 @@ static void model_reduce(Model *m) {
 // packed 83; A read in place 88; the next rows of A prefetched 91. Prefetching them in one burst before a tile stalls
 // it: one line at each k instead. dy^T.x, where A is packed, reaches 80 to 88. No gain: tiles of 12 x 2 and 14 x 2
 // vectors, the loop over panels outside that over rows, huge pages.
-// Where rows of A lie a multiple of 4096 bytes apart, they share the few places of a cache set, and the rate halves:
+// Where rows of A lie a multiple of 2048 bytes apart, they share the few places of a cache set (at 4096 the rate halves):
 // such rows are copied. More k at once and narrower blocks of B: 2 to 4 % more.
 // With bf16's instruction the peak is twice as high: of that peak 85 to 93, and dy^T.x 78 to 90.
 
@@ -1689,7 +1689,7 @@ enum { VEC_BYTES = 16, MR = 6 };
 enum {
     VL = VEC_BYTES / sizeof(real),
     NR = 2 * VL,
-    // Blocks of B: as few k as fit KC, as many columns as fit BLOCK, of a second-level cache of 1 MB. Where A must be
+    // Blocks of B: at most KC of k each, as many columns as fit BLOCK, of a second-level cache of 1 MB. Where A must be
     // packed again for each block, that costs more than reading B from the next cache: fewer k, more columns.
     KC = 896,
     BLOCK = 600 * 1024 / sizeof(real),
@@ -1697,7 +1697,7 @@ enum {
     PACKED_BLOCK = 1600 * 1024 / sizeof(real),
     MC = 8 * MR,
     PITCH = KC + 64 / sizeof(real), // between rows of A that are copied: an odd number of cache lines
-    GEMM_B = PACKED_BLOCK + NR * PACKED_KC,
+    GEMM_B = PACKED_BLOCK + NR * KC, // a block is whole panels
 };
 #define VECTOR(bytes) __attribute__((vector_size(bytes), aligned(sizeof(real)), may_alias)) // may stand anywhere
 typedef real vec VECTOR(VEC_BYTES);
@@ -1705,6 +1705,7 @@ typedef real vec4 VECTOR(4 * sizeof(real));
 typedef float vec_float VECTOR(VEC_BYTES); // what real is when there are pairs of bf16
 typedef uint32_t vec_bf16x2 VECTOR(VEC_BYTES);
 typedef uint32_t __attribute__((may_alias, aligned(2))) bf16x2;
+typedef real __attribute__((may_alias)) real_bits; // may be two bf16
 #if defined __clang__ || __GNUC__ >= 12
 #define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
 #else
@@ -1717,8 +1718,9 @@ typedef uint32_t __attribute__((may_alias, aligned(2))) bf16x2;
 static int imin(int a, int b) { return a < b ? a : b; }
 
 // Packs n columns of kc values, w columns to a panel: p[(i/w*kc + k)*w + i%w] = src[i*is + k*ks]. Columns that the last
-// panel lacks keep what stood there; what comes of it is not stored.
-INLINE void gemm_pack(real *p, const int w, int n, int kc, const real *src, size_t is, size_t ks) {
+// panel lacks keep what stood there; what comes of it is not stored. With ks 1, w is a multiple of 4, or there is one
+// panel.
+INLINE void gemm_pack(real *p, const int w, int n, int kc, const real_bits *src, size_t is, size_t ks) {
     int i = 0;
     if (is == 1) { // a panel's row is contiguous; the next k may be on another page, where no hardware prefetches
         for (int k = 0; k < kc; k++) {
@@ -1733,7 +1735,7 @@ INLINE void gemm_pack(real *p, const int w, int n, int kc, const real *src, size
         for (int first = 0; first < n; first += w)
             for (int k0 = 0; k0 < kc; k0 += LINE)
                 for (i = first; i + 4 <= imin(first + w, n); i += 4) {
-                    const real *s = src + i * is;
+                    const real_bits *s = src + i * is;
                     real *d = p + first * kc + i - first;
                     int k = k0, last = imin(k0 + LINE, kc);
                     for (; k + 4 <= last; k += 4) {
@@ -1765,8 +1767,8 @@ static int rows_of_pairs(const bf16 *rows, size_t stride, int K) {
 // gemm_pack of kc bf16 as (kc+1)/2 pairs; what the last one lacks is 0
 INLINE void pair_pack(real *p, const int w, int n, int kc, const bf16 *src, size_t is, size_t ks) {
     int pairs = (kc + 1) / 2;
-    if (ks == 1 && rows_of_pairs(src, is, kc)) {
-        gemm_pack(p, w, n, pairs, (const real *)src, is / 2, 1);
+    if (ks == 1 && w % 4 == 0 && rows_of_pairs(src, is, kc)) {
+        gemm_pack(p, w, n, pairs, (const real_bits *)src, is / 2, 1);
         return;
     }
     for (int k = 0; k < pairs; k++)
@@ -1823,7 +1825,7 @@ typedef struct {
     atomic_int next;   // how many rows of tiles are taken, over all blocks
 } Gemm;
 
-// What comes into the cache during a tile: of `rows` rows of A, a power of two, as much as a tile reads
+// What a tile prefetches, as much as it reads itself: of the next `rows` rows of A, a power of two
 typedef struct {
     const real *at;
     size_t stride;
@@ -1910,6 +1912,7 @@ static void gemm_thread(Gemm *g, int thread, int threads) {
     int columns = (stands && !crowded ? BLOCK : PACKED_BLOCK) / ((K + nk - 1) / nk),
         nn = (g->N + columns - 1) / columns;
     int width = ((g->N + nn - 1) / nn + NR - 1) / NR * NR;
+    assert((size_t)width * ((K + nk - 1) / nk) <= GEMM_B);
     real *panel = g->panels; // this block's; the other one may still be read by a slower thread
     size_t ars = crowded ? PITCH : g->ars / step;
     for (int kb = 0; kb < nk; kb++) {
@@ -1961,7 +1964,7 @@ static void gemm(int half, real *C, size_t ldc, const Act *A, size_t ars, size_t
     if (acs == 1 && brs == 1 && M <= 128 && 2 * M < N && 2 * M < K)
         g.flip = 1, g.A = B, g.B = A, g.ars = bcs, g.bcs = ars, g.M = N, g.N = M;
 #ifdef _OPENMP
-    if ((double)M * N * K > 5e5 && !omp_in_parallel()) { // less work than starting the threads costs
+    if ((double)M * N * K > 5e5 && !omp_in_parallel()) { // else starting the threads costs more
 #pragma omp parallel
         gemm_thread(&g, omp_get_thread_num(), omp_get_num_threads());
         return;

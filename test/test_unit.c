@@ -507,6 +507,9 @@ static void test_gemm(int half, int rounds, int largest) {
             K = 1 + (int)rng_below(r[2], big ? (uint32_t)largest : 50);
         if (round % 16 == 15) M = 1 + M / 32; // few rows
         int a_transposed = r[3] & 1, b_transposed = r[4] & 1, adds = r[5] & 3;
+        if (round == 11) // copied rows, and a block of B that is full, with its last panel beyond
+            M = 20, N = PACKED_BLOCK / KC, K = 4 * KC * (half ? 2 : 1), a_transposed = 0;
+        if (round == 19) M = 200, K = 1001, a_transposed = 0; // packed, as pairs, but for the last k
         size_t lda = (size_t)(a_transposed ? M : K) + rng_below(r[7], 5),
                ldb = (size_t)(b_transposed ? K : N) + rng_below(r[8], 5);
         size_t crowd = 2048 / (half ? sizeof(bf16) : sizeof(real)); // rows so far apart are copied
