@@ -120,7 +120,7 @@ GENCODE = $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
 HOST := -Wall,-Wextra,$(OPENMP)
 NVCC_FLAGS = -x cu -std=c++17 -O3 --threads 2 $(GENCODE) $(WERROR:%=% all-warnings) -Xcompiler $(HOST)
 EMU = $(CXX) -x c++ -std=c++17 -Wno-unknown-pragmas $(WARN) $(TEST) $(if $(filter %_asan,$@),$(SANITIZE),-O1) \
-	$(if $(filter %_cdna,$@),-DAMD -DWARP=64) $(if $(filter %_rdna,$@),-DAMD -DWARP=32)
+	$(if $(filter %_cdna,$@),-DOWN_FRAGMENTS -DWARP=64) $(if $(filter %_rdna,$@),-DOWN_FRAGMENTS -DWARP=32)
 
 # One line for what is missing: a compiler, a newer one, a newer GPU
 nvcc:

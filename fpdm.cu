@@ -87,10 +87,9 @@ typedef __nv_bfloat16 bf16;
 __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *fmt, ...);
 static void *xcalloc(size_t count, size_t size, const char *what); // zeroed and aligned, or the program ends
 static void xfree(void *p);
-static char *xstrdup(const char *text);
 static double now_ms(void);
 __attribute__((unused)) static double memory_limit(void); // bytes that this process may use
-static void progress(int64_t more);                       // so much of the task in hand is done
+static void progress(int64_t more);                       // more units of the task at hand are done
 
 // Random numbers have no state: a draw is a function of (seed, index, step, stream).
 enum Streams {
@@ -418,7 +417,8 @@ __device__ inline T block_sum(T x, T *shared);
 
 enum Epilogue {
     EPI_STORE,  // out = product + bias
-    EPI_FLOAT,  // the same, but out is fp32 whatever the type of activations; in fp32, add too, unless NULL
+    EPI_FLOAT,  // the same, but out is fp32 whatever the type of activations; in fp32, add too, unless NULL; may be
+                // split as EPI_WEIGHT is
     EPI_GELU,   // out = gelu(v), pre = v, v = product + add; pre may be NULL
     EPI_GATED,  // out = residual + gate·v, copy = out, pre = v, v = product + bias; out is fp32; pre, copy may be NULL
     EPI_DGELU,  // out = product·gelu'(pre), copy = gelu(pre), sum += out; sum may be NULL
@@ -428,7 +428,7 @@ enum Epilogue {
 typedef struct {
     const void *a, *b;
     int lda, ldb, M, N, K;
-    int k_chunk; // each blockIdx.y sums this many k
+    int k_chunk; // each split of the sum over k has this many
     void *out;   // (M,N), row stride ldc
     int ldc;
     const float *bias, *add;      // (N), NULL: none; (add_rows,N): row i takes row i % add_rows
@@ -443,12 +443,27 @@ typedef struct {
 // From Part 4: starts the product; `half` says whether the operands are bf16
 template <bool TA, bool TB, int EPI>
 static void matmul(int half, Matmul g);
+
 // y (M,N) of EPI from x (M,K) and w (N,K), row stride ldw
-static Matmul linear(void *y, const void *x, const void *w, int ldw, const float *b, int M, int K, int N);
+static Matmul linear(void *y, const void *x, const void *w, int ldw, const float *b, int M, int K, int N) {
+    Matmul g = {};
+    g.a = x, g.b = w, g.lda = K, g.ldb = ldw;
+    g.M = M, g.N = N, g.K = K;
+    g.out = y, g.ldc = N, g.bias = b;
+    return g;
+}
+
 // dx (M,K) of EPI = dy (M,N)·w (N,K), row stride ldw
-static Matmul linear_input(void *dx, const void *dy, const void *w, int ldw, int M, int K, int N);
+static Matmul linear_input(void *dx, const void *dy, const void *w, int ldw, int M, int K, int N) {
+    return linear(dx, dy, w, ldw, NULL, M, N, K);
+}
+
 // dw (N,K; row stride ldw) += dy (M,N)^T·x (M,K), db (N) += column sums of dy
-static void linear_weight(int half, float *dw, int ldw, float *db, const void *dy, const void *x, int M, int K, int N);
+static void linear_weight(int half, float *dw, int ldw, float *db, const void *dy, const void *x, int M, int K, int N) {
+    Matmul g = linear(dw, dy, x, K, NULL, N, M, K);
+    g.lda = N, g.ldc = ldw, g.db = db;
+    matmul<true, true, EPI_WEIGHT>(half, g);
+}
 
 // out (B,T,D) = LN(x)·(1+scale)+shift; LN without weights, eps 1e-6. mod points at picture 0's shift (D) and, after it,
 // scale (D); `stride` is the distance to the next picture's. stats (B,T,2), unless NULL, keeps mean and 1/sigma. A warp
@@ -677,7 +692,8 @@ __global__ void time_kernel(float *freq, const float *table, const int *t) {
     freq[blockIdx.x * 256 + threadIdx.x] = table[t[blockIdx.x] * 256 + threadIdx.x];
 }
 
-// cond (B,D) comes in as t_emb and becomes c = t_emb + y_emb; cond_pp = c or, with label_only, y_emb; and silu of both
+// cond (B,D) comes in as the timestep's embedding, the label's is added; cond_pp = cond or, with label_only, the
+// label's alone; and silu of both
 __global__ void condition_kernel(float *cond, float *cond_pp, float *cond_silu, float *cond_pp_silu,
                                  const float *label_table, const int *y, int label_only, int B, int D) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -689,7 +705,7 @@ __global__ void condition_kernel(float *cond, float *cond_pp, float *cond_silu, 
     cond_pp_silu[i] = silu(pp);
 }
 
-// dcond and dcond_pp (B,D) come in as gradients of silu(c) and silu(c_pp). dtable row y[b] += that of y_emb, picture by
+// dcond and dcond_pp (B,D) come in as gradients of silu(cond) and silu(cond_pp). dtable row y[b] += its own, picture by
 // picture, since labels repeat; dcond becomes that of t_emb.
 __global__ void condition_backward_kernel(float *dcond, const float *dcond_pp, float *dtable, const float *cond,
                                           const float *cond_pp, const int *y, int label_only, int B, int D) {
@@ -736,9 +752,9 @@ __global__ void add_kernel(float *x, const float *y, size_t count) {
 //   pre blocks | the injection: x is h | m iterations: x is z_n, z_{n+1}, ... | post blocks | x alone: the last output
 //   DiT: all blocks                                                                         | x alone: the last output
 //
-// The n iterations without gradient happen in place, in the x of the first iteration with gradient. With `recompute`
-// all layers share the rest of a Layer, which the backward pass fills again from x. A model that only samples has one x
-// and one rest: everything happens in place.
+// The n iterations without gradient happen in place, in the x of the first iteration with gradient (in bf16 training,
+// which keeps z in bf16, in `reused`). With `recompute` all layers share the rest of a Layer, which the backward pass
+// fills again from x. A model that only samples has one rest and one x, with skip a second, as h must outlast the loop.
 
 typedef struct {
     float *x;     // (B,T,D) input: the residual stream; of iterations in bf16 training: z in bf16
@@ -761,7 +777,7 @@ typedef struct {
     float *patches, *patch_out;      // (B,T,C·p·p), (B,T,p·p·Cout)
     float *time_freq;                // (B,256)
     float *time_hidden, *time_silu;  // (B,D) before and after silu
-    float *cond, *cond_pp;           // (B,D) c = t_emb + y_emb; c or y_emb: for pre, post and final layers
+    float *cond, *cond_pp;           // (B,D) timestep + label; what pre, post and final layers see
     float *cond_silu, *cond_pp_silu; // (B,D)
     float *mod, *final_mod;          // (blocks,B,6D), (B,2D), computed once per timestep
     Act *inj;                        // (B,T,D) injection
@@ -815,7 +831,7 @@ typedef struct {
     Activations a;
     char *activations;                // what `a` points into
     size_t activation_bytes, scratch; // from byte `scratch` on, nothing lasts longer than a forward and backward pass
-    int B, m;                         // of the current forward pass
+    int B, grad_iters;                // of the current forward pass
     void (*probe)(const char *name, const real *data, int64_t count); // tests look at activations through this
     struct LossPlace *places;                                         // (batch), the host's; where the losses go
     double *mse, *vb;
@@ -1058,18 +1074,18 @@ static void injection_backward(Model *m, float *dh, const Layer *l) {
 static double residual_of(Model *m, const float *z, size_t count);
 static void anderson_forward(Model *m, float *z, int k, int window, double mixing);
 
-// From z = start, n iterations in place, then `iterations` that keep a Layer each. Returns the layer behind the last.
+// From z = start, n iterations in place, then grad_iters that keep a Layer each. Returns the layer behind the last.
 // In training, of a z that only the next iteration reads, bf16 is enough: that is what l->x is then.
-static Layer *fixed_point_forward(Model *m, Layer *l, const float *start, int n, int iterations, Solve *solve) {
+static Layer *fixed_point_forward(Model *m, Layer *l, const float *start, int n, int grad_iters, Solve *solve) {
     Activations *a = &m->a;
     size_t count = (size_t)config_tokens(&m->config) * m->config.width, N = m->B * count;
     int alone = m->half && !solve;
     auto z_act = [&](Layer *at) { return m->half && solve ? a->z : (Act *)at->x; };
     if (l->x != start && !alone) gpu_copy(l->x, start, N * sizeof(float));
     as_act(m, z_act(l), start, N);
-    for (int k = 1; k <= n + iterations; k++) {
+    for (int k = 1; k <= n + grad_iters; k++) {
         Layer *next = k <= n ? l : l + 1;
-        int between = alone && k < n + iterations;
+        int between = alone && k < n + grad_iters;
         float *z = between ? a->reused : next->x;
         if (solve && (solve->want_residual || solve->window)) gpu_copy(a->z_before, l->x, N * sizeof(float));
         iteration_forward(m, z, between || (m->half && solve) ? z_act(next) : NULL, z_act(l), l,
@@ -1079,7 +1095,7 @@ static Layer *fixed_point_forward(Model *m, Layer *l, const float *start, int n,
         if (!solve) continue;
         solve->ran = k;
         if (solve->want_residual) solve->residuals[k - 1] = residual_of(m, z, count);
-        int last = k == n + iterations || (solve->want_residual && solve->residuals[k - 1] < solve->tol);
+        int last = k == n + grad_iters || (solve->want_residual && solve->residuals[k - 1] < solve->tol);
         if (solve->window) anderson_forward(m, z, k, solve->window, last ? 1 : solve->mixing);
         if (last) break;
     }
@@ -1087,8 +1103,8 @@ static Layer *fixed_point_forward(Model *m, Layer *l, const float *start, int n,
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Conditioning: c and c_pp from a.t (B) and a.y (B), and with them the modulation of every block, constant while z
-// iterates. All of this is fp32: it is one row a picture.
+// Conditioning: cond and cond_pp from a.t (B) and a.y (B), and with them the modulation of every block, constant while
+// z iterates. All of this is fp32: it is one row a picture.
 
 static void condition_forward(Model *m) {
     const Config *c = &m->config;
@@ -1139,16 +1155,16 @@ static void condition_backward(Model *m) {
 
 // a.out (B,Cout,S,S) from a.x_t (B,C,S,S), timesteps a.t (B) and labels a.y (B): n iterations that keep nothing, then m
 // that keep what backpropagation needs (none when sampling). In DiT n and m mean nothing.
-static void model_forward(Model *m, int B, int n, int iterations, Solve *solve) {
+static void model_forward(Model *m, int B, int n, int grad_iters, Solve *solve) {
     const Config *c = &m->config;
     Activations *a = &m->a;
     int T = config_tokens(c), D = c->width, M = B * T, p = c->patch, Cout = config_out_channels(c), i = 0;
     int keep = !solve && !m->recompute;
     size_t N = (size_t)M * D;
     Layer *l = a->layer;
-    assert(B <= m->batch && iterations <= (m->training ? m->max_m : 0));
+    assert(B <= m->batch && grad_iters <= (m->training ? m->max_m : 0));
     m->B = B;
-    m->m = c->fixed_point ? iterations : 0;
+    m->grad_iters = c->fixed_point ? grad_iters : 0;
     condition_forward(m);
     move_patches(m, a->patches, a->x_t, 0, 0, c->channels);
     Matmul embed = linear(l->x, a->patches, m->p.patch_w, c->channels * p * p, m->p.patch_b, M, c->channels * p * p, D);
@@ -1163,7 +1179,7 @@ static void model_forward(Model *m, int B, int n, int iterations, Solve *solve) 
         show_probe(m, "act.inj", 0, a->inj, 1, N);
         const float *start = solve && solve->reuse && solve->reuse_ready ? a->reused : l->x;
         l++;
-        l = fixed_point_forward(m, l, start, n, iterations, solve);
+        l = fixed_point_forward(m, l, start, n, grad_iters, solve);
         if (solve && solve->reuse) {
             gpu_copy(a->reused, l->x, N * sizeof(float));
             solve->reuse_ready = 1;
@@ -1193,8 +1209,8 @@ static void model_backward(Model *m) {
     int B = m->B, T = config_tokens(c), D = c->width, M = B * T, p = c->patch, Cout = config_out_channels(c);
     int i = config_blocks(c) - 1;
     size_t N = (size_t)M * D;
-    Layer *l = a->layer + i + 1 + m->m; // the last output: each block and iteration has a layer, and the injection
-    Act *dfinal_normed = a->dwide;      // in fp32; it has room for that
+    Layer *l = a->layer + i + 1 + m->grad_iters; // the last output: blocks, iterations and the injection have a layer
+    Act *dfinal_normed = a->dwide;               // in fp32; it has room for that
     gpu_zero(a->dx, N * sizeof(float));
     gpu_zero(a->dfinal_mod, (size_t)B * 2 * D * sizeof(float));
     gpu_zero(a->dmod, (size_t)config_blocks(c) * m->batch * 6 * D * sizeof(float));
@@ -1207,10 +1223,10 @@ static void model_backward(Model *m) {
         float *dskip = l->x; // which is not needed any more
         if (c->skip) gpu_copy(dskip, a->dx, N * sizeof(float));
         gpu_zero(a->du_sum, 2 * N * sizeof(float));
-        for (int k = m->m; k > 0; k--) {
+        for (int k = m->grad_iters; k > 0; k--) {
             l--;
             if (m->recompute) iteration_forward(m, a->recomputed, NULL, (const Act *)l->x, l, 1);
-            iteration_backward(m, a->dx, l, k == 1, k == m->m && c->post_depth && !m->recompute);
+            iteration_backward(m, a->dx, l, k == 1, k == m->grad_iters && c->post_depth && !m->recompute);
         }
         injection_backward(m, a->dx, --l);
         if (c->skip) add(a->dx, dskip, N);
@@ -1257,11 +1273,12 @@ typedef struct {
     double alpha_bar[DIFFUSION_STEPS], alpha_bar_prev[DIFFUSION_STEPS]; // product of 1 - beta; prev is 1 at i = 0
     double log_beta[DIFFUSION_STEPS], log_var[DIFFUSION_STEPS]; // the variances between which the model interpolates
     double c1[DIFFUSION_STEPS], c2[DIFFUSION_STEPS];            // posterior mean = c1·x0 + c2·x_t
-    double tau[DIFFUSION_STEPS], dt[DIFFUSION_STEPS]; // flow: share of noise in x_t, and of it that a step takes
+    double tau[DIFFUSION_STEPS], dt[DIFFUSION_STEPS]; // flow, x: share of noise in x_t, and how much a step lowers it
 } Schedule;
 
-// A model of x gives x0_hat; its velocity, what a model of flow gives, is (x0_hat - x_t)/x_tau (arXiv:2511.13720).
-static double x_tau(int t) { return t < DIFFUSION_STEPS / 20 ? 0.05 : t / (double)DIFFUSION_STEPS; }
+// A model of x gives x0_hat; its velocity, what a model of flow gives, is (x0_hat - x_t)/max(tau, 0.05)
+// (arXiv:2511.13720).
+static double clamped_tau(int t) { return fmax(t / (double)DIFFUSION_STEPS, 0.05); }
 
 static void schedule_make(Schedule *s, const Config *c, int steps) {
     double alpha_bar[DIFFUSION_STEPS], product = 1;
@@ -1284,15 +1301,15 @@ static void schedule_make(Schedule *s, const Config *c, int steps) {
         s->log_var[i] = log(beta * (1 - prev) / (1 - ab));
         s->c1[i] = beta * sqrt(prev) / (1 - ab);
         s->c2[i] = (1 - prev) * sqrt(1 - beta) / (1 - ab);
-        s->tau[i] = c->prediction == PREDICT_X ? x_tau(s->t[i]) : s->t[i] / (double)DIFFUSION_STEPS;
+        s->tau[i] = c->prediction == PREDICT_X ? clamped_tau(s->t[i]) : s->t[i] / (double)DIFFUSION_STEPS;
         s->dt[i] = 1.0 / steps;
     }
     s->log_var[0] = s->log_var[1]; // at i = 0 it would be log 0
 }
 
-// Other timesteps for models of flow and x. Those above are told t = 0 at the last step, when x_t still holds 1/S
-// noise. These are told what there is: step i goes from tau_i to tau_{i-1} and the last to 0, tau =
-// shift·u/(1+(shift-1)·u) at u = (i+1)/S (arXiv:2403.03206); a shift above 1 gives more of them to large t.
+// Other timesteps for models of flow and x. With those above the model is told t = 0 at the last step, when x_t still
+// holds 1/S of noise. Here it is told the noise that there is: step i goes from tau_i to tau_{i-1} and the last to 0,
+// tau = shift·u/(1+(shift-1)·u) at u = (i+1)/S (arXiv:2403.03206); a shift above 1 gives more of them to large t.
 static void schedule_shift(Schedule *s, double shift) {
     double before = 0;
     for (int i = 0; i < s->n; i++) {
@@ -1320,9 +1337,9 @@ typedef struct {
     float *path;      // (steps+1,STRIP,C,S,S) of the first pictures, x before each timestep and at the end; or NULL
 } SampleSettings;
 
-// Iterations of each timestep in sampling order (large t first), iters[0..S-1]; returns their sum. A real-valued share
-// of 1 + (total - S)·ratio/S is rounded through its running sum: each is then at least 1 and the sum is `total`.
-static int allocate_iterations(int *iters, int S, int total, int alloc) {
+// Iterations of each timestep in sampling order (large t first), iters[0..S-1]. A real-valued share of
+// 1 + (total - S)·ratio/S is rounded through its running sum: each is then at least 1 and the sum is `total`.
+static void allocate_iterations(int *iters, int S, int total, int alloc) {
     double running = 0;
     int spent = 0;
     for (int s = 0; s < S; s++) {
@@ -1332,7 +1349,6 @@ static int allocate_iterations(int *iters, int S, int total, int alloc) {
         iters[s] = (int)floor(running + 1e-6) - spent;
         spent += iters[s];
     }
-    return spent;
 }
 
 // Keeps x (B,C,S,S) of the first pictures, as it is before timestep `step`.
@@ -1367,7 +1383,7 @@ static void loss_places(LossPlace *places, const Schedule *s, const Config *c, c
         p->target_x0 = straight ? 1 : v ? -n : 0;
         p->target_noise = x ? 0 : straight ? -1 : v ? a : 1;
         p->weight = v && c->v_weight == V_WEIGHT_P2 ? ab / n * (1 - ab) : 1; // (x0-x0_hat)^2 = (1-ab)(v-out)^2
-        if (x) p->weight = 1 / (x_tau(t[b]) * x_tau(t[b]));                  // the velocity's error
+        if (x) p->weight = 1 / (clamped_tau(t[b]) * clamped_tau(t[b]));      // the velocity's error
         p->slip = v ? n : n / a;
         p->c1 = s->c1[t[b]];
         p->log_beta = s->log_beta[t[b]];
@@ -1561,7 +1577,7 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
     const Config *c = &model->config;
     Activations *a = &model->a;
     int guided = set->cfg != 1, rows = guided ? 2 * B : B, S = s->n, n_graphs = 0, zero = 0;
-    size_t count = (size_t)c->channels * c->image_size * c->image_size, out_count = count * (c->learn_sigma ? 2 : 1);
+    size_t count = config_pixels(c), out_count = count * (c->learn_sigma ? 2 : 1);
     size_t guided_count = guided ? count / c->channels * imin(set->cfg_channels, c->channels) : 0;
     struct Graph {
         int iters, reuse_ready;
@@ -1749,9 +1765,6 @@ static void anderson_forward(Model *m, float *z, int k, int window, double mixin
 // Part 3. Learning
 // =====================================================================================================================
 
-// AdamW (arXiv:1711.05101) with decoupled decay, the moving average (EMA) of the weights, and the bf16 copy that the
-// matmuls take, in one pass
-
 static void model_zero_gradients(Model *m) { gpu_zero(m->memory[MODEL_GRADS], (size_t)m->n_params * sizeof(real)); }
 
 // Sum of squares in double: each block sums every NORM_BLOCKS-th piece, and the host adds what the blocks have, in
@@ -1792,7 +1805,8 @@ __global__ void update_kernel(float *weights, float *adam_m, float *adam_v, floa
     if (half) half[i] = __float2bfloat16_rn(w);
 }
 
-// Update number `step` (from 1); gradients are multiplied by grad_scale first.
+// AdamW (arXiv:1711.05101), the moving average (EMA) of the weights, and the bf16 copy that the matmuls take, in one
+// pass. Update number `step` (from 1); gradients are multiplied by grad_scale first.
 static void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
                          double grad_scale, double ema_decay) {
     real *const *memory = model->memory;
@@ -1825,10 +1839,10 @@ static Batch batch_create(int B, size_t pixels) {
     return b;
 }
 
-// A timestep from two random words: any, or t/1000 = sigmoid(t_mean + t_std·g) with g normal (arXiv:2403.03206)
+// A timestep from two random words: uniform, or t/1000 = sigmoid(t_mean + t_std·g) with g normal (arXiv:2403.03206)
 static int draw_timestep(const uint32_t word[2], const Options *o) {
     if (o->t_sampling == T_UNIFORM) return (int)rng_below(word[0], DIFFUSION_STEPS);
-    double g = sqrt(-2 * log((word[0] + 0.5) * 0x1p-32)) * cos(6.283185307179586 * (word[1] + 0.5) * 0x1p-32);
+    double g = sqrt(-2 * log(rng_uniform(word[0]))) * cos(6.283185307179586 * rng_uniform(word[1]));
     return (int)fmin(floor(DIFFUSION_STEPS / (1 + exp(-(o->t_mean + o->t_std * g)))), DIFFUSION_STEPS - 1);
 }
 
@@ -2204,7 +2218,7 @@ __device__ inline void store(T *p, const float (&x)[V]) {
 // lanes that share a row are FRAG_STEP apart. What is multiplied is in bf16: a Left is 16 rows of 16 k, a Right
 // FRAG_COLS columns of 16 k. This is all that knows which lane has what; test/hip.h says the same for AMD.
 
-#ifndef AMD
+#ifndef OWN_FRAGMENTS
 enum { FRAG_ROWS = 2, FRAG_COLS = 8, FRAG_RUNS = 1, FRAG_RUN = 2, FRAG_STEP = 1 };
 typedef float FragRun[FRAG_RUN];
 typedef FragRun Frag[FRAG_ROWS][FRAG_RUNS];
@@ -2315,8 +2329,8 @@ struct EpilogueOf {
     typedef typename std::conditional<DGELU, A, float>::type First; // of add, residual, pre or out
 };
 
-// The same product for a lane whose results begin at (row, col): pointers are moved there, those of add and gate, which
-// have rows of their own, by col alone.
+// The same product for a lane whose results begin at (row, col): pointers are moved there, those of bias, add and gate
+// by col alone; operands and db stay.
 template <int EPI, typename A>
 __device__ inline Matmul moved(Matmul g, int row, int col) {
     size_t at = (size_t)row * g.ldc + col;
@@ -2339,7 +2353,8 @@ __device__ inline unsigned place_of_other(const Matmul &g, unsigned row) {
 }
 
 // What an epilogue reads of one row beside V neighbours of the product: fetched for several rows before the first is
-// used. at: their place, counted from where g begins
+// used. at: their place, counted from where g begins; other: likewise, that of add. What is not fetched must be zero:
+// it is added all the same.
 template <int EPI, typename A, int V>
 struct Others {
     Raw<typename EpilogueOf<EPI, A>::First, V> first;
@@ -2360,26 +2375,27 @@ __device__ inline void epilogue_fetch(Others<EPI, A, V> *o, const Matmul &g, int
     }
 }
 
-// Takes V neighbours v of the product in each of ROWS rows, `step` apart, to where they belong. The rows are computed
-// side by side, without a branch between them.
+// Takes V neighbours v of the product in each of ROWS rows, `step` apart, to where they belong. at: the first row's
+// place; other: where each row's gates begin, c: the column there. The rows are computed side by side, without a branch
+// between them.
 template <int EPI, typename A, int V, int ROWS>
 __device__ inline void epilogue_store(const Matmul &g, int at, int step, const unsigned *other, int c,
                                       const Raw<float, V> &bias, const Others<EPI, A, V> *o, float (*v)[V]) {
-    typedef EpilogueOf<EPI, A> K;
+    typedef EpilogueOf<EPI, A> Of;
     float gate[ROWS][V] = {}, pre[ROWS][V], copy[ROWS][V], sum[ROWS][V], slope;
     if (EPI == EPI_GATED) // from the cache, so late; before the first store, which the compiler lets no load pass
         EACH(i, ROWS) load(gate[i], g.gate + other[i] + c);
     EACH(i, ROWS) {
         EACH(j, V) {
             float x = o[i].first[j], &y = v[i][j];
-            if (EPI == EPI_WEIGHT || K::ADD) y += x;
-            if (K::BIAS) y += bias[j];
+            if (EPI == EPI_WEIGHT || Of::ADD) y += x;
+            if (Of::BIAS) y += bias[j];
             pre[i][j] = y;
             if (EPI == EPI_GELU) y = gelu(y, &slope);
             if (EPI == EPI_GATED) y = x + gate[i][j] * y;
             if (EPI == EPI_DGELU) copy[i][j] = gelu(x, &slope), y *= slope, sum[i][j] = o[i].second[j] + y;
         }
-        store((typename K::Out *)g.out + at + i * step, v[i]);
+        store((typename Of::Out *)g.out + at + i * step, v[i]);
         if (EPI == EPI_DGELU) store((A *)g.copy + at + i * step, copy[i]);
     }
     if (EPI == EPI_DGELU && g.sum)
@@ -2392,10 +2408,11 @@ __device__ inline void epilogue_store(const Matmul &g, int at, int step, const u
 
 // The epilogue of 16 rows and 32·CHUNKS columns that a warp holds as fragments, acc[j] at column FRAG_COLS·j. They go
 // through shared memory, `stage`, so that a lane gets neighbours and the warp's accesses to memory fill sectors of 32
-// bytes: 8 to a lane where all is bf16, 4 where fp32 comes with it. What a lane writes and reads there lies in banks of
-// its own: rows are 8 banks apart, and in every second four rows, every two fours of columns change places. Everything
-// is unrolled, so that a place is a row's pointer and a constant.
-enum Room { ROW_BY_ROW, SIDE_BY_SIDE, AHEAD }; // what registers allow: AHEAD: what is read is fetched 32 columns ahead
+// bytes: 8 to a lane for STORE and GELU, which store bf16 alone, else 4. What a lane writes and reads there lies in
+// banks of its own: rows are 8 banks apart, and in every second four rows, every two fours of columns change places.
+// Everything is unrolled, so that a place is a row's pointer and a constant. ROOM is what registers allow: a row at a
+// time, where 4 go to a lane; all rows of 32 columns at once; or these, with what they read fetched 32 columns ahead.
+enum Room { ROW_BY_ROW, SIDE_BY_SIDE, AHEAD };
 template <int EPI, int CHUNKS, int ROOM>
 __device__ inline void warp_epilogue(const Matmul &whole, float *stage, int row0, int col0, const Frag *acc) {
     constexpr int V = EPI == EPI_STORE || EPI == EPI_GELU ? 8 : 4, HOP = WARP / 32 * V, ROWS = 16 / HOP,
@@ -2573,6 +2590,7 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g, float
         }
     }
     __syncthreads(); // the ring is free: warps stage their results there
+    static_assert(4 * 16 * (W + 8) * sizeof(float) <= 2 * STAGES * OPERAND * sizeof(bf16), "the results' place");
     EACH(i, MI) {
         int row = m0 + wm + 16 * i;
         warp_epilogue<EPI, W / 32, SIDE_BY_SIDE>(g, (float *)shared, row, n0 + wn, acc[i]);
@@ -2603,8 +2621,9 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g, float
 // last row of tiles without one below it, as 1152 has, is shared out as pairs side by side, which copy nothing for each
 // other.
 enum { WG_K = 64, WG_STAGES = 4, WG_THREADS = 3 * 128 };
-enum { WG_A = WG_M * WG_K, WG_B = WG_N * WG_K, WG_PANEL = 64 * WG_K, WG_ONES = 8 * WG_K, WG_STAGE = 8 * 16 * (96 + 8) };
-enum { WG_SHARED = 2 * (WG_STAGES * (WG_A + WG_B) + WG_ONES) + 4 * WG_STAGE + 8 * (2 * WG_STAGES + 2) };
+enum { WG_A = WG_M * WG_K, WG_B = WG_N * WG_K, WG_PANEL = 64 * WG_K, WG_ONES = 8 * WG_K };
+enum { WG_STAGED = 8 * 16 * (96 + 8) }; // of warp_epilogue: floats
+enum { WG_SHARED = 2 * (WG_STAGES * (WG_A + WG_B) + WG_ONES) + 4 * WG_STAGED + 8 * (2 * WG_STAGES + 2) };
 
 template <bool TA, bool TB, int EPI>
 __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
@@ -2614,7 +2633,7 @@ __global__ void IN_PAIRS __launch_bounds__(WG_THREADS, 1)
     SHARED_DYNAMIC(bf16, shared);
     bf16 *ones = shared + WG_STAGES * (WG_A + WG_B);
     float *stage = (float *)(ones + WG_ONES);
-    uint64_t *full = (uint64_t *)(stage + WG_STAGE), *empty = full + WG_STAGES, *order = empty + WG_STAGES;
+    uint64_t *full = (uint64_t *)(stage + WG_STAGED), *empty = full + WG_STAGES, *order = empty + WG_STAGES;
     int group = threadIdx.x / 128, lane = threadIdx.x % WARP, rank = blockIdx.x % 2;
     int m0, n0, k0, steps, split, beside, at = 0; // at: the step's place in the ring, counted on over all tiles
     auto go_to = [&](int unit) { // a tile of `whole`, or a split of the rest; neighbours share rows of a in the cache
@@ -2898,27 +2917,6 @@ static void matmul(int half, Matmul g) {
         g.db, EPI != EPI_WEIGHT, g.bias, workspace.memory, g.M, g.N, splits, row0, high, col0);
 }
 
-// y (M,N) of EPI from x (M,K) and w (N,K), row stride ldw
-static Matmul linear(void *y, const void *x, const void *w, int ldw, const float *b, int M, int K, int N) {
-    Matmul g = {};
-    g.a = x, g.b = w, g.lda = K, g.ldb = ldw;
-    g.M = M, g.N = N, g.K = K;
-    g.out = y, g.ldc = N, g.bias = b;
-    return g;
-}
-
-// dx (M,K) of EPI = dy (M,N)·w (N,K), row stride ldw
-static Matmul linear_input(void *dx, const void *dy, const void *w, int ldw, int M, int K, int N) {
-    return linear(dx, dy, w, ldw, NULL, M, N, K);
-}
-
-// dw (N,K; row stride ldw) += dy (M,N)^T·x (M,K), db (N) += column sums of dy
-static void linear_weight(int half, float *dw, int ldw, float *db, const void *dy, const void *x, int M, int K, int N) {
-    Matmul g = linear(dw, dy, x, K, NULL, N, M, K);
-    g.lda = N, g.ldc = ldw, g.db = db;
-    matmul<true, true, EPI_WEIGHT>(half, g);
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Attention
 
@@ -2932,8 +2930,8 @@ template <typename A, int HD>
 struct Tiles {
     enum { PIECE = 16 / sizeof(A), LD = HD + (HD / PIECE % 2 ? 0 : PIECE) }; // PIECE: elements in 16 bytes
     enum { SMALL = sizeof(A) == 2 && HD <= 72 };                             // what registers allow
-    // Forward: warps of a block, each with 16 rows; columns of a tile
-    enum { WARPS = SMALL ? 8 : 4, ROWS = 16 * WARPS, COLS = SMALL ? 64 : 32 }; // 16 warps a multiprocessor
+    // Forward: warps of a block, each with 16 rows; columns of a tile. SMALL: 16 warps a multiprocessor
+    enum { WARPS = SMALL ? 8 : 4, ROWS = 16 * WARPS, COLS = SMALL ? 64 : 32 };
     // Backward: warps of a block, at most; keys of a warp; queries of a tile, and how many tiles there is room for; for
     // how many queries lse and delta; a group of 32 keys: k, v and dS
     enum { BACK_MI = SMALL ? 2 : 1, BACK_WARPS = 8, KEYS = 16 * BACK_MI }; // 2: a fragment of queries serves two mma
@@ -3068,7 +3066,8 @@ __device__ inline void tile_apply_groups(Frag (&out)[N], const float *p, const f
     }
 }
 
-// Does something with each run of neighbours of a result (16,..) that lies in memory: at(row, column, run)
+// Does something with each run of neighbours of a result (16,..), rows from `first` on, that is inside (T,cols):
+// at(row, column, run)
 template <int N, typename F>
 __device__ inline void each_run(Frag (&x)[N], int first, int T, int cols, F at) {
     EACH(r, FRAG_ROWS) {
@@ -3460,10 +3459,15 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     if (hd % 8 || hd > 128)
         die("heads %d: head size %d; the GPU program needs a multiple of 8, at most 128; or use the CPU program",
             config->heads, hd);
-    if (config->patch * config->patch * config_out_channels(config) > 24576) // patches_kernel's shared memory
-        die("patch %d: the GPU program takes at most 24576 numbers in a patch; or use the CPU program", config->patch);
+    size_t patch = (size_t)config->patch * config->patch * config_out_channels(config), floats = gpu.shared / 4;
+    if (patch > floats) // patches_kernel's shared memory
+        die("patch %d: this GPU takes at most %zu numbers in a patch; or use the CPU program", config->patch, floats);
+    size_t widest = (floats - 4) / (4 * LN_STAGES) / 8 * 8; // layernorm_backward_kernel holds a token of each stage
+    if (training && (size_t)config->width > widest)
+        die("width %d: on this GPU training takes at most %zu; or use the CPU program", config->width, widest);
     if (batch > 65535) die("%d pictures at a time; the GPU program takes at most 65535: lower --batch", batch);
-    if ((double)batch * config_tokens(config) > 1 << 28) // ints count tokens
+    double tokens = (double)batch * config_tokens(config); // ints count them; 32 bits count what is in inj_part and mod
+    if (tokens > 1 << 28 || 2 * tokens * config->width > UINT32_MAX || 6.0 * batch * config->width > UINT32_MAX)
         die("%d pictures of %d tokens at a time are too many: lower --batch", batch, config_tokens(config));
     Model *m = (Model *)xcalloc(1, sizeof *m, "the model");
     m->config = *config;
@@ -3556,9 +3560,11 @@ static void gpu_open(void) {
 #endif
     CHECK(cudaSetDevice(ranks.local % count));
     CHECK(cudaGetDeviceProperties(&info, ranks.local % count));
+#ifdef NVIDIA
     if (info.major < 8)
         die("the GPU %s has compute capability %d.%d; this program needs 8.0 (Ampere) or newer", info.name, info.major,
             info.minor);
+#endif
     gpu.sms = info.multiProcessorCount;
     gpu.shared = info.sharedMemPerBlockOptin;
 #if HOPPER

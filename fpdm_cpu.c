@@ -66,10 +66,9 @@ typedef REAL real;
 __attribute__((noreturn, format(printf, 1, 2))) static void die(const char *fmt, ...);
 static void *xcalloc(size_t count, size_t size, const char *what); // zeroed and aligned, or the program ends
 static void xfree(void *p);
-static char *xstrdup(const char *text);
 static double now_ms(void);
 __attribute__((unused)) static double memory_limit(void); // bytes that this process may use
-static void progress(int64_t more);                       // so much of the task in hand is done
+static void progress(int64_t more);                       // more units of the task at hand are done
 
 // Random numbers have no state: a draw is a function of (seed, index, step, stream).
 enum Streams {
@@ -307,7 +306,6 @@ enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: ear
 typedef void Act;
 typedef uint16_t bf16;
 static float bf16_to_float(uint16_t h); // from Part 5
-static uint16_t float_to_bf16(float x);
 static inline real get(int half, const Act *p, size_t i) {
     return half ? (real)bf16_to_float(((const bf16 *)p)[i]) : ((const real *)p)[i];
 }
@@ -610,11 +608,11 @@ static void silu_forward(real *out, const real *x, size_t count) {
     for (size_t i = 0; i < count; i++) out[i] = x[i] / (1 + (real)exp((double)-x[i]));
 }
 
-// dx += dout·silu'(x)
+// dx = dout·silu'(x)
 static void silu_backward(real *dx, const real *dout, const real *x, size_t count) {
     for (size_t i = 0; i < count; i++) {
         real sigmoid = 1 / (1 + (real)exp((double)-x[i]));
-        dx[i] += dout[i] * sigmoid * (1 + x[i] * (1 - sigmoid));
+        dx[i] = dout[i] * sigmoid * (1 + x[i] * (1 - sigmoid));
     }
 }
 
@@ -702,8 +700,8 @@ static void position_embedding(real *pos, int side, int D) {
 //   DiT: all blocks                                                                         | x alone: the last output
 //
 // The n iterations without gradient happen in place, in the x of the first iteration with gradient. With `recompute`
-// all layers share the rest of a Layer, which the backward pass fills again from x. A model that only samples has one x
-// and one rest: everything happens in place.
+// all layers share the rest of a Layer, which the backward pass fills again from x. A model that only samples has one
+// rest and one x, with skip a second, as h must outlast the loop.
 
 typedef struct {
     real *x;    // (B,T,D) input
@@ -726,8 +724,8 @@ typedef struct {
     real *time_freq;   // (B,256)
     real *time_hidden; // (B,D) before silu
     real *time_silu;   // (B,D)
-    real *cond;        // (B,D) c = t_emb + y_emb
-    real *cond_pp;     // (B,D) condition of pre, post and final layers: c or y_emb
+    real *cond;        // (B,D) the embeddings of timestep and label, added
+    real *cond_pp;     // (B,D) what pre, post and final layers see: cond, or the label's alone
     real *cond_silu, *cond_pp_silu;
     real *mod;       // (blocks,B,6D), computed once per timestep
     real *final_mod; // (B,2D)
@@ -766,7 +764,7 @@ typedef struct {
     real *activations; // what `a` points into
     size_t activation_bytes;
     int *labels;                                                      // of the current batch, for the backward pass
-    int B, m;                                                         // of the current forward pass
+    int B, grad_iters;                                                // of the current forward pass
     void (*probe)(const char *name, const real *data, int64_t count); // tests look at activations through this
 } Model;
 
@@ -848,10 +846,10 @@ static void block_backward(Model *m, real *dx, const real *x, Layer *l, int inde
 // back to z_n, where it stops. (The exact gradient of a fixed point would need the inverse of a Jacobian; going through
 // a few iterations is a good descent direction and as cheap as a network of m layers.)
 //
-// What z_k adds to [z_{k-1}; inj]·fp1 splits into z_{k-1}·fp1's left half and inj·fp1's right half + bias = inj_part,
-// which no iteration changes: it is computed once. Its gradient is the sum over the m iterations of du, the gradient of
-// u = fp1's output. All that follows from it (fp1's right half and bias, inject, h and with it the pre blocks) is
-// linear in du, so one matmul with du_sum after the last iteration does the work of m.
+// The product [z_{k-1}; inj]·fp1 + bias splits into z_{k-1}·(fp1's left half) and inj_part = inj·(fp1's right half) +
+// bias, which no iteration changes: it is computed once. Its gradient is the sum over the m iterations of du, the
+// gradient of u = fp1's output. All that follows from it (fp1's right half and bias, inject, h and with it the pre
+// blocks) is linear in du, so one matmul with du_sum after the last iteration does the work of m.
 
 // out = Block(fp2·gelu(z·fp1_z + inj_part), c), where z is l->x; l keeps what the backward pass needs. out may be z.
 static void iteration_forward(Model *m, real *out, Layer *l) {
@@ -913,10 +911,10 @@ static void anderson_forward(real *z, const real *before, real *history, double 
                              int B, size_t count);
 
 // From z in l->x, n iterations in place, then `iterations` that keep a Layer each. Returns the layer behind the last.
-static Layer *fixed_point_forward(Model *m, Layer *l, int n, int iterations, Solve *solve) {
+static Layer *fixed_point_forward(Model *m, Layer *l, int n, int grad_iters, Solve *solve) {
     Activations *a = &m->a;
     size_t count = (size_t)config_tokens(&m->config) * m->config.width, bytes = m->B * count * sizeof(real);
-    for (int k = 1; k <= n + iterations; k++) {
+    for (int k = 1; k <= n + grad_iters; k++) {
         Layer *next = k <= n ? l : l + 1;
         real *z = next->x;
         if (solve && (solve->want_residual || solve->window)) memcpy(a->z_before, l->x, bytes);
@@ -926,7 +924,7 @@ static Layer *fixed_point_forward(Model *m, Layer *l, int n, int iterations, Sol
         if (!solve) continue;
         solve->ran = k;
         if (solve->want_residual) solve->residuals[k - 1] = residual_of(z, a->z_before, m->B, count);
-        int last = k == n + iterations || (solve->want_residual && solve->residuals[k - 1] < solve->tol);
+        int last = k == n + grad_iters || (solve->want_residual && solve->residuals[k - 1] < solve->tol);
         if (solve->window)
             anderson_forward(z, a->z_before, a->history, a->gram, k, solve->window, last ? 1 : solve->mixing, m->B,
                              count);
@@ -936,7 +934,8 @@ static Layer *fixed_point_forward(Model *m, Layer *l, int n, int iterations, Sol
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Conditioning: c and c_pp from t (B) and y (B), and with them the modulation of every block, constant while z iterates
+// Conditioning: cond and cond_pp from t (B) and y (B), and with them the modulation of every block, constant while z
+// iterates
 
 static void condition_forward(Model *m, const int *t, const int *y) {
     const Config *c = &m->config;
@@ -973,8 +972,6 @@ static void condition_backward(Model *m) {
     Activations *a = &m->a;
     int B = m->B, D = c->width, blocks = config_blocks(c), pp = c->timestep_in_pre_post || !c->fixed_point;
     size_t bytes = (size_t)B * D * sizeof(real);
-    memset(a->dcond, 0, bytes);
-    memset(a->dcond_pp, 0, bytes);
     memset(a->dcond_silu, 0, bytes);
     memset(a->dcond_pp_silu, 0, bytes);
     for (int i = -1; i < blocks; i++) { // -1: the final layer
@@ -992,7 +989,6 @@ static void condition_backward(Model *m) {
         for (int d = 0; d < D; d++)
             m->g.label_table[(size_t)m->labels[b] * D + d] += a->dcond[b * D + d] + (pp ? 0 : a->dcond_pp[b * D + d]);
     linear_backward(0, a->dcond_silu, m->g.time2_w, m->g.time2_b, a->dcond, a->time_silu, m->p.time2_w, B, D, D);
-    memset(a->dtime, 0, bytes);
     silu_backward(a->dtime, a->dcond_silu, a->time_hidden, (size_t)B * D);
     linear_weight_backward(0, m->g.time0_w, m->g.time0_b, a->dtime, a->time_freq, B, 256, D);
 }
@@ -1005,15 +1001,15 @@ static void condition_backward(Model *m) {
 #else
 // a.out (B,Cout,S,S) from a.x_t (B,C,S,S), timesteps t (B) and labels y (B): n iterations that keep nothing, then m
 // that keep what backpropagation needs (none in a model that only samples). In DiT n and m mean nothing.
-static void model_forward(Model *m, const int *t, const int *y, int B, int n, int iterations, Solve *solve) {
+static void model_forward(Model *m, const int *t, const int *y, int B, int n, int grad_iters, Solve *solve) {
     const Config *c = &m->config;
     Activations *a = &m->a;
     int T = config_tokens(c), D = c->width, M = B * T, p = c->patch, Cout = config_out_channels(c), i = 0;
     int64_t N = (int64_t)M * D;
     Layer *l = a->layer;
-    assert(B <= m->batch && iterations <= (m->training ? m->max_m : 0));
+    assert(B <= m->batch && grad_iters <= (m->training ? m->max_m : 0));
     m->B = B;
-    m->m = c->fixed_point ? iterations : 0;
+    m->grad_iters = c->fixed_point ? grad_iters : 0;
     condition_forward(m, t, y);
     unfold(a->patches, a->x_t, B, c->channels, c->image_size, p);
     linear_forward(0, l->x, a->patches, m->p.patch_w, m->p.patch_b, M, c->channels * p * p, D);
@@ -1027,7 +1023,7 @@ static void model_forward(Model *m, const int *t, const int *y, int B, int n, in
         const real *start = solve && solve->reuse && solve->reuse_ready ? a->reused : l->x;
         l++;
         if (l->x != start) memcpy(l->x, start, (size_t)N * sizeof(real));
-        l = fixed_point_forward(m, l, n, iterations, solve);
+        l = fixed_point_forward(m, l, n, grad_iters, solve);
         if (solve && solve->reuse) {
             memcpy(a->reused, l->x, (size_t)N * sizeof(real));
             solve->reuse_ready = 1;
@@ -1056,7 +1052,7 @@ static void model_backward(Model *m) {
     int B = m->B, T = config_tokens(c), D = c->width, M = B * T, p = c->patch, Cout = config_out_channels(c);
     int i = config_blocks(c) - 1;
     size_t bytes = (size_t)M * D * sizeof(real);
-    Layer *l = a->layer + i + 1 + m->m; // the last output: each block and iteration has a layer, and the injection
+    Layer *l = a->layer + i + 1 + m->grad_iters; // the last output: blocks, iterations and the injection have a layer
     memset(a->dx, 0, bytes);
     memset(a->dfinal_mod, 0, (size_t)B * 2 * D * sizeof(real));
     memset(a->dmod, 0, (size_t)config_blocks(c) * m->batch * 6 * D * sizeof(real));
@@ -1070,7 +1066,7 @@ static void model_backward(Model *m) {
         real *dskip = l->x; // which is not needed any more
         if (c->skip) memcpy(dskip, a->dx, bytes);
         memset(a->du_sum, 0, 2 * bytes);
-        for (int k = m->m; k > 0; k--) {
+        for (int k = m->grad_iters; k > 0; k--) {
             l--;
             if (m->recompute) iteration_forward(m, a->dnormed, l);
             iteration_backward(m, a->dx, l, k == 1);
@@ -1120,11 +1116,12 @@ typedef struct {
     double alpha_bar[DIFFUSION_STEPS], alpha_bar_prev[DIFFUSION_STEPS]; // product of 1 - beta; prev is 1 at i = 0
     double log_beta[DIFFUSION_STEPS], log_var[DIFFUSION_STEPS]; // the variances between which the model interpolates
     double c1[DIFFUSION_STEPS], c2[DIFFUSION_STEPS];            // posterior mean = c1·x0 + c2·x_t
-    double tau[DIFFUSION_STEPS], dt[DIFFUSION_STEPS]; // flow: share of noise in x_t, and of it that a step takes
+    double tau[DIFFUSION_STEPS], dt[DIFFUSION_STEPS]; // flow, x: share of noise in x_t, and how much a step lowers it
 } Schedule;
 
-// A model of x gives x0_hat; its velocity, what a model of flow gives, is (x0_hat - x_t)/x_tau (arXiv:2511.13720).
-static double x_tau(int t) { return t < DIFFUSION_STEPS / 20 ? 0.05 : t / (double)DIFFUSION_STEPS; }
+// A model of x gives x0_hat; its velocity, what a model of flow gives, is (x0_hat - x_t)/max(tau, 0.05)
+// (arXiv:2511.13720).
+static double clamped_tau(int t) { return fmax(t / (double)DIFFUSION_STEPS, 0.05); }
 
 static void schedule_make(Schedule *s, const Config *c, int steps) {
     double alpha_bar[DIFFUSION_STEPS], product = 1;
@@ -1147,15 +1144,15 @@ static void schedule_make(Schedule *s, const Config *c, int steps) {
         s->log_var[i] = log(beta * (1 - prev) / (1 - ab));
         s->c1[i] = beta * sqrt(prev) / (1 - ab);
         s->c2[i] = (1 - prev) * sqrt(1 - beta) / (1 - ab);
-        s->tau[i] = c->prediction == PREDICT_X ? x_tau(s->t[i]) : s->t[i] / (double)DIFFUSION_STEPS;
+        s->tau[i] = c->prediction == PREDICT_X ? clamped_tau(s->t[i]) : s->t[i] / (double)DIFFUSION_STEPS;
         s->dt[i] = 1.0 / steps;
     }
     s->log_var[0] = s->log_var[1]; // at i = 0 it would be log 0
 }
 
-// Other timesteps for models of flow and x. Those above are told t = 0 at the last step, when x_t still holds 1/S
-// noise. These are told what there is: step i goes from tau_i to tau_{i-1} and the last to 0, tau =
-// shift·u/(1+(shift-1)·u) at u = (i+1)/S (arXiv:2403.03206); a shift above 1 gives more of them to large t.
+// Other timesteps for models of flow and x. With those above the model is told t = 0 at the last step, when x_t still
+// holds 1/S of noise. Here it is told the noise that there is: step i goes from tau_i to tau_{i-1} and the last to 0,
+// tau = shift·u/(1+(shift-1)·u) at u = (i+1)/S (arXiv:2403.03206); a shift above 1 gives more of them to large t.
 static void schedule_shift(Schedule *s, double shift) {
     double before = 0;
     for (int i = 0; i < s->n; i++) {
@@ -1183,9 +1180,9 @@ typedef struct {
     float *path;      // (steps+1,STRIP,C,S,S) of the first pictures, x before each timestep and at the end; or NULL
 } SampleSettings;
 
-// Iterations of each timestep in sampling order (large t first), iters[0..S-1]; returns their sum. A real-valued share
-// of 1 + (total - S)·ratio/S is rounded through its running sum: each is then at least 1 and the sum is `total`.
-static int allocate_iterations(int *iters, int S, int total, int alloc) {
+// Iterations of each timestep in sampling order (large t first), iters[0..S-1]. A real-valued share of
+// 1 + (total - S)·ratio/S is rounded through its running sum: each is then at least 1 and the sum is `total`.
+static void allocate_iterations(int *iters, int S, int total, int alloc) {
     double running = 0;
     int spent = 0;
     for (int s = 0; s < S; s++) {
@@ -1195,7 +1192,6 @@ static int allocate_iterations(int *iters, int S, int total, int alloc) {
         iters[s] = (int)floor(running + 1e-6) - spent;
         spent += iters[s];
     }
-    return spent;
 }
 
 // Keeps x (B,C,S,S) of the first pictures, as it is before timestep `step`.
@@ -1265,7 +1261,7 @@ static void predicted(double *x0, double *eps, int prediction, double out, doubl
 static void loss_forward_backward(double *mse, double *vb, real *dout, const real *out, const float *x0,
                                   const float *noise, const real *x_t, const int *t, const Schedule *s, const Config *c,
                                   double scale, int B) {
-    size_t count = (size_t)c->channels * c->image_size * c->image_size;
+    size_t count = config_pixels(c);
 #pragma omp parallel for schedule(static)
     for (int b = 0; b < B; b++) {
         int time = t[b];
@@ -1273,7 +1269,7 @@ static void loss_forward_backward(double *mse, double *vb, real *dout, const rea
         if (c->prediction == PREDICT_V && c->v_weight == V_WEIGHT_P2)
             weight = ab / n * (1 - ab); // (x0-x0_hat)^2 = (1-ab)(v-out)^2
         if (c->prediction == PREDICT_X) // the velocity's error
-            weight = 1 / (x_tau(time) * x_tau(time));
+            weight = 1 / (clamped_tau(time) * clamped_tau(time));
         for (size_t i = 0; i < count; i++) {
             size_t at = b * count + i, out_at = b * count * (c->learn_sigma ? 2 : 1) + i;
             double target = c->prediction == PREDICT_EPS ? noise[at]
@@ -1306,13 +1302,13 @@ static void model_loss(Model *model, const Schedule *s, const float *x0, const f
                        int B, int n, int m, double scale, double *mse, double *vb) {
     const Config *c = &model->config;
     Activations *a = &model->a;
-    diffuse(a->x_t, x0, noise, t, s, config_straight(c), B, (size_t)c->channels * c->image_size * c->image_size);
+    diffuse(a->x_t, x0, noise, t, s, config_straight(c), B, config_pixels(c));
     model_forward(model, t, y, B, n, m, NULL);
     loss_forward_backward(mse, vb, a->dout, a->out, x0, noise, a->x_t, t, s, c, scale, B);
     model_backward(model);
 }
 
-// Until model_loss is done: here it is when it returns, but a GPU may be at work still.
+// Waits for model_loss: here it is done when it returns, a GPU may still be at work.
 static void model_wait(Model *m) { (void)m; }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1326,12 +1322,12 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
     const Config *c = &model->config;
     Activations *a = &model->a;
     int guided = set->cfg != 1, rows = guided ? 2 * B : B, S = s->n;
-    size_t count = (size_t)c->channels * c->image_size * c->image_size, out_count = count * (c->learn_sigma ? 2 : 1);
+    size_t count = config_pixels(c), out_count = count * (c->learn_sigma ? 2 : 1);
     size_t guided_count = count / c->channels * (set->cfg_channels < c->channels ? set->cfg_channels : c->channels);
     int *t = (int *)xcalloc((size_t)rows, sizeof *t, "sampling"),
         *labels = (int *)xcalloc((size_t)rows, sizeof *labels, "sampling");
     float *noise = (float *)xcalloc(B * count, sizeof *noise, "sampling");
-    Solve solve = {.reuse = set->reuse && c->fixed_point,
+    Solve solve = {.reuse = set->reuse,
                    .want_residual = set->trace || set->tol > 0,
                    .window = set->window,
                    .tol = set->tol,
@@ -1348,7 +1344,7 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
         model_forward(model, t, labels, rows, set->iters[step], 0, &solve);
         progress(B);
         set->passes += c->fixed_point ? c->pre_depth + solve.ran + c->post_depth : c->depth;
-        for (int k = 0; set->trace && k < solve.ran && c->fixed_point; k++)
+        for (int k = 0; set->trace && k < solve.ran; k++)
             fprintf(set->trace, "%d,%d,%d,%.6g\n", step, s->t[i], k + 1, solve.residuals[k]);
         if (!z && i > 0 && (set->sampler == SAMPLER_DDPM || (set->sampler == SAMPLER_DDIM && set->eta > 0)))
             for (int b = 0; b < B; b++)
@@ -1463,8 +1459,6 @@ static void anderson_forward(real *z, const real *before, real *history, double 
 // Part 3. Learning
 // =====================================================================================================================
 
-// AdamW (arXiv:1711.05101) with decoupled decay, and the moving average (EMA) of the weights, in one pass
-
 static void model_zero_gradients(Model *m) { memset(m->memory[MODEL_GRADS], 0, (size_t)m->n_params * sizeof(real)); }
 
 // Sum of squares in double: partial sums of fixed pieces, added in order, so that no number of threads changes it.
@@ -1488,7 +1482,8 @@ static double model_gradient_norm(const Model *m) {
 
 static real sqrt_real(real x) { return sizeof x == 4 ? (real)sqrtf((float)x) : (real)sqrt((double)x); }
 
-// Update number `step` (from 1); gradients are multiplied by grad_scale first.
+// AdamW (arXiv:1711.05101) and the moving average (EMA) of the weights, in one pass. Update number `step` (from 1);
+// gradients are multiplied by grad_scale first.
 static void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
                          double grad_scale, double ema_decay) {
     real b1 = (real)beta1, b2 = (real)beta2, new1 = (real)(1 - beta1), new2 = (real)(1 - beta2), epsilon = (real)eps;
@@ -1506,7 +1501,7 @@ static void model_update(Model *model, int64_t step, double lr, double beta1, do
         second[i] = v;
         weights[i] = w;
         ema[i] += toward * (w - ema[i]);
-        if (half) half[i] = float_to_bf16((float)w);
+        if (half) put(1, half, i, w);
     }
 }
 
@@ -1532,10 +1527,10 @@ static Batch batch_create(int B, size_t pixels) {
     return b;
 }
 
-// A timestep from two random words: any, or t/1000 = sigmoid(t_mean + t_std·g) with g normal (arXiv:2403.03206)
+// A timestep from two random words: uniform, or t/1000 = sigmoid(t_mean + t_std·g) with g normal (arXiv:2403.03206)
 static int draw_timestep(const uint32_t word[2], const Options *o) {
     if (o->t_sampling == T_UNIFORM) return (int)rng_below(word[0], DIFFUSION_STEPS);
-    double g = sqrt(-2 * log((word[0] + 0.5) * 0x1p-32)) * cos(6.283185307179586 * (word[1] + 0.5) * 0x1p-32);
+    double g = sqrt(-2 * log(rng_uniform(word[0]))) * cos(6.283185307179586 * rng_uniform(word[1]));
     return (int)fmin(floor(DIFFUSION_STEPS / (1 + exp(-(o->t_mean + o->t_std * g)))), DIFFUSION_STEPS - 1);
 }
 
@@ -1670,8 +1665,8 @@ static void model_reduce(Model *m) {
 // packed 83; A read in place 88; the next rows of A prefetched 91. Prefetching them in one burst before a tile stalls
 // it: one line at each k instead. dy^T.x, where A is packed, reaches 80 to 88. No gain: tiles of 12 x 2 and 14 x 2
 // vectors, the loop over panels outside that over rows, huge pages.
-// Where rows of A lie a multiple of 2048 bytes apart, they share the few places of a cache set (at 4096 the rate halves):
-// such rows are copied. More k at once and narrower blocks of B: 2 to 4 % more.
+// Where rows of A lie a multiple of 2048 bytes apart, they share the few places of a cache set, and at 4096 the rate
+// halves: such rows are copied. More k at once and narrower blocks of B: 2 to 4 % more.
 // With bf16's instruction the peak is twice as high: of that peak 85 to 93, and dy^T.x 78 to 90.
 
 // Vectors as wide as the machine's registers; plain C operators act on all lanes, so no instruction is named below but
@@ -1696,7 +1691,7 @@ enum {
     PACKED_KC = 384,
     PACKED_BLOCK = 1600 * 1024 / sizeof(real),
     MC = 8 * MR,
-    PITCH = KC + 64 / sizeof(real), // between rows of A that are copied: an odd number of cache lines
+    PITCH = KC + 64 / sizeof(real),  // between rows of A that are copied: an odd number of cache lines
     GEMM_B = PACKED_BLOCK + NR * KC, // a block is whole panels
 };
 #define VECTOR(bytes) __attribute__((vector_size(bytes), aligned(sizeof(real)), may_alias)) // may stand anywhere

@@ -1,20 +1,23 @@
 // cuda_emu: runs CUDA source on a CPU, to test it where there is no GPU, and to see what a GPU would forgive.
 //
-//     g++ -x c++ -std=c++17 -O3 -Wall -Wextra -Wshadow -Wno-unknown-pragmas fpdm.cu test/cuda_emu.cpp    (or clang++)
+//     g++ -x c++ -std=c++17 -O3 -Wall -Wextra -Wshadow -Wno-unknown-pragmas -DPROGRAM=TRAIN
+//         fpdm.cu test/cuda_emu.cpp    (or clang++)
 //     ... -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined    to check every access
 //     EMU_ORDER=0|1|N ./program      blocks, warps and lanes run forward, backward, or shuffled with seed N, and then
 //                                    whoever waits makes room for a random one that need not
 //     EMU_ROUGH=1 ./program          tensor cores truncate their sums and fast functions err by up to 2 ulp
-//     g++ ... -DAMD -DWARP=64        as on AMD's GPUs: test/hip.h's fragments and waves of 64 lanes (CDNA) or 32 (RDNA)
+//     g++ ... -DOWN_FRAGMENTS -DWARP=64    as on AMD's GPUs: test/hip.h's fragments, waves of 64 lanes (CDNA), or 32
+//                                    (RDNA)
 //     EMU_KERNELS=FILE ./program     appends to FILE each kernel that the program can launch, and how often it did
 //
 // It is also the first port of fpdm.cu: a new accelerator has to give a meaning to the same names.
-//   1. the language: __global__ __device__ __shared__ ..., threadIdx, float2, __nv_bfloat16, exp2f
+//   1. the language: __global__ __device__ __shared__ ..., threadIdx, __nv_bfloat16, exp2f
 //   2. what the threads of a block do together: __syncthreads, __syncwarp, shuffles
 //   3. what stands in fpdm.cu as PTX under #ifdef NVIDIA, here under the same names:
 //        ldmatrix_x4, ldmatrix_x4_trans (uint32_t *r, const void *smem)            8x8 tiles of 16 bits to registers
 //        mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2])            d += a b, 16x8 += 16x16 * 16x8
 //        mma_bf16_half(float d[4], const uint32_t a[4], const uint32_t b[2])       += 16x8 * 8x8: a[0], a[1], b[0]
+//      (a matrix unit that holds its operands otherwise replaces these four by what stands under "Fragments": hip.h)
 //        cp_async16(void *smem, const void *gmem, bool valid)                      zeros if not valid
 //        cp_async_commit(), cp_async_wait<N>()                                     all but the N newest groups landed
 //        fast_exp2(float x)                                                        2^x, within 2 ulp
@@ -267,7 +270,7 @@ template <int N>
 inline void cp_async_wait(EMU_LINE) {
     emu::cp_async_wait(N, line);
 }
-#ifdef AMD
+#ifdef OWN_FRAGMENTS
 inline void matrix_bf16(float *d, const uint32_t *a, const uint32_t *b, EMU_LINE) { emu::matrix(d, a, b, line); }
 #include "hip.h" // the fragments that stand on it
 #endif

@@ -1,16 +1,18 @@
 // hip.h: what fpdm.cu needs to run on AMD's GPUs, from HIP or, to see that it compiles, from clang alone:
 //
-//     hipcc -x hip -std=c++17 -O3 --offload-arch=gfx90a fpdm.cu                     with ROCm
+//     hipcc -x hip -std=c++17 -O3 --offload-arch=gfx90a -DPROGRAM=TRAIN fpdm.cu -o train_hip    with ROCm, and
+//     hipcc -x hip -std=c++17 -O3 --offload-arch=gfx90a -DGPU test/test.c -o test_hip
 //     clang++ -x hip -std=c++17 -O3 --offload-arch=gfx90a -nogpuinc -nogpulib --cuda-device-only -S fpdm.cu
 //
 // -DWARP=64 for CDNA (gfx90a, gfx942), whose matrix cores have MFMA, -DWARP=32 for RDNA 3 (gfx1100), which has WMMA.
 // `make hip` does the second for all of them. Nobody has run it on such a GPU: the fragments, where a port goes wrong
-// first, are tested on a CPU, in the layouts of AMD's documents: `make test_cdna test_rdna`.
+// first, are tested on a CPU, in the layouts of AMD's documents: `make test_cdna test_rdna` builds
+// these tests.
 
 #ifndef FPDM_HIP_H
 #define FPDM_HIP_H
-#ifndef AMD
-#define AMD // the harness is told so on the command line
+#ifndef OWN_FRAGMENTS
+#define OWN_FRAGMENTS // the harness is told so on the command line
 #endif
 
 #ifndef WARP
@@ -125,7 +127,7 @@ DECLARE(hipFuncSetAttribute);
 #undef DECLARE
 #endif
 
-#ifdef __HIP_DEVICE_COMPILE__
+#if defined(__HIP_DEVICE_COMPILE__) && defined(__AMDGCN_WAVEFRONT_SIZE)
 static_assert(WARP == __AMDGCN_WAVEFRONT_SIZE, "say -DWARP=32 for RDNA, -DWARP=64 for CDNA");
 #endif
 #define __align__(n) __attribute__((aligned(n)))
@@ -186,11 +188,13 @@ __device__ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
 }
 
 // The lanes of a wave go in step: what they write to shared memory must only not be moved.
+#if !defined(HIP_VERSION) || HIP_VERSION < 70000000 // later ones have it
 __device__ inline void __syncwarp() {
     __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
     __builtin_amdgcn_wave_barrier();
     __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
 }
+#endif
 
 // Copies that are done when they are asked for
 __device__ inline void cp_async16(void *smem, const void *gmem, bool valid) {

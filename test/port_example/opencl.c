@@ -164,11 +164,11 @@ static void show(Model *m, const char *name, int k, const real *data, int64_t co
 }
 
 // From z in l->x, as fixed_point_forward. What sampling asks of an iteration is the CPU's.
-static Layer *device_fixed_point(Model *m, Layer *l, int n, int iterations, Solve *solve) {
+static Layer *device_fixed_point(Model *m, Layer *l, int n, int grad_iters, Solve *solve) {
     Activations *a = &m->a;
     size_t count = (size_t)config_tokens(&m->config) * m->config.width;
     int watched = solve && (solve->want_residual || solve->window);
-    for (int k = 1; k <= n + iterations; k++) {
+    for (int k = 1; k <= n + grad_iters; k++) {
         Layer *next = k <= n ? l : l + 1;
         real *z = next->x;
         if (watched) device_copy(m, a->z_before, l->x);
@@ -179,7 +179,7 @@ static Layer *device_fixed_point(Model *m, Layer *l, int n, int iterations, Solv
         solve->ran = k;
         if (watched) to_host(m);
         if (solve->want_residual) solve->residuals[k - 1] = residual_of(z, a->z_before, m->B, count);
-        int last = k == n + iterations || (solve->want_residual && solve->residuals[k - 1] < solve->tol);
+        int last = k == n + grad_iters || (solve->want_residual && solve->residuals[k - 1] < solve->tol);
         if (solve->window)
             anderson_forward(z, a->z_before, a->history, a->gram, k, solve->window, last ? 1 : solve->mixing, m->B,
                              count);
@@ -189,7 +189,7 @@ static Layer *device_fixed_point(Model *m, Layer *l, int n, int iterations, Solv
     return l;
 }
 
-static void model_forward(Model *m, const int *t, const int *y, int B, int n, int iterations, Solve *solve) {
+static void model_forward(Model *m, const int *t, const int *y, int B, int n, int grad_iters, Solve *solve) {
     const Config *c = &m->config;
     Activations *a = &m->a;
     int T = config_tokens(c), D = c->width, p = c->patch, Cout = config_out_channels(c), i = 0, error = 0;
@@ -197,7 +197,7 @@ static void model_forward(Model *m, const int *t, const int *y, int B, int n, in
     Layer *l = a->layer;
     if (m->half) die("the OpenCL port computes in fp32: say --dtype fp32");
     m->B = B;
-    m->m = c->fixed_point ? iterations : 0;
+    m->grad_iters = c->fixed_point ? grad_iters : 0;
     condition_forward(m, t, y); // one row a picture
     if (!opencl.program) opencl_open();
     opencl.activations = clCreateBuffer(opencl.context, CL_MEM_READ_WRITE | CL_MEM_USE_HOST_PTR, m->activation_bytes,
@@ -219,7 +219,7 @@ static void model_forward(Model *m, const int *t, const int *y, int B, int n, in
         const real *start = solve && solve->reuse && solve->reuse_ready ? a->reused : l->x;
         l++;
         device_copy(m, l->x, start);
-        l = device_fixed_point(m, l, n, iterations, solve);
+        l = device_fixed_point(m, l, n, grad_iters, solve);
         if (solve && solve->reuse) {
             device_copy(m, a->reused, l->x);
             solve->reuse_ready = 1;
