@@ -753,7 +753,7 @@ enum Kind { MODEL_WEIGHTS, MODEL_GRADS, MODEL_ADAM_M, MODEL_ADAM_V, MODEL_EMA };
 typedef struct {
     Config config;
     int batch, max_m, recompute, training, window; // what the activations have room for
-    int half;                                      // operands of the matmuls are bf16
+    int half;                                      // operands of the matmuls are bf16 (never fp16)
     int n_tensors;
     ParamTensor *tensors;
     int64_t n_params;
@@ -1663,11 +1663,11 @@ static void model_reduce(Model *m) {
 // the second-level cache. A is read where it stands when its rows are contiguous, else MC of its rows are packed too.
 // In % of the peak of a Zen 5 core with AVX-512: plain loops for x.W^T 2, with `omp simd` 19; these tiles with A and B
 // packed 83; A read in place 88; the next rows of A prefetched 91. Prefetching them in one burst before a tile stalls
-// it: one line at each k instead. dy^T.x, where A is packed, reaches 80 to 88. No gain: tiles of 12 x 2 and 14 x 2
-// vectors, the loop over panels outside that over rows, huge pages.
+// it: one line at each k instead. dy^T.x, where A is packed, is the slowest. No gain: tiles of 12 x 2 and 14 x 2 vectors,
+// the loop over panels outside that over rows, huge pages.
 // Where rows of A lie a multiple of 2048 bytes apart, they share the few places of a cache set, and at 4096 the rate
 // halves: such rows are copied. More k at once and narrower blocks of B: 2 to 4 % more.
-// With bf16's instruction the peak is twice as high: of that peak 85 to 93, and dy^T.x 78 to 90.
+// With bf16's instruction the peak is twice as high. ./bench_cpu measures each shape of a model.
 
 // Vectors as wide as the machine's registers; plain C operators act on all lanes, so no instruction is named below but
 // one, in pair_multiply. A tile has 2 MR sums in registers, with room for two vectors of B and one of A: there are 32

@@ -6,6 +6,7 @@
 //   make test_kernels_emu     without a GPU;  make test_kernels_gpu: on one;  make kernels: which kernels tests launch
 
 #include "../fpdm.cu"
+#include <sys/wait.h>
 #include <vector>
 
 typedef std::vector<float> Floats;
@@ -394,7 +395,52 @@ static void test_residual(int B, int side, int D) {
     gpu_free(gz, 0), gpu_free(m.a.z_before, 0), gpu_free(m.a.sums, 0);
 }
 
+// Sizes that the kernels do not serve end the program with one line and exit status 1: in a child, before this process
+// opens the GPU.
+static void test_refusals(void) {
+    struct {
+        const char *words;
+        int image_size, channels, patch, width, heads, batch;
+    } tests[] = {
+        {"needs a multiple of 8", 8, 3, 2, 36, 3, 2},
+        {"head size 136", 8, 3, 2, 272, 2, 2},
+        {"numbers in a patch", 256, 4, 256, 64, 2, 2},
+        {"on this GPU training takes at most", 8, 3, 2, 16384, 128, 2},
+        {"at most 65535", 8, 3, 2, 64, 2, 65536},
+        {"65000 pictures of 4225 tokens", 130, 3, 2, 64, 2, 65000}, // an int counts tokens
+        {"8000 pictures of 256 tokens", 32, 3, 2, 1152, 16, 8000},  // 32 bits count the numbers of inj_part
+    };
+    for (auto &test : tests) {
+        char said[300] = "";
+        int ends[2], status = 0;
+        if (pipe(ends)) die("no pipe");
+        fflush(NULL);
+        pid_t child = fork();
+        if (child == 0) {
+            Config c = {};
+            c.image_size = test.image_size, c.channels = test.channels, c.patch = test.patch;
+            c.width = test.width, c.heads = test.heads, c.mlp_ratio = 4, c.classes = 10;
+            c.fixed_point = c.pre_depth = c.post_depth = 1, c.depth = 8;
+            dup2(ends[1], 2);
+            model_create(&c, test.batch, 1, 0, test.batch < 8000, 0, COMPUTE_BF16);
+            exit(0);
+        }
+        close(ends[1]);
+        FILE *error = fdopen(ends[0], "r");
+        size_t length = fread(said, 1, sizeof said - 1, error);
+        fclose(error);
+        waitpid(child, &status, 0);
+        int lines = 0, ok = WIFEXITED(status) && WEXITSTATUS(status) == 1 && strstr(said, test.words);
+        for (size_t i = 0; i < length; i++) lines += said[i] == '\n';
+        ok &= lines == 1;
+        printf("refused: %-60s %s\n", test.words, ok ? "ok" : "FAIL");
+        if (!ok) printf("    %s\n", said);
+        (ok ? passed : failed)++;
+    }
+}
+
 int main(void) {
+    test_refusals();
     gpu_open();
     int hopper = gpu.wgmma;
     gpu.wgmma = 0; // first what every GPU does
@@ -412,6 +458,7 @@ int main(void) {
             for (int parts : {1, 2, 3, 7}) test_layernorm_backward(half, 4, 7, 72, parts);
             test_layernorm_backward(half, 2, 10, 1160, 7);
             test_layernorm_backward(half, 1, 3, 2064, 7);
+            if (sms == 3) test_layernorm_backward(half, 1, 2, 3160, 7); // the widest that model_create allows in 99 KB
             test_anderson(half, 3, 2, 8, 3);
             test_anderson(half, 2, 7, 40, 1);
             test_anderson(half, 1, 5, 64, 8);
