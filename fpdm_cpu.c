@@ -2220,6 +2220,7 @@ static void ranks_same(const char *what, uint64_t hash) {
 
 static char temp_path[PATH_MAX], temp_target[PATH_MAX]; // of the file that is being written; "" when there is none
 static int passing_line;                                // the terminal shows a line that the next one goes over
+static int terminal;                                    // whether standard output is one
 
 static void end_passing(void) {
     if (passing_line) fputs("\r\x1b[K", stdout);
@@ -2234,7 +2235,7 @@ __attribute__((format(printf, 2, 3))) static void say(int passing, const char *f
     end_passing();
     vprintf(fmt, args);
     va_end(args);
-    passing_line = passing && isatty(1);
+    passing_line = passing && terminal;
     if (!passing_line) putchar('\n');
     fflush(stdout);
 }
@@ -2321,7 +2322,7 @@ static double memory_limit(void) {
     return have / ranks.here;
 }
 
-static double pause_ms(void) { return isatty(1) ? 2000 : 10000; } // between two lines about how far the program is
+static double pause_ms(void) { return terminal ? 2000 : 10000; } // between two lines about how far the program is
 
 static const char *minutes(double ms) {
     static char text[32];
@@ -2371,7 +2372,10 @@ static FILE *open_temp(const char *path) {
     umask(mask);
     if (stat(path, &info) == 0) {
         if (!S_ISREG(info.st_mode)) die("%s: is not a regular file; use another name", path);
+        if (access(path, W_OK)) fail_temp(path);
         mode = info.st_mode & 0777;
+    } else if (lstat(path, &info) == 0) {
+        die("%s: is a link to nothing; make the file that it names, or remove it", path);
     }
     if (!realpath(path, temp_target)) snprintf(temp_target, sizeof temp_target, "%s", path);
     char name[2 * PATH_MAX];
@@ -2536,7 +2540,8 @@ typedef struct {
 __attribute__((noreturn)) static void json_fail(const Json *j, const char *why) {
     char name[250] = "";
     if (j->tensor) snprintf(name, sizeof name, "tensor %.200s: ", j->tensor);
-    die("%s: %s%s (byte %td of the JSON text); the file is " ST_DAMAGED, j->path, name, why, j->p - j->start);
+    die("%s: %s%s (byte %td of the JSON text); the file is damaged, or has JSON that this program does not read",
+        j->path, name, why, j->p - j->start);
 }
 
 // Skips white space, then takes `c` if it comes next.
@@ -2838,13 +2843,14 @@ static void st_save(const char *path, const Tensor *tensors, int n, const Meta *
     commit_temp(file, path);
 }
 
-// The metadata value `class_names`, a JSON list of strings, as an array; NULL if json is NULL or the list is empty.
-static const char **parse_class_names(const char *json, int *count) {
+// The metadata value `class_names` of a file, a JSON list of strings, as an array; NULL if json is NULL or the list is empty.
+static const char **parse_class_names(const char *path, const char *json, int *count) {
     const char **names = NULL;
     *count = 0;
     if (!json) return NULL;
-    char *text = xstrdup(json);
-    Json j = {"class_names", NULL, text, text, text + strlen(text)};
+    char *text = xstrdup(json), where[PATH_MAX + 32];
+    snprintf(where, sizeof where, "%s: metadata class_names", path);
+    Json j = {where, NULL, text, text, text + strlen(text)};
     json_expect(&j, '[');
     for (; json_more(&j, *count, ']'); ++*count) {
         names = (const char **)grow(names, (size_t)*count, sizeof *names);
@@ -2880,8 +2886,10 @@ static const Option option_table[] = {
     {"", 0, 0, 0, "", 0, 0, "Model"},
     {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
     {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0,
-     "S/2 to XL/8: sets width, heads, depth, patch, the paper's n, m, c_pp, timesteps, constant lr, ema, no clipping"},
-    {"width", MODEL, OPT_INT, AT(model.width), "128", 8, 16384, "D, channels of a token; a multiple of 8"},
+     "S/2 to XL/8: sets width, heads, depth, patch, the paper's n, m, c_pp, timesteps, lr, ema; no skip, warm-up, "
+     "clip"},
+    {"width", MODEL, OPT_INT, AT(model.width), "128", 8, 16384,
+     "D, channels of a token; a multiple of 4, on a GPU of 8"},
     {"heads", MODEL, OPT_INT, AT(model.heads), "4", 1, 1024, "attention heads; width / heads is the head size"},
     {"depth", MODEL, OPT_INT, AT(model.depth), "8", 1, 64, "DiT: blocks; fixed point: default iterations + pre + post"},
     {"patch", MODEL, OPT_INT, AT(model.patch), "4", 1, 64, "side of a patch in pixels"},
@@ -2963,13 +2971,12 @@ static const Option option_table[] = {
     {"sample_every", TRAIN, OPT_INT, AT(sample_every), "1500", 0, 2e9, "steps between sample grids; 0: at the end"},
     {"log_every", TRAIN, OPT_INT, AT(log_every), "0", 0, 2e9, "steps between progress lines; 0: every few seconds"},
     {"weights_dtype", TRAIN, OPT_CHOICE, AT(weights_dtype), "f32", 0, 0, "f32|bf16: tensors in weights.safetensors"},
-    {"tensors", SAMPLE, OPT_TEXT, AT(latents), "", 0, 0, "also write pictures or latents as a safetensors file"},
-    {"latents", SAMPLE, OPT_TEXT, AT(latents), "", 0, 0, "another name of --tensors"},
+    {"latents", SAMPLE, OPT_TEXT, AT(latents), "", 0, 0, "also write pictures or latents as a safetensors file"},
     {"trace", SAMPLE, OPT_TEXT, AT(trace), "", 0, 0, "write the residual of every iteration as CSV"},
     {"strip", SAMPLE, OPT_TEXT, AT(strip), "", 0, 0,
      "draw x_t and the predicted x0 of a few pictures into this PNG, a column a timestep"},
     {"show", TRAIN | SAMPLE, OPT_FLAG, AT(show), "0", 0, 1, "1: draw the pictures in the terminal"},
-    {"zoom", SAMPLE, OPT_INT, AT(zoom), "0", 0, 64, "side of a pixel in the PNG; 0: 4, 2 or 1 by their size"},
+    {"zoom", SAMPLE, OPT_INT, AT(zoom), "0", 0, 64, "side of a pixel in --out; 0: 4, 2 or 1 by their size, in DIR/ 1"},
     {"dtype", TRAIN | SAMPLE | BENCH, OPT_CHOICE, AT(dtype), "auto", 0, 0,
      "auto|fp32|bf16: arithmetic; auto: fp32 on a CPU, bf16 on a GPU"},
     {"seed", TRAIN | SAMPLE | BENCH, OPT_SEED, AT(seed), "1", 0, 0, "every random draw follows from it"},
@@ -3005,7 +3012,7 @@ static void option_set(Options *o, const Option *opt, const char *text, const ch
         if (opt->type == OPT_RANGE && *end == ',') b = strtod(second, &end);
         if (end == text || end == second || *end || !(opt->lo <= a && a <= b && b <= opt->hi) ||
             (opt->type != OPT_REAL && (a != floor(a) || b != floor(b))))
-            die("%s%s: '%s' is not a %s from %g to %g", where, opt->name, text, kind, opt->lo, opt->hi);
+            die("%s%s: '%s' is not a %s from %.10g to %.10g", where, opt->name, text, kind, opt->lo, opt->hi);
         if (opt->type == OPT_RANGE) ((int *)field)[1] = (int)b;
         if (opt->type == OPT_REAL)
             *(double *)field = a;
@@ -3437,7 +3444,7 @@ static void dataset_open(Dataset *d, const char *path, int shapes_size, uint64_t
         d->channels = 3;
         d->size = shapes_size;
         d->class_json = shape_names;
-        d->class_names = parse_class_names(d->class_json, &d->classes);
+        d->class_names = parse_class_names(path, d->class_json, &d->classes);
         return;
     }
     st_open(&d->file, path);
@@ -3458,7 +3465,7 @@ static void dataset_open(Dataset *d, const char *path, int shapes_size, uint64_t
     d->channels = (int)C;
     d->latent_scale = st_meta(&d->file, "latent_scale");
     d->class_json = y ? st_meta(&d->file, "class_names") : NULL;
-    d->class_names = parse_class_names(d->class_json, &d->classes);
+    d->class_names = parse_class_names(path, d->class_json, &d->classes);
     for (int64_t i = 0; y && i < n; i++) {
         int label = dataset_label(d, i, d->class_names ? d->classes : 999999); // the number of classes: no label
         if (label >= d->classes && !d->class_names) d->classes = label + 1;
@@ -3487,22 +3494,22 @@ static int64_t dataset_index(Dataset *d, int64_t g) {
 
 // x (C,H,W) in -1..1 and the label of sample `index` (of the file, or of the endless shapes).
 static void dataset_sample(const Dataset *d, float *x, int *label, int64_t index) {
-    int hw = d->size * d->size, C = d->channels;
+    int64_t hw = (int64_t)d->size * d->size, C = d->channels;
     if (!d->count) {
         shapes_draw(x, label, d->size, d->seed, (uint32_t)index);
         return;
     }
     Tensor one = *d->x;
-    one.count = (int64_t)C * hw;
+    one.count = C * hw;
     const unsigned char *source = (const unsigned char *)one.data + (size_t)index * one.count * dtype_sizes[one.dtype];
     one.data = source;
     if (one.dtype == U8) {
-        for (int c = 0; c < C; c++)
-            for (int i = 0; i < hw; i++) x[c * hw + i] = source[i * C + c] / 127.5f - 1;
+        for (int64_t c = 0; c < C; c++)
+            for (int64_t i = 0; i < hw; i++) x[c * hw + i] = source[i * C + c] / 127.5f - 1;
     } else {
         st_to_float(&d->file, &one, x);
     }
-    for (int i = 0; i < C * hw; i++)
+    for (int64_t i = 0; i < C * hw; i++)
         if (!isfinite(x[i])) die("%s: tensor x: sample %lld holds %g; remove it", d->file.path, (long long)index, x[i]);
     *label = d->y ? dataset_label(d, index, d->classes) : 0;
 }
@@ -3601,7 +3608,7 @@ static double model_flops(const Config *c, int B, int n, int m) {
 static int resolve_sampler(int sampler, const Config *c) {
     int flow = config_straight(c);
     if (c->prediction == PREDICT_EPS && c->zero_terminal_snr)
-        die("option --zero_terminal_snr: a model of eps cannot be sampled with it; train with --prediction v");
+        die("zero_terminal_snr 1: at the last timestep eps says nothing of the picture; train with --prediction v");
     if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
     if ((sampler == SAMPLER_FLOW) != flow)
         die("option --sampler: this model predicts %s; use --sampler auto",
@@ -3640,7 +3647,9 @@ static void plan_iterations(int iters[DIFFUSION_STEPS], const Options *o, const 
             o->budget, S, per_step + 1);
     allocate_iterations(iters, S, total, o->alloc);
     for (int i = 0; i < S; i++)
-        if (iters[i] > 1000) die("option --budget: more than 1000 iterations in a timestep; lower it or raise --steps");
+        if (iters[i] > 1000)
+            die("option --%s: more than 1000 iterations in a timestep; lower it%s", o->budget ? "budget" : "iters",
+                o->budget ? " or raise --steps" : "");
 }
 
 // All that sampling is told; `iters` is where its plan of iterations goes.
@@ -3671,9 +3680,10 @@ static void parse_labels(int *y, int n, const char *list, int classes, const cha
     for (char *word; *list && (word = strsep(&rest, ","));) {
         char *end;
         long value = strtol(word, &end, 10);
-        int label = *word && !*end && value >= 0 && value <= classes ? (int)value : -1;
+        int label = -1;
         for (int i = 0; label < 0 && names && i < classes; i++)
             if (!strcmp(names[i], word)) label = i;
+        if (label < 0 && *word && !*end && value >= 0 && value <= classes) label = (int)value;
         if (label < 0)
             die("option --labels: '%s' is neither a class name nor a number from 0 to %d (%d: no label); a name that "
                 "holds a comma needs its number",
@@ -3695,7 +3705,7 @@ static void sample_pictures(Model *model, const Schedule *s, SampleSettings *set
     int at_a_time = set->cfg != 1 ? model->batch / 2 : model->batch;
     int64_t passes = 0;
     progress_begin("sampling", (int64_t)n * s->n);
-    for (int first = 0; first < n; first += at_a_time) {
+    for (int first = 0; first < n && !interrupted; first += at_a_time) {
         int B = n - first < at_a_time ? n - first : at_a_time;
         for (int b = first; b < first + B; b++) rng_normal(x + b * count, count, 0, seed, (uint32_t)b, STREAM_XT);
         set->passes = 0;
@@ -3713,7 +3723,7 @@ static void save_pictures(const char *path, const float *x, const int *y, int n,
     Tensor tensors[2] = {st_tensor("y", I64, label, 1, n, 1, 1, 1),
                          st_tensor("x", F32, x, 4, n, c->channels, c->image_size, c->image_size)};
     const Meta meta[] = {{"class_names", class_names}, {"latent_scale", latent_scale}};
-    st_save(path, tensors, 2, meta, 2);
+    st_save(path, tensors + !c->classes, c->classes ? 2 : 1, meta, 2); // unlabelled data have no y
     xfree(label);
 }
 
@@ -3809,8 +3819,8 @@ static void save_parts(const Run *run, const char *name, const ModelPart *parts,
         model_download(m, kind, p->offset, p->count, run->tensor);
         int64_t bad = first_bad(run->tensor, p->count, kind);
         if (bad >= 0)
-            die("step %d: tensor %s became %g and is not saved; %s keeps the step before: lower --lr", o->step,
-                names[i], run->tensor[bad], o->out);
+            die("step %d: tensor %s became %g and is not saved; what %s has stays: lower --lr", o->step, names[i],
+                run->tensor[bad], o->out);
         for (int64_t e = 0; dtype == BF16 && e < p->count; e++) { // in place: it is half as large
             uint16_t half = float_to_bf16(run->tensor[e]);
             memcpy((char *)run->tensor + 2 * e, &half, 2);
@@ -3866,6 +3876,14 @@ static void run_save(Run *run) {
     save_parts(run, "weights", &weights_part, 1, run->o->weights_dtype ? BF16 : F32, WEIGHTS);
 }
 
+// Ends the program, before its work rather than after it, if `n` pictures do not fit in memory.
+static void check_memory(const char *option, int64_t n, const Config *c) {
+    double need = 4.0 * (double)n * (double)config_pixels(c), have = memory_limit();
+    if (need > have)
+        die("option --%s: %lld pictures take %.0f MB; this process may use %.0f MB", option, (long long)n, need / 1e6,
+            have / 1e6);
+}
+
 // Pictures x (n,C,S,S) of the labels y (n) from the weights in use; to be released with xfree. Writes --trace.
 static float *draw_pictures(const Options *o, Model *m, SampleSettings *set, const int *y, int n) {
     float *x = (float *)xcalloc(n * config_pixels(&m->config), sizeof *x, "pictures");
@@ -3901,8 +3919,11 @@ static void run_pictures(Run *run) {
     model_use(run->model, MODEL_EMA);
     float *x = draw_pictures(&o, run->model, &set, y, n);
     model_use(run->model, MODEL_WEIGHTS);
-    save_grid(path, x, n, &o);
-    say(0, "pictures: %s", path);
+    if (!interrupted) { // else --resume draws them
+        save_grid(path, x, n, &o);
+        say(0, "pictures: %s%s", path,
+            o.cfg != run->o->cfg ? " (without guidance, which needs room for two pictures)" : "");
+    }
     xfree(x);
     xfree(y);
 }
@@ -3913,9 +3934,11 @@ static FILE *open_log(const char *folder, int step) {
     char path[PATH_MAX], line[512];
     snprintf(path, sizeof path, "%s/log.csv", folder);
     FILE *file = open_temp(path), *old = step ? fopen(path, "r") : NULL;
+    if (step && !old && errno != ENOENT) die("%s: cannot read: %s; its rows would be lost", path, strerror(errno));
     fprintf(file, "step,loss,mse,vb,grad_norm,lr,n,m,ms,images_per_s\n");
     while (old && fgets(line, sizeof line, old))
         if (isdigit((unsigned char)*line) && atoi(line) < step && strchr(line, '\n')) fputs(line, file);
+    if (old && ferror(old)) die("%s: cannot read; its rows would be lost", path);
     if (old) fclose(old);
     commit_temp(file, path);
     file = fopen(path, "a");
@@ -3946,16 +3969,25 @@ static void run_report(Run *run, const Step *did, double ms) {
     int first = o->step == run->begun + 1, last = o->step == o->steps, steps = o->step - run->shown;
     if (!(o->log_every ? o->step % o->log_every == 0 : first || now_ms() - run->shown_ms > pause_ms()) && !last) return;
     say(!o->log_every && !last, "step %d/%d  loss %.4f  %.0f images/s  %.1f GFLOP/s  %s left", o->step, o->steps,
-        run->sum_loss / steps, steps * o->batch / run->sum_ms * 1e3, run->sum_flops / run->sum_ms * 1e-6,
+        run->sum_loss / steps, (double)steps * o->batch / run->sum_ms * 1e3, run->sum_flops / run->sum_ms * 1e-6,
         minutes(run->ms / (o->step - run->begun) * (o->steps - o->step)));
     run->shown = o->step;
     run->shown_ms = now_ms();
     run->sum_ms = run->sum_flops = run->sum_loss = 0;
 }
 
+enum { N_STOP = 4 };
+static const int stop_signals[N_STOP] = {SIGINT, SIGTERM, SIGPIPE, SIGHUP};
+
+static void on_kill(int number) { // no half-written file stays
+    if (*temp_path) unlink(temp_path);
+    signal(number, SIG_DFL);
+    raise(number);
+}
+
 static void on_interrupt(int number) {
     interrupted = 1;
-    if (number == SIGINT) signal(number, SIG_DFL); // a second time it ends the program at once
+    if (number == SIGINT) signal(number, on_kill); // a second time it ends the program at once
 }
 
 // Takes the folder of a run for this process alone, until it ends, and removes what a killed one left there.
@@ -3980,9 +4012,11 @@ static int export_data(const Options *o, Dataset *d) {
     int64_t n = (int64_t)o->steps * o->batch;
     if (n > 1000000) die("option --export: %lld pictures; at most a million: lower --steps", (long long)n);
     check_writable(o->export_to, o->data);
+    check_memory("steps", n, &o->model);
     float *x = (float *)xcalloc(n * config_pixels(&o->model), sizeof *x, "pictures");
     int *y = (int *)xcalloc(n, sizeof *y, "labels");
-    dataset_batch(d, x, y, 0, (int)n, 0, (int)n, o->hflip, 0);
+    for (int step = 0, B = o->batch; step < o->steps; step++)
+        dataset_batch(d, x + step * B * config_pixels(&o->model), y + step * B, step, B, 0, B, o->hflip, 0);
     save_pictures(o->export_to, x, y, (int)n, &o->model, d->class_json, d->latent_scale);
     say(0, "%lld pictures of %s: %s", (long long)n, o->data, o->export_to);
     return 0;
@@ -4098,6 +4132,7 @@ static void init_read(float *values, const Model *m, const SafeTensors *f, const
     if (relabelled)
         printf("; labels: %d there, %d here: their rows are drawn anew, that of no label is kept", from->classes,
                c->classes);
+    if (from->fixed_point && from->skip != c->skip) printf("; skip %d there, %d here", from->skip, c->skip);
     printf("\n");
 }
 
@@ -4118,9 +4153,6 @@ static int train_main(int argc, char **argv) {
     options_default(o, TRAIN);
     ranks_open();
     options_parse(o, TRAIN, argc, argv, about);
-    static const int stop[] = {SIGINT, SIGTERM, SIGPIPE, SIGHUP};
-    for (int i = 0; i < 4; i++)
-        if (signal(stop[i], on_interrupt) == SIG_IGN && stop[i] == SIGHUP) signal(SIGHUP, SIG_IGN); // nohup says so
     if (*o->init) from = init_settings(o, &start, argc, argv, about);
     if (*o->resume) {
         run_folder(o->resume);
@@ -4168,6 +4200,8 @@ static int train_main(int argc, char **argv) {
     float *tensor = (float *)xcalloc(params_largest(m->tensors, m->n_tensors), sizeof *tensor, "saving");
     double mb = 4e-6 * (double)m->n_params, activations = 1e-6 * (double)m->activation_bytes;
     double saving = 4e-6 * (double)params_largest(m->tensors, m->n_tensors);
+    for (int i = 0; i < N_STOP; i++) // from here on there is something to save
+        if (signal(stop_signals[i], on_interrupt) == SIG_IGN && stop_signals[i] == SIGHUP) signal(SIGHUP, SIG_IGN);
     say(0, "data: %s, %dx%d, %d channels, %d classes%s", o->data, c->image_size, c->image_size, c->channels, c->classes,
         data.count ? "" : ", endless");
     if (ranks.count > 1) say(0, "ranks: %d, each with its %d or so of %d pictures", ranks.count, rows, o->batch);
@@ -4210,21 +4244,26 @@ static int sample_main(int argc, char **argv) {
     int dtype = compute_dtype(o->dtype), iters[DIFFUSION_STEPS], n = o->n, B = n < o->batch ? n : o->batch, named;
     st_open(&f, o->weights);
     options_from_meta(o, &f, WEIGHTS);
-    const char *class_json = st_meta(&f, "class_names"), **names = parse_class_names(class_json, &named);
+    const char *class_json = st_meta(&f, "class_names"), **names = parse_class_names(o->weights, class_json, &named);
     const char *latent_scale = st_meta(&f, "latent_scale");
     if (names && named != c->classes)
         die("%s: metadata class_names has %d names for %d classes", o->weights, named, c->classes);
     int *y = (int *)xcalloc(n, sizeof *y, "labels"), folder = *o->out && o->out[strlen(o->out) - 1] == '/';
-    const char *outputs[] = {o->out, o->latents, o->trace, o->strip}, *dot = strrchr(o->out, '.');
+    char first[PATH_MAX + 16]; // a file that --out stands for
+    snprintf(first, sizeof first, "%s%s", o->out, folder ? "000000.png" : "");
+    const char *outputs[] = {first, o->latents, o->trace, o->strip}, *dot = strrchr(o->out, '.');
     SampleSettings set = sample_settings(iters, o);
     parse_labels(y, n, o->labels, c->classes, names);
     if (dot && choice_index("jpg|jpeg|gif|webp|bmp|tif|tiff|ppm|safetensors", dot + 1) >= 0)
         die("option --out: '%s': pictures are written as PNG; give a name that ends in .png, or a folder: DIR/",
             o->out);
+    if (!*o->out) die("option --out: needs the name of a PNG file, or of a folder: DIR/");
+    if (folder && o->show) die("option --show: draws a grid; give a PNG file as --out");
     if (folder && mkdir(o->out, 0777) && errno != EEXIST)
         die("%s: cannot make this folder: %s", o->out, strerror(errno));
-    for (int i = folder; i < 4; i++)
+    for (int i = 0; i < 4; i++)
         if (*outputs[i]) check_writable(outputs[i], o->weights);
+    check_memory("n", n, c);
     Model *m = model_create(c, set.cfg != 1 ? 2 * B : B, 0, 0, 0, set.window, dtype);
     model_load(m, MODEL_WEIGHTS, &f, "");
     double begin = now_ms();
@@ -4250,6 +4289,7 @@ __attribute__((unused)) static void program_begin(char **argv) {
     int fd = open("/dev/null", O_RDWR); // where standard output is closed, a file would take its place
     while (fd >= 0 && fd < 3) fd = dup(fd);
     close(fd);
+    terminal = isatty(1);
     struct rlimit stack;
     if (getrlimit(RLIMIT_STACK, &stack) == 0 && stack.rlim_cur < 8 << 20) {
         stack.rlim_cur = stack.rlim_max < 8 << 20 ? stack.rlim_max : 8 << 20;
@@ -4267,6 +4307,8 @@ __attribute__((unused)) static void program_begin(char **argv) {
     bus.sa_flags = SA_SIGINFO;
     sigaction(SIGBUS, &bus, NULL);
     signal(SIGXFSZ, SIG_IGN); // the write fails instead
+    for (int i = 0; i < N_STOP; i++)
+        if (signal(stop_signals[i], on_kill) == SIG_IGN) signal(stop_signals[i], SIG_IGN);
 }
 
 #ifdef PROGRAM // TRAIN or SAMPLE; the tests and the benchmark include this file and have a main of their own

@@ -629,7 +629,7 @@ mkdir single
 runs "pictures: one each" "$sample" --weights w --n 3 --steps 2 --labels star,heart,10 --zoom 1 --out single/
 check "pictures: one each: named" [ "$(cd single && echo *)" = "000000_star.png 000001_heart.png 000002.png" ]
 check "pictures: one each: size" [ "$(unit_png single/000000_star.png | cut -d' ' -f1,2)" = "8 8" ]
-runs "pictures as tensors" "$sample" --weights w --n 2 --steps 2 --out x.png --tensors x.safetensors
+runs "pictures as tensors" "$sample" --weights w --n 2 --steps 2 --out x.png --latents x.safetensors
 check "pictures as tensors: are there" "$unit" tensors x.safetensors
 for program in train sample; do
     runs "help: $program: examples first" "${!program}" --help
@@ -639,6 +639,30 @@ done
 refuses "advice: iters on a DiT" "option --iters: .*DiT" \
     "$sample" --weights dit/weights.safetensors --iters 3 --n 1 --steps 2 --out no.png
 refuses "advice: jpg" "option --out: .*\.png" "$sample" --weights w --n 1 --steps 2 --out x.jpg
+refuses "advice: no name" "option --out: needs the name" "$sample" --weights w --n 1 --steps 2 --out=
+touch plain && ln -s nowhere/x.png dangling
+refuses "a file as a folder, before the work" "plain/000000.png: cannot write" \
+    "$sample" --weights w --n 1 --steps 1000 --trace early.csv --out plain/
+check "a file as a folder, before the work: no trace yet" absent early.csv
+refuses "a grid in a folder" "option --show: draws a grid" "$sample" --weights w --n 1 --steps 2 --show 1 --out single/
+refuses "a link to nothing" "dangling: is a link to nothing" "$sample" --weights w --n 1 --steps 2 --out dangling
+refuses "advice: iters and alloc" "option --iters: more than 1000" \
+    "$sample" --weights w --n 1 --steps 2 --iters 900 --alloc inc --out no.png
+"$sample" --weights w --n 4000 --steps 1000 --trace killed.csv --out x.png > out 2>&1 < /dev/null &
+for _ in $(seq 200); do ls killed.csv.*.tmp > /dev/null 2>&1 && break || sleep 0.05; done
+{ kill %% && wait %%; } 2> /dev/null
+check "a killed sampler: leaves nothing half-written" [ "$(echo killed.csv*)" = "killed.csv*" ]
+runs "export: unlabelled" "$train" $tiny --steps 2 --data latents.safetensors --export unlabelled
+check "export: unlabelled: no labels in it" [ "$("$unit" tensors unlabelled | grep -c '^y ')" = 0 ]
+runs "export: labelled" "$train" $tiny --steps 2 --data images.safetensors --export labelled
+check "export: labelled: labels in it" [ "$("$unit" tensors labelled | grep -c '^y ')" = 1 ]
+names='{"__metadata__":{"class_names":"[\"5\",\"1\"]"},"y":{"dtype":"I64","shape":[4],"data_offsets":[0,32]},'
+names+='"x":{"dtype":"U8","shape":[4,8,8,3],"data_offsets":[32,800]}}'
+st numbers.safetensors "$names" pixels
+runs "classes named by numbers: train" "$train" $tiny --steps 1 --data numbers.safetensors --out numbers
+mkdir counted
+runs "classes named by numbers" "$sample" --weights numbers/weights.safetensors --labels 1,0 --n 2 --steps 2 --out counted/
+check "classes named by numbers: the name counts first" [ "$(cd counted && echo *)" = "000000_1.png 000001_5.png" ]
 refuses "advice: a folder as data" "tools/data.py folder single" "$train" --data single --out no
 refuses "advice: patch" "image_size 10 is not a multiple of patch 4.*--patch" "$train" --image_size 10 --out no
 comma='{"__metadata__":{"class_names":"[\"big, red\",\"white\"]"},"y":{"dtype":"I64","shape":[4],"data_offsets":[0,32]},'

@@ -191,7 +191,7 @@ static void test_save_much(const char *path) {
 
 static void test_parse_names(const char *json) {
     int count;
-    parse_class_names(json, &count);
+    parse_class_names("names", json, &count);
 }
 
 static int test_files_in_folder(void) {
@@ -233,13 +233,13 @@ static void test_round_trip(void) {
     st_to_float(&f, st_find(&f, "b"), back);
     CHECK("to float: BF16", back[0] == 1 && back[1] != back[1] && back[2] == -INFINITY);
     int count;
-    const char **names = parse_class_names(st_meta(&f, "class_names"), &count);
+    const char **names = parse_class_names("names", st_meta(&f, "class_names"), &count);
     CHECK("class names", count == 2 && !strcmp(names[0], "a\"") && !strcmp(names[1], "b\xc3\xa9"));
     CHECK("class names, written", !strcmp(st_meta(&f, "class_names"), meta[1].value));
     for (int i = 0; i < count; i++) free((char *)names[i]);
     free(names);
-    CHECK("class names, absent", !parse_class_names(NULL, &count) && count == 0);
-    CHECK("class names, empty", !parse_class_names(" [ ] ", &count) && count == 0);
+    CHECK("class names, absent", !parse_class_names("names", NULL, &count) && count == 0);
+    CHECK("class names, empty", !parse_class_names("names", " [ ] ", &count) && count == 0);
     st_close(&f);
     CHECK("class names, not a list", test_refuses(test_parse_names, "{}", "class_names: expected '['"));
     CHECK("class names, numbers", test_refuses(test_parse_names, "[1]", "expected '\"'"));

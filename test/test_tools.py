@@ -938,11 +938,11 @@ def test_reproduce():
         # Both are those with the lowest distance at a budget in the middle.
         settings = "steps=4 budget=12 reuse=1 alloc=const" if run_ == "fpdm" else "steps=2"
         tried = {(name, i): points[f"{run_} {name} 1 {rate[run_]} {settings} t_shift={i}"]["fd"]
-                 for name in ("logit_normal", "uniform") for i in (0, 1, 2)}
+                 for name in ("logit_normal", "uniform") for i in (0, 1)}
         drawn[run_], shift[run_] = min(tried, key=tried.get)
         if run_ != "fpdm":  # of which the table may show more iterations
             assert re.search(rf"\n\| {words} \|.* \(2, {shift[run_]}\) \|", claims), (run_, tried)
-        best = {name: min(tried[name, i] for i in (0, 1, 2)) for name in ("logit_normal", "uniform")}
+        best = {name: min(tried[name, i] for i in (0, 1)) for name in ("logit_normal", "uniform")}
         assert ", ".join(f"{name} {fd:.3g}" for name, fd in best.items()) in claims, best
         assert len(list(Path("out").glob(f"{run_}-{drawn[run_]}-2-*"))) == 1, drawn  # the second seed trains so, too
     for run_ in ("fpdm", "dit"):  # the best rate is not the lowest or highest of those tried, or twice more were
@@ -954,7 +954,7 @@ def test_reproduce():
     both = [points[f"fpdm {drawn['fpdm']} {seed} {rate['fpdm']} steps=4 budget=12 reuse=1 alloc=const "
                    f"t_shift={shift['fpdm']}"] for seed in (1, 2)]
     mean, deviation = np.mean([p["fd"] for p in both]), np.std([p["fd"] for p in both], ddof=1)
-    assert f"{mean:.2f} ± {deviation:.2f} (4)" in claims, (mean, deviation)
+    assert f"{mean:.2f} ± {deviation:.2f} (4, {shift['fpdm']})" in claims, (mean, deviation)
     assert both[0]["passes"] == 12 and both[0]["fd"] != both[1]["fd"]
     assert points[f"dit {drawn['dit']} 1 {rate['dit']} steps=2 t_shift={shift['dit']}"]["passes"] == 12
     answer = claims.split("## ")[1]  # names every budget once, and the nearer side's distance first or last
@@ -962,7 +962,7 @@ def test_reproduce():
     assert sorted(int(b) for found, _ in budgets for b in found.split(", ")) == [6, 12, 24], budgets
     for line in answer.splitlines():
         for ours, theirs in re.findall(r"([\d.e+]+) against ([\d.e+]+)", line):
-            assert (float(ours) <= float(theirs)) == line.startswith("Trained"), line
+            assert line.startswith("They differ") or (float(ours) <= float(theirs)) == line.startswith("Trained"), line
     weights = next(Path("out").glob(f"dit-{drawn['dit']}-2-*")) / "weights.safetensors"  # a point, measured by hand
     subprocess.run([TOOLS.parent / "sample_cpu", "--weights", weights, "--n", "100", "--batch", "100", "--cfg", "1",
                     "--seed", "1002", "--steps", "4", "--t_shift", str(shift["dit"]), "--latents", "x.safetensors",

@@ -105,7 +105,7 @@ def read_torch(path):
     allow = getattr(torch.serialization, "safe_globals", lambda _: contextlib.nullcontext())
     try:
         with allow([argparse.Namespace]):  # training arguments: names and plain values
-            return torch.load(path, **options)
+            return torch.load(str(path), **options)  # which 2.1 and 2.2 want for mmap
     except Exception as error:  # a broken file raises whatever its decoder ran into
         why = next(iter(str(error).splitlines()), "") or type(error).__name__
         if "argparse.Namespace" in str(error):
@@ -161,7 +161,8 @@ def replace_file(path, write):
     except OSError as error:
         die(f"--out {path}: {error.strerror}; give a path in a folder that can be written, with enough space")
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            Path(temporary).unlink()
 
 
 def write_safetensors(path, tensors, metadata):
@@ -530,6 +531,8 @@ def check_target(c, tensors, to, path):
     if c["fixed_point"] != (to == "fpdm"):
         kind = "a fixed-point model: --to fpdm" if c["fixed_point"] else "a plain DiT: --to dit, sit or diffusers"
         die(f"{path}: is {kind}")
+    if to == "fpdm" and c["prediction"] == "x":
+        die(f"{path}: prediction x, which the published code has not; it knows eps, v and flow")
     seen = {"sit": "sit", "diffusers": "diffusers"}.get(to, "dit")
     if to == "diffusers" and c["time_embedding"] == "dit":
         have, get = (time_embedding(c, tensors, divisor) for divisor in (128, 127))
@@ -554,7 +557,8 @@ def convert_out(args):
         put_variance_back(c, ours)
     if args.to != "diffusers":
         state = {"pos_embed": Tensor("F32", position_embedding(c)), **ours}
-        letter = next((letter for letter, layers, _ in SIZES.values() if layers == c["depth"]), "XL")
+        same_width_first = sorted(SIZES.items(), key=lambda size: size[0] != c["width"])
+        letter = next((letter for _, (letter, layers, _) in same_width_first if layers == c["depth"]), "XL")
         arguments = {"model": f"DiT-{letter}/{c['patch']}", "num_classes": c["classes"],
                      "image_size": 8 * c["image_size"], "flow": c["prediction"] == "flow",
                      "predict_v": c["prediction"] == "v",
@@ -596,7 +600,7 @@ def main():
     option("--key", help="which tensors of a training's .pt (default: ema, or else model)")
     option("--image_size", type=int, help="side of the input, 32 for pictures of 256x256 (default: as in the file)")
     option("--heads", type=int, help="attention heads (default: DiT's of that width)")
-    option("--prediction", choices=["eps", "v", "flow"], help="default: as the training's arguments say, or else eps")
+    option("--prediction", choices=["eps", "v", "flow", "x"], help="default: as the training's arguments say, or else eps")
     option("--time_embedding", choices=["dit", "sit", "diffusers"], help="what the sines see (default: the layout's)")
     option("--timestep_in_pre_post", type=int, choices=[0, 1], help="default: as the arguments say, or else 0")
     option("--zero_terminal_snr", type=int, choices=[0, 1], help="default: as the arguments say, or else 0")

@@ -151,7 +151,8 @@ def print_counts(path, dtype, shape, labels, class_names):
     print(f"{len(counts)} classes")
     for label, count in enumerate(counts):
         if count or class_names:
-            print(f"{label:5d} {count:8d} {class_names[label] if class_names else ''}".rstrip())
+            name = ([*class_names, "no label"][label] if label <= len(class_names) else "?") if class_names else ""
+            print(f"{label:5d} {count:8d} {name}".rstrip())
 
 
 def names_option(text):
@@ -251,6 +252,9 @@ def folder(args, writer=Writer):
     if class_names and set(map(str.lower, class_names)) <= {"train", "training", "test", "val", "valid", "validation"}:
         print(f"data.py: {root}: {', '.join(class_names)} became the classes; if the classes stand inside, give "
               f"{root / class_names[0]}", file=sys.stderr)
+    loose = sum(path.suffix.lower() in endings and path.is_file() for path in root.iterdir()) if class_names else 0
+    if loose:
+        print(f"data.py: {root}: {loose} pictures beside the folders of classes are left out", file=sys.stderr)
     files = []
     for label, name in enumerate(class_names or ["."]):
         inside = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in endings and path.is_file())
@@ -346,7 +350,10 @@ def mnist(args):
 
 def open_npy(path):
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"an archive of {', '.join(array.files)}")
+        return array
     except (OSError, ValueError, EOFError) as error:
         die(f"{path}: {error}; want an array that numpy.save wrote")
 
@@ -383,8 +390,8 @@ def npy(args):
     if side[0] != side[1] or not (1 <= (shape[2] if pixels else shape[0]) <= 64):
         order = "(N,H,W,C) of uint8" if pixels else "(N,C,H,W) of float"
         die(f"{args.input}: shape {shape} of a picture; want {order}, square: transpose or crop it")
-    if pixels and args.dtype:
-        die(f"{args.input}: uint8 pictures are stored as they are; leave --dtype away")
+    if pixels and (args.dtype or args.latent_scale is not None):
+        die(f"{args.input}: uint8 pictures are stored as they are; leave --dtype and --latent_scale away")
     if args.labels and Path(args.input).is_dir() != Path(args.labels).is_dir():
         die(f"{args.labels}: give two .npy files, or two folders in which a picture and its label have the same name")
     dtype = "U8" if pixels else args.dtype or "F16"
@@ -438,7 +445,7 @@ def show(args):
                 picture = np.clip(127.5 * picture + 128, 0, 255).astype(np.uint8).transpose(1, 2, 0)
             picture = np.ascontiguousarray(picture[:, :, :3] if channels >= 3 else picture[:, :, 0])
             sheet.paste(Image.fromarray(picture), (2 + q * cell, 2 + r * cell))
-    sheet.resize((sheet.width * args.zoom, sheet.height * args.zoom), Image.Resampling.NEAREST).save(args.out)
+    sheet.resize((sheet.width * args.zoom, sheet.height * args.zoom), Image.Resampling.NEAREST).save(args.out, "PNG")
 
 
 class Parser(argparse.ArgumentParser):

@@ -34,6 +34,7 @@ the dataset are kept as NAME.inception.safetensors.
 A folder holds PNGs, or a folder of PNGs for each class. Needs torch (1.13 or newer), safetensors, numpy and pillow.
 """
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -117,7 +118,8 @@ def read_folder(path):
     def load(entry):
         try:
             with Image.open(entry[0]) as picture:
-                return np.atleast_3d(np.asarray(picture.convert("L" if picture.mode in ("L", "1") else "RGB")))
+                grey, picture = picture.mode[0] in "1LI", flatten(picture, "white")
+                return np.atleast_3d(np.asarray(picture.convert("L") if grey else picture))
         except (OSError, ValueError, SyntaxError) as error:  # SyntaxError: what pillow calls a broken PNG
             return f"{entry[0]}: {error}; remove it, or write it again"
 
@@ -166,6 +168,8 @@ class Dataset:
 
     def labels(self, y, names, where):
         """Labels y that number the classes `names`, as labels that number the dataset's classes."""
+        if y is not None and (y == (len(names) if names else self.classes)).any():
+            return None  # "no label" is among them
         if not self.labelled or y is None or not names or not self.class_names or names == self.class_names:
             return y
         strange = [name for name in names if name not in self.class_names]
@@ -356,7 +360,8 @@ class Evaluator:
                 self.log(f"kept for the next time: {candidate}")
                 break
             except (OSError, safetensors.SafetensorError):
-                temporary.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
         return dict(sorted(tensors.items()))
 
     def batch(self, index):
@@ -424,10 +429,14 @@ class Evaluator:
         features = torch.cdist(self.features(self.net.features, x[show]),
                                self.features(self.net.features, self.data.x, self.chosen)).argmin(1)
         rows = torch.stack([some[show], pool[which[show]], pool[features]])  # (3, 10, C, H, W)
-        sheet = F.pad(rows, (1, 1, 1, 1), value=1).permute(0, 3, 1, 4, 2).flatten(1, 1)
+        sheet = F.pad(rows, (1, 1, 1, 1), value=1).permute(0, 3, 1, 4, 2)
         sheet = sheet.reshape(3 * sheet.shape[1], -1, sheet.shape[-1]).add(1).mul(127.5).round().byte().numpy()
         picture = Image.fromarray(sheet if sheet.shape[2] == 3 else sheet[..., 0])
-        picture.resize((3 * picture.width, 3 * picture.height), Image.Resampling.NEAREST).save(path)
+        picture = picture.resize((3 * picture.width, 3 * picture.height), Image.Resampling.NEAREST)
+        try:
+            picture.save(path, "PNG")
+        except OSError as error:
+            die(f"--nearest {path}: {error.strerror}; give a path in a folder that can be written")
         scale = 127.5 / math.sqrt(flat.shape[1])
         return far.median().item() * scale, real.median().item() * scale
 
@@ -445,6 +454,8 @@ class Evaluator:
         own = self.features(self.net.features, x)
         if features is None:
             features = own if self.extract == self.net.features else self.features(self.extract, x)
+        if not torch.isfinite(features).all():
+            die("pictures: features that are not finite numbers; the model that drew them is broken")
         figures = self.judge(self.scale * features, self.real, self.manifold)
         figures["recognised"] = None
         if self.data.labelled and y is not None:

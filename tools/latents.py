@@ -13,6 +13,7 @@ decode writes a PNG grid, or with --out NAME.safetensors a dataset of pictures, 
 Needs torch, diffusers, safetensors, numpy and pillow.
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -81,7 +82,7 @@ class Autoencoder:
             self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
             self.model = self.model.to(self.device).eval()
             self.random = torch.Generator(self.device).manual_seed(args.seed if self.sample else 0)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             die(f"--device {args.device}: {str(error).splitlines()[0]}")
 
     @torch.no_grad()
@@ -159,12 +160,15 @@ def decode(args):
             yield start, pictures
 
     if args.out.endswith(".safetensors"):
-        writer = None
-        for start, pictures in batches():
-            if writer is None:
-                writer = data.Writer(args.out, count, pictures.shape[1:], "U8", y is not None, class_names).__enter__()
-            writer.add(pictures, y[start : start + vae.batch] if y is not None else None, args.input)
-        writer.__exit__(None)
+        if y is not None and class_names and (y == len(class_names)).any():
+            y = None  # "no label" is among them
+        with contextlib.ExitStack() as stack:
+            writer = None
+            for start, pictures in batches():
+                if writer is None:
+                    writer = data.Writer(args.out, count, pictures.shape[1:], "U8", y is not None, class_names)
+                    stack.enter_context(writer)
+                writer.add(pictures, y[start : start + vae.batch] if y is not None else None, args.input)
         return
     if Path(args.out).suffix.lower() != ".png":
         die(f"--out {args.out}: want a .png, or a .safetensors for tools/evaluate.py")

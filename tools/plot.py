@@ -20,7 +20,6 @@ tools/reference.py to see z, and checks that the residuals of that z are those o
 """
 import argparse
 import csv
-import dataclasses
 import io
 import math
 import sys
@@ -90,7 +89,10 @@ def running_mean(values, window):
 
 def plot_logs(tables, names, args):
     """A panel for each quantity, a colour for each run: every step light, the running mean over it."""
-    panels = [name for name in PANELS if any(np.ptp(table.get(name, np.zeros(1))) > 0 for table in tables)]
+    def varies(values):
+        return len(np.unique(values[np.isfinite(values)])) > 1
+
+    panels = [name for name in PANELS if any(varies(table.get(name, np.zeros(1))) for table in tables)]
     panels = args.columns.split(",") if args.columns else panels or ["loss"]
     across = 1 if len(panels) == 1 else 2
     down = math.ceil(len(panels) / across)
@@ -224,17 +226,13 @@ def sample_solutions(path, table, reuse):
     try:  # here, as all else does without them
         import reference
         import torch
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
     except ImportError as error:
         die(f"fixed_point needs torch and safetensors: {error}")
 
     torch.set_num_threads(1)
     try:
-        with safe_open(path, "pt") as file:
-            weights, metadata = {name: file.get_tensor(name).float().numpy() for name in file.keys()}, file.metadata()
-        fields = {f.name: f.type for f in dataclasses.fields(reference.Config) if f.name in metadata}
-        cfg = reference.Config(**{name: kind(metadata[name]) for name, kind in fields.items()})
-        model = reference.load_model(cfg, weights, torch.float32)
+        cfg, model = reference.load_weights(path)
     except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
         die(f"--weights {path}: {' '.join(str(error).split())[:200]}; give a weight file of train_*")
     if not cfg.fixed_point:

@@ -293,7 +293,7 @@ def load_weights(path, dtype=torch.float32):
     """Configuration and model of a weight file, whatever its dtype."""
     with safetensors.safe_open(path, "pt") as f:
         cfg = Config.from_metadata(f.metadata())
-        return cfg, load_model(cfg, {k: f.get_tensor(k) for k in f.keys()}, dtype)
+        return cfg, load_model(cfg, {k: f.get_tensor(k) for k in f.keys() if k != "pos_embed"}, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -568,10 +568,11 @@ class Data:
 
     def __init__(self, path, batch, hflip, seed):
         with safetensors.safe_open(path, "pt") as f:
+            labelled = "y" in f.keys()
             self.x = f.get_tensor("x")
-            self.y = f.get_tensor("y") if "y" in f.keys() else torch.zeros(len(self.x), dtype=torch.int64)
-            self.class_names = (f.metadata() or {}).get("class_names")
-        self.classes = len(json.loads(self.class_names)) if self.class_names else int(self.y.max()) + 1
+            self.y = f.get_tensor("y") if labelled else torch.zeros(len(self.x), dtype=torch.int64)
+            self.class_names = (f.metadata() or {}).get("class_names") if labelled else None
+        self.classes = len(json.loads(self.class_names)) if self.class_names else int(self.y.max()) + 1 if labelled else 0
         self.pixels = self.x.dtype == torch.uint8
         self.channels, self.image_size = (self.x.shape[3] if self.pixels else self.x.shape[1]), self.x.shape[2]
         self.batch, self.hflip, self.seed, self.orders = batch, hflip, seed, {}

@@ -306,6 +306,8 @@ def epilogues(nvcc, cubin):
 
 def main():
     nvcc = sys.argv[1] if len(sys.argv) > 1 else "nvcc"
+    if not shutil.which(nvcc):
+        sys.exit(f"report_compiler.py: {nvcc} not found: say make compiler NVCC=/path/to/nvcc")
     version = re.search(r"release.*", subprocess.run([nvcc, "--version"], stdout=subprocess.PIPE, text=True).stdout)
     folder = tempfile.TemporaryDirectory()
     cubins = {arch: os.path.join(folder.name, arch + ".cubin") for arch in ARCHS}

@@ -87,7 +87,7 @@ def parse_cases(text):
         elif total:
             passed, failed = map(int, total.groups())
         elif ".safetensors" in line:
-            case = line.split()[0]
+            case = line.split()[0].rstrip(",")
     return {"passed": passed, "failed": failed, "tensors": count, "worst": worst[1], "failures": failures}
 
 
@@ -646,8 +646,10 @@ class Report:
             with open(path + ".tmp", "w") as file:
                 file.write(text)
             os.replace(path + ".tmp", path)
-        with open(os.path.join(self.args.out, "figures.json"), "w") as file:
+        figures = os.path.join(self.args.out, "figures.json")
+        with open(figures + ".tmp", "w") as file:
             json.dump({"parts": self.parts, **self.data}, file, indent=1)
+        os.replace(figures + ".tmp", figures)
         return paths[-1]
 
     def close(self):
@@ -664,9 +666,9 @@ class Report:
         self.part("cases", self.cases, 60)
         self.part("steps", self.steps, 50)
         self.part("sanitizer", self.sanitize, 75)
-        self.part("sample", self.sample, 50)
         if self.background:
             self.part("warm", self.await_torch, 60)
+        self.part("sample", self.sample, 50)
         self.part("matmul", self.matmul, 60)
         self.part("ours", lambda: self.ours(batch()), 70)
         self.part("eager", lambda: self.pytorch("eager", batch()), 60)

@@ -389,7 +389,7 @@ class Experiment:
 
     def everything(self):
         scale, seeds = self.scale, range(1, self.scale["seeds"] + 1)
-        subprocess.run(["make", "-s", f"train_{self.target}", f"sample_{self.target}"], cwd=ROOT, check=True)
+        self.call(["make", "-s", f"train_{self.target}", f"sample_{self.target}"])
         self.lr, self.tuning, self.shift = {}, {}, {}
         self.sampling = dict.fromkeys(self.runs, scale["samplings"][0])
         for run in sorted(self.runs, key=SAME_RATE.__contains__):
@@ -501,12 +501,13 @@ def table(head, rows):
     return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows] + [""]
 
 
-def differs(a, b):
-    """Whether two (mean, deviation) over the seeds lie apart by more than both deviations together: 'lower' says that
-    the first is, 'higher', or 'the same within the error bars'."""
-    if abs(a[0] - b[0]) <= a[1] + b[1]:
-        return "the same within the error bars"
-    return ("lower" if a[0] < b[0] else "higher") + " (one seed)" * (a[1] + b[1] == 0)
+def direction(changes):
+    """Which way a quantity changes, if the 95 % interval of its mean over the seeds (Student's t) leaves out zero."""
+    mean, n = statistics.fmean(changes), len(changes)
+    half = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(n, 2.5) * statistics.stdev(changes) / n**0.5 if n > 1 else 0
+    if abs(mean) <= half:
+        return "not told apart by these seeds"
+    return ("lower" if mean < 0 else "higher") + " (one seed)" * (n == 1)
 
 
 class Report:
@@ -569,7 +570,7 @@ class Report:
             f"flow, {scale['pictures']:,} pictures a point. The learning rate is chosen by short trials on "
             "shapes (rows without trials have that of their kind), by distance how timesteps were drawn in training "
             f"(shapes), and at each budget the iterations per timestep and `--t_shift` (of {shifts}), all by the first "
-            "seed. "
+            "seed, which is among those reported; a fixed-point model chooses among more settings than a DiT. "
             "`distance` is the Fréchet distance of tools/evaluate.py (lower is better; not the FID of papers).", "",
             "A *pass* is one forward of a Transformer block for one picture, the paper's unit. An iteration of the "
             "fixed point also has a projection, a third of a block more arithmetic, which the unit leaves out: so the "
@@ -613,15 +614,16 @@ class Report:
             words = "; ".join(e.runs[run][0] for run in e.contest())
             self.lines += [f"Contenders on photographs: {words} (width {e.scale['width']}, "
                            f"{e.scale['steps'] * e.scale['batch']:,} pictures seen by the first).", ""]
-        wins, loses = [], []
+        wins, loses, same = [], [], []
         for name, e in sides:
             for b in e.scale["budgets"]:
-                found = {run: point[0]["fd"][0] for run in e.contest() if (point := self.at_budget(e, run, b))}
+                found = {run: point[0]["fd"] for run in e.contest() if (point := self.at_budget(e, run, b))}
                 ours, theirs = (min((fd for run, fd in found.items() if ("fixed_point" in e.runs[run][1]) == dit),
                                     default=None) for dit in (False, True))
                 if ours is None or theirs is None:  # two timesteps of the smallest cost more
                     continue
-                (wins if ours < theirs else loses).append((name, b, ours, theirs))
+                apart = abs(ours[0] - theirs[0]) > ours[1] + theirs[1]  # by more than both deviations over the seeds
+                (same if not apart else wins if ours < theirs else loses).append((name, b, ours[0], theirs[0]))
 
         def say(rows):
             words = [f"{name} at {', '.join(str(b) for n, b, *_ in rows if n == name)} passes a picture ("
@@ -632,9 +634,10 @@ class Report:
         parameters = {run: self.e.training[run][0]["parameters"] for run in self.e.contest()}
         self.lines += [
             (f"Trained with the same arithmetic, the best fixed-point model is nearer to the data than the best DiT on "
-             f"{say(wins)}." if wins else "Trained with the same arithmetic, the best DiT was nearer to the data than "
-             "the best fixed-point model at every budget that was measured here."), "",
+             f"{say(wins)}." if wins else "Trained with the same arithmetic, no fixed-point model was nearer to the data "
+             "than the best DiT at a budget that was measured here."), "",
             f"DiT is nearer on {say(loses)}." if loses else "DiT was nearer at no budget that was measured.", "",
+            *([f"They differ by less than their deviations over the seeds on {say(same)}.", ""] if same else []),
             f"What a fixed-point model has at any budget is its size, {parameters['fpdm']:.2f} million parameters "
             f"where the DiT of {self.e.runs['dit_deep'][1]['depth']} blocks has {parameters['dit_deep']:.2f} (at the "
             "paper's size 85 where DiT-XL/2 has 674), and one set of weights whose passes can be given out freely "
@@ -774,7 +777,7 @@ class Report:
             changes = [e.measure(run, seed, **s)["fd"] - e.measure(run, seed, **without)["fd"] for seed in seeds]
             change = statistics.fmean(changes), statistics.stdev(changes) if len(changes) > 1 else 0.0
             rows.append([s["budget"], s["steps"], s["alloc"], value(e.mean(run, s)["fd"]),
-                         value(e.mean(run, without)["fd"]), value(change), differs(change, (0, 0))])
+                         value(e.mean(run, without)["fd"]), value(change), direction(changes)])
         self.lines += table(["passes", "timesteps", "allocation", "distance with reuse", "without",
                              "change, seed by seed", "with reuse it is"], rows)
 
@@ -885,6 +888,8 @@ def main():
         if args.photographs:
             scale = {**SCALES[args.scale], **(PHOTOGRAPHS if args.scale in ("hour", "laptop") else {}), **seeds}
             some = scale["lrs"] if isinstance(scale["lrs"], dict) else ("fpdm", "fpdm_skip", "dit3", "dit", "dit_deep")
+            import evaluate
+            scale["image_size"] = evaluate.Dataset(args.photographs).shape[1]
             photographs = Experiment(args, os.path.abspath(args.photographs), os.path.join(args.out, "photographs"),
                                      scale, {run: runs[run] for run in some})
             photographs.everything()

@@ -9,6 +9,7 @@ all-reduce alone. n and m are fixed, so that every step is the same work.
 import argparse
 import csv
 import os
+import platform
 import re
 import shutil
 import statistics
@@ -51,7 +52,10 @@ NETWORKS = {"8 x 400 Gb/s a machine": 400e9, "1 x 100 Gb/s a machine": 12.5e9}
 
 
 def run(*command, **options):
-    return subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT, **options).stdout
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, **options)
+    if done.returncode:
+        sys.exit(f"scaling.py: {' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def parameters(D, blocks, classes, fixed_point, channels, patch, outputs):
@@ -124,7 +128,8 @@ def main():
         sys.exit("scaling.py: needs Open MPI: apt-get install libopenmpi-dev openmpi-bin")
     measured = measure(rounds)
     with open("/proc/cpuinfo") as file:
-        processor = re.search(r"model name\s*: (.*)", file.read()).group(1)
+        found = re.search(r"model name\s*: (.*)", file.read())
+    processor = found.group(1) if found else platform.machine()
     D, T, latent = 1152, 256, dict(channels=4, patch=2, outputs=8)
     fpdm, early = parameters(D, 3, 1000, 1, **latent)
     dit, _ = parameters(D, 28, 1000, 0, **latent)
