@@ -449,6 +449,22 @@ static void test_anderson(void) {
     set_threads(max_threads());
 }
 
+static void test_residual(void) {
+    enum { B = 3, COUNT = 50 };
+    real z[B * COUNT], before[B * COUNT];
+    double want = 0;
+    for (int b = 0; b < B; b++) {
+        double change = 0, norm = 0;
+        for (int i = b * COUNT; i < (b + 1) * COUNT; i++) {
+            before[i] = (real)rng_uniform(random_word((uint32_t)i, 8));
+            z[i] = b == 1 ? 0 : (real)rng_uniform(random_word((uint32_t)i, 9)); // a picture of zeros
+            change += pow((double)z[i] - (double)before[i], 2), norm += pow((double)z[i], 2);
+        }
+        want += sqrt(change / (b == 1 ? 1 : norm)) / B;
+    }
+    CHECK("residual: the mean over the pictures", fabs(residual_of(z, before, B, COUNT) / want - 1) < 1e-6);
+}
+
 static void test_exp2(void) { // against the C library's in double precision
     double worst = 0, small = 0, large = INFINITY;
     for (uint32_t i = 0; i < 200000; i++) {
@@ -484,6 +500,107 @@ static void test_gelu(void) { // against the formula in double precision, also w
     }
     CHECK("gelu and its slope, at any size", worst < 1e-6);
     CHECK("gelu: NaN stays", slope[13] != slope[13] && out[13] != out[13]);
+    real again[14];
+    gelu_forward(0, again, x, (size_t)count);
+    worst = 0;
+    for (int i = 0; i < 13; i++) worst = fmax(worst, fabs((double)(again[i] - out[i])) / (1 + fabs((double)out[i])));
+    CHECK("gelu: the forward pass gives the same", worst < 1e-6 && again[13] != again[13]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Training steps against the sum over the whole batch, and AdamW and EMA in double precision
+
+static void test_step(void) {
+    enum { B = 5, STEPS = 4 };
+    static Options o;
+    static Schedule schedule;
+    Case k = cases[6];
+    Dataset data;
+    options_default(&o, TRAIN);
+    k.classes = 10; // of shapes
+    o.model = case_config(&k);
+    o.batch = B, o.steps = STEPS, o.warmup = 2, o.lr = 1e-3, o.lr_schedule = LR_CONSTANT, o.weight_decay = 0.1;
+    o.ema = 0.3, o.ema_warmup = 1;
+    o.no_grad_iters[0] = 0, o.no_grad_iters[1] = 2, o.grad_iters[0] = 1, o.grad_iters[1] = 3;
+    dataset_open(&data, "shapes", o.model.image_size, o.seed);
+    schedule_make(&schedule, &o.model, DIFFUSION_STEPS);
+    size_t pixels = config_pixels(&o.model);
+    for (int micro = 2; micro <= B; micro += 3) {
+        Model *m = make_model(&o.model, micro, 3, 0, 1), *whole = make_model(&o.model, B, 3, 0, 1);
+        Batch batch = batch_create(micro, pixels), spare = batch_create(micro, pixels), all = batch_create(B, pixels);
+        size_t n = (size_t)m->n_params;
+        double *w = (double *)xcalloc(4 * n, sizeof *w, "a test"), *ema = w + n, *first = ema + n, *second = first + n;
+        double gradient = 0, said = 0, off = 0, ema_off = 0;
+        random_weights(m);
+        for (size_t i = 0; i < n; i++) w[i] = ema[i] = m->memory[MODEL_WEIGHTS][i];
+        batch_draw(&batch, &data, &o, 0, 0, micro);
+        for (int step = 0; step < STEPS; step++) {
+            uint32_t word[4];
+            double loss = 0, lr = step < 2 ? 5e-4 * (step + 1) : 1e-3, decay = fmin(0.3, (1.0 + step) / (10 + step));
+            o.grad_clip = step % 2 ? 1e9 : 0.5;
+            memcpy(whole->memory[MODEL_WEIGHTS], m->memory[MODEL_WEIGHTS], n * sizeof(real));
+            philox(word, o.seed, 0, (uint32_t)step, STREAM_NM);
+            model_zero_gradients(whole);
+            batch_draw(&all, &data, &o, step, 0, B);
+            model_loss(whole, &schedule, all.x0, all.noise, all.t, all.y, B, (int)rng_below(word[0], 3),
+                       1 + (int)rng_below(word[1], 3), 1.0 / B, all.mse, all.vb);
+            for (int i = 0; i < B; i++) loss += all.mse[i] / B;
+            Step did = train_step(m, &schedule, &data, &batch, &spare, &o, step, micro);
+            double norm = model_gradient_norm(whole), clip = norm > o.grad_clip ? o.grad_clip / (norm + 1e-6) : 1;
+            gradient = fmax(gradient, relative_error(m->memory[MODEL_GRADS], whole->memory[MODEL_GRADS], (int64_t)n));
+            said = fmax(said, fmax(fabs(did.mse / loss - 1), fabs(did.norm / norm - 1)));
+            for (size_t i = 0; i < n; i++) {
+                double g = clip * m->memory[MODEL_GRADS][i];
+                first[i] = 0.9 * first[i] + 0.1 * g, second[i] = 0.999 * second[i] + 0.001 * g * g;
+                w[i] = w[i] * (1 - lr * 0.1) - lr * (first[i] / (1 - pow(0.9, step + 1))) /
+                                                   (sqrt(second[i] / (1 - pow(0.999, step + 1))) + 1e-8);
+                ema[i] += (1 - decay) * (w[i] - ema[i]);
+                off = fmax(off, fabs((double)m->memory[MODEL_WEIGHTS][i] - w[i]));
+                ema_off = fmax(ema_off, fabs((double)m->memory[MODEL_EMA][i] - ema[i]));
+            }
+        }
+        check(gradient < 2e-6 && said < 2e-6, "step: %d at a time: gradient, norm and loss of the batch", micro);
+        check(off < 2e-6 && ema_off < 2e-6, "step: %d at a time: clip, AdamW, decay, EMA with warm-up", micro);
+        if (!(gradient < 2e-6 && said < 2e-6 && off < 2e-6 && ema_off < 2e-6))
+            printf("    gradient %.1e, loss and norm %.1e, weights %.1e, EMA %.1e\n", gradient, said, off, ema_off);
+        model_free(m);
+        model_free(whole);
+        xfree(w);
+    }
+}
+
+// With gates of zero a DiT is its patch, conditioning and final layers, which are fp32 whatever --dtype says: nothing
+// outside of its blocks depends on it.
+static void test_fp32_ends(void) {
+    const Case *k = &cases[10];
+    Config c = case_config(k);
+    TestBatch *b = batch_make(&c, k->B);
+    Model *m[2];
+    int same = 1;
+    for (int half = 0; half < 2; half++) {
+        m[half] = model_create(&c, k->B, 1, 0, 1, 0, half ? COMPUTE_BF16 : COMPUTE_FP32);
+        random_weights(m[half]);
+        for (int i = 0; i < m[half]->n_tensors; i++) {
+            ParamTensor *p = &m[half]->tensors[i];
+            if (!strncmp(p->name, "blocks.", 7) && strstr(p->name, "adaLN"))
+                memset(m[half]->memory[MODEL_WEIGHTS] + p->offset, 0, (size_t)p->count * sizeof(real));
+        }
+        model_use(m[half], MODEL_WEIGHTS);
+        model_zero_gradients(m[half]);
+        case_loss(m[half], b, k, 0, k->B, 1.0 / k->B);
+    }
+    size_t outputs = (size_t)k->B * config_pixels(&c) / (size_t)c.channels * (size_t)config_out_channels(&c);
+    same &= !memcmp(m[0]->a.out, m[1]->a.out, outputs * sizeof(real));
+    for (int i = 0; i < m[0]->n_tensors; i++) {
+        ParamTensor *p = &m[0]->tensors[i];
+        if (strncmp(p->name, "blocks.", 7))
+            same &= !memcmp(m[0]->memory[MODEL_GRADS] + p->offset, m[1]->memory[MODEL_GRADS] + p->offset,
+                            (size_t)p->count * sizeof(real));
+    }
+    CHECK("bf16: patch, conditioning and final layers are fp32 to the bit", same);
+    model_free(m[0]);
+    model_free(m[1]);
+    batch_free(b);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -497,9 +614,22 @@ static double rounded(real x, int half) {
 
 static void test_gemm(int half, int rounds, int largest) {
     enum { NOTHING, BIAS, ITSELF, MATRIX }; // what is added
-    int bad = 0, outside = 0;
+    static const struct {
+        int M, N, K, a_transposed, b_transposed, adds, crowd_a, crowd_b;
+    } shapes[] = {
+        // of real models, as small as shows; K is doubled in bf16
+        {160, 310, 1000, 0, 1, BIAS, 0, 0},   // x.w^T in place: blocks of k and of B
+        {70, 600, 1800, 0, 0, NOTHING, 0, 0}, // dy.w
+        {70, 480, 2600, 0, 0, MATRIX, 1, 0},  // copied rows, more than MC of them, two blocks
+        {20, 1300, 1150, 1, 0, ITSELF, 0, 0}, // dy^T.x
+        {20, 300, 1800, 0, 1, MATRIX, 0, 0},  // turned, blocks of k
+        {20, 300, 1024, 0, 1, BIAS, 0, 1},    // turned, copied rows
+        {9, 300, 2050, 0, 1, ITSELF, 0, 1},
+    };
+    int n_shapes = (int)(sizeof shapes / sizeof *shapes), bad = 0, outside = 0;
     double worst = 0;
-    for (int round = 0; round < rounds; round++) {
+    for (int round = 0; round < rounds + 3 * n_shapes; round++) {
+        int shape = round < rounds ? -1 : (round - rounds) / 3, crowd_a = round % 8 == 3, crowd_b = 0;
         uint32_t r[16];
         for (uint32_t i = 0; i < 16; i++) r[i] = random_word(i, (uint32_t)(1000 + round));
         int big = round % 8 == 7, M = 1 + (int)rng_below(r[0], big ? (uint32_t)largest : 40);
@@ -510,10 +640,17 @@ static void test_gemm(int half, int rounds, int largest) {
         if (round == 11) // copied rows, and a block of B that is full, with its last panel beyond
             M = 20, N = PACKED_BLOCK / KC, K = 4 * KC * (half ? 2 : 1), a_transposed = 0;
         if (round == 19) M = 200, K = 1001, a_transposed = 0; // packed, as pairs, but for the last k
-        size_t lda = (size_t)(a_transposed ? M : K) + rng_below(r[7], 5),
-               ldb = (size_t)(b_transposed ? K : N) + rng_below(r[8], 5);
+        if (shape >= 0) {
+            M = shapes[shape].M, N = shapes[shape].N, K = shapes[shape].K * (half ? 2 : 1), adds = shapes[shape].adds;
+            a_transposed = shapes[shape].a_transposed, b_transposed = shapes[shape].b_transposed;
+            crowd_a = shapes[shape].crowd_a, crowd_b = shapes[shape].crowd_b;
+        }
+        int even = half && shape >= 0 ? ~1 : ~0; // without it, rows of bf16 do not stand in place
+        size_t lda = (size_t)(a_transposed ? M : K) + (size_t)((int)rng_below(r[7], 5) & even),
+               ldb = (size_t)(b_transposed ? K : N) + (size_t)((int)rng_below(r[8], 5) & even);
         size_t crowd = 2048 / (half ? sizeof(bf16) : sizeof(real)); // rows so far apart are copied
-        if (round % 8 == 3) lda = (lda + crowd - 1) / crowd * crowd;
+        if (crowd_a) lda = (lda + crowd - 1) / crowd * crowd;
+        if (crowd_b) ldb = (ldb + crowd - 1) / crowd * crowd;
         size_t ldc = (size_t)N + rng_below(r[9], 5), a_count = lda * (size_t)(a_transposed ? K : M),
                b_count = ldb * (size_t)(b_transposed ? N : K), c_count = ldc * (size_t)M,
                all = a_count + b_count + 2 * c_count;
@@ -530,6 +667,8 @@ static void test_gemm(int half, int rounds, int largest) {
         const Act *left = as_act(half, halves, A, a_count + b_count), *right = act_at(half, left, a_count);
         gemm(half, C, ldc, left, ars, acs, right, brs, bcs, from, ldf, M, N, K);
         xfree(halves);
+        double *exact = (double *)xcalloc(a_count + b_count, sizeof *exact, "a test");
+        for (size_t i = 0; i < a_count + b_count; i++) exact[i] = rounded(A[i], half);
         for (size_t i = 0; i < (size_t)M; i++)
             for (size_t j = 0; j < ldc; j++) {
                 real got = C[i * ldc + j];
@@ -539,7 +678,7 @@ static void test_gemm(int half, int rounds, int largest) {
                 }
                 double want = adds == NOTHING ? 0 : old[i * ldf + j], size = 1 + fabs(want);
                 for (size_t l = 0; l < (size_t)K; l++) {
-                    double product = rounded(A[i * ars + l * acs], half) * rounded(B[l * brs + j * bcs], half);
+                    double product = exact[i * ars + l * acs] * exact[a_count + l * brs + j * bcs];
                     want += product;
                     size += fabs(product);
                 }
@@ -547,6 +686,7 @@ static void test_gemm(int half, int rounds, int largest) {
                 if (isnan(error) || error > worst) worst = error;
                 bad += !(error <= (sizeof(real) == 4 ? 1e-6 : 1e-14));
             }
+        xfree(exact);
         xfree(values);
         xfree(A);
     }
@@ -821,6 +961,10 @@ static void test_timesteps_and_rates(void) {
     o.t_std = 0;
     o.t_mean = 1;
     CHECK("timesteps: logit-normal: no deviation", draw_timestep(low, &o) == 731);
+    o.t_sampling = T_UNIFORM;
+    uint32_t third[4] = {0x55555556, 0, 0, 0}, last[4] = {~0u, 0, 0, 0};
+    CHECK("timesteps: uniform",
+          draw_timestep(low, &o) == 0 && draw_timestep(third, &o) == 333 && draw_timestep(last, &o) == 999);
 
     o.lr = 2, o.warmup = 10, o.steps = 110;
     int rises = 1, same = 1, line = 1, wave = 1;
@@ -1363,6 +1507,9 @@ int main(int argc, char **argv) {
         test_exp2();
         test_gelu();
         test_anderson();
+        test_residual();
+        test_step();
+        test_fp32_ends();
         Case wide = cases[1], alone = cases[7]; // large enough for the matmuls to use threads
         wide.name = "width 72, 25 tokens, B = 3";
         wide.image_size = 10, wide.width = 72, wide.heads = 3, wide.B = 3;
