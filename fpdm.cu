@@ -3459,6 +3459,9 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     if (hd % 8 || hd > 128)
         die("heads %d: head size %d; the GPU program needs a multiple of 8, at most 128; or use the CPU program",
             config->heads, hd);
+    if (dtype == COMPUTE_FP32 && hd > 80 && gpu.shared < 99 << 10)
+        die("heads %d: head size %d in fp32 needs more shared memory than this GPU has: --dtype bf16", config->heads,
+            hd);
     size_t patch = (size_t)config->patch * config->patch * config_out_channels(config), floats = gpu.shared / 4;
     if (patch > floats) // patches_kernel's shared memory
         die("patch %d: this GPU takes at most %zu numbers in a patch; or use the CPU program", config->patch, floats);
@@ -4053,26 +4056,40 @@ static int json_more(Json *j, int n, char close) {
     return 0;
 }
 
-// Reads a string. Of the escapes it knows \" \\ \/ and \uXXXX, but for pairs of them; bytes beyond ASCII pass as they
-// are. Decoding never makes it longer, and its end takes the place of the closing quote or stands before it.
+// The four hexadecimal digits after \u, of which j->p is at the u
+static unsigned json_hex(Json *j) {
+    char digits[5] = "";
+    if (strspn(++j->p, "0123456789abcdefABCDEF") < 4) json_fail(j, "\\u needs four hexadecimal digits");
+    memcpy(digits, j->p, 4);
+    j->p += 4;
+    return (unsigned)strtoul(digits, NULL, 16);
+}
+
+// Reads a string; bytes beyond ASCII pass as they are. Decoding its escapes never makes it longer, and its end takes the
+// place of the closing quote or stands before it.
 static char *json_string(Json *j) {
     json_expect(j, '"');
-    char *text = j->p, *out = text, digits[5] = {0};
+    char *text = j->p, *out = text;
     while (*j->p != '"') {
         unsigned code = (unsigned char)*j->p++;
         if (code < ' ') json_fail(j, j->p > j->end ? "a string does not end" : "a control character in a string");
         if (code == '\\' && *j->p == 'u') {
-            if (strspn(++j->p, "0123456789abcdefABCDEF") < 4) json_fail(j, "\\u needs four hexadecimal digits");
-            memcpy(digits, j->p, 4);
-            j->p += 4;
-            code = (unsigned)strtoul(digits, NULL, 16);
-            if (code == 0 || code >> 11 == 0xD800 >> 11) json_fail(j, "\\u0000 or a surrogate in a string");
-            if (code > 0x7ff) *out++ = (char)(0xE0 | code >> 12);
+            code = json_hex(j);
+            if (code >> 10 == 0xD800 >> 10 && j->p[0] == '\\' && j->p[1] == 'u') { // one character in two halves
+                j->p++;
+                unsigned low = json_hex(j);
+                code = low >> 10 == 0xDC00 >> 10 ? 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff)) : 0;
+            }
+            if (code == 0 || code >> 11 == 0xD800 >> 11) json_fail(j, "\\u0000 or half a surrogate pair in a string");
+            if (code > 0xffff) *out++ = (char)(0xF0 | code >> 18);
+            if (code > 0x7ff) *out++ = (char)(code > 0xffff ? 0x80 | (code >> 12 & 0x3f) : 0xE0 | code >> 12);
             if (code > 0x7f) *out++ = (char)(code > 0x7ff ? 0x80 | (code >> 6 & 0x3f) : 0xC0 | code >> 6);
             if (code > 0x7f) code = 0x80 | (code & 0x3f);
         } else if (code == '\\') {
-            code = (unsigned char)*j->p++;
-            if (code != '"' && code != '\\' && code != '/') json_fail(j, "unknown escape in a string");
+            static const char names[] = "\"\\/bfnrt", mean[] = "\"\\/\b\f\n\r\t";
+            const char *at = *j->p ? strchr(names, *j->p++) : NULL;
+            if (!at) json_fail(j, "unknown escape in a string");
+            code = (unsigned char)mean[at - names];
         }
         *out++ = (char)code;
     }

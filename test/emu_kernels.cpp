@@ -137,6 +137,12 @@ static void test_matmul(int half, int M, int N, int K) {
     matmul<false, false, EPI_GATED>(half, g);
     expect(name("gated"), from_gpu(y, (size_t)M * N, 0), gated, exact);
     expect(name("gated, copy"), from_gpu(y3, (size_t)M * N, half), gated, output);
+    for (size_t i = 0; i < v.size(); i++) v[i] = sums[i] + b[i % N];
+    expect(name("gated, its branch"), from_gpu(y2, (size_t)M * N, half), v, output);
+    g.pre = g.copy = NULL;
+    gpu_zero(y, (size_t)M * N * 4);
+    matmul<false, false, EPI_GATED>(half, g);
+    expect(name("gated alone"), from_gpu(y, (size_t)M * N, 0), gated, exact);
     matmul<false, true, EPI_STORE>(half, linear_input(dx, gdy, right, 2 * K, M, K, N));
     expect(name("input gradient"), from_gpu(dx, (size_t)M * K, half), product, output);
     matmul<false, true, EPI_FLOAT>(half, linear_input(dx, gdy, right, 2 * K, M, K, N));
@@ -154,6 +160,10 @@ static void test_matmul(int half, int M, int N, int K) {
     expect(name("gelu gradient"), from_gpu(dx, (size_t)M * K, half), dpre, output);
     expect(name("gelu gradient, gelu"), from_gpu(dx2, (size_t)M * K, half), inner, output);
     expect(name("gelu gradient, sum"), from_gpu(gsum, (size_t)M * K, 0), sum, exact);
+    g.sum = NULL;
+    gpu_zero(dx, (size_t)M * K * 4);
+    matmul<false, true, EPI_DGELU>(half, g);
+    expect(name("gelu gradient alone"), from_gpu(dx, (size_t)M * K, half), dpre, output);
     linear_weight(half, (float *)gdw + K, 2 * K, (float *)gdb, gdy, gx, M, K, N);
     expect(name("weight gradient"), from_gpu(gdw, (size_t)N * 2 * K, 0), dw, exact);
     expect(name("bias gradient"), from_gpu(gdb, N, 0), db, exact);
@@ -188,6 +198,10 @@ static void test_splits(int half, int M, int N, int K, int splits, size_t alone 
     double limit = written == (splits > 1 ? splits * part : 0) ? fmax(2e-6, cut) : -1; // no error is that small
     expect(text, from_gpu(dw, (size_t)N * K, 0), want, limit);
     expect("  bias gradient", from_gpu(db, N, 0), want_db, limit);
+    linear_weight(half, dw, K, NULL, gdy, gx, M, K, N);
+    for (double &w : want) w *= 2;
+    expect("  once more, without a bias", from_gpu(dw, (size_t)N * K, 0), want, fmax(2e-6, cut));
+    expect("  whose gradient stays", from_gpu(db, N, 0), want_db, fmax(2e-6, cut));
     void *all[] = {gx, gdy, dw, db};
     for (void *p : all) gpu_free(p, 0);
 }
@@ -395,6 +409,45 @@ static void test_residual(int B, int side, int D) {
     gpu_free(gz, 0), gpu_free(m.a.z_before, 0), gpu_free(m.a.sums, 0);
 }
 
+// Pictures to tokens and back, in several strips of patches a row of them
+static void test_patches(int S, int p, int C, int B, int channel_last) {
+    char text[100];
+    Model m = {};
+    m.config.image_size = S, m.config.patch = p, m.B = B;
+    size_t count = (size_t)B * C * S * S, side = S / p;
+    Floats x = random_floats(count, 71, 0);
+    std::vector<double> want(count), back(x.begin(), x.end());
+    for (int b = 0; b < B; b++)
+        for (int c = 0; c < C; c++)
+            for (int i = 0; i < S; i++)
+                for (int j = 0; j < S; j++) {
+                    size_t token = ((b * side + i / p) * side + j / p) * C * p * p, within = i % p * p + j % p;
+                    want[token + (channel_last ? within * C + c : (size_t)c * p * p + within)] =
+                        x[(((size_t)b * C + c) * S + i) * S + j];
+                }
+    float *pictures = (float *)on_gpu(x, 0), *tokens = (float *)gpu_malloc(count * 4, "");
+    snprintf(text, sizeof text, "patches %d of %dx%dx%d%s", p, C, S, S, channel_last ? ", channel last" : "");
+    move_patches(&m, tokens, pictures, 0, channel_last, C);
+    expect(text, from_gpu(tokens, count, 0), want, 0);
+    CHECK(cudaMemsetAsync(pictures, 0xff, count * 4, gpu.stream));
+    move_patches(&m, tokens, pictures, 1, channel_last, C);
+    expect("  and back", from_gpu(pictures, count, 0), back, 0);
+    gpu_free(pictures, 0), gpu_free(tokens, 0);
+}
+
+static void test_norm(size_t count) {
+    char text[100];
+    Model m = {};
+    Floats g = random_floats(count, 63, 0);
+    double want = 0;
+    for (float v : g) want += (double)v * v;
+    m.n_params = count, m.memory[MODEL_GRADS] = (float *)on_gpu(g, 0);
+    m.a.sums = (double *)gpu_malloc(NORM_BLOCKS * sizeof(double), "");
+    snprintf(text, sizeof text, "gradient norm of %zu", count);
+    expect(text, {(float)model_gradient_norm(&m)}, {sqrt(want)}, 1e-7);
+    gpu_free(m.memory[MODEL_GRADS], 0), gpu_free(m.a.sums, 0);
+}
+
 // Sizes that the kernels do not serve end the program with one line and exit status 1: in a child, before this process
 // opens the GPU.
 static void test_refusals(void) {
@@ -471,12 +524,17 @@ int main(void) {
     test_matmul(1, 2944, 1536, 24);
     for (int s : {1, 2, 7, 16}) test_splits(1, 256 * s + 8, 136, 144, s);
     for (int half = 0; half < 2; half++) {
-        int sizes[][3] = {{1, 1, 8},    {100, 2, 24}, {65, 1, 40},   {64, 1, 64},
-                          {130, 1, 72}, {70, 1, 96},  {200, 1, 128}, {1024, 1, 8}};
+        int sizes[][3] = {{1, 1, 8},     {100, 2, 24}, {65, 1, 40},  {64, 1, 64},  {130, 1, 72}, {70, 1, 96},
+                          {200, 1, 128}, {1024, 1, 8}, {256, 2, 72}, {300, 2, 64}, {300, 1, 72}};
         for (auto &s : sizes) test_attention(half, 2, s[0], s[1], s[2]);
         if (half) test_attention(half, 2, 20, 1, 16, 1024); // weights of columns beyond the last would overflow
     }
-    test_residual(3, 5, 40);
+    for (int side : {5, 6}) test_residual(3, side, 40);
+    gpu.sms = 1; // the mixture goes over a picture in several rounds
+    for (int half : {0, 1}) test_anderson(half, 8, 5, 64, 2);
+    for (size_t count : {300001, 1100001}) test_norm(count);
+    for (int last : {0, 1})
+        test_patches(96, 16, 3, 2, last), test_patches(80, 40, 3, 1, last), test_patches(128, 64, 4, 1, last);
     for (int sms : {1, 6, 132}) { // then Hopper's product: less than a tile, ragged ones, several a block, split sums
         if (!hopper) break;
         gpu.wgmma = 2, gpu.sms = sms;

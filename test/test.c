@@ -171,8 +171,13 @@ static void compare_losses(const double *loss, int count) {
     xfree(got);
 }
 
+// Metadata n or m, which mean nothing in a DiT and may be missing there
+static int iterations_of(const Options *o, const char *key, int missing) {
+    return o->model.fixed_point || st_meta(&file, key) ? atoi(meta_text(key)) : missing;
+}
+
 static void forward_case(const Options *o) {
-    int B = (int)find_tensor("x0")->shape[0], n = atoi(meta_text("n")), iterations = atoi(meta_text("m"));
+    int B = (int)find_tensor("x0")->shape[0], n = iterations_of(o, "n", 0), iterations = iterations_of(o, "m", 1);
     size_t count = (size_t)B * config_pixels(&o->model);
     float *x0 = tensor_floats("x0", count), *noise = tensor_floats("noise", count);
     int *t = tensor_ints("t", (size_t)B, DIFFUSION_STEPS - 1), *y = tensor_ints("y", (size_t)B, o->model.classes);
@@ -211,14 +216,14 @@ static void train_case(const Options *o) {
     int base = st_meta(&file, "n.0") ? 0 : 1; // whether K counts from 0 or from 1
     for (int k = 0; k < steps; k++) {
         snprintf(key, sizeof key, "m.%d", k + base);
-        if (atoi(meta_text(key)) > largest) largest = atoi(meta_text(key));
+        if (iterations_of(o, key, 1) > largest) largest = iterations_of(o, key, 1);
     }
     Model *m = case_model(o, B, largest, 1, 0);
     for (int k = 0; k < steps; k++) {
         snprintf(key, sizeof key, "n.%d", k + base);
-        int n = atoi(meta_text(key));
+        int n = iterations_of(o, key, 0);
         snprintf(key, sizeof key, "m.%d", k + base);
-        int iterations = atoi(meta_text(key));
+        int iterations = iterations_of(o, key, 1);
         size_t at = count * (size_t)k;
         model_zero_gradients(m);
         model_loss(m, s, x0 + at, noise + at, t + k * B, y + k * B, B, n, iterations, 1.0 / B, mse, vb);
@@ -235,17 +240,27 @@ static void train_case(const Options *o) {
     for (int i = 0; i < 8; i++) xfree(all[i]);
 }
 
+// A flag, as any writer may spell it
+static int meta_flag(const char *key) {
+    int place = choice_index("0|1|false|true|False|True", meta_text(key));
+    if (place < 0) die("%s: metadata '%s': '%s' is not 0 or 1", file.path, key, meta_text(key));
+    return place % 2;
+}
+
 static void sample_case(const Options *o) {
     int steps = atoi(meta_text("steps")), iters[DIFFUSION_STEPS], B = (int)find_tensor("x_T")->shape[0];
+    int sampler = choice_index("auto|ddpm|ddim|flow", meta_text("sampler"));
+    if (sampler < 0) die("%s: metadata 'sampler': '%s' is unknown", file.path, meta_text("sampler"));
+    if (steps < 2 || steps > DIFFUSION_STEPS) die("%s: metadata 'steps': %d, want 2 to 1000", file.path, steps);
     const char *list = o->model.fixed_point ? meta_text("iters") : "1";
     for (int i = 0; i < steps; i++) {
         iters[i] = atoi(list);
         if (strchr(list, ',')) list = strchr(list, ',') + 1;
     }
     int window = st_meta(&file, "window") ? atoi(meta_text("window")) : 0; // of Anderson acceleration
-    SampleSettings set = {choice_index("auto|ddpm|ddim|flow", meta_text("sampler")),
+    SampleSettings set = {resolve_sampler(sampler, &o->model),
                           atoi(meta_text("cfg_channels")),
-                          atoi(meta_text("reuse")),
+                          meta_flag("reuse"),
                           atof(meta_text("eta")),
                           atof(meta_text("cfg_scale")),
                           0,

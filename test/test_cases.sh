@@ -35,6 +35,9 @@ fails "an expected tensor that is missing" 'error: .*grad.x_embedder.proj.bias i
     's/grad\.x_embedder\.proj\.bias/grad.x_embedder.proj.bits/'
 fails "inputs of another kind of case" 'error: .*is missing' forward_eps_acts 's/"case":"forward"/"case":"sample" /'
 fails "a wrong prediction" 'expect.loss .* FAIL' forward_eps_acts 's/"prediction":"eps"/"prediction":"v"  /'
+fails "an unknown sampler" 'error: .*sampler.*dimm.* is unknown' sample_ddim_reuse 's/"sampler":"ddim"/"sampler":"dimm"/'
+fails "a sampler of other models" 'error: .*--sampler' sample_ddim_reuse 's/"sampler":"ddim"/"sampler":"flow"/'
+fails "one timestep" 'error: .*steps.* 1, want 2' sample_ddpm_2_steps 's/"steps":"2"/"steps":"1"/'
 [ "${1:-cpu}" = cpu ] || fails "a head size that the GPU program does not serve" 'error: .*head size 12' \
     forward_tokens25_gray_n0_m1 's/"heads":"3"/"heads":"2"/'
 

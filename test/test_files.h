@@ -165,8 +165,10 @@ static const struct {
     {"unknown escape", "{\"a\\x41\":{}}", 0, "unknown escape"},
     {"short \\u", "{\"\\u12\":{}}", 0, "four hexadecimal digits"},
     {"\\u0000", "{\"a\\u0000\":{}}", 0, "\\u0000"},
-    {"a surrogate", "{\"\\ud83d\\ude00\":{}}", 0, "a surrogate"},
-    {"an escape that is not needed", "{\"a\\n\":{}}", 0, "unknown escape"},
+    {"half a surrogate pair", "{\"\\ud83d\":{}}", 0, "half a surrogate"},
+    {"half a surrogate pair, then an escape", "{\"\\ud83d\\u0041\":{}}", 0, "half a surrogate"},
+    {"a surrogate pair turned around", "{\"\\ude00\\ud83d\":{}}", 0, "half a surrogate"},
+    {"an escape at the end", "{\"a\\", 0, "unknown escape"},
     {"control character", "{\"a\nb\":{}}", 0, "a control character"},
     {"NUL in a name", "{\"a\\u0000b\":{}}", 0, "\\u0000"},
     {"line break in a name", "{" T_("a\\u000ab\\u001b[31m", "U8", "[2]", "0", "1") "}", 1,
@@ -210,7 +212,7 @@ static void test_round_trip(void) {
     Tensor t[4] = {st_tensor("y", I64, y, 1, 2, 1, 1, 1), st_tensor("a", F32, a, 4, 1, 2, 1, 3),
                    st_tensor("b", BF16, b, 2, 3, 1, 1, 1),
                    st_tensor("u \"quoted\\\" \n\t\x01 \xc3\xa9 \xff", U8, u, 1, 5, 1, 1, 1)};
-    Meta meta[2] = {{"z", "last \"one\"\\\n"}, {"class_names", "[\"a\\\"\", \"b\\u00e9\"]"}};
+    Meta meta[2] = {{"z", "last \"one\"\\\n"}, {"class_names", "[\"a\\\"\", \"b\\u00e9\\n\\t\\ud83d\\ude00\"]"}};
     const char *path = test_path("round.safetensors");
     SafeTensors f;
     st_save(path, t, 4, meta, 2);
@@ -234,7 +236,7 @@ static void test_round_trip(void) {
     CHECK("to float: BF16", back[0] == 1 && back[1] != back[1] && back[2] == -INFINITY);
     int count;
     const char **names = parse_class_names("names", st_meta(&f, "class_names"), &count);
-    CHECK("class names", count == 2 && !strcmp(names[0], "a\"") && !strcmp(names[1], "b\xc3\xa9"));
+    CHECK("class names", count == 2 && !strcmp(names[0], "a\"") && !strcmp(names[1], "b\xc3\xa9\n\t\xf0\x9f\x98\x80"));
     CHECK("class names, written", !strcmp(st_meta(&f, "class_names"), meta[1].value));
     for (int i = 0; i < count; i++) free((char *)names[i]);
     free(names);

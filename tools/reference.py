@@ -810,6 +810,12 @@ def case_table():
     add("forward_diffusers_time", tiny(**p(0, 0), time_embedding="diffusers"), t=[999, 5], n=1, m=1)
     add("forward_skip_acts", tiny(**p(1, 1), **flow, skip=1), t=[17, 803, 400], n=1, m=2)
     add("forward_skip_pre0_post0", tiny(**p(0, 0), **odd, skip=1), t=[3, 970], n=0, m=1)
+    add("forward_skip_pre2_post0", tiny(**p(2, 0), **flow, skip=1), t=[5, 640], n=2, m=2)
+    add("forward_skip_pre0_post2", tiny(**p(0, 2), skip=1), t=[5, 640], n=0, m=2)
+    add("forward_tokens225_v_p2_sigma", tiny(**p(0, 1), prediction="v", learn_sigma=1, image_size=15, patch=1, width=24,
+        heads=1, skip=1, timestep_in_pre_post=1), t=[0, 640], n=1, m=2)
+    add("forward_batch19_unlabelled", tiny(**p(1, 1), channels=4, image_size=4, classes=0),
+        t=[53 * i % 1000 for i in range(19)], n=1, m=2)
     many = dict(**latent, classes=1000, learn_sigma=1)
     add("forward_classes1000_sigma", tiny(**p(0, 0), **many), t=[10, 700, 350], n=1, m=1, y=[999, 1000, 0])
 
@@ -856,6 +862,9 @@ def case_table():
     add("sample_v_zero_snr_ddim", tiny(**p(0, 0), **zero), B=2, sampler="ddim", steps=5, iters="2")
     add("sample_v_zero_snr_ddpm_sigma", tiny(**p(0, 0), **zero, **sigma), B=2, sampler="ddpm", steps=5,
         iters="1,2,2,1,3")
+    add("sample_v_guided", tiny(**p(0, 0), prediction="v"), B=2, sampler="ddpm", steps=3, iters="1", cfg_scale=1.5)
+    add("sample_gray_guided_sigma", tiny(**p(1, 0), image_size=20, patch=4, channels=1, learn_sigma=1), B=2,
+        sampler="ddim", steps=3, iters="2", eta=0.3, cfg_scale=2.0)  # one channel, of which cfg_channels guides 3
     add("sample_v_ddim_eta_head32", tiny(**p(0, 0), prediction="v", width=32, heads=1), B=2, sampler="ddim", steps=7,
         iters="1", eta=1.0)
     add("sample_ddim_anderson", tiny(**p(1, 1)), B=2, sampler="ddim", steps=3, iters="6,5,1", window=3, mixing=1.0)
