@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -374,6 +375,10 @@ def test_data_broken_input():
     np.save("features/2.npy", np.zeros((1, 4, 8, 8), np.float32))
     fails("features/2.npy", "data.py", "npy", "features", *out)
     fails("text.npy", "data.py", "show", "text.npy")
+    np.savez("archive.npz", x=np.zeros((2, 8, 8, 3), np.uint8), more=np.zeros(2))
+    fails("archive.npz: an archive of x, more", "data.py", "npy", "archive.npz", *out)
+    np.save("bytes.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    fails("leave --dtype and --latent_scale away", "data.py", "npy", "bytes.npy", "--latent_scale", "0.5", *out)
     fails("--help", "data.py", "npy", "x.npy", "--nonsense", *out)
     done = subprocess.run([sys.executable, TOOLS / "data.py", "folder", "broken", *out], capture_output=True, text=True)
     assert done.returncode == 1 and "skipped broken/class/1.png" in done.stderr and "Traceback" not in done.stderr
@@ -979,6 +984,30 @@ def test_reproduce():
     fails("another setup", "reproduce.py", "--scale", "laptop", "--target", "cpu", "--out", "out")
     fails("--seeds: at least 1", "reproduce.py", "--scale", "smoke", "--seeds", "0", "--target", "cpu", "--out", "out")
     fails("no such dataset", "reproduce.py", "--photographs", "none.safetensors", "--target", "cpu")
+
+
+# ---- sample_gpu on the CPU harness draws the pictures of sample_cpu: noise, batches, guidance, early stops, traces
+
+
+def test_emulated_samples():
+    if not shutil.which("g++"):
+        raise Skip("needs g++")
+    root = TOOLS.parent
+    subprocess.run(["make", "-s", "-C", root, "sample_cpu", "sample_emu"], check=True)
+    for case, options in (("sample_ddim_reuse", "--eta 0.5 --cfg 2 --cfg_channels 1 --iters 3"),
+                          ("sample_ddpm_sigma", "--sampler ddpm --cfg 1.5 --iters 2,1,2,1 --trace {}.csv"),
+                          ("sample_skip_anderson", "--solver anderson --cfg 1 --iters 4 --trace {}.csv"),
+                          ("sample_x_reuse", "--t_shift 2 --iters 9 --tol 0.05 --trace {}.csv"),
+                          ("sample_dit_ddpm_sigma_guided", "--sampler ddpm")):
+        for kind in "cpu", "emu":
+            subprocess.run([root / f"sample_{kind}", "--weights", root / f"test/cases/{case}.safetensors", "--dtype",
+                            "fp32", "--n", "5", "--batch", "2", "--steps", "4", "--latents", f"{kind}.safetensors",
+                            "--out", "a.png", *options.format(kind).split()], check=True, capture_output=True)
+        got, want = (load(f"{kind}.safetensors")[0]["x"] for kind in ("emu", "cpu"))
+        assert np.linalg.norm(got - want) < 1e-5 * np.linalg.norm(want), (case, np.abs(got - want).max())
+        if "trace" in options:
+            got, want = (np.loadtxt(f"{kind}.csv", delimiter=",", skiprows=1, ndmin=2) for kind in ("emu", "cpu"))
+            assert got.shape == want.shape and np.allclose(got, want, rtol=1e-3, atol=1e-6), case
 
 
 # ---- bench_torch.py

@@ -57,6 +57,8 @@ try:
 except ImportError as error:
     sys.exit(f"evaluate.py: needs the Python package {error.name}: pip install -r tools/requirements.txt")
 
+from data import flatten  # of this folder
+
 VERSION = "1"  # of everything that the cached network and features depend on: another one, another cache
 REFERENCE = 50_000  # of a larger dataset, as many pictures are used
 MANIFOLD = 5_000  # pictures on each side of precision and recall
