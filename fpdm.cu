@@ -17,9 +17,10 @@
 //
 // "Shared block" marks what fpdm_cpu.c and fpdm.cu have in common, byte for byte.
 //
-// --dtype bf16, the default: what goes into a matmul is bf16, stored activations are too; weights, their gradients, the
-// optimiser, the EMA, the residual stream x, LayerNorm's statistics and every accumulator are fp32. --dtype fp32: all
-// fp32. No atomic adds: every sum has one order, so the same seed gives the same bits on the same kind of GPU.
+// --dtype bf16, the default: what goes into a matmul is bf16, but for the patch, conditioning and final layers, and
+// stored activations are too (fpdm_cpu.c rounds operands alone); weights, their gradients, the optimiser, the EMA, the
+// residual stream x, LayerNorm's statistics and every accumulator are fp32. --dtype fp32: all fp32. No atomic adds:
+// every sum has one order, so the same seed gives the same bits on the same kind of GPU.
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -331,7 +332,7 @@ enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: ear
 #define LAUNCH(kernel, grid, block, smem, stream, ...) kernel<<<grid, block, smem, stream>>>(__VA_ARGS__)
 #endif
 
-// The GPU, opened by the first model
+// The GPU, as gpu_open finds it
 static struct {
     int ready, sms;      // sms: streaming multiprocessors
     int wgmma;           // on Hopper: whether large products go through matmul_wgmma; 2: all in bf16
@@ -752,9 +753,10 @@ __global__ void add_kernel(float *x, const float *y, size_t count) {
 //   pre blocks | the injection: x is h | m iterations: x is z_n, z_{n+1}, ... | post blocks | x alone: the last output
 //   DiT: all blocks                                                                         | x alone: the last output
 //
-// The n iterations without gradient happen in place, in the x of the first iteration with gradient (in bf16 training,
-// which keeps z in bf16, in `reused`). With `recompute` all layers share the rest of a Layer, which the backward pass
-// fills again from x. A model that only samples has one rest and one x, with skip a second, as h must outlast the loop.
+// The n iterations without gradient happen in place, in the x of the first iteration with gradient. In bf16 training x
+// is z in bf16 there: the fp32 result of an iteration goes to `reused`, where nobody reads it once the copy is made.
+// With `recompute` all layers share the rest of a Layer, which the backward pass fills again from x. A model that only
+// samples has one rest and one x, with skip a second, as h must outlast the loop.
 
 typedef struct {
     float *x;     // (B,T,D) input: the residual stream; of iterations in bf16 training: z in bf16
@@ -797,7 +799,7 @@ typedef struct {
     Act *dnormed, *dbranch; // (B,T,D) gradients of an LN's output, of proj and fc2
     Act *dwide;             // (B,T,4D) scratch: the gradient of fc1, qkv or u, whichever is at hand
     float *dq;              // (B,T,D) scratch: sums of attention's backward pass
-    float *recomputed;      // (B,T,D) scratch: an output that only recompute makes, and nobody reads
+    float *recomputed;      // (B,T,D) scratch: the stream of a block that recompute runs again; its end nobody needs
     float *du_sum;          // (B,T,2D) gradient of inj_part, summed over the iterations
     float *dmod, *dfinal_mod, *dcond, *dcond_pp, *dtime;
     float *parts; // (B,ceil(T/8),3,D) at most: sums over some tokens, see layernorm_backward_kernel
@@ -810,7 +812,7 @@ typedef struct {
     double *sums;             // (B,2) or partial sums of the gradient norm
 } Activations;
 
-typedef struct { // a recorded training step of B pictures
+typedef struct { // a recording of what model_loss has the GPU do for B pictures
     int B, n, m;
     double scale;
     cudaGraphExec_t exec;
@@ -833,9 +835,9 @@ typedef struct {
     size_t activation_bytes, scratch; // from byte `scratch` on, nothing lasts longer than a forward and backward pass
     int B, grad_iters;                // of the current forward pass
     void (*probe)(const char *name, const real *data, int64_t count); // tests look at activations through this
-    struct LossPlace *places;                                         // (batch), the host's; where the losses go
-    double *mse, *vb;
-    StepGraph *graphs; // MAX_GRAPHS of them
+    struct LossPlace *places;                                         // (batch), the host's
+    double *mse, *vb;                                                 // where model_wait puts the losses
+    StepGraph *graphs;                                                // MAX_GRAPHS of them
     int n_graphs;
 } Model;
 
@@ -981,8 +983,8 @@ static void block_forward(Model *m, float *out, Act *copy, const float *x, Layer
 }
 
 // dx (B,T,D): the gradient of the output on entry, of the input on return, then also in copy (unless NULL). x is the
-// input. Where the input is another block's output, `above` that one, its MLP branch gets its gradient in the same
-// pass; this block's has it already if it is `below` another.
+// input. above: x is the output of block index - 1, whose Layer is l[-1]; the last pass over dx then also makes that
+// block's first gradients, those of its gate2 and fc2. below: the block after this one has done so for this.
 static void block_backward(Model *m, float *dx, Act *copy, const float *x, Layer *l, int index, int below, int above) {
     Activations *a = &m->a;
     const BlockParams *p = &m->p.block[index], *g = &m->g.block[index];
@@ -1017,10 +1019,10 @@ static void block_backward(Model *m, float *dx, Act *copy, const float *x, Layer
 // back to z_n, where it stops. (The exact gradient of a fixed point would need the inverse of a Jacobian; going through
 // a few iterations is a good descent direction and as cheap as a network of m layers.)
 //
-// What z_k adds to [z_{k-1}; inj]·fp1 splits into z_{k-1}·fp1's left half and inj·fp1's right half + bias = inj_part,
-// which no iteration changes: it is computed once. Its gradient is the sum over the m iterations of du, the gradient of
-// u = fp1's output. All that follows from it (fp1's right half and bias, inject, h and with it the pre blocks) is
-// linear in du, so one matmul with du_sum after the last iteration does the work of m.
+// The product [z_{k-1}; inj]·fp1 + bias splits into z_{k-1}·(fp1's left half) and inj_part = inj·(fp1's right half) +
+// bias, which no iteration changes: it is computed once. Its gradient is the sum over the m iterations of du, the
+// gradient of u = fp1's output. All that follows from it (fp1's right half and bias, inject, h and with it the pre
+// blocks) is linear in du, so one matmul with du_sum after the last iteration does the work of m.
 
 // out = Block(fp2·gelu(z·fp1_z + inj_part), c); with `keep`, l keeps what the backward pass needs. copy, unless NULL,
 // is out as activations, for the next iteration; out or copy may be z.
@@ -1080,6 +1082,7 @@ static Layer *fixed_point_forward(Model *m, Layer *l, const float *start, int n,
     Activations *a = &m->a;
     size_t count = (size_t)config_tokens(&m->config) * m->config.width, N = m->B * count;
     int alone = m->half && !solve;
+    assert(solve || n + grad_iters > 0); // without iterations l->x would stay in bf16
     auto z_act = [&](Layer *at) { return m->half && solve ? a->z : (Act *)at->x; };
     if (l->x != start && !alone) gpu_copy(l->x, start, N * sizeof(float));
     as_act(m, z_act(l), start, N);
@@ -1468,6 +1471,7 @@ static void model_loss(Model *model, const Schedule *s, const float *x0, const f
     gpu_upload(a->noise, noise, B * count * sizeof *noise);
     gpu_upload(a->y, y, (size_t)B * sizeof *y);
     model->mse = mse, model->vb = vb;
+    if (!c->fixed_point) n = m = 0; // they mean nothing there: one graph for all
     StepGraph *graph = model->graphs, *end = graph + model->n_graphs;
     while (graph < end && (graph->B != B || graph->n != n || graph->m != m || graph->scale != scale)) graph++;
     int record = graph == end && model->n_graphs < MAX_GRAPHS && !model->probe; // a probe waits for the GPU
@@ -1487,7 +1491,7 @@ static void model_loss(Model *model, const Schedule *s, const float *x0, const f
     CHECK(cudaGraphLaunch(graph->exec, gpu.stream));
 }
 
-// Until model_loss is done
+// Waits until model_loss is done, and fills its mse and vb.
 static void model_wait(Model *m) {
     double *sums = (double *)xcalloc(2 * (size_t)m->B, sizeof *sums, "a batch");
     gpu_download(sums, m->a.sums, 2 * (size_t)m->B * sizeof *sums);
@@ -1543,12 +1547,11 @@ static void sample_steps(SampleStep *steps, const Schedule *s, const SampleSetti
         SampleStep *p = &steps[k];
         double ab = s->alpha_bar[i], prev = s->alpha_bar_prev[i], a = sqrt(ab), n = sqrt(1 - ab);
         double x0_x = v ? a : 1 / a, x0_out = v ? -n : -n / a, eps_x = v ? n : 0, eps_out = v ? a : 1;
-        memset(p, 0, sizeof *p);
         p->t = s->t[i];
         if (set->sampler == SAMPLER_FLOW) {
-            int of_x = c->prediction == PREDICT_X; // whose velocity is (out - x)/tau
-            p->of_out = of_x ? s->dt[i] / s->tau[i] : s->dt[i];
-            p->of_x = of_x ? 1 - p->of_out : 1;
+            int picture = c->prediction == PREDICT_X; // is what the model gives; the velocity is (out - x)/tau
+            p->of_out = picture ? s->dt[i] / s->tau[i] : s->dt[i];
+            p->of_x = picture ? 1 - p->of_out : 1;
         } else if (set->sampler == SAMPLER_DDPM) {
             p->of_x = s->c1[i] * x0_x + s->c2[i];
             p->of_out = s->c1[i] * x0_out;
@@ -1570,8 +1573,8 @@ static void sample_steps(SampleStep *steps, const Schedule *s, const SampleSetti
 // Draws B pictures: x (B,C,S,S) holds x_T on entry and the pictures on return. z (steps,B,C,S,S), the noise of each
 // step, is given by tests; when NULL it is drawn: picture b is number first+b of the seed. The model needs room for 2B
 // with guidance. A timestep is a few hundred short kernels, which would take longer to launch than to run: they are
-// recorded once for each number of iterations, as a CUDA graph, and replayed. All that differs between timesteps is
-// read from device memory.
+// recorded as CUDA graphs, one for each number of iterations (the first timestep, which reuses nothing, has its own),
+// and replayed. All that differs between timesteps is read from device memory.
 static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int B,
                          const float *z, uint64_t seed, int first) {
     const Config *c = &model->config;
@@ -1616,9 +1619,8 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
         struct Graph *graph = graphs;
         while (graph < graphs + n_graphs && (graph->iters != iters || graph->reuse_ready != solve->reuse_ready))
             graph++;
-        int record = graph == graphs + n_graphs,
-            plain = solve->want_residual && c->fixed_point; // those wait for the GPU
-        if (record || plain) {
+        int plain = solve->want_residual && c->fixed_point; // the residuals come to the host: no graph
+        if (graph == graphs + n_graphs) {
             graph->iters = iters;
             graph->reuse_ready = solve->reuse_ready;
             if (!plain) graph_begin();
@@ -1636,6 +1638,7 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
             solve->ran = iters;
             solve->reuse_ready = solve->reuse;
         }
+        if (step % 16 == 15) gpu_wait(); // so that progress tells of work, not of launches
         progress(B);
         set->passes += c->fixed_point ? c->pre_depth + solve->ran + c->post_depth : c->depth;
         for (int k = 0; set->trace && k < solve->ran && c->fixed_point; k++)
@@ -3381,8 +3384,9 @@ static size_t activations_point(Model *m, char *memory) {
         shared = at;
         take_all(r, 3 * N * A, &at->qkv);
         take_all(r, N * A, &at->att);
-        // m varies from step to step, so a layer behind the injection serves an iteration or a post block.
-        int iteration = c->fixed_point && (l > c->pre_depth || m->recompute || !m->training);
+        // m varies from step to step, so most layers behind the injection serve an iteration or a post block.
+        int within = l > c->pre_depth && l <= c->pre_depth + m->max_m;
+        int iteration = c->fixed_point && (within || m->recompute || !m->training);
         if (iteration) take_all(r, N * F, &at->in);
         if (!m->training) continue;
         if (iteration) take_all(r, 2 * N * A, &at->u);
@@ -3459,7 +3463,7 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     if (hd % 8 || hd > 128)
         die("heads %d: head size %d; the GPU program needs a multiple of 8, at most 128; or use the CPU program",
             config->heads, hd);
-    if (dtype == COMPUTE_FP32 && hd > 80 && gpu.shared < 99 << 10)
+    if (dtype == COMPUTE_FP32 && hd > 72 && gpu.shared < 99 << 10)
         die("heads %d: head size %d in fp32 needs more shared memory than this GPU has: --dtype bf16", config->heads,
             hd);
     size_t patch = (size_t)config->patch * config->patch * config_out_channels(config), floats = gpu.shared / 4;
@@ -3865,7 +3869,7 @@ static FILE *open_temp(const char *path) {
         if (access(path, W_OK)) fail_temp(path);
         mode = info.st_mode & 0777;
     } else if (lstat(path, &info) == 0) {
-        die("%s: is a link to nothing; make the file that it names, or remove it", path);
+        die("%s: is a link that leads to no file: %s; make that file, or remove the link", path, strerror(errno));
     }
     if (!realpath(path, temp_target)) snprintf(temp_target, sizeof temp_target, "%s", path);
     char name[2 * PATH_MAX];
@@ -3874,7 +3878,9 @@ static FILE *open_temp(const char *path) {
         die("%.200s...: this path is too long; use a shorter one", path);
     int fd = mkstemps(name, 4);
     if (fd < 0) fail_temp(path);
-    memcpy(temp_path, name, sizeof temp_path);
+    memcpy(temp_path + 1, name + 1, sizeof temp_path - 1);
+    __asm__ volatile("" ::: "memory");
+    *temp_path = *name; // last: on_kill may look at any moment
     fchmod(fd, mode);
     FILE *file = fdopen(fd, "wb");
     if (!file) fail_temp(path);
@@ -4065,8 +4071,8 @@ static unsigned json_hex(Json *j) {
     return (unsigned)strtoul(digits, NULL, 16);
 }
 
-// Reads a string; bytes beyond ASCII pass as they are. Decoding its escapes never makes it longer, and its end takes the
-// place of the closing quote or stands before it.
+// Reads a string; bytes beyond ASCII pass as they are. Decoding its escapes never makes it longer, and its end takes
+// the place of the closing quote or stands before it.
 static char *json_string(Json *j) {
     json_expect(j, '"');
     char *text = j->p, *out = text;
@@ -4347,7 +4353,8 @@ static void st_save(const char *path, const Tensor *tensors, int n, const Meta *
     commit_temp(file, path);
 }
 
-// The metadata value `class_names` of a file, a JSON list of strings, as an array; NULL if json is NULL or the list is empty.
+// The metadata value `class_names` of a file, a JSON list of strings, as an array; NULL if json is NULL or the list is
+// empty.
 static const char **parse_class_names(const char *path, const char *json, int *count) {
     const char **names = NULL;
     *count = 0;
@@ -4462,7 +4469,8 @@ static const Option option_table[] = {
     {"cfg", TRAIN | SAMPLE, OPT_REAL, AT(cfg), "3", -100, 100, "scale of classifier-free guidance; 1: none"},
     {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024, "prediction channels that are guided"},
     {"n", SAMPLE, OPT_INT, AT(n), "40", 1, 1e6, "number of pictures"},
-    {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0, "numbers or class names, 3,7,heart; default: each in turn"},
+    {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0,
+     "class names or, where none is called so, numbers: 3,7,heart; default: each in turn"},
     {"batch", SAMPLE, OPT_INT, AT(batch), "40", 1, 1 << 20, "pictures at a time"},
     {"", 0, 0, 0, "", 0, 0, "Files and progress, precision and chance"},
     {"weights", SAMPLE, OPT_TEXT, AT(weights), "weights/shapes.safetensors", 0, 0, "weight file"},
@@ -5416,7 +5424,7 @@ static void run_pictures(Run *run) {
     int n = c->classes > 1 && c->classes <= 20 ? 4 * c->classes : 36, iters[DIFFUSION_STEPS];
     snprintf(path, sizeof path, "%s/samples_%06d.png", o.out, o.step);
     if (o.step == run->begun && access(path, F_OK) == 0) return;
-    if (run->model->batch < 2) o.cfg = 1;
+    if (run->model->batch < 2 && c->classes) o.cfg = 1;
     int *y = (int *)xcalloc(n, sizeof *y, "samples");
     SampleSettings set = sample_settings(iters, &o);
     parse_labels(y, n, o.labels, c->classes, NULL);
@@ -5721,7 +5729,7 @@ static int train_main(int argc, char **argv) {
     ranks_same_weights(&run);
     run.log = ranks.rank ? fopen("/dev/null", "w") : open_log(o->out, o->step);
     train(&run);
-    if (o->step < o->steps) {
+    if (o->step < o->steps || (interrupted && !ranks.rank)) { // or its last pictures were not drawn
         if (run.saved != o->step) run_save(&run);
         say(0, "stopped after step %d; go on with: %s --resume %s", o->step, argv[0], o->out);
         return 130;

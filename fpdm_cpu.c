@@ -1663,8 +1663,8 @@ static void model_reduce(Model *m) {
 // the second-level cache. A is read where it stands when its rows are contiguous, else MC of its rows are packed too.
 // In % of the peak of a Zen 5 core with AVX-512: plain loops for x.W^T 2, with `omp simd` 19; these tiles with A and B
 // packed 83; A read in place 88; the next rows of A prefetched 91. Prefetching them in one burst before a tile stalls
-// it: one line at each k instead. dy^T.x, where A is packed, is the slowest. No gain: tiles of 12 x 2 and 14 x 2 vectors,
-// the loop over panels outside that over rows, huge pages.
+// it: one line at each k instead. dy^T.x, where A is packed, is the slowest. No gain: tiles of 12 x 2 and 14 x 2
+// vectors, the loop over panels outside that over rows, huge pages.
 // Where rows of A lie a multiple of 2048 bytes apart, they share the few places of a cache set, and at 4096 the rate
 // halves: such rows are copied. More k at once and narrower blocks of B: 2 to 4 % more.
 // With bf16's instruction the peak is twice as high. ./bench_cpu measures each shape of a model.
@@ -2024,8 +2024,8 @@ static size_t activations_point(Model *m, real *memory) {
             at->x = x;
             continue;
         }
-        // m varies from step to step, so a layer behind the injection serves an iteration or a post block.
-        int iteration = c->fixed_point && (l > c->pre_depth || one);
+        // m varies from step to step, so most layers behind the injection serve an iteration or a post block.
+        int within = l > c->pre_depth && l <= c->pre_depth + m->max_m, iteration = c->fixed_point && (within || one);
         at->u = iteration ? take(r, 2 * N) : NULL;
         at->in = iteration ? take(r, N) : NULL;
         at->qkv = take(r, m->half ? 3 * N / 2 : 3 * N);
@@ -2375,7 +2375,7 @@ static FILE *open_temp(const char *path) {
         if (access(path, W_OK)) fail_temp(path);
         mode = info.st_mode & 0777;
     } else if (lstat(path, &info) == 0) {
-        die("%s: is a link to nothing; make the file that it names, or remove it", path);
+        die("%s: is a link that leads to no file: %s; make that file, or remove the link", path, strerror(errno));
     }
     if (!realpath(path, temp_target)) snprintf(temp_target, sizeof temp_target, "%s", path);
     char name[2 * PATH_MAX];
@@ -2384,7 +2384,9 @@ static FILE *open_temp(const char *path) {
         die("%.200s...: this path is too long; use a shorter one", path);
     int fd = mkstemps(name, 4);
     if (fd < 0) fail_temp(path);
-    memcpy(temp_path, name, sizeof temp_path);
+    memcpy(temp_path + 1, name + 1, sizeof temp_path - 1);
+    __asm__ volatile("" ::: "memory");
+    *temp_path = *name; // last: on_kill may look at any moment
     fchmod(fd, mode);
     FILE *file = fdopen(fd, "wb");
     if (!file) fail_temp(path);
@@ -2575,8 +2577,8 @@ static unsigned json_hex(Json *j) {
     return (unsigned)strtoul(digits, NULL, 16);
 }
 
-// Reads a string; bytes beyond ASCII pass as they are. Decoding its escapes never makes it longer, and its end takes the
-// place of the closing quote or stands before it.
+// Reads a string; bytes beyond ASCII pass as they are. Decoding its escapes never makes it longer, and its end takes
+// the place of the closing quote or stands before it.
 static char *json_string(Json *j) {
     json_expect(j, '"');
     char *text = j->p, *out = text;
@@ -2857,7 +2859,8 @@ static void st_save(const char *path, const Tensor *tensors, int n, const Meta *
     commit_temp(file, path);
 }
 
-// The metadata value `class_names` of a file, a JSON list of strings, as an array; NULL if json is NULL or the list is empty.
+// The metadata value `class_names` of a file, a JSON list of strings, as an array; NULL if json is NULL or the list is
+// empty.
 static const char **parse_class_names(const char *path, const char *json, int *count) {
     const char **names = NULL;
     *count = 0;
@@ -2972,7 +2975,8 @@ static const Option option_table[] = {
     {"cfg", TRAIN | SAMPLE, OPT_REAL, AT(cfg), "3", -100, 100, "scale of classifier-free guidance; 1: none"},
     {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024, "prediction channels that are guided"},
     {"n", SAMPLE, OPT_INT, AT(n), "40", 1, 1e6, "number of pictures"},
-    {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0, "numbers or class names, 3,7,heart; default: each in turn"},
+    {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0,
+     "class names or, where none is called so, numbers: 3,7,heart; default: each in turn"},
     {"batch", SAMPLE, OPT_INT, AT(batch), "40", 1, 1 << 20, "pictures at a time"},
     {"", 0, 0, 0, "", 0, 0, "Files and progress, precision and chance"},
     {"weights", SAMPLE, OPT_TEXT, AT(weights), "weights/shapes.safetensors", 0, 0, "weight file"},
@@ -3926,7 +3930,7 @@ static void run_pictures(Run *run) {
     int n = c->classes > 1 && c->classes <= 20 ? 4 * c->classes : 36, iters[DIFFUSION_STEPS];
     snprintf(path, sizeof path, "%s/samples_%06d.png", o.out, o.step);
     if (o.step == run->begun && access(path, F_OK) == 0) return;
-    if (run->model->batch < 2) o.cfg = 1;
+    if (run->model->batch < 2 && c->classes) o.cfg = 1;
     int *y = (int *)xcalloc(n, sizeof *y, "samples");
     SampleSettings set = sample_settings(iters, &o);
     parse_labels(y, n, o.labels, c->classes, NULL);
@@ -4231,7 +4235,7 @@ static int train_main(int argc, char **argv) {
     ranks_same_weights(&run);
     run.log = ranks.rank ? fopen("/dev/null", "w") : open_log(o->out, o->step);
     train(&run);
-    if (o->step < o->steps) {
+    if (o->step < o->steps || (interrupted && !ranks.rank)) { // or its last pictures were not drawn
         if (run.saved != o->step) run_save(&run);
         say(0, "stopped after step %d; go on with: %s --resume %s", o->step, argv[0], o->out);
         return 130;

@@ -178,6 +178,13 @@ interrupt INT painting "says ^step.1/" --sample_every 1 --sample_steps 60 --dept
 steps=$(sed -n 's/^stopped after step \([0-9]*\);.*/\1/p' out)
 check "SIGINT while pictures are drawn: status 130" [ $status = 130 ]
 check "SIGINT while pictures are drawn: state is saved" state_is painting "$steps"
+runs "SIGINT while pictures are drawn: goes on" "$train" --resume painting --steps "$steps" --sample_steps 2
+check "SIGINT while pictures are drawn: then they are drawn" ls "painting/$(printf 'samples_%06d.png' "$steps")"
+"$train" $small --steps 1 --sample_steps 1000 --depth 60 --out last > out 2> err < /dev/null & # its pictures take minutes
+for _ in $(seq 200); do [ -e last/weights.safetensors ] && break || sleep 0.05; done
+{ kill $! && wait $!; } 2> /dev/null
+check "SIGTERM while the last pictures are drawn: status 130" [ $? = 130 ]
+check "SIGTERM while the last pictures are drawn: says how to go on" says "^stopped after step 1; go on with"
 interrupt KILL killed "test -e killed/state.safetensors" --save_every 1 --log_every 100000
 steps=$(head -c 20000 killed/state.safetensors | grep -ao '"step":"[0-9]*' | grep -o '[0-9]*$')
 check "SIGKILL: the log reaches the saved state" [ "$(column killed/log.csv 1 | grep -xc "$((steps - 1))")" = 1 ]
@@ -652,13 +659,14 @@ refuses "a file as a folder, before the work" "plain/000000.png: cannot write" \
     "$sample" --weights w --n 1 --steps 1000 --trace early.csv --out plain/
 check "a file as a folder, before the work: no trace yet" absent early.csv
 refuses "a grid in a folder" "option --show: draws a grid" "$sample" --weights w --n 1 --steps 2 --show 1 --out single/
-refuses "a link to nothing" "dangling: is a link to nothing" "$sample" --weights w --n 1 --steps 2 --out dangling
+refuses "a link to nothing" "dangling: is a link that leads to no file" "$sample" --weights w --n 1 --steps 2 --out dangling
 refuses "advice: iters and alloc" "option --iters: more than 1000" \
     "$sample" --weights w --n 1 --steps 2 --iters 900 --alloc inc --out no.png
 "$sample" --weights w --n 4000 --steps 1000 --trace killed.csv --out x.png > out 2>&1 < /dev/null &
-for _ in $(seq 200); do ls killed.csv.*.tmp > /dev/null 2>&1 && break || sleep 0.05; done
-{ kill %% && wait %%; } 2> /dev/null
-check "a killed sampler: leaves nothing half-written" [ "$(echo killed.csv*)" = "killed.csv*" ]
+seen=
+for _ in $(seq 200); do ls killed.csv.*.tmp > /dev/null 2>&1 && seen=1 && break || sleep 0.05; done
+{ kill $! && wait $!; } 2> /dev/null
+check "a killed sampler: leaves nothing half-written" [ "$seen$(echo killed.csv*)" = "1killed.csv*" ]
 runs "export: unlabelled" "$train" $tiny --steps 2 --data latents.safetensors --export unlabelled
 check "export: unlabelled: no labels in it" [ "$("$unit" tensors unlabelled | grep -c '^y ')" = 0 ]
 runs "export: labelled" "$train" $tiny --steps 2 --data images.safetensors --export labelled

@@ -489,8 +489,11 @@ def convert_in(args):
     ours = our_tensors(c, tensors, layout, args.source)
     if read_as == "sit" and c["learn_sigma"]:
         drop_variance(c, ours)
-    if c["prediction"] == "flow" and c["learn_sigma"]:
-        die(f"{args.source}: variance channels beside a flow; it is no SiT (--from sit) and nothing that we can sample")
+    if c["prediction"] in ("flow", "x") and c["learn_sigma"]:
+        die(f"{args.source}: variance channels beside prediction {c['prediction']}; it is no SiT (--from sit) and "
+            "nothing that we can sample")
+    if c["prediction"] == "x" and c["zero_terminal_snr"]:
+        die(f"{args.source}: zero_terminal_snr 1 beside prediction x; nothing that we can sample")
     scale = args.latent_scale if args.latent_scale is not None else 0.18215 if c["channels"] == 4 else 0
     if scale:
         c["latent_scale"] = repr(scale)
@@ -600,7 +603,7 @@ def main():
     option("--key", help="which tensors of a training's .pt (default: ema, or else model)")
     option("--image_size", type=int, help="side of the input, 32 for pictures of 256x256 (default: as in the file)")
     option("--heads", type=int, help="attention heads (default: DiT's of that width)")
-    option("--prediction", choices=["eps", "v", "flow", "x"], help="default: as the training's arguments say, or else eps")
+    option("--prediction", choices=["eps", "v", "flow", "x"], help="default: as the arguments say, or else eps")
     option("--time_embedding", choices=["dit", "sit", "diffusers"], help="what the sines see (default: the layout's)")
     option("--timestep_in_pre_post", type=int, choices=[0, 1], help="default: as the arguments say, or else 0")
     option("--zero_terminal_snr", type=int, choices=[0, 1], help="default: as the arguments say, or else 0")

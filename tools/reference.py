@@ -572,7 +572,8 @@ class Data:
             self.x = f.get_tensor("x")
             self.y = f.get_tensor("y") if labelled else torch.zeros(len(self.x), dtype=torch.int64)
             self.class_names = (f.metadata() or {}).get("class_names") if labelled else None
-        self.classes = len(json.loads(self.class_names)) if self.class_names else int(self.y.max()) + 1 if labelled else 0
+        numbered = int(self.y.max()) + 1 if labelled else 0
+        self.classes = len(json.loads(self.class_names)) if self.class_names else numbered
         self.pixels = self.x.dtype == torch.uint8
         self.channels, self.image_size = (self.x.shape[3] if self.pixels else self.x.shape[1]), self.x.shape[2]
         self.batch, self.hflip, self.seed, self.orders = batch, hflip, seed, {}

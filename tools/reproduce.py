@@ -129,7 +129,8 @@ class Experiment:
         setup = {"scale": args.scale, "data": data, "target": self.target, **scale}
         setup = json.loads(json.dumps(setup))
         path = os.path.join(self.out, "setup.json")
-        if os.path.exists(path) and {**json.load(open(path)), "seeds": scale["seeds"]} != setup:  # seeds may join later
+        had = json.load(open(path)) if os.path.exists(path) else setup
+        if {**had, "seeds": scale["seeds"], "shifts": scale["shifts"]} != setup:  # of both more may join later
             die(f"{self.out}: holds the results of another setup: give another --out, or remove it")
         self.write(path, setup)
         self.points_path = os.path.join(self.out, "points.json")
@@ -272,10 +273,11 @@ class Experiment:
         if self.data != "shapes":  # classes as often as the data have them; of shapes, each in turn
             import evaluate
             import torch
-            _, y, _ = evaluate.load_pictures(self.data)
+            _, y, names = evaluate.load_pictures(self.data)
             if y is not None:
                 chosen = torch.randint(len(y), (n,), generator=torch.Generator().manual_seed(1))
-                command += ["--labels", ",".join(map(str, y[chosen].tolist()))]
+                words = [names[i] if names and str(i) in names else i for i in y[chosen].tolist()]  # names count first
+                command += ["--labels", ",".join(map(str, words))]
         return [str(word) for word in command]
 
     def best_sampling(self, run):
@@ -389,7 +391,8 @@ class Experiment:
 
     def everything(self):
         scale, seeds = self.scale, range(1, self.scale["seeds"] + 1)
-        self.call(["make", "-s", f"train_{self.target}", f"sample_{self.target}"])
+        if subprocess.run(["make", "-s", f"train_{self.target}", f"sample_{self.target}"], cwd=ROOT).returncode:
+            raise Failed("make failed; its message is above")
         self.lr, self.tuning, self.shift = {}, {}, {}
         self.sampling = dict.fromkeys(self.runs, scale["samplings"][0])
         for run in sorted(self.runs, key=SAME_RATE.__contains__):
@@ -506,7 +509,7 @@ def table(head, rows):
 def direction(changes):
     """Which way a quantity changes, if the 95 % interval of its mean over the seeds (Student's t) leaves out zero."""
     mean, n = statistics.fmean(changes), len(changes)
-    half = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(n, 2.5) * statistics.stdev(changes) / n**0.5 if n > 1 else 0
+    half = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(n, 2.57) * statistics.stdev(changes) / n**0.5 if n > 1 else 0
     if abs(mean) <= half:
         return "not told apart by these seeds"
     return ("lower" if mean < 0 else "higher") + " (one seed)" * (n == 1)
