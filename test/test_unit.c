@@ -628,8 +628,8 @@ static void test_gemm(int half, int rounds, int largest) {
     };
     int n_shapes = (int)(sizeof shapes / sizeof *shapes), bad = 0, outside = 0;
     double worst = 0;
-    for (int round = 0; round < rounds + 3 * n_shapes; round++) {
-        int shape = round < rounds ? -1 : (round - rounds) / 3, crowd_a = round % 8 == 3, crowd_b = 0;
+    for (int round = 0; round < rounds + 2 * n_shapes; round++) {
+        int shape = round < rounds ? -1 : (round - rounds) / 2, crowd_a = round % 8 == 3, crowd_b = 0;
         uint32_t r[16];
         for (uint32_t i = 0; i < 16; i++) r[i] = random_word(i, (uint32_t)(1000 + round));
         int big = round % 8 == 7, M = 1 + (int)rng_below(r[0], big ? (uint32_t)largest : 40);

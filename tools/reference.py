@@ -813,8 +813,8 @@ def case_table():
     add("forward_skip_pre0_post0", tiny(**p(0, 0), **odd, skip=1), t=[3, 970], n=0, m=1)
     add("forward_skip_pre2_post0", tiny(**p(2, 0), **flow, skip=1), t=[5, 640], n=2, m=2)
     add("forward_skip_pre0_post2", tiny(**p(0, 2), skip=1), t=[5, 640], n=0, m=2)
-    add("forward_tokens225_v_p2_sigma", tiny(**p(0, 1), prediction="v", learn_sigma=1, image_size=15, patch=1, width=24,
-        heads=1, skip=1, timestep_in_pre_post=1), t=[0, 640], n=1, m=2)
+    add("forward_tokens169_v_p2_sigma", tiny(**p(0, 1), prediction="v", learn_sigma=1, image_size=13, channels=4,
+        patch=1, width=24, heads=1, skip=1, timestep_in_pre_post=1), t=[0, 640], n=1, m=2)
     add("forward_batch19_unlabelled", tiny(**p(1, 1), channels=4, image_size=4, classes=0),
         t=[53 * i % 1000 for i in range(19)], n=1, m=2)
     many = dict(**latent, classes=1000, learn_sigma=1)
