@@ -30,7 +30,8 @@ ROOT = os.path.dirname(HERE)
 
 # What differs between the scales. `steps`: of the fixed-point model; its rivals get as many as cost the same; `seeds`:
 # of training, each with a sampling seed of its own; `samplings`: ways to draw timesteps in training, of which each
-# contender takes the one with the better distance; `per_step`: iterations per timestep that are tried at each budget;
+# contender takes the one with the better distance; `shifts`, `per_step`: values of --t_shift, and iterations per
+# timestep, that are tried at each budget;
 # `plateau_steps`: of the models that differ from the first in one thing.
 SCALES = {
     "smoke": dict(image_size=16, width=32, heads=2, patch=4, depth=8, rival_depth=6, batch=32, warmup=20, ema=0.98,
