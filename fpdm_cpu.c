@@ -48,7 +48,7 @@
 #include <mpi.h>
 #include <sched.h>
 #endif
-#if defined __AVX512F__ && defined __AMX_BF16__ && defined __linux__
+#if defined __AVX512F__ && defined __AMX_BF16__ && defined __linux__ && !defined AMX_PLAIN
 #define AMX
 #include <sys/syscall.h>
 #endif
@@ -1671,12 +1671,12 @@ static void model_reduce(Model *m) {
 // vectors, the loop over panels outside that over rows, huge pages.
 // Where rows of A lie a multiple of 2048 bytes apart, they share the few places of a cache set, and at 4096 the rate
 // halves: such rows are copied. More k at once and narrower blocks of B: 2 to 4 % more.
-// With bf16's instruction the peak is twice as high, with Intel's tiles (AMX) ten times. ./bench_cpu measures each shape
-// of a model.
+// With bf16's instruction the peak is twice as high on a Zen 5, half as high on a Xeon, which has tiles (AMX) for that:
+// 17 times as high; these loops reach a third of it. ./bench_cpu measures each shape of a model.
 
 // Vectors as wide as the machine's registers; plain C operators act on all lanes, so instructions are named only in
-// pair_multiply and where tiles are. A tile has 2 MR sums in registers, with room for two vectors of B and one of A: there are 32
-// registers, or 16.
+// pair_multiply and where AMX is. A tile has 2 MR sums in registers, with room for two vectors of B and one of A: there
+// are 32 registers, or 16.
 #if defined __AVX512F__
 enum { VEC_BYTES = 64, MR = 8 };
 #elif defined __AVX__
@@ -1814,9 +1814,16 @@ INLINE vec_float pair_multiply(vec_float sum, bf16x2 a, vec_bf16x2 b) {
 #endif
 }
 
+// What a tile prefetches, as much as it reads itself: of the next `rows` rows of A, a power of two
+typedef struct {
+    const real *at;
+    size_t stride;
+    int rows;
+} Ahead;
+
 // Intel's tiles (AMX): registers of 16 rows of 64 bytes, and one instruction for 16 rows of A by 16 pairs of B by 16
-// columns. Eight registers hold a tile of AMX_ROWS x NR of C, two of A, two of B, where B's panels are as for pairs, but A
-// stands in rows in any case. They serve where K is a multiple of AMX_K and this process is allowed to use them.
+// columns. Four hold a tile of AMX_ROWS x NR of C, two are for A, two for B. B's panels are as for pairs, but A stands in
+// rows in any case. They serve where K is a multiple of AMX_K and this process is allowed to use them.
 enum { AMX_ROWS = 32, AMX_PAIRS = 16, AMX_K = 2 * AMX_PAIRS };
 static atomic_int amx = -1; // not asked yet
 
@@ -1846,9 +1853,9 @@ static void amx_end(void) {
 }
 
 // c (AMX_ROWS,NR; row stride ldc) = a.b + from (row stride ldf), if any, of kc pairs: a multiple of AMX_PAIRS; a has row
-// stride ars, b is a panel. Without tiles the same in plain C, for tests.
+// stride ars, b is a panel. Prefetches as gemm_kernel does. Without tiles the same in plain C, for tests.
 static void amx_kernel(real *c, size_t ldc, const real *a, size_t ars, const real *b, const real *from, size_t ldf,
-                       int kc) {
+                       int kc, Ahead next) {
 #ifdef AMX
     size_t row = 4 * ars, c_row = 4 * ldc, from_row = 4 * ldf; // in bytes
     if (from) {
@@ -1863,6 +1870,9 @@ static void amx_kernel(real *c, size_t ldc, const real *a, size_t ars, const rea
         _tile_zero(3);
     }
     for (int k = 0; k < kc; k += AMX_PAIRS, a += AMX_PAIRS, b += AMX_PAIRS * NR) {
+        for (int i = 0; i < next.rows; i++) __builtin_prefetch(next.at + i * next.stride + k);
+        for (int i = k / 4; i < imin(k / 4 + 4, AMX_ROWS); i++) // of the tile of C to the right
+            __builtin_prefetch(c + i * ldc + NR, 1), __builtin_prefetch(c + i * ldc + NR + 16, 1);
         _tile_loadd(6, b, 4 * NR);
         _tile_loadd(4, a, row);
         _tile_dpbf16ps(0, 4, 6);
@@ -1877,6 +1887,7 @@ static void amx_kernel(real *c, size_t ldc, const real *a, size_t ars, const rea
     _tile_stored(2, c + 16 * ldc, c_row);
     _tile_stored(3, c + 16 * ldc + 16, c_row);
 #else
+    (void)next;
     for (int i = 0; i < AMX_ROWS; i++)
         for (int j = 0; j < NR; j++) {
             float sum = from ? (float)from[i * ldf + j] : 0;
@@ -1910,13 +1921,6 @@ typedef struct {
     real *panels;      // two blocks of packed B, shared by the threads: while one is in use the next is packed
     atomic_int next;   // how many rows of tiles are taken, over all blocks
 } Gemm;
-
-// What a tile prefetches, as much as it reads itself: of the next `rows` rows of A, a power of two
-typedef struct {
-    const real *at;
-    size_t stride;
-    int rows;
-} Ahead;
 
 // One tile: c (MR,NR; row stride ldc) = a.b + from (row stride ldf), if any, with a (MR,kc; strides ars, acs) and b a
 // panel; not `wide` computes its left half alone.
@@ -1961,7 +1965,7 @@ INLINE void gemm_tile(const int half, const int tiles, const Gemm *g, int i0, in
     const real *from = !first ? c : g->from ? g->from + row * ldf + column : NULL;
     int whole = m == all && n == NR && !g->flip;
     if (tiles)
-        amx_kernel(whole ? c : t, whole ? g->ldc : NR, a, ars, b, whole ? from : NULL, ldf, kc);
+        amx_kernel(whole ? c : t, whole ? g->ldc : NR, a, ars, b, whole ? from : NULL, ldf, kc, next);
     else if (whole)
         gemm_kernel(half, 1, c, g->ldc, a, ars, acs, b, from, ldf, kc, next);
     else if (n > VL)
@@ -2016,7 +2020,7 @@ static void gemm_thread(Gemm *g, int thread, int threads) {
         for (int n0 = 0; n0 < g->N; n0 += width, done += rows, panel = g->panels + (panel == g->panels) * GEMM_B) {
             int n = imin(width, g->N - n0), panels = (n + NR - 1) / NR;
             int share = 1; // rows of A that a tile prefetches
-            while (share * panels < 8) share *= 2;
+            while (share * panels < high) share *= 2;
             int p0 = panels * thread / threads * NR, p1 = imin(n, panels * (thread + 1) / threads * NR);
             const Act *B = act_at(g->half, g->B, (n0 + p0) * g->bcs + k0 * step * g->brs);
             pack(g->half, panel + p0 * kc, NR, p1 - p0, values, B, g->bcs, g->brs);
@@ -2046,10 +2050,13 @@ static void gemm_thread(Gemm *g, int thread, int threads) {
                         int in = i < inside, next_row = j / NR * share;
                         const real *a = in ? (const real *)A + i * ars : edge + (i - inside) * (g->tiles ? PITCH : kc);
                         Ahead next = {a, 0, 1};
-                        if (next_row < 8 && i + MR < inside) next = (Ahead){a + (MR + next_row) * ars, ars, share};
+                        if (next_row < high && i + high < inside)
+                            next = (Ahead){a + (high + next_row) * ars, ars, share};
                         size_t packed_ars = g->tiles ? PITCH : 1;
-                        (g->tiles ? amx_tile : g->half ? pair_tile : float_tile)(
-                            g, m0 + i, n0 + j, a, in ? ars : packed_ars, in ? 1 : MR, panel + j * kc, !kb, kc, next);
+                        (g->tiles  ? amx_tile
+                         : g->half ? pair_tile
+                                   : float_tile)(g, m0 + i, n0 + j, a, in ? ars : packed_ars, in ? 1 : MR,
+                                                 panel + j * kc, !kb, kc, next);
                     }
             }
         }

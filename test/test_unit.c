@@ -622,6 +622,9 @@ static void test_gemm(int half, int rounds, int largest) {
         {70, 600, 1800, 0, 0, NOTHING, 0, 0}, // dy.w
         {70, 480, 2600, 0, 0, MATRIX, 1, 0},  // copied rows, more than MC of them, two blocks
         {20, 1300, 1150, 1, 0, ITSELF, 0, 0}, // dy^T.x
+        {75, 100, 64, 0, 1, BIAS, 0, 0},      // of a K that suits Intel's tiles: edges in M and N; packed, too
+        {130, 45, 912, 1, 0, MATRIX, 0, 0},   // blocks of k
+        {68, 64, 1024, 0, 0, ITSELF, 1, 0},   // copied rows
         {20, 300, 1800, 0, 1, MATRIX, 0, 0},  // turned, blocks of k
         {20, 300, 1024, 0, 1, BIAS, 0, 1},    // turned, copied rows
         {9, 300, 2050, 0, 1, ITSELF, 0, 1},
@@ -1502,6 +1505,17 @@ int main(int argc, char **argv) {
         test_allocation();
         test_gemm(0, 400, 900);
         test_gemm(1, 200, 1000);
+#ifdef AMX
+        if (amx_allowed()) {
+            atomic_store(&amx, 0); // without Intel's tiles, too
+            test_gemm(1, 200, 1000);
+            atomic_store(&amx, 1);
+        }
+#else
+        atomic_store(&amx, 1); // what stands for the tiles here
+        test_gemm(1, 200, 1000);
+        atomic_store(&amx, 0);
+#endif
         test_pairs();
         set_threads(threads);
         test_exp2();
