@@ -54,29 +54,28 @@ static void peak_chains(int half, int reps) {
     for (int i = 0; i < VL; i++) sink = x[0][i];
     (void)sink;
 }
-#ifdef AMX
-// As many multiply-adds in Intel's tiles, four products of 16x32 by 32x16 instead of 64 rounds of chains of pairs
+
+// As many multiply-adds in Intel's tiles: four products of 16x32 by 32x16 for 64 rounds of chains of pairs
 static void peak_tiles(int reps) {
     amx_begin();
     for (int r = 0; r < reps; r += 4 * 16 * 16 * 32 / (2 * VL * CHAINS)) {
+#ifdef AMX
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
+#endif
     }
     amx_end();
 }
-#endif
+
 static double peak_once(int half, int reps) {
     double t0 = now_ms();
 #pragma omp parallel
     {
-#ifdef AMX
         if (half && amx_allowed())
             peak_tiles(reps);
-        else
-#endif
-            if (half)
+        else if (half)
             peak_chains(1, reps);
         else
             peak_chains(0, reps);
