@@ -670,26 +670,36 @@ static void test_gemm(int half, int rounds, int largest) {
         const Act *left = as_act(half, halves, A, a_count + b_count), *right = act_at(half, left, a_count);
         gemm(half, C, ldc, left, ars, acs, right, brs, bcs, from, ldf, M, N, K);
         xfree(halves);
-        double *exact = (double *)xcalloc(a_count + b_count, sizeof *exact, "a test");
-        for (size_t i = 0; i < a_count + b_count; i++) exact[i] = rounded(A[i], half);
+        // in double, of A and B in order, a row at a time
+        double *a = (double *)xcalloc(((size_t)M + (size_t)N) * (size_t)K + 2 * (size_t)N, sizeof *a, "a test");
+        double *b = a + (size_t)M * (size_t)K, *want = b + (size_t)K * (size_t)N, *size = want + N;
         for (size_t i = 0; i < (size_t)M; i++)
+            for (size_t l = 0; l < (size_t)K; l++) a[i * (size_t)K + l] = rounded(A[i * ars + l * acs], half);
+        for (size_t l = 0; l < (size_t)K; l++)
+            for (size_t j = 0; j < (size_t)N; j++) b[l * (size_t)N + j] = rounded(B[l * brs + j * bcs], half);
+        for (size_t i = 0; i < (size_t)M; i++) {
+            for (int j = 0; j < N; j++) {
+                want[j] = adds == NOTHING ? 0 : old[i * ldf + (size_t)j];
+                size[j] = 1 + fabs(want[j]);
+            }
+            for (size_t l = 0; l < (size_t)K; l++)
+                for (int j = 0; j < N; j++) {
+                    double product = a[i * (size_t)K + l] * b[l * (size_t)N + (size_t)j];
+                    want[j] += product;
+                    size[j] += fabs(product);
+                }
             for (size_t j = 0; j < ldc; j++) {
                 real got = C[i * ldc + j];
                 if (j >= (size_t)N) {
                     outside += got != old[i * ldc + j];
                     continue;
                 }
-                double want = adds == NOTHING ? 0 : old[i * ldf + j], size = 1 + fabs(want);
-                for (size_t l = 0; l < (size_t)K; l++) {
-                    double product = exact[i * ars + l * acs] * exact[a_count + l * brs + j * bcs];
-                    want += product;
-                    size += fabs(product);
-                }
-                double error = fabs(got - want) / size;
+                double error = fabs(got - want[j]) / size[j];
                 if (isnan(error) || error > worst) worst = error;
                 bad += !(error <= (sizeof(real) == 4 ? 1e-6 : 1e-14));
             }
-        xfree(exact);
+        }
+        xfree(a);
         xfree(values);
         xfree(A);
     }
