@@ -4429,7 +4429,8 @@ __attribute__((unused)) static void program_begin(char **argv) {
     if (!getenv("OMP_WAIT_POLICY") && !getenv("GOMP_SPINCOUNT") && !setenv("KMP_BLOCKTIME", "0", 0) &&
         !setenv("GOMP_SPINCOUNT", "1000", 0))
         execv("/proc/self/exe", argv);
-    if (omp_get_max_threads() > 1024) omp_set_num_threads(1024);
+    int most = 4 * omp_get_num_procs(); // more would wait for one another all the time
+    if (omp_get_max_threads() > most) omp_set_num_threads(most);
 #endif
     (void)argv;
     struct sigaction bus = {};
