@@ -119,7 +119,7 @@ GENCODE = $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
 	$(if $(GPU_HERE),,-gencode arch=compute_80,code=compute_80)
 HOST := -Wall,-Wextra,$(OPENMP)
 NVCC_FLAGS = -x cu -std=c++17 -O3 --threads 2 $(GENCODE) $(WERROR:%=% all-warnings) -Xcompiler $(HOST)
-EMU = $(CXX) -x c++ -std=c++17 -Wno-unknown-pragmas $(WARN) $(TEST) $(if $(filter %_asan,$@),$(SANITIZE),-O1) \
+EMU = $(CXX) -x c++ -std=c++17 -Wno-unknown-pragmas $(WARN) $(TEST) $(if $(filter %_asan,$@),$(SANITIZE),-O2 $(ARCH)) \
 	$(if $(filter %_cdna,$@),-DOWN_FRAGMENTS -DWARP=64) $(if $(filter %_rdna,$@),-DOWN_FRAGMENTS -DWARP=32)
 
 # One line for what is missing: a compiler, a newer one, a newer GPU
@@ -190,8 +190,10 @@ test_report_emu: test/report_cublas.cu fpdm.cu test/cuda_emu.cpp test/cuda_emu.h
 
 # Blocks and warps in another order must give the same bits: a difference is a race.
 races: test_emu test_kernels_emu
-	@bash -c 'for t in test_emu test_kernels_emu; do for order in 1 777; do \
-		cmp <(./$$t) <(EMU_ORDER=$$order ./$$t) && echo "$$t: order $$order changes nothing" || exit 1; done; done'
+	@bash -c 'out=$$(mktemp -d); trap "rm -rf $$out" EXIT; for t in test_emu test_kernels_emu; do \
+		EMU_ORDER=1 ./$$t > $$out/1 & EMU_ORDER=777 ./$$t > $$out/777 & ./$$t > $$out/0 && wait || exit 1; \
+		for order in 1 777; do \
+		cmp $$out/0 $$out/$$order && echo "$$t: order $$order changes nothing" || exit 1; done; done'
 
 # Registers, occupancy and work for a byte of every kernel, without a GPU
 compiler: fpdm.cu
