@@ -13,7 +13,7 @@ WARN := -Wall -Wextra -Wshadow $(WERROR) -Wno-pass-failed
 ARCH := $(call pick,-march=native,$(call pick,-mcpu=native,))
 OPENMP := $(call pick,-fopenmp,-Wno-unknown-pragmas)
 CFLAGS ?= -O3 $(ARCH)
-SANITIZE := -DAMX_PLAIN -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+SANITIZE := -DAMX_PLAIN -O2 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 CPU = $(CC) -std=gnu11 -ffp-contract=fast -fno-math-errno -fno-trapping-math $(WARN) $(OPENMP) \
 	$(if $(filter %_asan,$@),$(SANITIZE),$(CFLAGS))
 TEST := -Wno-unused-function
