@@ -96,8 +96,8 @@ def make_step(work, compiled):
         loss.item()
         milliseconds = (time.perf_counter() - start) * 1e3
         if not all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters()):
-            leave = "; --no_compile leaves it out" if compiled else ""
-            die(f"PyTorch {'compiled' if compiled else 'eager'}: a parameter has no gradient, or none that is finite{leave}")
+            who, leave = ("compiled", "; --no_compile leaves it out") if compiled else ("eager", "")
+            die(f"PyTorch {who}: a parameter has no gradient, or none that is finite{leave}")
         return milliseconds
 
     return step
