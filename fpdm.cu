@@ -806,6 +806,7 @@ typedef struct {
     float *dout;  // (B,Cout,S,S)
     // of Part 2 and Part 3
     float *picture, *noise;   // (B,C,S,S) x0 in training, x in sampling
+    float *before;            // (B,C,S,S) sampling: the velocity of the timestep before
     struct LossPlace *places; // (B)
     struct SampleStep *steps; // (1000) in sampling order
     int *step;                // the place in them
@@ -1262,7 +1263,7 @@ typedef struct {
     uint64_t seed;
     // sampling
     const char *weights, *labels, *iters, *latents, *trace, *strip;
-    int n, sampler, sample_steps, budget, alloc, reuse, solver, window, cfg_channels, show, zoom;
+    int n, sampler, order, sample_steps, budget, alloc, reuse, solver, window, cfg_channels, show, zoom;
     double eta, tol, mixing, cfg, t_shift;
     // benchmark
     int bench_n, bench_m, rounds, bench_gemm;
@@ -1324,13 +1325,19 @@ static void schedule_shift(Schedule *s, double shift) {
     }
 }
 
+// The flow sampler's second order (Adams and Bashforth's method of two steps): a step goes by the velocity that a
+// straight line through the one before and this one gives for its middle, v + ahead·(v - before).
+static double ahead_of(const Schedule *s, int order, int i) {
+    return order > 1 && i < s->n - 1 ? s->dt[i] / s->dt[i + 1] / 2 : 0;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // What sampling spends: iterations can be moved between timesteps, and traded for more of them
 
 enum { STRIP = 4 }; // pictures that --strip shows
 
 typedef struct {
-    int sampler, cfg_channels, reuse;
+    int sampler, order, cfg_channels, reuse;
     double eta, cfg, tol;
     const int *iters; // per timestep, in sampling order
     FILE *trace;      // CSV of residuals, or NULL
@@ -1502,17 +1509,21 @@ static void model_wait(Model *m) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Sampling
 
-typedef struct SampleStep { // a sampler's step is linear: x <- of_x·x + of_out·out + sigma·z
+// A sampler's step is linear: x <- of_x·x + of_out·out + sigma·z; the second order of flow adds of_change·(v - v of
+// the timestep before), with v = v_x·x + v_out·out.
+typedef struct SampleStep {
     int t, noisy;
     int learned; // sigma is exp(0.5 log var), with log var between these two as the model says
     double of_x, of_out, sigma, log_beta, log_var;
+    double of_change, v_x, v_out;
 } SampleStep;
 
 // One timestep of the sampler: x (B,C,S,S) from itself, the model's output and the noise z; and the model's next input
 // x_t, for both halves when guided. `guided` elements of a picture follow out = uncond + cfg·(cond - uncond); 0: no
-// guidance.
-__global__ void sample_step_kernel(float *x, float *x_t, const float *out, const float *z, const SampleStep *steps,
-                                   const int *step, double cfg, size_t guided, size_t count, size_t out_count, int B) {
+// guidance. before (B,C,S,S): the velocity of the timestep before, then of this one.
+__global__ void sample_step_kernel(float *x, float *x_t, float *before, const float *out, const float *z,
+                                   const SampleStep *steps, const int *step, double cfg, size_t guided, size_t count,
+                                   size_t out_count, int B) {
     const SampleStep s = steps[*step];
     size_t e = (size_t)blockIdx.x * blockDim.x + threadIdx.x, b = blockIdx.y, at = b * count + e;
     if (e >= count) return;
@@ -1525,7 +1536,9 @@ __global__ void sample_step_kernel(float *x, float *x_t, const float *out, const
         double share = (out[b * out_count + e + count] + 1.0) / 2;
         sigma = exp(0.5 * (share * s.log_beta + (1 - share) * s.log_var));
     }
-    float next = (float)(s.of_x * x[at] + s.of_out * v + (s.noisy ? sigma * z[at] : 0));
+    double velocity = s.v_x * x[at] + s.v_out * v, change = s.of_change ? s.of_change * (velocity - before[at]) : 0;
+    float next = (float)(s.of_x * x[at] + s.of_out * v + change + (s.noisy ? sigma * z[at] : 0));
+    before[at] = (float)velocity;
     x[at] = x_t[at] = next;
     if (guided) x_t[B * count + at] = next;
 }
@@ -1552,6 +1565,9 @@ static void sample_steps(SampleStep *steps, const Schedule *s, const SampleSetti
             int picture = c->prediction == PREDICT_X; // is what the model gives; the velocity is (out - x)/tau
             p->of_out = picture ? s->dt[i] / s->tau[i] : s->dt[i];
             p->of_x = picture ? 1 - p->of_out : 1;
+            p->v_x = picture ? -1 / s->tau[i] : 0;
+            p->v_out = picture ? 1 / s->tau[i] : 1;
+            p->of_change = s->dt[i] * ahead_of(s, set->order, i);
         } else if (set->sampler == SAMPLER_DDPM) {
             p->of_x = s->c1[i] * x0_x + s->c2[i];
             p->of_out = s->c1[i] * x0_out;
@@ -1625,8 +1641,8 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
             graph->reuse_ready = solve->reuse_ready;
             if (!plain) graph_begin();
             model_forward(model, rows, iters, 0, solve);
-            RUN(sample_step_kernel, dim3((unsigned)ceil_div(count, 256), B), 256, 0, a->picture, a->x_t, a->out,
-                a->noise, a->steps, a->step, set->cfg, guided_count, count, out_count, B);
+            RUN(sample_step_kernel, dim3((unsigned)ceil_div(count, 256), B), 256, 0, a->picture, a->x_t, a->before,
+                a->out, a->noise, a->steps, a->step, set->cfg, guided_count, count, out_count, B);
             RUN(next_step_kernel, 1, 256, 0, a->t, a->step, a->steps, 1, S, rows);
             if (!plain) {
                 graph->exec = graph_end();
@@ -3359,7 +3375,7 @@ static size_t activations_point(Model *m, char *memory) {
     take_all(r, T * D * F, &a->pos);
     take_all(r, DIFFUSION_STEPS * 256 * F, &a->time_table);
     take_all(r, B * sizeof(int), &a->t, &a->y);
-    take_all(r, pixels * c->channels * F, &a->picture, &a->noise, &a->x_t);
+    take_all(r, pixels * c->channels * F, &a->picture, &a->noise, &a->x_t, &a->before);
     take_all(r, B * sizeof(LossPlace), &a->places);
     take_all(r, DIFFUSION_STEPS * sizeof(SampleStep), &a->steps);
     take_all(r, sizeof(int), &a->step);
@@ -4452,6 +4468,8 @@ static const Option option_table[] = {
     {"", 0, 0, 0, "", 0, 0, "Sampling"},
     {"sampler", TRAIN | SAMPLE, OPT_CHOICE, AT(sampler), "auto", 0, 0,
      "auto|ddpm|ddim|flow: auto: flow for models of flow or x, ddim otherwise"},
+    {"order", TRAIN | SAMPLE, OPT_INT, AT(order), "1", 1, 2,
+     "flow, x: 2 extrapolates the velocity from the timestep before: for few timesteps, with t_shift 1 or 2"},
     {"steps", SAMPLE, OPT_INT, AT(sample_steps), "20", 2, 1000, "timesteps S"},
     {"t_shift", TRAIN | SAMPLE, OPT_REAL, AT(t_shift), "0", 0, 100,
      "flow, x: timesteps that match the noise left, more of them at large t above 1; 0: 0 to 999 evenly"},
@@ -5116,11 +5134,12 @@ static double model_flops(const Config *c, int B, int n, int m) {
 // ---------------------------------------------------------------------------------------------------------------------
 // What sampling is told: sampler, iterations, labels
 
-// Which sampler suits the model; dies on one that does not.
-static int resolve_sampler(int sampler, const Config *c) {
+// Which sampler suits the model; dies on one that does not, or does not have that order.
+static int resolve_sampler(int sampler, int order, const Config *c) {
     int flow = config_straight(c);
     if (c->prediction == PREDICT_EPS && c->zero_terminal_snr)
         die("zero_terminal_snr 1: at the last timestep eps says nothing of the picture; train with --prediction v");
+    if (order > 1 && !flow) die("option --order: %d is for models that predict flow or x", order);
     if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
     if ((sampler == SAMPLER_FLOW) != flow)
         die("option --sampler: this model predicts %s; use --sampler auto",
@@ -5168,7 +5187,8 @@ static void plan_iterations(int iters[DIFFUSION_STEPS], const Options *o, const 
 static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options *o) {
     int window = o->solver == SOLVER_ANDERSON ? o->window : 0;
     plan_iterations(iters, o, &o->model);
-    SampleSettings set = {resolve_sampler(o->sampler, &o->model),
+    SampleSettings set = {resolve_sampler(o->sampler, o->order, &o->model),
+                          o->order,
                           o->cfg_channels,
                           o->reuse,
                           o->eta,
@@ -5683,7 +5703,7 @@ static int train_main(int argc, char **argv) {
     if (*o->init) init_check(o, from);
     config_check(c, *o->resume ? state.path : "options");
     if (*o->export_to) return ranks.rank ? 0 : export_data(o, &data);
-    resolve_sampler(o->sampler, c);
+    resolve_sampler(o->sampler, o->order, c);
     ranks_same_start(o, &data.file);
 
     Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, 0, dtype);

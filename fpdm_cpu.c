@@ -1106,7 +1106,7 @@ typedef struct {
     uint64_t seed;
     // sampling
     const char *weights, *labels, *iters, *latents, *trace, *strip;
-    int n, sampler, sample_steps, budget, alloc, reuse, solver, window, cfg_channels, show, zoom;
+    int n, sampler, order, sample_steps, budget, alloc, reuse, solver, window, cfg_channels, show, zoom;
     double eta, tol, mixing, cfg, t_shift;
     // benchmark
     int bench_n, bench_m, rounds, bench_gemm;
@@ -1168,13 +1168,19 @@ static void schedule_shift(Schedule *s, double shift) {
     }
 }
 
+// The flow sampler's second order (Adams and Bashforth's method of two steps): a step goes by the velocity that a
+// straight line through the one before and this one gives for its middle, v + ahead·(v - before).
+static double ahead_of(const Schedule *s, int order, int i) {
+    return order > 1 && i < s->n - 1 ? s->dt[i] / s->dt[i + 1] / 2 : 0;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // What sampling spends: iterations can be moved between timesteps, and traded for more of them
 
 enum { STRIP = 4 }; // pictures that --strip shows
 
 typedef struct {
-    int sampler, cfg_channels, reuse;
+    int sampler, order, cfg_channels, reuse;
     double eta, cfg, tol;
     const int *iters; // per timestep, in sampling order
     FILE *trace;      // CSV of residuals, or NULL
@@ -1331,6 +1337,7 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
     int *t = (int *)xcalloc((size_t)rows, sizeof *t, "sampling"),
         *labels = (int *)xcalloc((size_t)rows, sizeof *labels, "sampling");
     float *noise = (float *)xcalloc(B * count, sizeof *noise, "sampling");
+    float *before = (float *)xcalloc(B * count, sizeof *before, "sampling"); // the velocity at the last timestep
     Solve solve = {.reuse = set->reuse,
                    .want_residual = set->trace || set->tol > 0,
                    .window = set->window,
@@ -1354,6 +1361,7 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
             for (int b = 0; b < B; b++)
                 rng_normal(noise + b * count, count, 0, seed, (uint32_t)((first + b) * DIFFUSION_STEPS + i), STREAM_Z);
         double ab = s->alpha_bar[i], prev = s->alpha_bar_prev[i];
+        double ahead = ahead_of(s, set->order, i);
 #pragma omp parallel for schedule(static)
         for (int b = 0; b < B; b++)
             for (size_t e = 0; e < count; e++) {
@@ -1364,7 +1372,8 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
                 double zi = i == 0 ? 0 : z ? z[step * B * count + at] : noise[at];
                 if (set->sampler == SAMPLER_FLOW) {
                     if (c->prediction == PREDICT_X) out = (out - xi) / s->tau[i];
-                    x[at] = (float)(xi + out * s->dt[i]);
+                    x[at] = (float)(xi + (out + ahead * (out - before[at])) * s->dt[i]);
+                    before[at] = (float)out;
                     continue;
                 }
                 predicted(&x0_hat, &eps_hat, c->prediction, out, xi, ab);
@@ -1383,6 +1392,7 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
     xfree(t);
     xfree(labels);
     xfree(noise);
+    xfree(before);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -3070,6 +3080,8 @@ static const Option option_table[] = {
     {"", 0, 0, 0, "", 0, 0, "Sampling"},
     {"sampler", TRAIN | SAMPLE, OPT_CHOICE, AT(sampler), "auto", 0, 0,
      "auto|ddpm|ddim|flow: auto: flow for models of flow or x, ddim otherwise"},
+    {"order", TRAIN | SAMPLE, OPT_INT, AT(order), "1", 1, 2,
+     "flow, x: 2 extrapolates the velocity from the timestep before: for few timesteps, with t_shift 1 or 2"},
     {"steps", SAMPLE, OPT_INT, AT(sample_steps), "20", 2, 1000, "timesteps S"},
     {"t_shift", TRAIN | SAMPLE, OPT_REAL, AT(t_shift), "0", 0, 100,
      "flow, x: timesteps that match the noise left, more of them at large t above 1; 0: 0 to 999 evenly"},
@@ -3734,11 +3746,12 @@ static double model_flops(const Config *c, int B, int n, int m) {
 // ---------------------------------------------------------------------------------------------------------------------
 // What sampling is told: sampler, iterations, labels
 
-// Which sampler suits the model; dies on one that does not.
-static int resolve_sampler(int sampler, const Config *c) {
+// Which sampler suits the model; dies on one that does not, or does not have that order.
+static int resolve_sampler(int sampler, int order, const Config *c) {
     int flow = config_straight(c);
     if (c->prediction == PREDICT_EPS && c->zero_terminal_snr)
         die("zero_terminal_snr 1: at the last timestep eps says nothing of the picture; train with --prediction v");
+    if (order > 1 && !flow) die("option --order: %d is for models that predict flow or x", order);
     if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
     if ((sampler == SAMPLER_FLOW) != flow)
         die("option --sampler: this model predicts %s; use --sampler auto",
@@ -3786,7 +3799,8 @@ static void plan_iterations(int iters[DIFFUSION_STEPS], const Options *o, const 
 static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options *o) {
     int window = o->solver == SOLVER_ANDERSON ? o->window : 0;
     plan_iterations(iters, o, &o->model);
-    SampleSettings set = {resolve_sampler(o->sampler, &o->model),
+    SampleSettings set = {resolve_sampler(o->sampler, o->order, &o->model),
+                          o->order,
                           o->cfg_channels,
                           o->reuse,
                           o->eta,
@@ -4301,7 +4315,7 @@ static int train_main(int argc, char **argv) {
     if (*o->init) init_check(o, from);
     config_check(c, *o->resume ? state.path : "options");
     if (*o->export_to) return ranks.rank ? 0 : export_data(o, &data);
-    resolve_sampler(o->sampler, c);
+    resolve_sampler(o->sampler, o->order, c);
     ranks_same_start(o, &data.file);
 
     Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, 0, dtype);

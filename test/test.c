@@ -258,7 +258,9 @@ static void sample_case(const Options *o) {
         if (strchr(list, ',')) list = strchr(list, ',') + 1;
     }
     int window = st_meta(&file, "window") ? atoi(meta_text("window")) : 0; // of Anderson acceleration
-    SampleSettings set = {resolve_sampler(sampler, &o->model),
+    int order = st_meta(&file, "order") ? atoi(meta_text("order")) : 1;
+    SampleSettings set = {resolve_sampler(sampler, order, &o->model),
+                          order,
                           atoi(meta_text("cfg_channels")),
                           meta_flag("reuse"),
                           atof(meta_text("eta")),

@@ -316,6 +316,13 @@ check "sample: x: passes" says " 12 block passes"
 runs "sample: x, DiT" "$sample" --weights x_dit/weights.safetensors --n 3 --steps 3 --out a.png
 runs "sample: shifted timesteps" "$sample" $weights --n 2 --steps 4 --iters 1 --t_shift 3 --trace shift.csv --out a.png
 check "sample: shifted timesteps: where they are" [ "$(echo $(column shift.csv 2))" = "999 900 750 500" ]
+for kind in x six; do # other pictures from the second of three timesteps on
+    for order in 1 2; do
+        runs "sample: $kind, order $order" "$sample" --weights $kind/weights.safetensors --n 1 --steps 3 --order $order \
+            --latents order$order.safetensors --out a.png
+    done
+    check "sample: $kind: order 2 draws others" differ order1.safetensors order2.safetensors
+done
 for kind in x x_dit six v; do
     runs "sample: strip of $kind" "$sample" --weights $kind/weights.safetensors --n 5 --batch 2 --steps 3 --strip $kind.png \
         --out a.png
@@ -348,7 +355,7 @@ for option in data image_size model width heads depth patch fixed_point pre_dept
     echo "  --$option "
 done > train_options
 for option in weights n labels seed sampler steps eta iters budget alloc reuse tol solver window mixing cfg \
-    cfg_channels t_shift out latents trace strip show; do
+    cfg_channels t_shift order out latents trace strip show; do
     echo "  --$option "
 done > sample_options
 for option in model width heads depth patch batch n m rounds; do echo "  --$option "; done > bench_options
@@ -398,6 +405,10 @@ refuses "option: strip of a noisy sampler" "option --strip" "$sample" --weights 
     --strip no.png --out no.png
 refuses "option: strip of noisy ddim" "option --strip" "$sample" --weights v/weights.safetensors --eta 0.5 --strip no.png \
     --out no.png
+refuses "option: order" "option --order: '3' is not a whole number from 1 to 2" "$sample" --order 3 --out no.png
+refuses "option: order 2 of v" "option --order: 2 is for models that predict flow or x" "$sample" \
+    --weights v/weights.safetensors --order 2 --out no.png
+refuses "option: order 2 of v while training" "option --order" "$train" --prediction v --order 2 --out no
 refuses "option: sampler of x" "option --sampler" "$sample" --weights x/weights.safetensors --sampler ddim --out no.png
 refuses "option: zero SNR and eps" "zero_terminal_snr" "$train" --prediction eps --zero_terminal_snr 1 --out no
 refuses "option: sampler while training" "option --sampler" "$train" --sampler ddim --out no

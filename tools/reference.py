@@ -438,9 +438,10 @@ def sampling_positions(diffusion_steps, steps):
 
 @torch.no_grad()
 def sample(cfg, model, x, y, z_noise, sampler, steps, iters, eta=0.0, cfg_scale=1.0, cfg_channels=3, reuse=False,
-           t_shift=0.0, **solver):
+           t_shift=0.0, order=1, **solver):
     """x (B,C,H,W) noise -> sample. z_noise (steps,B,C,H,W); iters: iterations of each step, first the largest t. t_shift:
-    0, or for flow and x timesteps that match the noise in x. solver: window and mixing of Anderson acceleration."""
+    0, or for flow and x timesteps that match the noise in x. order: 2 for Adams and Bashforth's two-step method (flow
+    and x). solver: window and mixing of Anderson acceleration."""
     C, B, positions = cfg.channels, len(x), sampling_positions(cfg.diffusion_steps, steps)
     tau = [max(t / cfg.diffusion_steps, 0.05) for t in positions]
     dt = [1 / steps] * steps
@@ -449,7 +450,7 @@ def sample(cfg, model, x, y, z_noise, sampler, steps, iters, eta=0.0, cfg_scale=
         tau, dt = edges[1:], [after - before for before, after in zip(edges, edges[1:])]
         positions = [min(round(cfg.diffusion_steps * t), cfg.diffusion_steps - 1) for t in tau]
     s = Schedule(Schedule.training(cfg).ab[torch.tensor(positions)])
-    solution = None
+    solution = before = None  # before: the velocity at the timestep before
     for k, i in enumerate(reversed(range(steps))):
         z0 = solution if reuse else None
         full = lambda value, count: torch.full((count,), value, dtype=torch.int64)
@@ -465,7 +466,11 @@ def sample(cfg, model, x, y, z_noise, sampler, steps, iters, eta=0.0, cfg_scale=
 
         pred, t = out[:, :C], full(i, B)
         if sampler == "flow":
-            x = x + dt[i] * ((pred - x) / tau[i] if cfg.prediction == "x" else pred)
+            v = (pred - x) / tau[i] if cfg.prediction == "x" else pred
+            x = x + dt[i] * v
+            if order == 2 and before is not None:  # the integral over the step of the line through both velocities
+                x = x + dt[i] ** 2 / 2 * (v - before) / dt[i + 1]
+            before = v
             continue
         x0_hat = predict_x0(cfg, s, x, t, pred)
         if sampler == "ddpm":
@@ -873,6 +878,10 @@ def case_table():
         iters="3,2,5,4", cfg_scale=2.0, reuse=1, window=1, mixing=0.7)
     add("sample_skip_reuse_guided", tiny(**p(1, 1), **flow, skip=1), B=2, sampler="flow", steps=4, iters="2,1,3,1",
         cfg_scale=2.0, reuse=1, t_shift=1.0)
+    add("sample_flow_order2", tiny(**p(1, 0), **flow), B=2, sampler="flow", steps=5, iters="2,1,1,3,1", reuse=1, order=2)
+    add("sample_x_order2_shift_guided", tiny(**p(0, 1), **odd), B=2, sampler="flow", steps=6, iters="1", cfg_scale=2.0,
+        reuse=1, t_shift=1.5, order=2)
+    add("sample_dit_flow_order2_2_steps", tiny(**dit(2), **flow), B=1, sampler="flow", steps=2, iters="1", order=2)
     add("sample_skip_anderson", tiny(**p(0, 2), skip=1), B=1, sampler="ddim", steps=3, iters="4,1,3", window=2,
         mixing=0.9)
     add("sample_dit_ddpm_sigma_guided", tiny(**dit(2), **sigma), B=1, sampler="ddpm", steps=3, iters="1", cfg_scale=1.5)
