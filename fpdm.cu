@@ -5282,6 +5282,7 @@ static void save_grid(const char *path, const float *x, int n, const Options *o)
 // The path (steps+1,STRIP,C,S,S) of `shown` pictures as PNG: of each a row of x_t and under it one of the x0 that the
 // model saw in it, a column for each timestep, 24 at most. A step is linear in x and x0, so that x0 follows from x
 // before and after it: flow gives x + dt·(x0 - x)/tau, ddim sqrt(prev)·x0 + sqrt(1-prev)·(x - sqrt(ab)·x0)/sqrt(1-ab).
+// With --order 2 it is the x0 that the extrapolated velocity leads to.
 static void save_strip(const char *path, const float *x, const Schedule *s, const Config *c, int shown) {
     size_t count = config_pixels(c);
     int S = c->image_size, columns = s->n < 24 ? s->n : 24, zoom = S >= 64 ? 1 : S >= 32 ? 2 : 3;

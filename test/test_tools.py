@@ -937,17 +937,19 @@ def test_reproduce():
         assert f"## {heading}" in claims, heading
     for picture in ("claims", "claims_shapes", "claims_smoothing", "claims_residual", "claims_training"):
         assert f"({picture}.png)" in claims and is_plot(f"out/{picture}.png") is None
-    shift, drawn = {}, {}
+    sampler, drawn = {}, {}
+    samplers = ("t_shift=0", "t_shift=1", "t_shift=1 order=2")
     rate = {key.split()[1]: key.split()[4] for key in points if re.match(r"train \w+ \w+ 1 ", key)}
     for run_, words in ("fpdm", "FPDM"), ("dit", "DiT, 6 blocks"), ("dit_deep", "DiT, 12 blocks"):
         # Both are those with the lowest distance at a budget in the middle.
         settings = "steps=4 budget=12 reuse=1 alloc=const" if run_ == "fpdm" else "steps=2"
-        tried = {(name, i): points[f"{run_} {name} 1 {rate[run_]} {settings} t_shift={i}"]["fd"]
-                 for name in ("logit_normal", "uniform") for i in (0, 1)}
-        drawn[run_], shift[run_] = min(tried, key=tried.get)
+        tried = {(name, i): points[f"{run_} {name} 1 {rate[run_]} {settings} {i}"]["fd"]
+                 for name in ("logit_normal", "uniform") for i in samplers}
+        drawn[run_], sampler[run_] = min(tried, key=tried.get)
         if run_ != "fpdm":  # of which the table may show more iterations
-            assert re.search(rf"\n\| {words} \|.* \(2, {shift[run_]}\) \|", claims), (run_, tried)
-        best = {name: min(tried[name, i] for i in (0, 1)) for name in ("logit_normal", "uniform")}
+            said_ = sampler[run_].replace("t_shift=", "").replace(" order=2", "²")
+            assert re.search(rf"\n\| {words} \|.* \(2, {said_}\) \|", claims), (run_, tried)
+        best = {name: min(tried[name, i] for i in samplers) for name in ("logit_normal", "uniform")}
         assert ", ".join(f"{name} {fd:.3g}" for name, fd in best.items()) in claims, best
         assert len(list(Path("out").glob(f"{run_}-{drawn[run_]}-2-*"))) == 1, drawn  # the second seed trains so, too
     for run_ in ("fpdm", "dit"):  # the best rate is not the lowest or highest of those tried, or twice more were
@@ -961,7 +963,7 @@ def test_reproduce():
     mean, deviation = np.mean([p["fd"] for p in both]), np.std([p["fd"] for p in both], ddof=1)
     assert f"{mean:.2f} ± {deviation:.2f} (4)" in claims, (mean, deviation)
     assert both[0]["passes"] == 12 and both[0]["fd"] != both[1]["fd"]
-    assert points[f"dit {drawn['dit']} 1 {rate['dit']} steps=2 t_shift={shift['dit']}"]["passes"] == 12
+    assert points[f"dit {drawn['dit']} 1 {rate['dit']} steps=2 {sampler['dit']}"]["passes"] == 12
     answer = claims.split("## ")[1]  # names every budget once, and the nearer side's distance first or last
     budgets = re.findall(r"shapes at ([\d, ]+) passes a picture \((.*?)\)", answer)
     assert sorted(int(b) for found, _ in budgets for b in found.split(", ")) == [6, 12, 24], budgets
@@ -970,11 +972,11 @@ def test_reproduce():
             assert line.startswith("They differ") or (float(ours) <= float(theirs)) == line.startswith("Trained"), line
     weights = next(Path("out").glob(f"dit-{drawn['dit']}-2-*")) / "weights.safetensors"  # a point, measured by hand
     subprocess.run([TOOLS.parent / "sample_cpu", "--weights", weights, "--n", "100", "--batch", "100", "--cfg", "1",
-                    "--seed", "1002", "--steps", "4", "--t_shift", str(shift["dit"]), "--latents", "x.safetensors",
-                    "--out", "x.png"], check=True)
+                    "--seed", "1002", "--steps", "4", *(f"--{word}" for word in sampler["dit"].split()), "--latents",
+                    "x.safetensors", "--out", "x.png"], check=True)
     run("evaluate.py", "out/real.safetensors", "x.safetensors", "--json", "x.json")
     want = json.loads(Path("x.json").read_text())["pictures"]["x.safetensors"]["fd"]
-    assert abs(points[f"dit {drawn['dit']} 2 {rate['dit']} steps=4 t_shift={shift['dit']}"]["fd"] - want) < 1e-6 * want
+    assert abs(points[f"dit {drawn['dit']} 2 {rate['dit']} steps=4 {sampler['dit']}"]["fd"] - want) < 1e-6 * want
     assert points["evaluator"]["floor"]["fd"] < want
     memory = {run: points[next(key for key in points if re.match(rf"train {run} \w+ 1 ", key))]["memory"]
               for run in ("one_step", "fpdm", "unroll")}

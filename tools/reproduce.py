@@ -8,8 +8,8 @@ It builds and runs train_cpu and sample_cpu (the GPU programs if nvidia-smi sees
 tools/evaluate.py. Stop it whenever you like: the same command goes on where it stopped, and once all is measured it
 writes the report again at once. Everything it did is in --out (runs, points.json); the report is claims.md and its
 plots in --results. Every contender is trained with the same arithmetic, at the learning rate that served it best in
-short trials, with the --t_sampling and sampled with the --t_shift that served it best. Guidance is off in all
-measurements, so that a block pass is a block pass. --scale smoke is a self-test of this program in a minute: its models
+short trials, with the --t_sampling and sampled with the --t_shift and --order that served it best. Guidance is off in
+all measurements, so that a block pass is a block pass. --scale smoke is a self-test of this program in a minute: its models
 are too small and too little trained to say anything of the claims.
 """
 import argparse
@@ -30,18 +30,20 @@ ROOT = os.path.dirname(HERE)
 
 # What differs between the scales. `steps`: of the fixed-point model; its rivals get as many as cost the same; `seeds`:
 # of training, each with a sampling seed of its own; `samplings`: ways to draw timesteps in training, of which each
-# contender takes the one with the better distance; `shifts`, `per_step`: values of --t_shift, and iterations per
-# timestep, that are tried at each budget;
-# `plateau_steps`: of the models that differ from the first in one thing.
+# contender takes the one with the better distance; `samplers`, `per_step`: options of sample_*, and iterations per
+# timestep, that are tried at each budget; `plateau_steps`: of the models that differ from the first in one thing.
+FIRST = [dict(t_shift=shift) for shift in (0, 1, 2, 4)]
+SECOND = [dict(t_shift=shift, order=2) for shift in (1, 2)]
 SCALES = {
     "smoke": dict(image_size=16, width=32, heads=2, patch=4, depth=8, rival_depth=6, batch=32, warmup=20, ema=0.98,
                   dtype="auto", steps=60, tune_steps=30, lrs=[4e-3, 8e-3],
-                  samplings=["logit_normal", "uniform"], shifts=[0, 1], seeds=1, pictures=100, real=600,
+                  samplings=["logit_normal", "uniform"], samplers=FIRST[:2] + SECOND[:1], seeds=1, pictures=100,
+                  real=600,
                   budgets=[6, 12, 24], per_step=[1, 2], solver_iters=[2, 4], unroll_iters=[1, 4], tols=[0.1],
                   trace_iters=6, plateau_steps=30),
     "hour": dict(image_size=24, width=128, heads=4, patch=4, depth=8, rival_depth=6, batch=32, warmup=100, ema=0.995,
                  dtype="bf16", steps=2000, tune_steps=500, lrs=[2e-3, 4e-3, 8e-3],
-                 samplings=["logit_normal", "uniform"], shifts=[0, 1, 2, 4], seeds=1, pictures=1000, real=10000,
+                 samplings=["logit_normal", "uniform"], samplers=FIRST + SECOND, seeds=1, pictures=1000, real=10000,
                  budgets=[6, 12, 24, 48, 96], per_step=[1, 2, 4], solver_iters=[2], unroll_iters=[1, 4],
                  tols=[0.1], trace_iters=16, plateau_steps=700),
 }
@@ -50,7 +52,8 @@ SCALES["laptop"] = {**SCALES["hour"], "steps": 9000, "seeds": 3, "pictures": 150
                     "unroll_iters": [1, 2, 4, 8], "plateau_steps": 3000}
 SCALES["gpu"] = dict(image_size=32, width=384, heads=6, patch=2, depth=12, rival_depth=9, batch=256, warmup=500,
                      ema=0.999, dtype="auto", steps=10000, tune_steps=500, lrs=[5e-4, 1e-3, 2e-3],
-                     samplings=["logit_normal", "uniform"], shifts=[0, 1, 2, 4], seeds=3, pictures=10000, real=50000,
+                     samplings=["logit_normal", "uniform"], samplers=FIRST + SECOND, seeds=3, pictures=10000,
+                     real=50000,
                      budgets=[6, 9, 18, 36, 72, 144, 288], per_step=[1, 2, 4, 10], solver_iters=[2, 4, 8],
                      unroll_iters=[1, 2, 4, 8, 16], tols=[0.1, 0.05, 0.02], trace_iters=16, plateau_steps=4000)
 # What differs on photographs, at the scales of a CPU; here the learning rates are given.
@@ -131,7 +134,7 @@ class Experiment:
         setup = json.loads(json.dumps(setup))
         path = os.path.join(self.out, "setup.json")
         had = json.load(open(path)) if os.path.exists(path) else setup
-        if {**had, "seeds": scale["seeds"], "shifts": scale["shifts"]} != setup:  # of both more may join later
+        if {**had, "seeds": scale["seeds"], "samplers": scale["samplers"]} != setup:  # of both more may join later
             die(f"{self.out}: holds the results of another setup: give another --out, or remove it")
         self.write(path, setup)
         self.points_path = os.path.join(self.out, "points.json")
@@ -282,29 +285,25 @@ class Experiment:
         return [str(word) for word in command]
 
     def best_sampling(self, run):
-        """Settles how timesteps were drawn in training, and the --t_shift: {sampling: distance}, all by seed 1."""
-        distances, shifts = {}, {}
+        """Settles how timesteps were drawn in training, and the sampler: {sampling: distance}, all by seed 1."""
+        distances, samplers = {}, {}
         same = SAME_SAMPLING.get(run)
         for self.sampling[run] in [self.sampling[same]] if same else self.scale["samplings"]:
             self.train(run, 1, self.lr[run], self.steps(run, self.scale["steps"]))
-            shifts[self.sampling[run]], distances[self.sampling[run]] = self.best_shift(run)
+            samplers[self.sampling[run]], distances[self.sampling[run]] = self.best_sampler(run)
         self.sampling[run] = min(distances, key=distances.get)
-        self.shift[run] = shifts[self.sampling[run]]
+        self.sampler[run] = samplers[self.sampling[run]]
         return distances
 
-    def best_shift(self, run):
-        """(the --t_shift with the lowest distance at a budget in the middle, that distance), by seed 1"""
-        if len(self.scale["shifts"]) == 1:
-            return self.scale["shifts"][0], 0
-        self.shift[run] = 0
-        budgets = self.scale["budgets"]
-        budget = next(b for b in budgets[len(budgets) // 2:] if self.settings(run, b, 1))
-        distances = {}
-        for shift in self.scale["shifts"]:
-            self.shift[run] = shift
-            distances[shift] = self.measure(run, 1, **self.settings(run, budget, 1))["fd"]
-        best = min(distances, key=distances.get)
-        return best, distances[best]
+    def best_sampler(self, run):
+        """(the `samplers` entry with the lowest distance at a budget in the middle, that distance), by seed 1"""
+        samplers, budgets, distances = self.scale["samplers"], self.scale["budgets"], []
+        if len(samplers) == 1:
+            return samplers[0], 0
+        budget = next(b for b in budgets[len(budgets) // 2:] if self.settings(run, b, 1, samplers[0]))
+        for sampler in samplers:
+            distances.append(self.measure(run, 1, **self.settings(run, budget, 1, sampler))["fd"])
+        return samplers[distances.index(min(distances))], min(distances)
 
     def key(self, run, seed, settings):
         return " ".join([run, self.sampling[run], str(seed), f"{self.lr[run]:g}",
@@ -362,7 +361,7 @@ class Experiment:
         if key not in self.points:
             path = os.path.join(self.out, "trace.csv")
             settings = dict(cfg=1, steps=steps, iters=self.scale["trace_iters"], reuse=reuse, solver=solver,
-                            t_shift=self.shift["fpdm"], trace=path)
+                            **self.sampler["fpdm"], trace=path)
             self.call(self.sample_command("fpdm", seed, 100, settings, os.path.join(self.out, "x.png")))
             with open(path) as file:
                 rows = [line.split(",") for line in file.read().split()[1:]]
@@ -394,23 +393,23 @@ class Experiment:
         scale, seeds = self.scale, range(1, self.scale["seeds"] + 1)
         if subprocess.run(["make", "-s", f"train_{self.target}", f"sample_{self.target}"], cwd=ROOT).returncode:
             raise Failed("make failed; its message is above")
-        self.lr, self.tuning, self.shift = {}, {}, {}
+        self.lr, self.tuning, self.sampler = {}, {}, {}
         self.sampling = dict.fromkeys(self.runs, scale["samplings"][0])
         for run in sorted(self.runs, key=SAME_RATE.__contains__):
             self.lr[run], self.tuning[run] = self.best_lr(run)
         self.measured, self.begin_measure = 0, time.time()
-        self.to_measure = len(scale["shifts"]) * sum(1 if run in SAME_SAMPLING else len(scale["samplings"])
+        self.to_measure = len(scale["samplers"]) * sum(1 if run in SAME_SAMPLING else len(scale["samplings"])
                                                      for run in self.runs)
         self.drawn = {run: self.best_sampling(run) for run in sorted(self.runs, key=SAME_SAMPLING.__contains__)}
         self.training = {run: [self.train(run, seed, self.lr[run], self.steps(run, scale["steps"])) for seed in seeds]
                          for run in self.runs}
         plan = list(self.plan())
         self.to_measure = sum(self.key(run, seed, settings) not in self.points for run, settings in plan
-                              for seed in seeds if seed == 1 or settings["t_shift"] == self.shift[run])
+                              for seed in seeds if seed == 1 or self.sampler[run].items() <= settings.items())
         self.measured, self.begin_measure = 0, time.time()
         for run, settings in plan:
-            # The first seed chooses the shift; the report asks for what the others still lack.
-            for seed in seeds if settings["t_shift"] == self.shift[run] else [1]:
+            # The first seed chooses the sampler; the report asks for what the others still lack.
+            for seed in seeds if self.sampler[run].items() <= settings.items() else [1]:
                 self.measure(run, seed, **settings)
         if "one_step" not in self.runs:
             return
@@ -429,22 +428,22 @@ class Experiment:
 
     # Settings of each experiment, as lists of (run, settings of sample_*).
 
-    def settings(self, run, budget, k, shift=None):
+    def settings(self, run, budget, k, sampler=None):
         """As many timesteps as the budget allows, of k iterations each where the model iterates; None: not even two.
-        shift: another --t_shift than the run's."""
+        sampler: another than the run's."""
         options = self.runs[run][1]
         dit = "fixed_point" in options
         per_step = options["depth"] if dit else k + options.get("pre_depth", 1) + options.get("post_depth", 1)
         steps = budget // per_step
         ours = {} if dit else dict(budget=steps * per_step, reuse=1, alloc="const")
-        return dict(steps=steps, **ours, t_shift=self.shift[run] if shift is None else shift) if steps >= 2 else None
+        return dict(steps=steps, **ours, **(sampler or self.sampler[run])) if steps >= 2 else None
 
     def choices(self, run, budget):
         """The settings from which a contender may choose at this budget: its iterations per timestep, and with the
-        fewest every --t_shift."""
+        fewest every sampler."""
         per_step = [1] if "fixed_point" in self.runs[run][1] else self.scale["per_step"]
         found = [self.settings(run, budget, k) for k in per_step]
-        found += [self.settings(run, budget, per_step[0], s) for s in self.scale["shifts"] if s != self.shift[run]]
+        found += [self.settings(run, budget, per_step[0], s) for s in self.scale["samplers"] if s != self.sampler[run]]
         return [settings for settings in found if settings]
 
     def contest(self):
@@ -465,10 +464,10 @@ class Experiment:
             for reuse in (0, 1):
                 for alloc in ("const", "inc", "dec"):
                     yield "fpdm", dict(steps=steps, budget=steps * (k + 2), reuse=reuse, alloc=alloc,
-                                       t_shift=self.shift["fpdm"])
+                                       **self.sampler["fpdm"])
 
     def ten(self, run="fpdm", **settings):
-        return dict(steps=10, reuse=1, t_shift=self.shift[run], **settings)
+        return dict(steps=10, reuse=1, **self.sampler[run], **settings)
 
     def solver_plan(self):
         for k in self.scale["solver_iters"]:
@@ -562,7 +561,7 @@ class Report:
             command += f" --seeds {self.args.seeds}"
         if self.photographs:
             command += f" --photographs {os.path.basename(self.photographs.data)}"
-        shifts = ", ".join(map(str, scale["shifts"]))
+        samplers = ", ".join(" ".join(f"--{name} {value}" for name, value in s.items()) for s in scale["samplers"])
         self.lines = [
             "# The paper's claims, measured", "",
             *(["**A self-test of tools/reproduce.py: models this small, trained this little, say nothing of the "
@@ -575,8 +574,8 @@ class Report:
             f"{'s, ± is the standard deviation over them' if scale['seeds'] > 1 else ''}. Sampling without guidance, "
             f"flow, {scale['pictures']:,} pictures a point. The learning rate is chosen by short trials on "
             "shapes (rows without trials have that of their kind), by distance how timesteps were drawn in training "
-            f"(shapes), and at each budget `--t_shift` (of {shifts}) or, at one that serves a budget in the middle, "
-            "the iterations per timestep: all by the first seed, which is among those reported. "
+            f"(shapes), and at each budget the sampler (of `{samplers}`) or, with one that serves a budget in the "
+            "middle, the iterations per timestep: all by the first seed, which is among those reported. "
             "`distance` is the Fréchet distance of tools/evaluate.py (lower is better; not the FID of papers).", "",
             "A *pass* is one forward of a Transformer block for one picture, the paper's unit. An iteration of the "
             "fixed point also has a projection, a third of a block more arithmetic, which the unit leaves out: so the "
@@ -700,8 +699,8 @@ class Report:
             axis.legend(fontsize=7)
 
         self.figure(f"claims_{name}.png", draw)
-        for words, cell in (("distance (timesteps, t_shift)",
-                             lambda m, s: f"{value(m['fd'])} ({s['steps']}, {s['t_shift']})"),
+        for words, cell in (("distance (timesteps, t_shift; ² with --order 2)",
+                             lambda m, s: f"{value(m['fd'])} ({s['steps']}, {s['t_shift']}{'²' * ('order' in s)})"),
                             ("recognised",
                              lambda m, s: f"{100 * m['recognised'][0]:.0f} %" if "recognised" in m else "–"),
                             ("precision / recall", lambda m, s: f"{m['precision'][0]:.2f} / {m['recall'][0]:.2f}")):
@@ -752,7 +751,7 @@ class Report:
         budgets, per_step = self.scale["budgets"], self.scale["per_step"]
         parts = {"shapes": self.e, **({"photographs": self.photographs} if self.photographs else {})}
         # With --t_shift 1, which tells the model the noise that there is: with 0, fewer timesteps leave more of it.
-        grids = {name: {b: [(e.mean("fpdm", s), s) for k in per_step if (s := e.settings("fpdm", b, k, 1))]
+        grids = {name: {b: [(e.mean("fpdm", s), s) for k in per_step if (s := e.settings("fpdm", b, k, FIRST[1]))]
                         for b in budgets} for name, e in parts.items()}
 
         def draw(axis):
@@ -885,7 +884,7 @@ def main():
     try:
         shapes.everything()
         scale = {**scale, "steps": scale["plateau_steps"], "lrs": [shapes.lr["fpdm"]], "seeds": 1,
-                 "samplings": [shapes.sampling["fpdm"]], "budgets": [24], "per_step": [1, 4], "shifts": [1],
+                 "samplings": [shapes.sampling["fpdm"]], "budgets": [24], "per_step": [1, 4], "samplers": FIRST[1:2],
                  "same_pictures": True}
         single = Experiment(args, "shapes", os.path.join(args.out, "plateau"), scale, plateau(scale))
         single.make_evaluator = shapes.make_evaluator
