@@ -1000,6 +1000,7 @@ def test_emulated_samples():
                           ("sample_ddpm_sigma", "--sampler ddpm --cfg 1.5 --iters 2,1,2,1 --trace {}.csv"),
                           ("sample_skip_anderson", "--solver anderson --cfg 1 --iters 4 --trace {}.csv"),
                           ("sample_x_reuse", "--t_shift 2 --iters 9 --tol 0.05 --trace {}.csv"),
+                          ("sample_x_reuse", "--order 2 --t_shift 2 --iters 2 --cfg 2"),
                           ("sample_dit_ddpm_sigma_guided", "--sampler ddpm")):
         for kind in "cpu", "emu":
             subprocess.run([root / f"sample_{kind}", "--weights", root / f"test/cases/{case}.safetensors", "--dtype",
