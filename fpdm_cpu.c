@@ -3080,7 +3080,7 @@ static const Option option_table[] = {
     {"", 0, 0, 0, "", 0, 0, "Sampling"},
     {"sampler", TRAIN | SAMPLE, OPT_CHOICE, AT(sampler), "auto", 0, 0,
      "auto|ddpm|ddim|flow: auto: flow for models of flow or x, ddim otherwise"},
-    {"order", TRAIN | SAMPLE, OPT_INT, AT(order), "1", 1, 2,
+    {"order", TRAIN | SAMPLE | ADDED, OPT_INT, AT(order), "1", 1, 2,
      "flow, x: 2 extrapolates the velocity from the timestep before: for few timesteps, with t_shift 1 or 2"},
     {"steps", SAMPLE, OPT_INT, AT(sample_steps), "20", 2, 1000, "timesteps S"},
     {"t_shift", TRAIN | SAMPLE, OPT_REAL, AT(t_shift), "0", 0, 100,

@@ -499,6 +499,10 @@ for i in 1 2 3 4 5 6; do patch_bytes nan.safetensors $((size - 1024 * i)) '\000\
 refuses "data: NaN" "nan.safetensors: tensor x: sample [0-5] holds nan" env OMP_NUM_THREADS=4 \
     "$train" $small --data nan.safetensors --out nan
 refuses "resume: missing" "none: cannot open this folder" "$train" --resume none
+cp -r six older
+LC_ALL=C sed -i 's/"order":"1"/"other":"1"/' older/state.safetensors # as long, and unknown
+check "resume: a state from before --order: its metadata lacks it" grep -aq '"other":"1"' older/state.safetensors
+runs "resume: a state from before --order" "$train" --resume older
 refuses "resume: enough steps" "option --steps: .* step 6" "$train" --resume three --steps 5
 refuses "resume: another model" "option --resume" "$train" --resume three --steps 9 --width 64
 refuses "resume: other data" "latents.safetensors: other sizes" \
