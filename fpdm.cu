@@ -5259,11 +5259,15 @@ static void save_pictures(const char *path, const float *x, const int *y, int n,
     xfree(label);
 }
 
-// A grid of pictures (n,C,S,S) as PNG, and with --show in the terminal, as many side by side as there is room for.
+// A grid of pictures (n,C,S,S) as PNG, a column for each label where those are few, and with --show in the terminal, as
+// many side by side as there is room for.
 static void save_grid(const char *path, const float *x, int n, const Options *o) {
     const Config *c = &o->model;
     int S = c->image_size, zoom = o->zoom ? o->zoom : S >= 64 ? 1 : S >= 32 ? 2 : 4, width, height;
-    int columns = c->classes > 1 && c->classes <= 20 && n > c->classes ? c->classes : (int)ceil(sqrt(n));
+    int side = (int)ceil(sqrt(n)), labels = *o->labels ? 1 : c->classes;
+    for (const char *p = o->labels; *p; p++) labels += *p == ',';
+    int few = labels > 1 && labels <= 20 && n > labels;
+    int columns = !few ? side : side < labels ? labels : side - side % labels;
     save_png(path, x, n, c->channels, S, columns, zoom, 2);
     if (!o->show) return;
     struct winsize window = {0, 0, 0, 0};

@@ -248,6 +248,12 @@ runs "sample: picture decodes" "$unit" png a.png
 check "sample: 5 pictures in a 3x2 grid" says "^104 70 "
 check "sample: signature and header" [ "$(head -c 29 a.png | od -An -tx1 | tr -d ' \n')" = \
     89504e470d0a1a0a0000000d4948445200000068000000460802000000 ]
+for row in "1,0 70 104" "1,0,1,1 138 70"; do # 6 pictures
+    labels=${row%% *}
+    runs "sample: --labels $labels" "$sample" $weights --n 6 --labels $labels --steps 2 --out b.png
+    runs "sample: --labels $labels: picture decodes" "$unit" png b.png
+    check "sample: --labels $labels: a column each" says "^${row#* } "
+done
 runs "sample: again" "$sample" $weights --n 5 --steps 4 --out b.png
 check "sample: same seed, same file" same a.png b.png
 runs "sample: another seed" "$sample" $weights --n 5 --steps 4 --seed 2 --out b.png
