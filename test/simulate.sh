@@ -48,8 +48,8 @@ hopper() {
     [ "$QUICK" ] || run train_hopper train_gpu --steps 2 --sample_steps 4 --out "$work/out_hopper"
     [ "$QUICK" ] || run sample_hopper sample_gpu --n 4 --steps 4 --cfg 2 --out "$work/sample_hopper.png"
     for program in TRAIN SAMPLE; do
-        "$nvcc" -ptx -gencode=arch=$ARCH,code=$ARCH -x cu -std=c++17 -DPROGRAM=$program "$root/fpdm.cu" -o /dev/stdout |
-            grep -oP '\.entry \K\w+' | c++filt | sed -E 's/^void //; s/\(.*//'
+        "$nvcc" -ptx -gencode=arch=$ARCH,code=$ARCH -x cu -std=c++17 -DPROGRAM=$program "$root/fpdm.cu" -o $program.ptx
+        grep -oP '\.entry \K\w+' $program.ptx | c++filt | sed -E 's/^void //; s/\(.*//'
     done | names > has
 }
 names() { sed -E 's/__nv_bfloat16/bf16/g; s/ //g' | sort -u; } # of kernels, without the spaces
