@@ -38,14 +38,20 @@ refuses() {
 }
 
 kind=${1:-cpu}
-ln -s "$root"/{Makefile,fpdm_cpu.c,fpdm.cu,test} .
-make -s WERROR=-Werror train_$kind && mv train_$kind one && make -s WERROR=-Werror train_$kind MPI=1 &&
-    mv train_$kind train || exit 1
-one=$work/one train=$work/train
+build() { # NAME ARGUMENT-OF-MAKE...: the program, built in a folder of its own
+    mkdir $1.build && ln -s "$root"/{Makefile,fpdm_cpu.c,fpdm.cu,test} $1.build &&
+        make -s -C $1.build WERROR=-Werror train_$kind "${@:2}" && mv $1.build/train_$kind $1
+}
+double=CFLAGS='-O3 -DREAL=double'
+build one & # at the same time: a core each
+first=$!
+build train MPI=1 && wait $first || exit 1
 if [ $kind = cpu ]; then # the same in double
-    make -s WERROR=-Werror CFLAGS='-O3 -DREAL=double' train_cpu && mv train_cpu one64 &&
-        make -s WERROR=-Werror CFLAGS='-O3 -DREAL=double' train_cpu MPI=1 && mv train_cpu train64 || exit 1
+    build one64 "$double" &
+    first=$!
+    build train64 "$double" MPI=1 && wait $first || exit 1
 fi
+one=$work/one train=$work/train
 on() { local R=$1; shift; timeout -s KILL 100 mpirun -q -np "$R" "$train" "$@"; } # RANKS OPTION...
 
 small="--image_size 8 --width 32 --heads 2 --patch 2 --batch 8 --lr 3e-4 --warmup 20 --lr_schedule constant
