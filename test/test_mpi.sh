@@ -42,15 +42,13 @@ build() { # NAME ARGUMENT-OF-MAKE...: the program, built in a folder of its own
     mkdir $1.build && ln -s "$root"/{Makefile,fpdm_cpu.c,fpdm.cu,test} $1.build &&
         make -s -C $1.build WERROR=-Werror train_$kind "${@:2}" && mv $1.build/train_$kind $1
 }
-double=CFLAGS='-O3 -DREAL=double'
-build one & # at the same time: a core each
-first=$!
-build train MPI=1 && wait $first || exit 1
-if [ $kind = cpu ]; then # the same in double
-    build one64 "$double" &
-    first=$!
-    build train64 "$double" MPI=1 && wait $first || exit 1
-fi
+both() { # SUFFIX ARGUMENT-OF-MAKE...: the program without MPI and with it, at the same time: a core each
+    build one$1 "${@:2}" &
+    local other=$!
+    build train$1 "${@:2}" MPI=1 && wait $other
+}
+both "" || exit 1
+[ $kind != cpu ] || both 64 CFLAGS='-O3 -DREAL=double' || exit 1 # the same in double
 one=$work/one train=$work/train
 on() { local R=$1; shift; timeout -s KILL 100 mpirun -q -np "$R" "$train" "$@"; } # RANKS OPTION...
 
