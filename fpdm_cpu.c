@@ -3100,7 +3100,7 @@ static const Option option_table[] = {
     {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024, "prediction channels that are guided"},
     {"n", SAMPLE, OPT_INT, AT(n), "40", 1, 1e6, "number of pictures"},
     {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0,
-     "class names or, where none is called so, numbers: 3,7,heart; default: each in turn"},
+     "names of classes, what some have before a '-', or numbers: heart,animal,3; default: each in turn"},
     {"batch", SAMPLE, OPT_INT, AT(batch), "40", 1, 1 << 20, "pictures at a time"},
     {"", 0, 0, 0, "", 0, 0, "Files and progress, precision and chance"},
     {"weights", SAMPLE, OPT_TEXT, AT(weights), "weights/shapes.safetensors", 0, 0, "weight file"},
@@ -3817,26 +3817,39 @@ static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options 
     return set;
 }
 
-// Labels of n pictures from "3,heart,7", in turn; without a list, each class in turn.
+// The label of the picture that is the use-th of a word of --labels: a class, a number, or what names have before a '-',
+// which stands for all of those, in turn: "animal" for animal-bird, animal-bug, ... -1: nothing is called so
+static int word_label(const char *word, int use, int classes, const char *const *names) {
+    char *end;
+    size_t length = strlen(word);
+    int named = names ? classes : 0, members = 0;
+    for (int i = 0; i < named; i++)
+        if (!strcmp(names[i], word)) return i;
+    long value = strtol(word, &end, 10);
+    if (*word && !*end && value >= 0 && value <= classes) return (int)value;
+    for (int i = 0; i < named; i++) members += !strncmp(names[i], word, length) && names[i][length] == '-';
+    for (int i = 0, left = members ? use % members : 0; i < named; i++)
+        if (!strncmp(names[i], word, length) && names[i][length] == '-' && !left--) return i;
+    return -1;
+}
+
+// Labels of n pictures from "3,heart,7", in turn; without a list, each class in turn
 static void parse_labels(int *y, int n, const char *list, int classes, const char *const *names) {
-    int *chosen = (int *)xcalloc(strlen(list) + 2, sizeof *chosen, "labels"), count = 0;
-    char *copy = xstrdup(list), *rest = copy;
-    for (char *word; *list && (word = strsep(&rest, ","));) {
-        char *end;
-        long value = strtol(word, &end, 10);
-        int label = -1;
-        for (int i = 0; label < 0 && names && i < classes; i++)
-            if (!strcmp(names[i], word)) label = i;
-        if (label < 0 && *word && !*end && value >= 0 && value <= classes) label = (int)value;
-        if (label < 0)
+    const char **words = (const char **)xcalloc(strlen(list) + 2, sizeof *words, "labels");
+    char *copy = xstrdup(list), *rest = copy, known[1500] = "";
+    int count = 0;
+    while (*list && (words[count] = strsep(&rest, ","))) count++;
+    for (int i = 0; names && i < classes && strlen(known) < sizeof known - 1; i++)
+        snprintf(known + strlen(known), sizeof known - strlen(known), "%s%s", i ? ", " : ": ", names[i]);
+    for (int i = 0; i < count; i++)
+        if (word_label(words[i], 0, classes, names) < 0)
             die("option --labels: '%s' is neither a class name nor a number from 0 to %d (%d: no label); a name that "
-                "holds a comma needs its number",
-                word, classes, classes);
-        chosen[count++] = label;
-    }
-    for (int i = 0; i < n; i++) y[i] = count ? chosen[i % count] : classes ? i % classes : 0;
+                "holds a comma needs its number%s%s",
+                words[i], classes, classes, known, strlen(known) < sizeof known - 1 ? "" : "...");
+    for (int i = 0; i < n; i++)
+        y[i] = count ? word_label(words[i % count], i / count, classes, names) : classes ? i % classes : 0;
     free(copy);
-    xfree(chosen);
+    xfree(words);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -707,6 +707,16 @@ st comma.safetensors "$comma" pixels
 runs "class with a comma: train" "$train" $tiny --steps 1 --data comma.safetensors --out comma
 refuses "advice: class with a comma" "option --labels: 'big' .*number" \
     "$sample" --weights comma/weights.safetensors --labels "big, red" --n 1 --steps 2 --out no.png
+groups='{"__metadata__":{"class_names":"[\"pet-cat\",\"pet-dog\"]"},"y":{"dtype":"I64","shape":[4],"data_offsets":[0,32]},'
+groups+='"x":{"dtype":"U8","shape":[4,8,8,3],"data_offsets":[32,800]}}'
+st groups.safetensors "$groups" pixels
+runs "classes in groups: train" "$train" $tiny --steps 1 --data groups.safetensors --out groups
+mkdir grouped
+runs "classes in groups" "$sample" --weights groups/weights.safetensors --labels pet,pet-dog --n 5 --steps 2 --out grouped/
+check "classes in groups: each of the group in turn" [ "$(cd grouped && echo *)" = \
+    "000000_pet-cat.png 000001_pet-dog.png 000002_pet-dog.png 000003_pet-dog.png 000004_pet-cat.png" ]
+refuses "classes in groups: unknown" "option --labels: 'pe' .*: pet-cat, pet-dog$" \
+    "$sample" --weights groups/weights.safetensors --labels pet,pe --n 1 --steps 2 --out no.png
 
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]
