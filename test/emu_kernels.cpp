@@ -4,6 +4,7 @@
 // inputs.
 //
 //   make test_kernels_emu     without a GPU;  make test_kernels_gpu: on one;  make kernels: which kernels tests launch
+//   EMU_QUICK=1 ./test_kernels_emu    without the three largest products, for builds that are slow
 
 #include "../fpdm.cu"
 #include <sys/wait.h>
@@ -520,9 +521,11 @@ int main(void) {
             for (int s = 1; sms == 132 && s <= 16; s++) test_splits(half, 256 * s + 8, 24, 16, s);
         }
     }
-    test_matmul(1, 1536, 1408, 40); // 132 large tiles of y, of dx; 276, which is more than a wave
-    test_matmul(1, 1536, 40, 1408);
-    test_matmul(1, 2944, 1536, 24);
+    if (!getenv("EMU_QUICK")) { // what takes most: for the tiles of 1030x136 on 3 multiprocessors, at full size
+        test_matmul(1, 1536, 1408, 40); // 132 large tiles of y, of dx; 276, which is more than a wave
+        test_matmul(1, 1536, 40, 1408);
+        test_matmul(1, 2944, 1536, 24);
+    }
     for (int s : {1, 2, 7, 16}) test_splits(1, 256 * s + 8, 136, 144, s);
     for (int half = 0; half < 2; half++) {
         int sizes[][3] = {{1, 1, 8},   {100, 2, 24},  {65, 1, 40},  {64, 1, 64},  {130, 1, 72},
