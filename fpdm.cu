@@ -133,6 +133,7 @@ static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch,
 // width 4D. With fixed_point 0 the model is plain DiT (arXiv:2212.09748): `depth` blocks in a row that all see cond.
 // =====================================================================================================================
 
+// What the network gives: the noise; v = sqrt(ab)·noise - sqrt(1-ab)·x0 with ab = alpha_bar; the velocity x0 - noise; x0
 enum Prediction { PREDICT_EPS, PREDICT_V, PREDICT_FLOW, PREDICT_X };
 enum TimeEmbedding { TIME_DIT, TIME_SIT, TIME_DIFFUSERS };
 enum VWeight { V_WEIGHT_1, V_WEIGHT_P2 };
@@ -191,7 +192,7 @@ typedef struct {
     real *ada_w, *ada_b;   // (6D,D), (6D): shift1, scale1, gate1, shift2, scale2, gate2
 } BlockParams;
 
-enum { MAX_BLOCKS = 66 }; // pre, the fixed-point block and post; or DiT's
+enum { MAX_BLOCKS = 65 }; // pre, the fixed-point block and post; or DiT's
 typedef struct {
     real *patch_w, *patch_b;         // (D,C·p·p), (D)
     real *time0_w, *time0_b;         // (D,256), (D)
@@ -1277,18 +1278,19 @@ typedef struct {
     double alpha_bar[DIFFUSION_STEPS], alpha_bar_prev[DIFFUSION_STEPS]; // product of 1 - beta; prev is 1 at i = 0
     double log_beta[DIFFUSION_STEPS], log_var[DIFFUSION_STEPS]; // the variances between which the model interpolates
     double c1[DIFFUSION_STEPS], c2[DIFFUSION_STEPS];            // posterior mean = c1·x0 + c2·x_t
-    double tau[DIFFUSION_STEPS], dt[DIFFUSION_STEPS]; // flow, x: share of noise in x_t, and how much a step lowers it
+    double tau[DIFFUSION_STEPS],
+        dt[DIFFUSION_STEPS]; // flow, x: share of noise that the model is told, length of a step
 } Schedule;
 
-// A model of x gives x0_hat; its velocity, what a model of flow gives, is (x0_hat - x_t)/max(tau, 0.05)
-// (arXiv:2511.13720).
+// A model of x gives x0_hat; its velocity, what a model of flow gives, is (x0_hat - x_t)/max(tau, 0.05) (arXiv:2511.13720);
+// at the timesteps of schedule_shift it is (x0_hat - x_t)/tau, by which the last step ends at x0_hat.
 static double clamped_tau(int t) { return fmax(t / (double)DIFFUSION_STEPS, 0.05); }
 
 static void schedule_make(Schedule *s, const Config *c, int steps) {
     double alpha_bar[DIFFUSION_STEPS], product = 1;
     for (int t = 0; t < DIFFUSION_STEPS; t++)
         alpha_bar[t] = product *= 1 - (1e-4 + (0.02 - 1e-4) * t / (DIFFUSION_STEPS - 1));
-    if (c->zero_terminal_snr) {
+    if (c->zero_terminal_snr) { // sqrt(alpha_bar) moved and stretched: the first stays, the last is 0 (arXiv:2305.08891)
         double first = sqrt(alpha_bar[0]), last = sqrt(alpha_bar[DIFFUSION_STEPS - 1]);
         for (int t = 0; t < DIFFUSION_STEPS; t++) {
             double root = (sqrt(alpha_bar[t]) - last) * first / (first - last);
@@ -1313,11 +1315,11 @@ static void schedule_make(Schedule *s, const Config *c, int steps) {
 
 // Other timesteps for models of flow and x. With those above the model is told t = 0 at the last step, when x_t still
 // holds 1/S of noise. Here it is told the noise that there is: step i goes from tau_i to tau_{i-1} and the last to 0,
-// tau = shift·u/(1+(shift-1)·u) at u = (i+1)/S (arXiv:2403.03206); a shift above 1 gives more of them to large t.
+// tau = shift·u/(1-u+shift·u) at u = (i+1)/S (arXiv:2403.03206); a shift above 1 gives more of them to large t.
 static void schedule_shift(Schedule *s, double shift) {
     double before = 0;
     for (int i = 0; i < s->n; i++) {
-        double u = (i + 1.0) / s->n, tau = shift * u / (1 + (shift - 1) * u);
+        double u = (i + 1.0) / s->n, tau = shift * u / (1 - u + shift * u);
         s->t[i] = (int)fmin(nearbyint(tau * DIFFUSION_STEPS), DIFFUSION_STEPS - 1);
         s->tau[i] = tau;
         s->dt[i] = tau - before;
@@ -1326,7 +1328,8 @@ static void schedule_shift(Schedule *s, double shift) {
 }
 
 // The flow sampler's second order (Adams and Bashforth's method of two steps): a step goes by the velocity that a
-// straight line through the one before and this one gives for its middle, v + ahead·(v - before).
+// straight line through the one before and this one gives for its middle, v + ahead·(v - before). ahead is half of this
+// step over the length of the one before; in the first step 0, which is Euler's method.
 static double ahead_of(const Schedule *s, int order, int i) {
     return order > 1 && i < s->n - 1 ? s->dt[i] / s->dt[i + 1] / 2 : 0;
 }
@@ -1439,8 +1442,9 @@ __device__ inline double variational_term(double *slope, int t, double x0, doubl
 }
 
 // sums (B,2): the (weighted) squared error and the variational term in bits, means over each picture's `count`
-// elements. dout (B,Cout,S,S) becomes the gradient of `scale` times the sum of both over the pictures. In double: this
-// is 1e-4 of a step's work. A block a picture.
+// elements. dout (B,Cout,S,S) becomes the gradient of `scale` times the sum of both over the pictures; the variational
+// term's stops at the prediction and goes into the variance alone (arXiv:2102.09672). In double: this is 1e-4 of a step's
+// work. A block a picture.
 __global__ void loss_kernel(double *sums, float *dout, const float *out, const float *x0, const float *noise,
                             const LossPlace *places, int learn_sigma, double scale, size_t count) {
     SHARED_DYNAMIC(double, shared);
@@ -1657,7 +1661,7 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
         if (step % 16 == 15) gpu_wait(); // so that progress tells of work, not of launches
         progress(B);
         set->passes += c->fixed_point ? c->pre_depth + solve->ran + c->post_depth : c->depth;
-        for (int k = 0; set->trace && k < solve->ran && c->fixed_point; k++)
+        for (int k = 0; set->trace && first == 0 && k < solve->ran && c->fixed_point; k++)
             fprintf(set->trace, "%d,%d,%d,%.6g\n", step, s->t[i], k + 1, solve->residuals[k]);
     }
     gpu_download(x, a->picture, B * count * sizeof *x);
@@ -4394,7 +4398,7 @@ static const char **parse_class_names(const char *path, const char *json, int *c
 
 enum { OPT_INT, OPT_SEED, OPT_REAL, OPT_TEXT, OPT_FLAG, OPT_RANGE, OPT_CHOICE };
 // Where an option is used. WEIGHTS: metadata of weight files; STATE: only in a training state; ONCE: never there.
-// ADDED: files from before it was there lack it, and mean its default, or 0 of a flag.
+// ADDED: newer than the first files; one that lacks it means its default, a flag 0.
 enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, STATE = 16, ONCE = 32, ADDED = 64 };
 enum { MODEL = TRAIN | BENCH | WEIGHTS };
 
@@ -4413,8 +4417,9 @@ static const Option option_table[] = {
     {"", 0, 0, 0, "", 0, 0, "Model"},
     {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
     {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0,
-     "S/2 to XL/8: sets width, heads, depth, patch, the paper's n, m, c_pp, timesteps, lr, ema; no skip, warm-up, "
-     "clip"},
+     "S/2 to XL/8: sets width, heads, depth, patch and the paper's training: n, m, timestep_in_pre_post, t_sampling, "
+     "lr, "
+     "ema; no skip, warm-up, clip"},
     {"width", MODEL, OPT_INT, AT(model.width), "128", 8, 16384,
      "D, channels of a token; a multiple of 4, on a GPU of 8"},
     {"heads", MODEL, OPT_INT, AT(model.heads), "4", 1, 1024, "attention heads; width / heads is the head size"},
@@ -4442,8 +4447,9 @@ static const Option option_table[] = {
     {"prediction", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.prediction), "flow", 0, 0,
      "eps|v|flow|x: what is predicted; x: the picture, trained and sampled as flow"},
     {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1,
-     "1: the last timestep is pure noise (needs v)"},
-    {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0, "1|p2: weight of the v loss"},
+     "v: 1: the last timestep is pure noise; flow and x have that anyway"},
+    {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0,
+     "1|p2: weight of the v loss; p2: alpha_bar·sqrt(1 - alpha_bar)"},
     {"time_embedding", TRAIN | WEIGHTS | ADDED, OPT_CHOICE, AT(model.time_embedding), "dit", 0, 0,
      "dit|sit|diffusers: what the network sees of t, as those models have it"},
     {"no_grad_iters", TRAIN, OPT_RANGE, AT(no_grad_iters), "0,3", 0, 1000, "range of n: iterations without gradient"},
@@ -4475,11 +4481,13 @@ static const Option option_table[] = {
      "flow, x: timesteps that match the noise left, more of them at large t above 1; 0: 0 to 999 evenly"},
     {"sample_steps", TRAIN, OPT_INT, AT(sample_steps), "20", 2, 1000, "timesteps of the sample grids"},
     {"eta", SAMPLE, OPT_REAL, AT(eta), "0", 0, 1, "noise of ddim: 0 none, 1 as much as ddpm"},
-    {"iters", SAMPLE, OPT_TEXT, AT(iters), "", 0, 0, "iterations per timestep: one, or a list in sampling order"},
-    {"budget", SAMPLE, OPT_INT, AT(budget), "0", 0, 1e8, "Transformer-block passes per picture; instead of iters"},
+    {"iters", SAMPLE, OPT_TEXT, AT(iters), "", 0, 0,
+     "iterations per timestep: a number, or one for each, first sampled first; default: depth - pre - post"},
+    {"budget", SAMPLE, OPT_INT, AT(budget), "0", 0, 1e8,
+     "Transformer-block passes per picture, instead of iters; guidance takes as many again; 0: no budget"},
     {"alloc", SAMPLE, OPT_CHOICE, AT(alloc), "const", 0, 0, "const|inc|dec: share of iterations; inc: more at large t"},
     {"reuse", TRAIN | SAMPLE, OPT_FLAG, AT(reuse), "1", 0, 1, "1: start from the solution of the timestep before"},
-    {"tol", SAMPLE, OPT_REAL, AT(tol), "0", 0, 1, "stop a timestep once the mean residual is below this"},
+    {"tol", SAMPLE, OPT_REAL, AT(tol), "0", 0, 1, "stop a timestep once the mean residual of its batch is below this"},
     {"solver", SAMPLE, OPT_CHOICE, AT(solver), "plain", 0, 0,
      "plain|anderson: z_k is the last iteration's result, or mixed with earlier ones"},
     {"window", SAMPLE, OPT_INT, AT(window), "3", 1, MAX_WINDOW, "anderson: number of earlier results"},
@@ -4502,7 +4510,8 @@ static const Option option_table[] = {
     {"log_every", TRAIN, OPT_INT, AT(log_every), "0", 0, 2e9, "steps between progress lines; 0: every few seconds"},
     {"weights_dtype", TRAIN, OPT_CHOICE, AT(weights_dtype), "f32", 0, 0, "f32|bf16: tensors in weights.safetensors"},
     {"latents", SAMPLE, OPT_TEXT, AT(latents), "", 0, 0, "also write pictures or latents as a safetensors file"},
-    {"trace", SAMPLE, OPT_TEXT, AT(trace), "", 0, 0, "write the residual of every iteration as CSV"},
+    {"trace", SAMPLE, OPT_TEXT, AT(trace), "", 0, 0,
+     "write the residual of every iteration as CSV, a mean over the first batch"},
     {"strip", SAMPLE, OPT_TEXT, AT(strip), "", 0, 0,
      "draw x_t and the predicted x0 of a few pictures into this PNG, a column a timestep"},
     {"show", TRAIN | SAMPLE, OPT_FLAG, AT(show), "0", 0, 1, "1: draw the pictures in the terminal"},
@@ -5748,7 +5757,8 @@ static int train_main(int argc, char **argv) {
         check_writable(path, "");
     }
     float *tensor = (float *)xcalloc(params_largest(m->tensors, m->n_tensors), sizeof *tensor, "saving");
-    double mb = 4e-6 * (double)m->n_params, activations = 1e-6 * (double)m->activation_bytes;
+    double mb = 4e-6 * (double)m->n_params, copy = m->half ? mb / 2 : 0,
+           activations = 1e-6 * (double)m->activation_bytes;
     double saving = 4e-6 * (double)params_largest(m->tensors, m->n_tensors);
     for (int i = 0; i < N_STOP; i++) // from here on there is something to save
         if (signal(stop_signals[i], on_interrupt) == SIG_IGN && stop_signals[i] == SIGHUP) signal(SIGHUP, SIG_IGN);
@@ -5760,7 +5770,7 @@ static int train_main(int argc, char **argv) {
     say(0,
         "memory: parameters %.1f MB, gradients %.1f, Adam %.1f, EMA %.1f, activations %.1f, saving %.1f; in all %.1f "
         "MB",
-        mb, mb, 2 * mb, mb, activations, saving, 5 * mb + activations + saving);
+        mb + copy, mb, 2 * mb, mb, activations, saving, 5 * mb + copy + activations + saving);
     for (int i = 0; i < 4 && *o->resume; i++) model_load(m, state_parts[i].kind, &state, state_parts[i].prefix);
     if (*o->resume) st_close(&state);
     Run run = {o, &data, m, micro, NULL, tensor, o->step, o->step, *o->resume ? o->step : -1, 0, now_ms(), 0, 0, 0};

@@ -273,6 +273,8 @@ runs "sample: trace" "$sample" $weights --n 3 --steps 3 --iters 2,1,4 --trace tr
 check "sample: trace: header" grep -qx "step,t,iteration,residual" <(head -n 1 trace.csv)
 check "sample: trace: a row for each iteration" [ "$(echo $(column trace.csv 1,2,3))" = \
     "0,999,1 0,999,2 1,500,1 2,0,1 2,0,2 2,0,3 2,0,4" ]
+runs "sample: trace: two batches" "$sample" $weights --n 3 --batch 2 --steps 3 --iters 2,1,4 --trace first.csv --out a.png
+check "sample: trace: two batches: of the first" [ "$(column first.csv 1,2,3)" = "$(column trace.csv 1,2,3)" ]
 check "sample: trace: residuals" awk -F, 'NR > 1 && !($4 > 0 && $4 < 10) { exit 1 }' trace.csv
 runs "sample: tol stops early" "$sample" $weights --n 3 --steps 3 --iters 50 --tol 1 --out a.png
 check "sample: tol stops early: passes" says " (9|[0-9]{2}|1[01][0-9]) block passes" # of 156
