@@ -3893,14 +3893,18 @@ static FILE *open_temp(const char *path) {
     }
     if (!realpath(path, temp_target)) snprintf(temp_target, sizeof temp_target, "%s", path);
     char name[2 * PATH_MAX];
-    snprintf(name, sizeof name, "%s.XXXXXX.tmp", temp_target);
-    if (strlen(path) >= PATH_MAX || strlen(name) >= PATH_MAX)
-        die("%.200s...: this path is too long; use a shorter one", path);
-    int fd = mkstemps(name, 4);
+    unsigned number = (unsigned)getpid() + (unsigned)(uint64_t)(1e3 * now_ms());
+    int fd;
+    do {
+        snprintf(name, sizeof name, "%s.%06x.tmp", temp_target, number++ & 0xFFFFFF);
+        if (strlen(path) >= PATH_MAX || strlen(name) >= PATH_MAX)
+            die("%.200s...: this path is too long; use a shorter one", path);
+        memcpy(temp_path + 1, name + 1, sizeof temp_path - 1);
+        __asm__ volatile("" ::: "memory");
+        *temp_path = *name; // last, and before there is a file: on_kill may look at any moment
+        if ((fd = open(name, O_RDWR | O_CREAT | O_EXCL, 0600)) < 0) *temp_path = 0;
+    } while (fd < 0 && errno == EEXIST);
     if (fd < 0) fail_temp(path);
-    memcpy(temp_path + 1, name + 1, sizeof temp_path - 1);
-    __asm__ volatile("" ::: "memory");
-    *temp_path = *name; // last: on_kill may look at any moment
     fchmod(fd, mode);
     FILE *file = fdopen(fd, "wb");
     if (!file) fail_temp(path);

@@ -593,7 +593,7 @@ refuses "resume: fewer steps than are done" "option --steps: .* step 4" "$train"
 cp -r tiny copy
 refuses "resume: into another folder" "option --out: .*--resume" "$train" --resume six --steps 7 --out copy
 check "resume: into another folder: untouched" [ "$(snapshot copy)" = "$before" ]
-printf '3,9' > half && { head -n 4 tiny/log.csv; cat half; } > copy/log.csv # the power went: a row was cut
+printf '3,9' | cat <(head -n 4 tiny/log.csv) - > copy/log.csv # the power went: a row was cut
 runs "half a row: resume" "$train" --resume copy --steps 5
 check "half a row: it is gone" awk -F, 'NF != 10 { exit 1 }' copy/log.csv
 touch copy/weights.safetensors.aB3dEf.tmp copy/samples_000009.png.aB3dEf.tmp copy/notes.aB3dEf.tmp
