@@ -877,6 +877,17 @@ def forward(self, img, return_features: bool = False):
 def test_evaluate_broken_input():
     evaluate()
     x, y = stripes(60)
+    # Without names of classes a folder is called by its number; bytes are pictures whatever their channels
+    save("numbers.safetensors", np.concatenate([x, x[..., :2]], 3), 5 * y)
+    import torch
+
+    data = evaluate().Dataset("numbers.safetensors")
+    assert data.shape[0] == 5 and not data.latents
+    os.makedirs("numbered")
+    labels = data.labels(torch.tensor([0, 1, 2, 2]), ["0", "10", "5"], "numbered")
+    assert labels.tolist() == [0, 10, 5, 5], labels
+    assert data.labels(torch.tensor([5]), ["a"] * 11, "a file").tolist() == [5]
+
     samples = as_samples(x)
     save("data.safetensors", x, y, **STRIPES)
     save("few.safetensors", x[:20], y[:20], **STRIPES)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Judges pictures against the dataset that they should look like: Fréchet distance, precision, recall, classes.
 
-    ./sample_cpu --n 2000 --batch 200 --latents a.safetensors
-    python3 tools/evaluate.py emoji32.safetensors a.safetensors              # what sample_* --latents wrote
+    ./sample_cpu --weights weights/cifar10.safetensors --n 2000 --batch 200 --cfg 1 --latents a.safetensors
+    python3 tools/evaluate.py cifar10.safetensors a.safetensors              # what sample_* --latents wrote
     python3 tools/evaluate.py cifar10.safetensors a.safetensors b.safetensors folder_of_pngs --json figures.json
     python3 tools/evaluate.py cifar10.safetensors a.safetensors --inception inception-2015-12-05.pt
     python3 tools/evaluate.py cifar10.safetensors a.safetensors --nearest near.png     # is anything learnt by heart?
@@ -16,8 +16,9 @@ recognised  share of pictures that the classifier takes for the class that was a
 reference of `ceiling` and of the pictures is the whole dataset, of larger ones 50,000 pictures drawn by the seed.
 Compare distances only where N, the reference and the network are the same: a smaller N alone makes them larger.
 
---nearest draws ten of the pictures, those nearest to the dataset, above the real picture that is nearest in pixels
-(mirrored ones count too) and the one whose features are, and compares their distances with those between real pictures.
+--nearest draws ten of the first 500 pictures, those nearest to the dataset, above the real picture that is nearest in
+pixels (mirrored ones count too) and the one whose features are, and compares their distances with those between real
+pictures.
 
 The features are what a small convolutional classifier, trained here on four fifths of the dataset, sees in a picture:
 the channels of its last three stages, averaged over all places: 224 numbers, scaled to a total variance of 100 over the
@@ -107,7 +108,7 @@ def read_file(path):
     if y is not None and (y.dtype != torch.int64 or y.shape != x.shape[:1]):
         die(f"{path}: y is {y.dtype} {tuple(y.shape)}; want int64, a label for each of {len(x)} pictures")
     x = x.permute(0, 3, 1, 2) if x.dtype == torch.uint8 else x
-    return x, y, names, "latent_scale" in metadata or x.shape[1] not in (1, 3)
+    return x, y, names, x.dtype != torch.uint8 and ("latent_scale" in metadata or x.shape[1] not in (1, 3))
 
 
 def read_folder(path):
@@ -172,8 +173,12 @@ class Dataset:
         """Labels y that number the classes `names`, as labels that number the dataset's classes."""
         if y is not None and (y == (len(names) if names else self.classes)).any():
             return None  # "no label" is among them
-        if not self.labelled or y is None or not names or not self.class_names or names == self.class_names:
+        if not self.labelled or y is None or not names or names == self.class_names:
             return y
+        if not self.class_names:  # then a file's numbers are the dataset's, and a folder is called by its number
+            if Path(where).is_dir() and not all(name.isdecimal() for name in names):
+                die(f"{where}: folders of classes by name where {self.path} has numbers; call them so")
+            return torch.tensor([int(name) for name in names])[y] if Path(where).is_dir() else y
         strange = [name for name in names if name not in self.class_names]
         if strange:
             die(f"{where}: class {strange[0]} is none of {self.path}; give pictures of the same classes")

@@ -9,8 +9,8 @@ tools/evaluate.py. Stop it whenever you like: the same command goes on where it 
 writes the report again at once. Everything it did is in --out (runs, points.json); the report is claims.md and its
 plots in --results. Every contender is trained with the same arithmetic, at the learning rate that served it best in
 short trials, with the --t_sampling and sampled with the --t_shift and --order that served it best. Guidance is off in
-all measurements, so that a block pass is a block pass. --scale smoke is a self-test of this program in a minute: its models
-are too small and too little trained to say anything of the claims.
+all measurements, so that a block pass is a block pass. --scale smoke is a self-test of this program in a minute: its
+models are too small and too little trained to say anything of the claims.
 """
 import argparse
 import importlib.util
@@ -59,11 +59,12 @@ SCALES["gpu"] = dict(image_size=32, width=384, heads=6, patch=2, depth=12, rival
                      budgets=[6, 9, 18, 36, 72, 144, 288], per_step=[1, 2, 4, 10], solver_iters=[2, 4, 8],
                      unroll_iters=[1, 2, 4, 8, 16], tols=[0.1, 0.05, 0.02], trace_iters=16, plateau_steps=4000)
 # What differs on photographs, at the scales of a CPU; here the learning rates are given.
-PHOTOGRAPHS = dict(image_size=32, width=160, heads=5, steps=6500, warmup=200, ema=0.999, hflip=1, seeds=1,
-                   samplings=["logit_normal"], lrs={"fpdm": 2.5e-3, "fpdm_skip": 2.5e-3, "dit3": 4e-3, "dit": 4e-3})
+PHOTOGRAPHS = dict(image_size=32, width=160, heads=5, steps=6500, warmup=200, ema=0.999, hflip=1,
+                   samplings=["logit_normal"],
+                   lrs={"fpdm": 2.5e-3, "fpdm_skip": 2.5e-3, "fpdm_few": 2.5e-3, "dit3": 4e-3, "dit": 4e-3})
 # Contenders that take the learning rate, or the way to draw timesteps, that was best for another of their kind.
-SAME_RATE = {"fpdm_blind": "fpdm", "unroll": "fpdm", "dit3": "dit"}
-SAME_SAMPLING = {"fpdm_blind": "fpdm", "unroll": "fpdm", "one_step": "fpdm", "fpdm_x": "fpdm"}
+SAME_RATE = {"fpdm_few": "fpdm_skip", "fpdm_blind": "fpdm", "unroll": "fpdm", "dit3": "dit"}
+SAME_SAMPLING = {"fpdm_few": "fpdm_skip", "fpdm_blind": "fpdm", "unroll": "fpdm", "one_step": "fpdm", "fpdm_x": "fpdm"}
 METRICS = ["fd", "precision", "recall", "recognised"]
 
 
@@ -73,21 +74,23 @@ def die(message):
 
 
 def contenders(scale):
-    """name -> (words for the reader, options of train_*). n and m of the fixed point: depth - 2 iterations at most
-    without, half of the depth with gradient; the rivals of the training method get as many iterations on average."""
+    """name -> (words for the reader, options of train_*). n and m of the fixed point: half of depth - 2 iterations at
+    most without gradient, one more with it; the rivals of the training method get as many iterations on average."""
     whole, rival = scale["depth"] - 2, scale["rival_depth"]
     some = whole // 2
     ours = dict(skip=0, no_grad_iters=[0, some], grad_iters=[1, some + 1])
     return {
         "fpdm": ("FPDM", ours),
         "fpdm_skip": ("FPDM with our skip connection", dict(ours, skip=1)),
+        "fpdm_few": ("FPDM with skip, trained with half the iterations",
+                     dict(ours, skip=1, no_grad_iters=[0, some // 2], grad_iters=[1, some // 2 + 1])),
         "fpdm_blind": ("FPDM, pre and post do not see t", dict(ours, timestep_in_pre_post=0)),
         "fpdm_x": ("FPDM, predicts x", dict(ours, prediction="x")),
         "dit3": ("DiT, 3 blocks", dict(fixed_point=0, depth=3)),
         "dit": (f"DiT, {rival} blocks", dict(fixed_point=0, depth=rival)),
         "dit_deep": (f"DiT, {2 * rival} blocks", dict(fixed_point=0, depth=2 * rival)),
         "one_step": ("FPDM, one step", dict(ours, no_grad_iters=[0, whole], grad_iters=[1, 1])),
-        "unroll": ("FPDM, full unrolling", dict(ours, no_grad_iters=[0, 0], grad_iters=[whole, whole])),
+        "unroll": ("FPDM, full unrolling", dict(ours, no_grad_iters=[0, 0], grad_iters=[some + 1] * 2)),
     }
 
 
@@ -322,7 +325,7 @@ class Experiment:
         latents, png = os.path.join(self.out, "x.safetensors"), os.path.join(self.out, "x.png")
         command = self.sample_command(run, seed, self.scale["pictures"], {"cfg": 1, **settings}, png)
         begin = time.time()
-        line = self.call(command + ["--latents", latents])[-1]
+        line = [line for line in self.call(command + ["--latents", latents]) if "block passes" in line][-1]
         seconds, passes = re.search(r"in ([\d.]+) s, .* ([\d.]+) block passes", line).groups()
         x, y, _ = evaluate.load_pictures(latents)
         broken = (~x.isfinite()).flatten(1).any(1).float().mean().item()  # judged as gray where they are no numbers
@@ -353,13 +356,17 @@ class Experiment:
                 self.call([self.program("train"), "--export", data, "--image_size", str(self.scale["image_size"]),
                            "--steps", "1", "--batch", str(self.scale["real"]), "--seed", "777"])
         evaluator = evaluate.Evaluator(data, seed=1)
-        self.save("evaluator", {"accuracy": evaluator.test_accuracy, "floor": evaluator.floor,
-                                "ceiling": evaluator.ceiling})
+        judge = {"network": evaluator.network, "labelled": evaluator.data.labelled, "accuracy": evaluator.test_accuracy,
+                 "floor": evaluator.floor, "ceiling": evaluator.ceiling}
+        if self.points.get("evaluator", judge).get("network", evaluator.network) != evaluator.network:
+            die(f"{self.out}: its distances were measured by another network of tools/evaluate.py (that of another "
+                "machine, or seed); give another --out")
+        self.save("evaluator", judge)
         return evaluator
 
     def trace(self, seed, reuse, solver, steps):
         """Mean residual of each iteration (rows: timesteps), as sample_* --trace writes it."""
-        key = f"trace {seed} {self.lr['fpdm']:g} {reuse} {solver} {steps}"
+        key = " ".join(["trace", self.key("fpdm", seed, self.sampler["fpdm"]), str(reuse), solver, str(steps)])
         if key not in self.points:
             path = os.path.join(self.out, "trace.csv")
             settings = dict(cfg=1, steps=steps, iters=self.scale["trace_iters"], reuse=reuse, solver=solver,
@@ -463,9 +470,10 @@ class Experiment:
                     yield run, settings
 
     def technique_plan(self):
-        """Reuse and allocation at two budgets: 2 and 3 iterations per timestep."""
+        """Reuse and allocation at two budgets: 2 and 3 iterations per timestep, of enough timesteps that inc and dec
+        differ from const."""
         budgets = self.scale["budgets"]
-        for budget, k in ((budgets[-2] // 4, 2), (budgets[-2] // 2, 3)):
+        for budget, k in ((budgets[-2] // 3, 2), (budgets[-2] // 2, 3)):
             steps = max(budget // (k + 2), 2)
             for reuse in (0, 1):
                 for alloc in ("const", "inc", "dec"):
@@ -498,8 +506,9 @@ class Experiment:
 
 # ---- the report
 
-COLORS = {"fpdm": "#d62728", "fpdm_skip": "#2ca02c", "fpdm_blind": "#e377c2", "fpdm_x": "#ff7f0e",
-          "dit3": "#17becf", "dit": "#1f77b4", "dit_deep": "#000080", "one_step": "#9467bd", "unroll": "#8c564b"}
+COLORS = {"fpdm": "#d62728", "fpdm_skip": "#2ca02c", "fpdm_few": "#bcbd22", "fpdm_blind": "#e377c2",
+          "fpdm_x": "#ff7f0e", "dit3": "#17becf", "dit": "#1f77b4", "dit_deep": "#000080", "one_step": "#9467bd",
+          "unroll": "#8c564b"}
 
 
 def value(mean_and_deviation, digits=2):
@@ -578,10 +587,11 @@ class Report:
             f"({1e-12 * scale['steps'] * scale['batch'] * flops(scale, e.runs['fpdm'][1], 0)[1]:.0f} TFLOP on shapes), "
             f"with a learning rate that falls to zero, in {scale['dtype']}; {scale['seeds']} training seed"
             f"{'s, ± is the standard deviation over them' if scale['seeds'] > 1 else ''}. Sampling without guidance, "
-            f"flow, {scale['pictures']:,} pictures a point. The learning rate is chosen by short trials on "
-            "shapes (rows without trials have that of their kind), by distance how timesteps were drawn in training "
-            f"(shapes), and at each budget the sampler (of `{samplers}`) or, with one that serves a budget in the "
-            "middle, the iterations per timestep: all by the first seed, which is among those reported. "
+            f"flow, {scale['pictures']:,} pictures a point. Chosen by the first seed, which is among those reported: "
+            "on shapes the learning rate (short trials; rows without have that of their kind) and how timesteps are drawn "
+            "in training (distance); at each budget either the sampler, with one iteration per timestep, or the "
+            "iterations, with the sampler that is best at a budget in the middle. Samplers: "
+            f"`{samplers}`. "
             "`distance` is the Fréchet distance of tools/evaluate.py (lower is better; not the FID of papers).", "",
             "A *pass* is one forward of a Transformer block for one picture, the paper's unit. An iteration of the "
             "fixed point also has a projection, a third of a block more arithmetic, which the unit leaves out: so the "
@@ -643,16 +653,19 @@ class Report:
             return " and on ".join(words)
 
         parameters = {run: self.e.training[run][0]["parameters"] for run in self.e.contest()}
+        dits = ", ".join(f"{options['depth']} blocks {parameters[run]:.2f}" for run, (_, options) in self.e.runs.items()
+                         if "fixed_point" in options)
+        alone = " (one seed)" * (self.e.scale["seeds"] == 1)
         self.lines += [
             (f"Trained with the same arithmetic, the best fixed-point model is nearer to the data than the best DiT on "
-             f"{say(wins)}." if wins else "Trained with the same arithmetic, no fixed-point model was nearer to the "
-             "data than the best DiT at a budget that was measured here."), "",
-            f"DiT is nearer on {say(loses)}." if loses else "DiT was nearer at no budget that was measured.", "",
+             f"{say(wins)}{alone}." if wins else "Trained with the same arithmetic, no fixed-point model was nearer to "
+             "the data than the best DiT at a budget that was measured here."), "",
+            f"DiT is nearer on {say(loses)}{alone}." if loses else "DiT was nearer at no budget that was measured.", "",
             *([f"They differ by less than their deviations over the seeds on {say(same)}.", ""] if same else []),
-            f"What a fixed-point model has at any budget is its size, {parameters['fpdm']:.2f} million parameters "
-            f"where the DiT of {self.e.runs['dit_deep'][1]['depth']} blocks has {parameters['dit_deep']:.2f} (at the "
-            "paper's size 85 where DiT-XL/2 has 674), and one set of weights whose passes can be given out freely "
-            "between timesteps.", ""]
+            f"A fixed-point model's size does not grow with its passes: {parameters['fpdm']:.2f} million parameters, "
+            f"DiTs of {dits} (at the paper's size 85 million, DiT-XL/2 674). So size is no reason to take it where a "
+            "DiT of as few blocks is nearer. And the passes of one set of weights can be given out freely between "
+            "timesteps.", ""]
 
     def contenders(self):
         e, scale = self.e, self.scale
@@ -694,7 +707,9 @@ class Report:
                        "passes per timestep; with much compute DiT is better.", "",
                        f"Real pictures against real ones: {judge['floor']['fd']:.2f}, noise "
                        f"{judge['ceiling']['fd']:.0f}; the classifier is right on {100 * judge['accuracy']:.1f} % of "
-                       "real pictures that it has not seen.", ""]
+                       f"real pictures that it has not seen{', by their turn' * (not judge['labelled'])}. "
+                       "Where real pictures are free of noise, precision near 0 says that a picture can be told from "
+                       "real ones, not that it is bad.", ""]
 
         def draw(axis):
             for run in e.contest():
@@ -721,7 +736,7 @@ class Report:
             if not e:
                 continue
             budget, files, names = e.scale["budgets"][len(e.scale["budgets"]) // 2], [], []
-            for run in ("fpdm", "fpdm_skip", "dit3", "dit", "dit_deep"):
+            for run in ("fpdm", "fpdm_skip", "fpdm_few", "dit3", "dit", "dit_deep"):
                 if run not in e.runs or not (found := self.at_budget(e, run, budget)):
                     continue
                 settings = {"cfg": 1, **found[1]}
@@ -748,7 +763,7 @@ class Report:
                          f"{1e-9 * flops(e.scale, options, 0)[1]:.2f}",
                          *(f"{p[0]['fd'][0]:.1f}, {100 * p[0]['recognised'][0]:.0f} %" if p else "–" for p in found)])
         self.lines += table(["model", "parameters", "training GFLOP per picture",
-                             *(f"{b} passes" for b in e.scale["budgets"])], rows)
+                             *(f"{b} passes: distance, recognised" for b in e.scale["budgets"])], rows)
 
     def smoothing(self):
         self.lines += ["## Smoothing: the same budget over more timesteps", "",
@@ -839,7 +854,9 @@ class Report:
         e = self.e
         self.lines += ["## Training: S-JFB, one step, full unrolling", "",
                        "The paper: stochastic Jacobian-free backpropagation draws better pictures than one-step "
-                       "gradients, and needs less memory than unrolling. Memory is in the first table.", ""]
+                       "gradients, and needs less memory than unrolling. Memory and learning rates are in the first "
+                       "table; each has the sampler that is best for it. All run "
+                       f"{self.scale['depth'] // 2} iterations in training, on average.", ""]
         runs = ["fpdm", "one_step", "unroll"]
         iterations = self.scale["unroll_iters"]
         found = {(run, k): e.mean(run, e.ten(run, iters=k))["fd"] for run in runs for k in iterations}
@@ -898,7 +915,8 @@ def main():
         photographs = None
         if args.photographs:
             scale = {**SCALES[args.scale], **(PHOTOGRAPHS if args.scale in ("hour", "laptop") else {}), **seeds}
-            some = scale["lrs"] if isinstance(scale["lrs"], dict) else ("fpdm", "fpdm_skip", "dit3", "dit", "dit_deep")
+            some = scale["lrs"] if isinstance(scale["lrs"], dict) else (
+                "fpdm", "fpdm_skip", "fpdm_few", "dit3", "dit", "dit_deep")
             import evaluate
             scale["image_size"] = evaluate.Dataset(args.photographs).shape[1]
             photographs = Experiment(args, os.path.abspath(args.photographs), os.path.join(args.out, "photographs"),
