@@ -707,7 +707,7 @@ class Report:
                        "passes per timestep; with much compute DiT is better.", "",
                        f"Real pictures against real ones: {judge['floor']['fd']:.2f}, noise "
                        f"{judge['ceiling']['fd']:.0f}; the classifier is right on {100 * judge['accuracy']:.1f} % of "
-                       f"real pictures that it has not seen{', by their turn' * (not judge['labelled'])}. "
+                       f"real pictures that it has not seen{', by their turn' * (not judge.get('labelled', True))}. "
                        "Where real pictures are free of noise, precision near 0 says that a picture can be told from "
                        "real ones, not that it is bad.", ""]
 
