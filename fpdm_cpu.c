@@ -115,7 +115,7 @@ static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch,
 // width 4D. With fixed_point 0 the model is plain DiT (arXiv:2212.09748): `depth` blocks in a row that all see cond.
 // =====================================================================================================================
 
-// What the network gives: the noise; v = sqrt(ab)·noise - sqrt(1-ab)·x0 with ab = alpha_bar; the velocity x0 - noise; x0
+// What the network gives: the noise; v = sqrt(ab)·noise - sqrt(1-ab)·x0, ab = alpha_bar; the velocity x0 - noise; x0
 enum Prediction { PREDICT_EPS, PREDICT_V, PREDICT_FLOW, PREDICT_X };
 enum TimeEmbedding { TIME_DIT, TIME_SIT, TIME_DIFFUSERS };
 enum VWeight { V_WEIGHT_1, V_WEIGHT_P2 };
@@ -915,7 +915,8 @@ static double residual_of(const real *z, const real *before, int B, size_t count
 static void anderson_forward(real *z, const real *before, real *history, double *gram, int k, int window, double mixing,
                              int B, size_t count);
 
-// From z in l->x, n iterations in place, then grad_iters (the m of S-JFB) that keep a Layer each. Returns the layer behind the last.
+// From z in l->x, n iterations in place, then grad_iters (the m of S-JFB) that keep a Layer each. Returns the layer
+// behind the last.
 static Layer *fixed_point_forward(Model *m, Layer *l, int n, int grad_iters, Solve *solve) {
     Activations *a = &m->a;
     size_t count = (size_t)config_tokens(&m->config) * m->config.width, bytes = m->B * count * sizeof(real);
@@ -1125,15 +1126,15 @@ typedef struct {
         dt[DIFFUSION_STEPS]; // flow, x: share of noise that the model is told, length of a step
 } Schedule;
 
-// A model of x gives x0_hat; its velocity, what a model of flow gives, is (x0_hat - x_t)/max(tau, 0.05) (arXiv:2511.13720);
-// at the timesteps of schedule_shift it is (x0_hat - x_t)/tau, by which the last step ends at x0_hat.
+// A model of x gives x0_hat; its velocity, what a model of flow gives, is (x0_hat - x_t)/max(tau, 0.05)
+// (arXiv:2511.13720); at the timesteps of schedule_shift (x0_hat - x_t)/tau, by which the last step ends at x0_hat.
 static double clamped_tau(int t) { return fmax(t / (double)DIFFUSION_STEPS, 0.05); }
 
 static void schedule_make(Schedule *s, const Config *c, int steps) {
     double alpha_bar[DIFFUSION_STEPS], product = 1;
     for (int t = 0; t < DIFFUSION_STEPS; t++)
         alpha_bar[t] = product *= 1 - (1e-4 + (0.02 - 1e-4) * t / (DIFFUSION_STEPS - 1));
-    if (c->zero_terminal_snr) { // sqrt(alpha_bar) moved and stretched: the first stays, the last is 0 (arXiv:2305.08891)
+    if (c->zero_terminal_snr) { // sqrt(alpha_bar) moved and stretched: the first stays, the last is 0; arXiv:2305.08891
         double first = sqrt(alpha_bar[0]), last = sqrt(alpha_bar[DIFFUSION_STEPS - 1]);
         for (int t = 0; t < DIFFUSION_STEPS; t++) {
             double root = (sqrt(alpha_bar[t]) - last) * first / (first - last);
@@ -1264,8 +1265,8 @@ static void predicted(double *x0, double *eps, int prediction, double out, doubl
 }
 
 // Per picture: mse[b] the (weighted) squared error, vb[b] the variational term in bits. dout (B,Cout,S,S), unless NULL,
-// becomes the gradient of `scale` times the sum of both over the pictures; the variational term's stops at the prediction
-// and goes into the variance alone (arXiv:2102.09672). In double: this is 1e-4 of a step's work.
+// becomes the gradient of `scale` times the sum of both over the pictures; the variational term's stops at the
+// prediction and goes into the variance alone (arXiv:2102.09672). In double: this is 1e-4 of a step's work.
 static void loss_forward_backward(double *mse, double *vb, real *dout, const real *out, const float *x0,
                                   const float *noise, const real *x_t, const int *t, const Schedule *s, const Config *c,
                                   double scale, int B) {
@@ -2388,7 +2389,8 @@ static void die(const char *fmt, ...) {
 static void *xcalloc(size_t count, size_t size, const char *what) {
     char *block = size == 0 || count <= (SIZE_MAX - 128) / size ? (char *)calloc(1, count * size + 128) : NULL;
     if (!block)
-        die("no memory for %s: %.0f MB; use a smaller batch or model", what, (double)count * (double)size / 1e6);
+        die("no memory for %s: %.0f MB; ask for less, or close other programs", what,
+            (double)count * (double)size / 1e6);
     void **p = (void **)(((uintptr_t)block + 127) & ~(uintptr_t)63);
     p[-1] = block;
     return p;
@@ -2780,11 +2782,11 @@ static void json_tensor(Json *j, Tensor *t, const unsigned char *data, size_t ro
         t->count *= t->shape[i];
     }
     t->bytes = (size_t)t->count * dtype_sizes[t->dtype];
-    t->data = data + offsets[0];
     if (offsets[0] > offsets[1]) json_fail(j, "its data ends before it begins");
     if ((size_t)offsets[1] > room) json_fail(j, "its data lies beyond the end of the file");
     if (t->bytes != (size_t)(offsets[1] - offsets[0]))
         json_fail(j, "its shape and dtype do not fit its number of bytes");
+    t->data = data + offsets[0];
 }
 
 // Orders both lists: a Tensor and a Meta begin with their name.
@@ -2837,7 +2839,7 @@ static void st_open(SafeTensors *f, const char *path) {
     if (fd < 0 || fstat(fd, &info)) die("%s: cannot open: %s; check the path", path, strerror(errno));
     if (S_ISDIR(info.st_mode))
         die("%s: is not a file but a folder; of a run give its weights.safetensors; pictures become a dataset by: "
-            "tools/data.py folder %s",
+            "python3 tools/data.py folder %s --out FILE.safetensors",
             path, path);
     if (!S_ISREG(info.st_mode)) die("%s: is not a file; give the path of a .safetensors file", path);
     f->size = (size_t)info.st_size;
@@ -3029,8 +3031,7 @@ static const Option option_table[] = {
     {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
     {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0,
      "S/2 to XL/8: sets width, heads, depth, patch and the paper's training: n, m, timestep_in_pre_post, t_sampling, "
-     "lr, "
-     "ema; no skip, warm-up, clip"},
+     "lr, lr_schedule, ema; no skip, warm-up, clip"},
     {"width", MODEL, OPT_INT, AT(model.width), "128", 8, 16384,
      "D, channels of a token; a multiple of 4, on a GPU of 8"},
     {"heads", MODEL, OPT_INT, AT(model.heads), "4", 1, 1024, "attention heads; width / heads is the head size"},
@@ -3324,7 +3325,7 @@ static void options_from_meta(Options *o, const SafeTensors *f, int use) {
         if (!(opt->use & use) || opt->use & ONCE) continue;
         const char *text = st_meta(f, opt->name);
         if (!text && opt->use & ADDED) text = opt->type == OPT_FLAG ? "0" : opt->initial;
-        if (!text) die("%s'%s' is missing: is this a file of weights of this project?", where, opt->name);
+        if (!text) die("%s'%s' is missing: is this a file of this project?", where, opt->name);
         option_set(o, opt, opt->type == OPT_TEXT ? xstrdup(text) : text, where);
     }
     where[strlen(where) - 1] = 0; // the space
@@ -3825,8 +3826,8 @@ static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options 
     return set;
 }
 
-// The label of the picture that is the use-th of a word of --labels: a class, a number, or what names have before a '-',
-// which stands for all of those, in turn: "animal" for animal-bird, animal-bug, ... -1: nothing is called so
+// The label of the picture that is the use-th of a word of --labels: a class, a number, or what names have before a
+// '-', which stands for all of those, in turn: "animal" for animal-bird, animal-bug, ... -1: nothing is called so
 static int word_label(const char *word, int use, int classes, const char *const *names) {
     char *end;
     size_t length = strlen(word);
@@ -3892,11 +3893,13 @@ static void save_pictures(const char *path, const float *x, const int *y, int n,
     xfree(label);
 }
 
+static int grid_zoom(const Options *o, int S) { return o->zoom ? o->zoom : S >= 64 ? 1 : S >= 32 ? 2 : 4; }
+
 // A grid of pictures (n,C,S,S) as PNG, a column for each label where those are few, and with --show in the terminal, as
 // many side by side as there is room for.
 static void save_grid(const char *path, const float *x, int n, const Options *o) {
     const Config *c = &o->model;
-    int S = c->image_size, zoom = o->zoom ? o->zoom : S >= 64 ? 1 : S >= 32 ? 2 : 4, width, height;
+    int S = c->image_size, zoom = grid_zoom(o, S), width, height;
     int side = (int)ceil(sqrt(n)), labels = *o->labels ? 1 : c->classes;
     for (const char *p = o->labels; *p; p++) labels += *p == ',';
     int few = labels > 1 && labels <= 20 && n > labels;
@@ -4046,9 +4049,10 @@ static void run_save(Run *run) {
     save_parts(run, "weights", &weights_part, 1, run->o->weights_dtype ? BF16 : F32, WEIGHTS);
 }
 
-// Ends the program, before its work rather than after it, if `n` pictures do not fit in memory.
-static void check_memory(const char *option, int64_t n, const Config *c) {
-    double need = 4.0 * (double)n * (double)config_pixels(c), have = memory_limit();
+// Ends the program, before its work rather than after it, if `n` pictures and picture_file bytes do not fit in
+// memory.
+static void check_memory(const char *option, int64_t n, const Config *c, double picture_file) {
+    double need = 4.0 * (double)n * (double)config_pixels(c) + picture_file, have = memory_limit();
     if (need > have)
         die("option --%s: %lld pictures take %.0f MB; this process may use %.0f MB", option, (long long)n, need / 1e6,
             have / 1e6);
@@ -4073,7 +4077,7 @@ static float *draw_pictures(const Options *o, Model *m, SampleSettings *set, con
     return x;
 }
 
-// OUT/samples_STEP.png: pictures from the EMA weights with the settings of --sample_steps, --cfg, --sampler, --reuse
+// OUT/samples_STEP.png: pictures from the EMA weights, with the options of sampling that train_* has
 static void run_pictures(Run *run) {
     if (ranks.rank) return;
     Options o = *run->o; // what only sample_* asks for has its default there
@@ -4103,9 +4107,12 @@ static void run_pictures(Run *run) {
 static FILE *open_log(const char *folder, int step) {
     char path[PATH_MAX], line[512];
     snprintf(path, sizeof path, "%s/log.csv", folder);
-    FILE *file = open_temp(path), *old = step ? fopen(path, "r") : NULL;
-    if (step && !old && errno != ENOENT) die("%s: cannot read: %s; its rows would be lost", path, strerror(errno));
-    fprintf(file, "step,loss,mse,vb,grad_norm,lr,n,m,ms,images_per_s\n");
+    static const char head[] = "step,loss,mse,vb,grad_norm,lr,n,m,ms,images_per_s\n";
+    FILE *file = open_temp(path), *old = fopen(path, "r");
+    if (!old && errno != ENOENT) die("%s: cannot read: %s; its rows would be lost", path, strerror(errno));
+    if (old && fgets(line, sizeof line, old) && strcmp(line, head))
+        die("%s: is no log of this program; give another --out", path);
+    fputs(head, file);
     while (old && fgets(line, sizeof line, old))
         if (isdigit((unsigned char)*line) && atoi(line) < step && strchr(line, '\n')) fputs(line, file);
     if (old && ferror(old)) die("%s: cannot read; its rows would be lost", path);
@@ -4182,7 +4189,7 @@ static int export_data(const Options *o, Dataset *d) {
     int64_t n = (int64_t)o->steps * o->batch;
     if (n > 1000000) die("option --export: %lld pictures; at most a million: lower --steps", (long long)n);
     check_writable(o->export_to, o->data);
-    check_memory("steps", n, &o->model);
+    check_memory("steps", n, &o->model, 0);
     float *x = (float *)xcalloc(n * config_pixels(&o->model), sizeof *x, "pictures");
     int *y = (int *)xcalloc(n, sizeof *y, "labels");
     for (int step = 0, B = o->batch; step < o->steps; step++)
@@ -4432,14 +4439,23 @@ static int sample_main(int argc, char **argv) {
     if (folder && o->show) die("option --show: draws a grid; give a PNG file as --out");
     if (folder && mkdir(o->out, 0777) && errno != EEXIST)
         die("%s: cannot make this folder: %s", o->out, strerror(errno));
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 4; i++) {
+        for (int j = 0; j < i; j++)
+            if (*outputs[i] && !strcmp(outputs[i], outputs[j])) die("%s: two outputs have this name", outputs[i]);
         if (*outputs[i]) check_writable(outputs[i], o->weights);
-    check_memory("n", n, c);
+    }
+    double side =
+        c->image_size * (folder ? fmax(o->zoom, 1) : grid_zoom(o, c->image_size)) + 2; // of a picture in its file
+    check_memory("n", n, c, 6 * side * side * (folder ? 1 : n));                       // pixels, and rows to pack
     Model *m = model_create(c, set.cfg != 1 ? 2 * B : B, 0, 0, 0, set.window, dtype);
     model_load(m, MODEL_WEIGHTS, &f, "");
     double begin = now_ms();
     float *x = draw_pictures(o, m, &set, y, n);
     double seconds = (now_ms() - begin) / 1000;
+    int64_t bad = first_bad(x, (int64_t)(n * config_pixels(c)), MODEL_WEIGHTS);
+    if (bad >= 0)
+        die("picture %lld became %g, and none is written: lower --cfg or --mixing, or take other weights",
+            (long long)(bad / (int64_t)config_pixels(c)), (double)x[bad]);
     if (*o->latents) save_pictures(o->latents, x, y, n, c, class_json, latent_scale);
     if (folder)
         save_singles(o, x, y, names);
@@ -4462,14 +4478,15 @@ __attribute__((unused)) static void program_begin(char **argv) {
     close(fd);
     terminal = isatty(1);
     struct rlimit stack;
-    if (getrlimit(RLIMIT_STACK, &stack) == 0 && stack.rlim_cur < 8 << 20) {
+    if (getrlimit(RLIMIT_STACK, &stack) == 0 && (stack.rlim_cur < 8 << 20 || stack.rlim_cur == RLIM_INFINITY)) {
         stack.rlim_cur = stack.rlim_max < 8 << 20 ? stack.rlim_max : 8 << 20;
         setrlimit(RLIMIT_STACK, &stack);
     }
 #ifdef _OPENMP
+    char self[PATH_MAX] = ""; // its path, after which the system then calls the process, too
     if (!getenv("OMP_WAIT_POLICY") && !getenv("GOMP_SPINCOUNT") && !setenv("KMP_BLOCKTIME", "0", 0) &&
-        !setenv("GOMP_SPINCOUNT", "1000", 0))
-        execv("/proc/self/exe", argv);
+        !setenv("GOMP_SPINCOUNT", "1000", 0) && readlink("/proc/self/exe", self, sizeof self - 1) > 0)
+        execv(self, argv);
     int most = 4 * omp_get_num_procs(); // more would wait for one another all the time
     if (omp_get_max_threads() > most) omp_set_num_threads(most);
 #endif

@@ -318,8 +318,8 @@ int main(int argc, char **argv) {
     Config *c = &o->model;
     options_default(o, BENCH);
     options_parse(o, BENCH, argc, argv, about);
-    config_check(c, "options");
     if (c->learn_sigma) c->prediction = PREDICT_EPS;
+    config_check(c, "options");
     int B = o->batch, n = o->bench_n, iterations = o->bench_m;
     double *times = (double *)xcalloc(o->rounds, sizeof *times, "times");
 #ifdef GPU

@@ -10,10 +10,8 @@
 
 #ifdef GPU
 #include "../fpdm.cu"
-enum { LAST_DTYPE = COMPUTE_BF16 };
 #else
 #include "../fpdm_cpu.c"
-enum { LAST_DTYPE = COMPUTE_BF16 };
 #endif
 #include <dirent.h>
 #include <sys/wait.h>
@@ -323,7 +321,7 @@ typedef struct {
 } Progress;
 
 int main(int argc, char **argv) {
-    int only = 0, count = 0, first = COMPUTE_FP32, last = LAST_DTYPE;
+    int only = 0, count = 0, first = COMPUTE_FP32, last = COMPUTE_BF16;
     char **paths = NULL;
     setvbuf(stdout, NULL, _IOLBF, 0);
     if (argc > 1 && !strncmp(argv[1], "--dtype=", 8)) {

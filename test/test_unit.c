@@ -375,6 +375,7 @@ static double affine_solve(real *z, int first, int B, int count, int steps, int 
 }
 
 static void test_anderson(void) {
+    int threads = max_threads();
     static real z[4 * AFFINE_MOST], other[4 * AFFINE_MOST], before[6], history[2 * 9 * 6], start[6];
     double gram[HISTORY * HISTORY], plain = affine_solve(z, 0, 4, 6, 7, 0, 1),
                                     error = affine_solve(z, 0, 4, 6, 7, 6, 1);
@@ -442,12 +443,12 @@ static void test_anderson(void) {
         same &= !memcmp(other, z + b * AFFINE_MOST, AFFINE_MOST * sizeof *z);
     }
     CHECK("anderson: a picture alone: same bits", same);
-    for (int threads = 1; threads <= 4; threads++) {
-        set_threads(threads);
+    for (int n = 1; n <= 4; n++) {
+        set_threads(n);
         affine_solve(other, 0, 4, AFFINE_MOST, 12, 3, 0.9);
-        check(!memcmp(other, z, sizeof z), "anderson: %d threads: same bits", threads);
+        check(!memcmp(other, z, sizeof z), "anderson: %d threads: same bits", n);
     }
-    set_threads(max_threads());
+    set_threads(threads);
 }
 
 static void test_residual(void) {
@@ -1099,10 +1100,6 @@ static void turn(Tensor *t, int *count) { // (a,b) becomes (b,a)
             t[i].shape[1] = rows;
         }
 }
-static void add_pos_embed(Tensor *t, int *count) {
-    t[(*count)++] = st_tensor("pos_embed", F32, changed, 3, 1, 9, 16, 1);
-}
-
 static void test_weights(void) {
     static const struct {
         const char *name, *key, *value, *reason;
