@@ -419,8 +419,8 @@ __device__ inline T block_sum(T x, T *shared);
 
 enum Epilogue {
     EPI_STORE,  // out = product + bias
-    EPI_FLOAT,  // the same, but out is fp32 whatever the type of activations; in fp32, add too, unless NULL; may be
-                // split as EPI_WEIGHT is
+    EPI_FLOAT,  // the same, but out is fp32 whatever the type of activations; in fp32, add too, unless NULL, or else it
+                // may be split as EPI_WEIGHT is
     EPI_GELU,   // out = gelu(v), pre = v, v = product + add; pre may be NULL
     EPI_GATED,  // out = residual + gate·v, copy = out, pre = v, v = product + bias; out is fp32; pre, copy may be NULL
     EPI_DGELU,  // out = product·gelu'(pre), copy = gelu(pre), sum += out; sum may be NULL
@@ -1681,6 +1681,7 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
 __global__ void residual_kernel(double *sums, const float *z, const float *before, size_t count) {
     SHARED_DYNAMIC(double, shared);
     double change = 0, norm = 0;
+#pragma unroll 4
     for (size_t i = threadIdx.x; i < count; i += blockDim.x) {
         size_t at = blockIdx.x * count + i;
         double difference = (double)z[at] - before[at];
@@ -2625,6 +2626,8 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g, float
     }
 }
 
+static int pairs_at_once(void) { return gpu.sms > 1 ? gpu.sms / 2 : 1; } // a block of Hopper's takes a multiprocessor
+
 #if HOPPER
 // The same product on Hopper, whose tensor cores are half as fast again as mma.sync can drive them, by wgmma: the four
 // warps of a warpgroup start a product of 64 rows together; the tensor cores fetch both operands from shared memory by
@@ -2775,7 +2778,7 @@ template <bool TA, bool TB, int EPI>
 static void launch_wgmma(const Matmul &g, int across, int upright, int whole, int rest, int splits) {
     CUtensorMap a = TA ? box_map(g.a, g.K, g.M, g.lda, WG_K) : box_map(g.a, g.M, g.K, g.lda, WG_M);
     CUtensorMap b = TB ? box_map(g.b, g.K, g.N, g.ldb, WG_K / 2) : box_map(g.b, g.N, g.K, g.ldb, WG_N / 2);
-    int pairs = imin(whole + rest * splits, (gpu.sms + 1) / 2);
+    int pairs = imin(whole + rest * splits, pairs_at_once());
     RUN((matmul_wgmma<TA, TB, EPI>), 2 * pairs, WG_THREADS, WG_SHARED, a, b, g, workspace.memory, across, upright,
         whole, rest, splits);
 }
@@ -2893,7 +2896,8 @@ __global__ void split_sum_kernel(float *out, int ldc, float *db, int set, const 
 
 // Starts the product; `half` says whether the operands are bf16. The sum over k of a weight gradient is as long as the
 // batch has tokens, and its result small: it is split where that fills the GPU better, as far as the workspace reaches;
-// so are products of conditioning and the final layer, whose rows or columns are few.
+// so are products of conditioning and the final layer, whose rows or columns are few. Sampling has no workspace: there a
+// picture must have the same bits in any batch.
 // On Hopper, whose tiles are large, only those are split that do not fill it once more.
 template <bool TA, bool TB, int EPI>
 static void matmul(int half, Matmul g) {
@@ -2904,11 +2908,11 @@ static void matmul(int half, Matmul g) {
                                            : ceil_div(g.M, 128) * ceil_div(g.N, 128) >= (size_t)gpu.sms);
     int wgmma = half && (gpu.wgmma > 1 || (gpu.wgmma && large && (EPI == EPI_WEIGHT || 2 * pairs >= gpu.sms)));
     int tile = large ? 128 : 64, step = wgmma ? 64 : half ? (int)BK : (int)F32_BK, splits = 1;
-    int slots = wgmma ? (gpu.sms + 1) / 2 : gpu.sms * (large ? 2 : 4); // tiles that the GPU works on at once
+    int slots = wgmma ? pairs_at_once() : gpu.sms * (large ? 2 : 4); // tiles that the GPU works on at once
     int tiles = wgmma ? pairs : (int)(ceil_div(g.N, tile) * ceil_div(g.M, tile)),
         whole = wgmma ? tiles / slots * slots : 0;
     int may_split = EPI == EPI_WEIGHT || (EPI == EPI_FLOAT && !half && !g.add);
-    if (may_split) { // the fewest splits within 5 % of the shortest time, in times of a tile
+    if (may_split) { // more splits only where they save 5 % of the time; in times of a tile
         // Partial sums come and go, 8 bytes a number; meanwhile a GPU does about 200 operations a byte, 20 in fp32.
         double best = INFINITY, area = wgmma ? 2 * WG_M * WG_N : tile * tile;
         double sums = 4.0 * (half ? 200 : 20) * g.M * g.N * (tiles - whole) / (g.K * area * tiles * slots);
@@ -2953,7 +2957,8 @@ template <typename A, int HD>
 struct Tiles {
     enum { PIECE = 16 / sizeof(A), LD = HD + (HD / PIECE % 2 ? 0 : PIECE) }; // PIECE: elements in 16 bytes
     enum { SMALL = sizeof(A) == 2 && HD <= 72 };                             // what registers allow
-    // Forward: warps of a block, each with 16 rows; columns of a tile. SMALL: 16 warps a multiprocessor
+    // Forward: warps of a block, each with 16 rows; columns of a tile. SMALL: 16 warps a multiprocessor,
+    // of 100 KB of shared memory 8
     enum { WARPS = SMALL ? 8 : 4, ROWS = 16 * WARPS, COLS = SMALL ? 64 : 32 };
     // Backward: warps of a block, at most; keys of a warp; queries of a tile, and how many tiles there is room for; for
     // how many queries lse and delta; a group of 32 keys: k, v and dS
@@ -3185,7 +3190,7 @@ __global__ void __launch_bounds__((Tiles<A, HD>::WARPS * WARP), FORWARD_BLOCKS)
 // dS = P·(dP - delta)/sqrt(hd), dk = dS^T·q, dq = dS·k, where delta, what softmax's backward subtracts from each row,
 // is the sum over the head's channels of dout·out. A warp has KEYS keys: it makes rows of P^T and dS^T, whose products
 // it keeps. The block leaves dS of QUERIES queries in shared memory, and each warp makes dq of some of them, 16 and
-// half of the channels at a time. A launch does up to 256 keys, fewer where shared memory is small; if T is more, dq
+// half of the channels at a time. A launch does up to 256 keys (of fp32 or large heads 128), fewer where shared memory is small; if T is more, dq
 // waits in `sums` (B,T,D) for the rest.
 template <typename A, int HD>
 __global__ void __launch_bounds__((Tiles<A, HD>::BACK_WARPS * WARP), 1)

@@ -32,5 +32,18 @@ for capability in 8.0 9.0 12.0 "NVIDIA-SMI has failed because it could not commu
     if PATH=$work:$PATH make -s nvcc NVCC="$work/new"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
 done
 
+# CUDA 11 compiles for Hopper, but not with its own instructions.
+for release in 11.8 12.4; do
+    printf '#!/bin/sh\n[ $1 = --list-gpu-code ] && echo sm_80 sm_90 || echo "tools, release %s, V%s.1"\n' $release $release > "$work/new"
+    stub nvidia-smi 9.0
+    codes=$(PATH=$work:$PATH make -n -W fpdm.cu train_gpu NVCC="$work/new" | grep -o 'code=[a-z0-9_]*' | sort -u)
+    wanted=code=sm_90$([ $release = 11.8 ] || echo a)
+    if [ "$codes" = "$wanted" ]; then
+        passed=$((passed + 1)) && echo "CUDA $release on Hopper: $wanted ok"
+    else
+        failed=$((failed + 1)) && echo "CUDA $release on Hopper: $codes FAIL"
+    fi
+done
+
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]

@@ -31,7 +31,7 @@ def launch(name, args, room):
     if name == "layernorm_backward_kernel":  # two stages of as many rows as let two blocks live side by side, at most 8
         D = SIZES["XL"][0]
         row = D * 2 * (4 + (2 if args[0] == "bf16" else 4))
-        return 32 * min(16, -(-D // 128)), max(1, min(8, room // (4 * row))) * (2 * row + 16)
+        return 32 * min(16, -(-D // 128)), max(1, min(8, (room - 1024) // 2 // (2 * row + 16))) * (2 * row + 16)
     if name.startswith("attention"):
         size, row, small = tiles(*args)
         if name == "attention_kernel":  # rows, and two tiles of columns: k and v
