@@ -2896,8 +2896,8 @@ __global__ void split_sum_kernel(float *out, int ldc, float *db, int set, const 
 
 // Starts the product; `half` says whether the operands are bf16. The sum over k of a weight gradient is as long as the
 // batch has tokens, and its result small: it is split where that fills the GPU better, as far as the workspace reaches;
-// so are products of conditioning and the final layer, whose rows or columns are few. Sampling has no workspace: there a
-// picture must have the same bits in any batch.
+// so are products of conditioning and the final layer, whose rows or columns are few. Sampling has no workspace: there
+// a picture must have the same bits in any batch.
 // On Hopper, whose tiles are large, only those are split that do not fill it once more.
 template <bool TA, bool TB, int EPI>
 static void matmul(int half, Matmul g) {
@@ -3190,8 +3190,8 @@ __global__ void __launch_bounds__((Tiles<A, HD>::WARPS * WARP), FORWARD_BLOCKS)
 // dS = P·(dP - delta)/sqrt(hd), dk = dS^T·q, dq = dS·k, where delta, what softmax's backward subtracts from each row,
 // is the sum over the head's channels of dout·out. A warp has KEYS keys: it makes rows of P^T and dS^T, whose products
 // it keeps. The block leaves dS of QUERIES queries in shared memory, and each warp makes dq of some of them, 16 and
-// half of the channels at a time. A launch does up to 256 keys (of fp32 or large heads 128), fewer where shared memory is small; if T is more, dq
-// waits in `sums` (B,T,D) for the rest.
+// half of the channels at a time. A launch does up to 256 keys (of fp32 or large heads 128), fewer where shared memory
+// is small; if T is more, dq waits in `sums` (B,T,D) for the rest.
 template <typename A, int HD>
 __global__ void __launch_bounds__((Tiles<A, HD>::BACK_WARPS * WARP), 1)
     attention_backward_kernel(A *dqkv, float *sums, const A *dout, const A *out, const float *lse, const A *qkv,

@@ -466,7 +466,7 @@ static void put_rows(int half, Act *out, size_t at, size_t ld, const real *in, c
 // pass. All is in powers of two: exp(x) = 2^(x·log2 e).
 enum { QUERY_ROWS = 128 };
 #define LOG2_E ((real)1.4426950408889634)
-// A thread's scratch: three blocks of rows x T, and rows + 2 T x hd
+// A thread's scratch: three blocks of (rows,T), and (rows + 2T,hd)
 static size_t attention_scratch(int T, int hd) {
     size_t rows = T < QUERY_ROWS ? T : QUERY_ROWS;
     return 3 * rows * T + (rows + 2 * T) * hd;
@@ -745,13 +745,15 @@ typedef struct {
     real *history;   // (B,window+1,2,T,D) Anderson acceleration: of each iteration in the window f, then g
     double *gram;    // (B,HISTORY,HISTORY) the products of its f
     // backward
-    real *dx, *dnormed; // (B,T,D)
-    real *dwide;        // (B,T,4D) scratch: the gradient of fc1, qkv or u, whichever is at hand
-    Act *dwide_act;     // (B,T,4D) the same as an operand; in fp32 dwide itself
-    real *mid;          // (B,T,D) scratch: between a block's two branches
-    real *du_sum;       // (B,T,2D) gradient of inj_part, summed over the iterations
-    real *dmod, *dfinal_mod, *dcond, *dcond_pp, *dcond_silu, *dcond_pp_silu, *dtime, *stats;
-    real *dout; // (B,Cout,S,S)
+    real *dx, *dnormed;      // (B,T,D)
+    real *dwide;             // (B,T,4D) scratch: the gradient of fc1, qkv or u, whichever is at hand
+    Act *dwide_act;          // (B,T,4D) the same as an operand; in fp32 dwide itself
+    real *mid;               // (B,T,D) scratch: between a block's two branches
+    real *du_sum;            // (B,T,2D) gradient of inj_part, summed over the iterations
+    real *dmod, *dfinal_mod; // (blocks,B,6D), (B,2D)
+    real *dcond, *dcond_pp, *dcond_silu, *dcond_pp_silu, *dtime; // (B,D); dtime: scratch, then of time_hidden
+    real *stats;                                                 // (B,T,2)
+    real *dout;                                                  // (B,Cout,S,S)
 } Activations;
 
 enum Kind { MODEL_WEIGHTS, MODEL_GRADS, MODEL_ADAM_M, MODEL_ADAM_V, MODEL_EMA };
@@ -1325,7 +1327,10 @@ static void model_wait(Model *m) { (void)m; }
 
 // Draws B pictures: x (B,C,S,S) holds x_T on entry and the pictures on return. z (steps,B,C,S,S), the noise of each
 // step, is given by tests; when NULL it is drawn: picture b is number first+b of the seed. The model needs room for 2B
-// with guidance.
+// with guidance, out = uncond + cfg·(cond - uncond) (arXiv:2207.12598). A step, with prev = alpha_bar behind it:
+//   flow, x  x + dt·(v + ahead·(v - v of the timestep before))
+//   ddpm     c1·x0_hat + c2·x + sigma·z (arXiv:2006.11239)
+//   ddim     sqrt(prev)·x0_hat + sqrt(1-prev-sigma^2)·eps_hat + sigma·z (arXiv:2010.02502)
 static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int B,
                          const float *z, uint64_t seed, int first) {
     const Config *c = &model->config;
@@ -1497,7 +1502,8 @@ static double model_gradient_norm(const Model *m) {
 static real sqrt_real(real x) { return sizeof x == 4 ? (real)sqrtf((float)x) : (real)sqrt((double)x); }
 
 // AdamW (arXiv:1711.05101) and the moving average (EMA) of the weights, in one pass. Update number `step` (from 1);
-// gradients are multiplied by grad_scale first.
+// gradients g are multiplied by grad_scale first. m, v: moving averages of g and g^2; m^, v^: without their start at 0.
+//   w <- w·(1 - lr·decay) - lr·m^/(sqrt(v^) + eps),   m^ = m/(1 - beta1^step),   v^ = v/(1 - beta2^step)
 static void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
                          double grad_scale, double ema_decay) {
     real b1 = (real)beta1, b2 = (real)beta2, new1 = (real)(1 - beta1), new2 = (real)(1 - beta2), epsilon = (real)eps;
