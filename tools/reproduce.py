@@ -82,7 +82,7 @@ def contenders(scale):
     return {
         "fpdm": ("FPDM", ours),
         "fpdm_skip": ("FPDM with our skip connection", dict(ours, skip=1)),
-        "fpdm_few": ("FPDM with skip, trained with half the iterations",
+        "fpdm_few": ("FPDM with skip, half the iterations",
                      dict(ours, skip=1, no_grad_iters=[0, some // 2], grad_iters=[1, some // 2 + 1])),
         "fpdm_blind": ("FPDM, pre and post do not see t", dict(ours, timestep_in_pre_post=0)),
         "fpdm_x": ("FPDM, predicts x", dict(ours, prediction="x")),
@@ -470,10 +470,9 @@ class Experiment:
                     yield run, settings
 
     def technique_plan(self):
-        """Reuse and allocation at two budgets: 2 and 3 iterations per timestep, of enough timesteps that inc and dec
-        differ from const."""
-        budgets = self.scale["budgets"]
-        for budget, k in ((budgets[-2] // 3, 2), (budgets[-2] // 2, 3)):
+        """Reuse and allocation at two budgets, 3 iterations per timestep: of 2, inc can be the same as const."""
+        budgets, k = self.scale["budgets"], 3
+        for budget in budgets[-2] // 3, budgets[-2] // 2:
             steps = max(budget // (k + 2), 2)
             for reuse in (0, 1):
                 for alloc in ("const", "inc", "dec"):
