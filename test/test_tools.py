@@ -991,7 +991,7 @@ def test_reproduce():
     assert points["evaluator"]["floor"]["fd"] < want
     memory = {run: points[next(key for key in points if re.match(rf"train {run} \w+ 1 ", key))]["memory"]
               for run in ("one_step", "fpdm", "unroll")}
-    assert memory["one_step"] < memory["fpdm"] < memory["unroll"], memory
+    assert memory["one_step"] < memory["fpdm"] == memory["unroll"], memory  # m is 1; 4 at most; 4
     run("reproduce.py", "--scale", "smoke", "--seeds", "2", "--target", "cpu", "--out", "out")
     assert Path("out/claims.md").read_text() == claims and json.loads(Path("out/points.json").read_text()) == points
     fails("another setup", "reproduce.py", "--scale", "laptop", "--target", "cpu", "--out", "out")
