@@ -1124,8 +1124,7 @@ typedef struct {
     double alpha_bar[DIFFUSION_STEPS], alpha_bar_prev[DIFFUSION_STEPS]; // product of 1 - beta; prev is 1 at i = 0
     double log_beta[DIFFUSION_STEPS], log_var[DIFFUSION_STEPS]; // the variances between which the model interpolates
     double c1[DIFFUSION_STEPS], c2[DIFFUSION_STEPS];            // posterior mean = c1·x0 + c2·x_t
-    double tau[DIFFUSION_STEPS],
-        dt[DIFFUSION_STEPS]; // flow, x: share of noise that the model is told, length of a step
+    double tau[DIFFUSION_STEPS], dt[DIFFUSION_STEPS]; // flow, x: share of noise that the model is told; step's length
 } Schedule;
 
 // A model of x gives x0_hat; its velocity, what a model of flow gives, is (x0_hat - x_t)/max(tau, 0.05)
@@ -3065,7 +3064,7 @@ static const Option option_table[] = {
     {"prediction", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.prediction), "flow", 0, 0,
      "eps|v|flow|x: what is predicted; x: the picture, trained and sampled as flow"},
     {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1,
-     "v: 1: the last timestep is pure noise; flow and x have that anyway"},
+     "1, for v: the last timestep is pure noise, which flow and x have anyway"},
     {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0,
      "1|p2: weight of the v loss; p2: alpha_bar·sqrt(1 - alpha_bar)"},
     {"time_embedding", TRAIN | WEIGHTS | ADDED, OPT_CHOICE, AT(model.time_embedding), "dit", 0, 0,
@@ -4450,9 +4449,8 @@ static int sample_main(int argc, char **argv) {
             if (*outputs[i] && !strcmp(outputs[i], outputs[j])) die("%s: two outputs have this name", outputs[i]);
         if (*outputs[i]) check_writable(outputs[i], o->weights);
     }
-    double side =
-        c->image_size * (folder ? fmax(o->zoom, 1) : grid_zoom(o, c->image_size)) + 2; // of a picture in its file
-    check_memory("n", n, c, 6 * side * side * (folder ? 1 : n));                       // pixels, and rows to pack
+    int zoom = !folder ? grid_zoom(o, c->image_size) : o->zoom ? o->zoom : 1;
+    check_memory("n", n, c, 6 * pow(c->image_size * zoom + 2, 2) * (folder ? 1 : n)); // pixels, and rows to pack
     Model *m = model_create(c, set.cfg != 1 ? 2 * B : B, 0, 0, 0, set.window, dtype);
     model_load(m, MODEL_WEIGHTS, &f, "");
     double begin = now_ms();
