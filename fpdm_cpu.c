@@ -4458,8 +4458,8 @@ static int sample_main(int argc, char **argv) {
     double seconds = (now_ms() - begin) / 1000;
     int64_t bad = first_bad(x, (int64_t)(n * config_pixels(c)), MODEL_WEIGHTS);
     if (bad >= 0)
-        die("picture %lld became %g, and none is written: lower --cfg or --mixing, or take other weights",
-            (long long)(bad / (int64_t)config_pixels(c)), (double)x[bad]);
+        die("%s: picture %lld became %g, and none is written: lower --cfg or --mixing, or take other weights",
+            o->weights, (long long)(bad / (int64_t)config_pixels(c)), (double)x[bad]);
     if (*o->latents) save_pictures(o->latents, x, y, n, c, class_json, latent_scale);
     if (folder)
         save_singles(o, x, y, names);
