@@ -3831,19 +3831,24 @@ static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options 
     return set;
 }
 
+// Whether `name` is the word, a '-' and more
+static int in_group(const char *name, const char *word) {
+    size_t length = strlen(word);
+    return !strncmp(name, word, length) && name[length] == '-';
+}
+
 // The label of the picture that is the use-th of a word of --labels: a class, a number, or what names have before a
 // '-', which stands for all of those, in turn: "animal" for animal-bird, animal-bug, ... -1: nothing is called so
 static int word_label(const char *word, int use, int classes, const char *const *names) {
     char *end;
-    size_t length = strlen(word);
     int named = names ? classes : 0, members = 0;
     for (int i = 0; i < named; i++)
         if (!strcmp(names[i], word)) return i;
     long value = strtol(word, &end, 10);
     if (*word && !*end && value >= 0 && value <= classes) return (int)value;
-    for (int i = 0; i < named; i++) members += !strncmp(names[i], word, length) && names[i][length] == '-';
+    for (int i = 0; i < named; i++) members += in_group(names[i], word);
     for (int i = 0, left = members ? use % members : 0; i < named; i++)
-        if (!strncmp(names[i], word, length) && names[i][length] == '-' && !left--) return i;
+        if (in_group(names[i], word) && !left--) return i;
     return -1;
 }
 
