@@ -1265,6 +1265,7 @@ typedef struct {
     // sampling
     const char *weights, *labels, *iters, *latents, *trace, *strip;
     int n, sampler, order, sample_steps, budget, alloc, reuse, solver, window, cfg_channels, show, zoom;
+    int cfg_interval[2];
     double eta, tol, mixing, cfg, t_shift;
     // benchmark
     int bench_n, bench_m, rounds, bench_gemm;
@@ -1344,10 +1345,16 @@ typedef struct {
     const int *iters; // per timestep, in sampling order
     FILE *trace;      // CSV of residuals, or NULL
     int64_t passes;   // Transformer-block passes per picture that were spent, counted up
+    int64_t guidance; // and those for guidance
     int window;       // of Anderson acceleration; 0: plain iteration
     double mixing;    // its beta
     float *path;      // (steps+1,STRIP,C,S,S) of the first pictures, x before each timestep and at the end; or NULL
+    int interval[2];  // timesteps t that are guided, first and last (arXiv:2404.07724)
 } SampleSettings;
+
+static int is_guided(const SampleSettings *set, int t) {
+    return set->cfg != 1 && t >= set->interval[0] && t <= set->interval[1];
+}
 
 // Iterations of each timestep in sampling order (large t first), iters[0..S-1]. A real-valued share of
 // 1 + (total - S)·ratio/S is rounded through its running sum: each is then at least 1 and the sum is `total`.
@@ -1522,11 +1529,11 @@ typedef struct SampleStep {
 } SampleStep;
 
 // One timestep of the sampler: x (B,C,S,S) from itself, the model's output and the noise z; and the model's next input
-// x_t, for both halves when guided. `guided` elements of a picture follow out = uncond + cfg·(cond - uncond); 0: no
-// guidance. before (B,C,S,S): the velocity of the timestep before, then of this one.
+// x_t, `copies` of it. `guided` elements of a picture follow out = uncond + cfg·(cond - uncond); 0: no guidance.
+// before (B,C,S,S): the velocity of the timestep before, then of this one.
 __global__ void sample_step_kernel(float *x, float *x_t, float *before, const float *out, const float *z,
-                                   const SampleStep *steps, const int *step, double cfg, size_t guided, size_t count,
-                                   size_t out_count, int B) {
+                                   const SampleStep *steps, const int *step, double cfg, size_t guided, int copies,
+                                   size_t count, size_t out_count, int B) {
     const SampleStep s = steps[*step];
     size_t e = (size_t)blockIdx.x * blockDim.x + threadIdx.x, b = blockIdx.y, at = b * count + e;
     if (e >= count) return;
@@ -1543,7 +1550,7 @@ __global__ void sample_step_kernel(float *x, float *x_t, float *before, const fl
     float next = (float)(s.of_x * x[at] + s.of_out * v + change + (s.noisy ? sigma * z[at] : 0));
     before[at] = (float)velocity;
     x[at] = x_t[at] = next;
-    if (guided) x_t[B * count + at] = next;
+    if (copies > 1) x_t[B * count + at] = next;
 }
 
 // The timestep of every row, at the start (advance 0) and after each step (1)
@@ -1592,21 +1599,21 @@ static void sample_steps(SampleStep *steps, const Schedule *s, const SampleSetti
 // Draws B pictures: x (B,C,S,S) holds x_T on entry and the pictures on return. z (steps,B,C,S,S), the noise of each
 // step, is given by tests; when NULL it is drawn: picture b is number first+b of the seed. The model needs room for 2B
 // with guidance. A timestep is a few hundred short kernels, which would take longer to launch than to run: they are
-// recorded as CUDA graphs, one for each number of iterations (the first timestep, which reuses nothing, has its own),
-// and replayed. All that differs between timesteps is read from device memory.
+// recorded as CUDA graphs, one for each number of iterations (the first timestep, which reuses nothing, has its own, and
+// so have those without guidance), and replayed. All that differs between timesteps is read from device memory.
 static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int B,
                          const float *z, uint64_t seed, int first) {
     const Config *c = &model->config;
     Activations *a = &model->a;
-    int guided = set->cfg != 1, rows = guided ? 2 * B : B, S = s->n, n_graphs = 0, zero = 0;
+    int copies = set->cfg != 1 ? 2 : 1, most = copies * B, rows = 0, S = s->n, n_graphs = 0, zero = 0;
     size_t count = config_pixels(c), out_count = count * (c->learn_sigma ? 2 : 1);
-    size_t guided_count = guided ? count / c->channels * imin(set->cfg_channels, c->channels) : 0;
+    size_t guided_count = count / c->channels * imin(set->cfg_channels, c->channels);
     struct Graph {
-        int iters, reuse_ready;
+        int iters, reuse_ready, rows;
         cudaGraphExec_t exec;
     } *graphs = (struct Graph *)xcalloc((size_t)S, sizeof *graphs, "sampling");
     SampleStep *steps = (SampleStep *)xcalloc((size_t)S, sizeof *steps, "sampling");
-    int *labels = (int *)xcalloc((size_t)rows, sizeof *labels, "sampling");
+    int *labels = (int *)xcalloc((size_t)most, sizeof *labels, "sampling");
     float *noise = (float *)xcalloc(B * count, sizeof *noise, "sampling");
     Solve *solve = (Solve *)xcalloc(1, sizeof *solve, "sampling");
     solve->reuse = set->reuse && c->fixed_point;
@@ -1615,18 +1622,20 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
     solve->window = set->window;
     solve->mixing = set->mixing;
     assert(set->window <= model->window);
-    for (int b = 0; b < rows; b++) labels[b] = b < B ? y[b] : c->classes;
+    for (int b = 0; b < most; b++) labels[b] = b < B ? y[b] : c->classes;
     sample_steps(steps, s, set, c);
     gpu_upload(a->steps, steps, (size_t)S * sizeof *steps);
     gpu_upload(a->step, &zero, sizeof zero);
-    gpu_upload(a->y, labels, (size_t)rows * sizeof *labels);
+    gpu_upload(a->y, labels, (size_t)most * sizeof *labels);
     gpu_upload(a->picture, x, B * count * sizeof *x);
-    for (int half = 0; half <= guided; half++) gpu_copy(a->x_t + half * B * count, a->picture, B * count * sizeof *x);
-    RUN(next_step_kernel, 1, 256, 0, a->t, a->step, a->steps, 0, S, rows);
+    for (int k = 0; k < copies; k++) gpu_copy(a->x_t + k * B * count, a->picture, B * count * sizeof *x);
+    RUN(next_step_kernel, 1, 256, 0, a->t, a->step, a->steps, 0, S, most);
     for (int step = 0; step < S; step++) {
         if (set->path) gpu_download(x, a->picture, B * count * sizeof *x);
         path_keep(set, step, x, first, B, count);
-        int i = S - 1 - step, iters = c->fixed_point ? set->iters[step] : 0;
+        int i = S - 1 - step, iters = c->fixed_point ? set->iters[step] : 0, guided = is_guided(set, s->t[i]);
+        if (guided && rows == B) solve->reuse_ready = 0; // the rows without label have no solution to start from
+        rows = guided ? 2 * B : B;
         if (!z && steps[step].noisy)
             for (int b = 0; b < B; b++)
                 rng_normal(noise + b * count, count, 0, seed, (uint32_t)((first + b) * DIFFUSION_STEPS + i), STREAM_Z);
@@ -1636,17 +1645,19 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
         }
 
         struct Graph *graph = graphs;
-        while (graph < graphs + n_graphs && (graph->iters != iters || graph->reuse_ready != solve->reuse_ready))
+        while (graph < graphs + n_graphs &&
+               (graph->iters != iters || graph->reuse_ready != solve->reuse_ready || graph->rows != rows))
             graph++;
         int plain = solve->want_residual && c->fixed_point; // the residuals come to the host: no graph
         if (graph == graphs + n_graphs) {
             graph->iters = iters;
             graph->reuse_ready = solve->reuse_ready;
+            graph->rows = rows;
             if (!plain) graph_begin();
             model_forward(model, rows, iters, 0, solve);
             RUN(sample_step_kernel, dim3((unsigned)ceil_div(count, 256), B), 256, 0, a->picture, a->x_t, a->before,
-                a->out, a->noise, a->steps, a->step, set->cfg, guided_count, count, out_count, B);
-            RUN(next_step_kernel, 1, 256, 0, a->t, a->step, a->steps, 1, S, rows);
+                a->out, a->noise, a->steps, a->step, set->cfg, guided ? guided_count : 0, copies, count, out_count, B);
+            RUN(next_step_kernel, 1, 256, 0, a->t, a->step, a->steps, 1, S, most);
             if (!plain) {
                 graph->exec = graph_end();
                 n_graphs++;
@@ -1659,7 +1670,9 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
         }
         if (step % 16 == 15) gpu_wait(); // so that progress tells of work, not of launches
         progress(B);
-        set->passes += c->fixed_point ? c->pre_depth + solve->ran + c->post_depth : c->depth;
+        int passes = c->fixed_point ? c->pre_depth + solve->ran + c->post_depth : c->depth;
+        set->passes += passes;
+        set->guidance += guided ? passes : 0;
         for (int k = 0; set->trace && first == 0 && k < solve->ran && c->fixed_point; k++)
             fprintf(set->trace, "%d,%d,%d,%.6g\n", step, s->t[i], k + 1, solve->residuals[k]);
     }
@@ -4502,6 +4515,8 @@ static const Option option_table[] = {
     {"mixing", SAMPLE, OPT_REAL, AT(mixing), "1", 0.01, 2, "anderson: beta, the step along the mixed residual"},
     {"cfg", TRAIN | SAMPLE, OPT_REAL, AT(cfg), "3", -100, 100, "scale of classifier-free guidance; 1: none"},
     {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024, "prediction channels that are guided"},
+    {"cfg_interval", SAMPLE, OPT_RANGE, AT(cfg_interval), "0,999", 0, 999,
+     "timesteps of 0..999 that are guided; the others take half the time, and 0,800 may be nearer to the data"},
     {"n", SAMPLE, OPT_INT, AT(n), "40", 1, 1e6, "number of pictures"},
     {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0,
      "names of classes, what some have before a '-', or numbers: heart,animal,3; default: each in turn"},
@@ -5214,9 +5229,11 @@ static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options 
                           iters,
                           NULL,
                           0,
+                          0,
                           window,
                           o->mixing,
-                          NULL};
+                          NULL,
+                          {o->cfg_interval[0], o->cfg_interval[1]}};
     if (*o->strip && (set.sampler == SAMPLER_DDPM || (set.sampler == SAMPLER_DDIM && o->eta > 0)))
         die("option --strip: the noise that a step adds hides the predicted x0: use --sampler ddim and --eta 0");
     return set;
@@ -5270,16 +5287,18 @@ static void sample_pictures(Model *model, const Schedule *s, SampleSettings *set
                             uint64_t seed) {
     size_t count = config_pixels(&model->config);
     int at_a_time = set->cfg != 1 ? model->batch / 2 : model->batch;
-    int64_t passes = 0;
+    int64_t passes = 0, guidance = 0;
     progress_begin("sampling", (int64_t)n * s->n);
     for (int first = 0; first < n && !interrupted; first += at_a_time) {
         int B = n - first < at_a_time ? n - first : at_a_time;
         for (int b = first; b < first + B; b++) rng_normal(x + b * count, count, 0, seed, (uint32_t)b, STREAM_XT);
-        set->passes = 0;
+        set->passes = set->guidance = 0;
         sample_batch(model, s, set, x + first * count, y + first, B, NULL, seed, first);
         passes += set->passes * B;
+        guidance += set->guidance * B;
     }
     set->passes = (passes + n - 1) / n; // the mean: with `tol` batches may differ
+    set->guidance = (guidance + n - 1) / n;
 }
 
 // Pictures x (n,C,S,S) and their labels as a dataset file; the metadata are NULL where there are none.
@@ -5861,8 +5880,13 @@ static int sample_main(int argc, char **argv) {
         save_singles(o, x, y, names);
     else
         save_grid(o->out, x, n, o);
+    char guidance[50] = "";
+    if (set.guidance == set.passes)
+        snprintf(guidance, sizeof guidance, " (and as many for guidance)");
+    else if (set.guidance)
+        snprintf(guidance, sizeof guidance, " (and %lld for guidance)", (long long)set.guidance);
     say(0, "%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s", n, seconds, o->sample_steps,
-        (long long)set.passes, set.cfg != 1 ? " (and as many for guidance)" : "", o->out);
+        (long long)set.passes, guidance, o->out);
     if (latent_scale)
         say(0, "%s shows three channels of latents; pictures: %spython3 tools/latents.py decode %s --vae FOLDER",
             o->out, *o->latents ? "" : "--latents FILE, then ", *o->latents ? o->latents : "FILE");

@@ -1111,6 +1111,7 @@ typedef struct {
     // sampling
     const char *weights, *labels, *iters, *latents, *trace, *strip;
     int n, sampler, order, sample_steps, budget, alloc, reuse, solver, window, cfg_channels, show, zoom;
+    int cfg_interval[2];
     double eta, tol, mixing, cfg, t_shift;
     // benchmark
     int bench_n, bench_m, rounds, bench_gemm;
@@ -1190,10 +1191,16 @@ typedef struct {
     const int *iters; // per timestep, in sampling order
     FILE *trace;      // CSV of residuals, or NULL
     int64_t passes;   // Transformer-block passes per picture that were spent, counted up
+    int64_t guidance; // and those for guidance
     int window;       // of Anderson acceleration; 0: plain iteration
     double mixing;    // its beta
     float *path;      // (steps+1,STRIP,C,S,S) of the first pictures, x before each timestep and at the end; or NULL
+    int interval[2];  // timesteps t that are guided, first and last (arXiv:2404.07724)
 } SampleSettings;
+
+static int is_guided(const SampleSettings *set, int t) {
+    return set->cfg != 1 && t >= set->interval[0] && t <= set->interval[1];
+}
 
 // Iterations of each timestep in sampling order (large t first), iters[0..S-1]. A real-valued share of
 // 1 + (total - S)·ratio/S is rounded through its running sum: each is then at least 1 and the sum is `total`.
@@ -1334,11 +1341,11 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
                          const float *z, uint64_t seed, int first) {
     const Config *c = &model->config;
     Activations *a = &model->a;
-    int guided = set->cfg != 1, rows = guided ? 2 * B : B, S = s->n;
+    int most = set->cfg != 1 ? 2 * B : B, rows = 0, S = s->n;
     size_t count = config_pixels(c), out_count = count * (c->learn_sigma ? 2 : 1);
     size_t guided_count = count / c->channels * (set->cfg_channels < c->channels ? set->cfg_channels : c->channels);
-    int *t = (int *)xcalloc((size_t)rows, sizeof *t, "sampling"),
-        *labels = (int *)xcalloc((size_t)rows, sizeof *labels, "sampling");
+    int *t = (int *)xcalloc((size_t)most, sizeof *t, "sampling"),
+        *labels = (int *)xcalloc((size_t)most, sizeof *labels, "sampling");
     float *noise = (float *)xcalloc(B * count, sizeof *noise, "sampling");
     float *before = (float *)xcalloc(B * count, sizeof *before, "sampling"); // the velocity at the last timestep
     Solve solve = {.reuse = set->reuse,
@@ -1347,9 +1354,11 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
                    .tol = set->tol,
                    .mixing = set->mixing};
     assert(set->window <= model->window);
-    for (int b = 0; b < rows; b++) labels[b] = b < B ? y[b] : c->classes;
+    for (int b = 0; b < most; b++) labels[b] = b < B ? y[b] : c->classes;
     for (int step = 0; step < S; step++) {
-        int i = S - 1 - step;
+        int i = S - 1 - step, guided = is_guided(set, s->t[i]);
+        if (guided && rows == B) solve.reuse_ready = 0; // the rows without label have no solution to start from
+        rows = guided ? 2 * B : B;
         path_keep(set, step, x, first, B, count);
         for (int b = 0; b < rows; b++) {
             t[b] = s->t[i];
@@ -1357,7 +1366,9 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
         }
         model_forward(model, t, labels, rows, set->iters[step], 0, &solve);
         progress(B);
-        set->passes += c->fixed_point ? c->pre_depth + solve.ran + c->post_depth : c->depth;
+        int passes = c->fixed_point ? c->pre_depth + solve.ran + c->post_depth : c->depth;
+        set->passes += passes;
+        set->guidance += guided ? passes : 0;
         for (int k = 0; set->trace && first == 0 && k < solve.ran; k++)
             fprintf(set->trace, "%d,%d,%d,%.6g\n", step, s->t[i], k + 1, solve.residuals[k]);
         if (!z && i > 0 && (set->sampler == SAMPLER_DDPM || (set->sampler == SAMPLER_DDIM && set->eta > 0)))
@@ -3111,6 +3122,8 @@ static const Option option_table[] = {
     {"mixing", SAMPLE, OPT_REAL, AT(mixing), "1", 0.01, 2, "anderson: beta, the step along the mixed residual"},
     {"cfg", TRAIN | SAMPLE, OPT_REAL, AT(cfg), "3", -100, 100, "scale of classifier-free guidance; 1: none"},
     {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024, "prediction channels that are guided"},
+    {"cfg_interval", SAMPLE, OPT_RANGE, AT(cfg_interval), "0,999", 0, 999,
+     "timesteps of 0..999 that are guided; the others take half the time, and 0,800 may be nearer to the data"},
     {"n", SAMPLE, OPT_INT, AT(n), "40", 1, 1e6, "number of pictures"},
     {"labels", SAMPLE, OPT_TEXT, AT(labels), "", 0, 0,
      "names of classes, what some have before a '-', or numbers: heart,animal,3; default: each in turn"},
@@ -3823,9 +3836,11 @@ static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options 
                           iters,
                           NULL,
                           0,
+                          0,
                           window,
                           o->mixing,
-                          NULL};
+                          NULL,
+                          {o->cfg_interval[0], o->cfg_interval[1]}};
     if (*o->strip && (set.sampler == SAMPLER_DDPM || (set.sampler == SAMPLER_DDIM && o->eta > 0)))
         die("option --strip: the noise that a step adds hides the predicted x0: use --sampler ddim and --eta 0");
     return set;
@@ -3879,16 +3894,18 @@ static void sample_pictures(Model *model, const Schedule *s, SampleSettings *set
                             uint64_t seed) {
     size_t count = config_pixels(&model->config);
     int at_a_time = set->cfg != 1 ? model->batch / 2 : model->batch;
-    int64_t passes = 0;
+    int64_t passes = 0, guidance = 0;
     progress_begin("sampling", (int64_t)n * s->n);
     for (int first = 0; first < n && !interrupted; first += at_a_time) {
         int B = n - first < at_a_time ? n - first : at_a_time;
         for (int b = first; b < first + B; b++) rng_normal(x + b * count, count, 0, seed, (uint32_t)b, STREAM_XT);
-        set->passes = 0;
+        set->passes = set->guidance = 0;
         sample_batch(model, s, set, x + first * count, y + first, B, NULL, seed, first);
         passes += set->passes * B;
+        guidance += set->guidance * B;
     }
     set->passes = (passes + n - 1) / n; // the mean: with `tol` batches may differ
+    set->guidance = (guidance + n - 1) / n;
 }
 
 // Pictures x (n,C,S,S) and their labels as a dataset file; the metadata are NULL where there are none.
@@ -4470,8 +4487,13 @@ static int sample_main(int argc, char **argv) {
         save_singles(o, x, y, names);
     else
         save_grid(o->out, x, n, o);
+    char guidance[50] = "";
+    if (set.guidance == set.passes)
+        snprintf(guidance, sizeof guidance, " (and as many for guidance)");
+    else if (set.guidance)
+        snprintf(guidance, sizeof guidance, " (and %lld for guidance)", (long long)set.guidance);
     say(0, "%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s", n, seconds, o->sample_steps,
-        (long long)set.passes, set.cfg != 1 ? " (and as many for guidance)" : "", o->out);
+        (long long)set.passes, guidance, o->out);
     if (latent_scale)
         say(0, "%s shows three channels of latents; pictures: %spython3 tools/latents.py decode %s --vae FOLDER",
             o->out, *o->latents ? "" : "--latents FILE, then ", *o->latents ? o->latents : "FILE");

@@ -267,9 +267,14 @@ static void sample_case(const Options *o) {
                           iters,
                           NULL,
                           0,
+                          0,
                           window,
                           window ? atof(meta_text("mixing")) : 1,
-                          NULL};
+                          NULL,
+                          {0, DIFFUSION_STEPS - 1}};
+    if (st_meta(&file, "cfg_interval") &&
+        sscanf(meta_text("cfg_interval"), "%d,%d", &set.interval[0], &set.interval[1]) != 2)
+        die("%s: metadata 'cfg_interval': '%s' is not a range", file.path, meta_text("cfg_interval"));
     size_t count = (size_t)B * config_pixels(&o->model);
     float *x = tensor_floats("x_T", count), *z = tensor_floats("z", (size_t)steps * count);
     int *y = tensor_ints("y", (size_t)B, o->model.classes);

@@ -38,6 +38,8 @@ fails "a wrong prediction" 'expect.loss .* FAIL' forward_eps_acts 's/"prediction
 fails "an unknown sampler" 'error: .*sampler.*dimm.* is unknown' sample_ddim_reuse 's/"sampler":"ddim"/"sampler":"dimm"/'
 fails "a sampler of other models" 'error: .*--sampler' sample_ddim_reuse 's/"sampler":"ddim"/"sampler":"flow"/'
 fails "one timestep" 'error: .*steps.* 1, want 2' sample_ddpm_2_steps 's/"steps":"2"/"steps":"1"/'
+fails "guidance between timesteps that are no numbers" "metadata 'cfg_interval': 'a50,800' is not a range" \
+    sample_skip_interval_reuse 's/250,800/a50,800/'
 [ "${1:-cpu}" = cpu ] || fails "a head size that the GPU program does not serve" 'error: .*head size 12' \
     forward_tokens25_gray_n0_m1 's/"heads":"3"/"heads":"2"/'
 

@@ -242,7 +242,8 @@ check "train: how SiT sees the time: is in the weights" grep -aq '"time_embeddin
 
 weights="--weights six/weights.safetensors"
 runs "sample" "$sample" $weights --n 5 --steps 4 --out a.png
-check "sample: says what it spent" says "^5 pictures in .* s, 4 timesteps, 32 block passes per picture"
+check "sample: says what it spent" \
+    says "^5 pictures in .* s, 4 timesteps, 32 block passes per picture \(and as many for guidance\): a.png"
 runs "sample: picture decodes" "$unit" png a.png
 check "sample: 5 pictures in a 3x2 grid" says "^104 70 "
 check "sample: signature and header" [ "$(head -c 29 a.png | od -An -tx1 | tr -d ' \n')" = \
@@ -306,7 +307,16 @@ for budget in 12 40 61 100; do
         check "sample: budget $budget $alloc: all spent, none exceeded" says " $budget block passes"
     done
 done
-runs "sample: no guidance" "$sample" $weights --n 2 --steps 2 --cfg 1 --out a.png
+runs "sample: no guidance" "$sample" $weights --n 2 --steps 4 --cfg 1 --out a.png
+check "sample: no guidance: spends none" says " 32 block passes per picture: a.png"
+runs "sample: guidance where there is no timestep" "$sample" $weights --n 2 --steps 4 --cfg_interval 667,998 --out b.png
+check "sample: guidance where there is no timestep: same file" same a.png b.png
+runs "sample: guidance at one of four timesteps" "$sample" $weights --n 2 --steps 4 --cfg_interval 600,998 --out b.png
+check "sample: guidance at one of four timesteps: spends its passes" says " 32 block passes per picture \(and 8 for guidance\)"
+check "sample: guidance at one of four timesteps: other pictures" differ a.png b.png
+runs "sample: guidance at every timestep" "$sample" $weights --n 2 --steps 4 --cfg_interval 0,999 --out a.png
+runs "sample: guidance at every timestep: as without the option" "$sample" $weights --n 2 --steps 4 --out b.png
+check "sample: guidance at every timestep: same file" same a.png b.png
 runs "sample: ddpm, learned variance, DiT" \
     "$sample" --weights dit/weights.safetensors --sampler ddpm --n 2 --steps 3 --out a.png
 check "sample: DiT passes" says " 6 block passes"
@@ -362,7 +372,7 @@ for option in data image_size model width heads depth patch fixed_point pre_dept
     echo "  --$option "
 done > train_options
 for option in weights n labels seed sampler steps eta iters budget alloc reuse tol solver window mixing cfg \
-    cfg_channels t_shift order out latents trace strip show batch zoom dtype; do
+    cfg_channels cfg_interval t_shift order out latents trace strip show batch zoom dtype; do
     echo "  --$option "
 done > sample_options
 for option in model width heads depth patch batch n m rounds image_size fixed_point pre_depth post_depth \
@@ -396,6 +406,9 @@ refuses "option: unknown word" "option --prediction: 'x0' is not one of eps\|v\|
 refuses "option: range upside down" "option --grad_iters: '4,2'" "$train" --grad_iters 4,2
 refuses "option: range from 0" "option --grad_iters: '0,2'" "$train" --grad_iters 0,2
 refuses "option: range of three" "option --no_grad_iters: '1,2,3'" "$train" --no_grad_iters 1,2,3
+refuses "option: range of timesteps that ends before it begins" "option --cfg_interval: '800,200'" \
+    "$sample" --cfg_interval 800,200
+refuses "option: range beyond the timesteps" "option --cfg_interval: '0,1000'" "$sample" --cfg_interval 0,1000
 refuses "option: negative seed" "option --seed: '-1'" "$train" --seed -1
 refuses "option: seed too large" "option --seed: '18446744073709551616'" "$train" --seed 18446744073709551616
 refuses "option: model" "option --model: 'M/2'" "$train" --model M/2

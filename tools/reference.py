@@ -438,10 +438,11 @@ def sampling_positions(diffusion_steps, steps):
 
 @torch.no_grad()
 def sample(cfg, model, x, y, z_noise, sampler, steps, iters, eta=0.0, cfg_scale=1.0, cfg_channels=3, reuse=False,
-           t_shift=0.0, order=1, **solver):
+           t_shift=0.0, order=1, cfg_interval=(0, 999), **solver):
     """x (B,C,H,W) noise -> sample. z_noise (steps,B,C,H,W); iters: iterations of each step, first the largest t. t_shift:
     0, or for flow and x timesteps that match the noise in x. order: 2 for Adams and Bashforth's two-step method (flow
-    and x). solver: window and mixing of Anderson acceleration."""
+    and x). cfg_interval: the timesteps that are guided, first and last. solver: window and mixing of Anderson
+    acceleration."""
     C, B, positions = cfg.channels, len(x), sampling_positions(cfg.diffusion_steps, steps)
     tau = [max(t / cfg.diffusion_steps, 0.05) for t in positions]
     dt = [1 / steps] * steps
@@ -452,9 +453,11 @@ def sample(cfg, model, x, y, z_noise, sampler, steps, iters, eta=0.0, cfg_scale=
     s = Schedule(Schedule.training(cfg).ab[torch.tensor(positions)])
     solution = before = None  # before: the velocity at the timestep before
     for k, i in enumerate(reversed(range(steps))):
-        z0 = solution if reuse else None
+        guided = cfg_scale != 1 and cfg_interval[0] <= positions[i] <= cfg_interval[1]
+        rows = 2 * B if guided else B
+        z0 = solution[:rows] if reuse and solution is not None and len(solution) >= rows else None
         full = lambda value, count: torch.full((count,), value, dtype=torch.int64)
-        if cfg_scale == 1:
+        if not guided:
             out, solution = model(x, full(positions[i], B), y, 0, iters[k], z0, **solver)
         else:
             labels = torch.cat([y, torch.full_like(y, cfg.classes)])
@@ -766,6 +769,8 @@ def run_sample(cfg, weights, inputs, meta, dtype):
     v, options = tensors(inputs, dtype), dict(meta)
     iters = [int(k) for k in options.pop("iters").split(",")]
     options["iters"] = iters * meta["steps"] if len(iters) == 1 else iters
+    if "cfg_interval" in meta:
+        options["cfg_interval"] = [int(t) for t in meta["cfg_interval"].split(",")]
     return {"expect.sample": sample(cfg, load_model(cfg, weights, dtype), v["x_T"], v["y"], v["z"], **options)}
 
 
@@ -884,6 +889,10 @@ def case_table():
     add("sample_dit_flow_order2_2_steps", tiny(**dit(2), **flow), B=1, sampler="flow", steps=2, iters="1", order=2)
     add("sample_skip_anderson", tiny(**p(0, 2), skip=1), B=1, sampler="ddim", steps=3, iters="4,1,3", window=2,
         mixing=0.9)
+    add("sample_skip_interval_reuse", tiny(**p(1, 1), **flow, skip=1), B=2, sampler="flow", steps=6, iters="2,1,1,3,1,2",
+        cfg_scale=2.5, cfg_interval="250,800", reuse=1, t_shift=1.5, order=2)  # without, with, without guidance
+    add("sample_ddpm_sigma_interval_3of4", tiny(**p(0, 1), **latent, **sigma), B=2, sampler="ddpm", steps=4, iters="2",
+        cfg_scale=3.0, cfg_interval="333,999", reuse=1)  # t = 999, 666, 333 with guidance
     add("sample_dit_ddpm_sigma_guided", tiny(**dit(2), **sigma), B=1, sampler="ddpm", steps=3, iters="1", cfg_scale=1.5)
     return table
 
