@@ -13,7 +13,7 @@ WARN := -Wall -Wextra -Wshadow $(WERROR) -Wno-pass-failed
 ARCH := $(call pick,-march=native,$(call pick,-mcpu=native,))
 OPENMP := $(call pick,-fopenmp,-Wno-unknown-pragmas)
 CFLAGS ?= -O3 $(ARCH)
-SANITIZE := -DAMX_PLAIN -O2 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+SANITIZE := -DAMX_PLAIN -O2 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 CPU = $(CC) -std=gnu11 -ffp-contract=fast -fno-math-errno -fno-trapping-math $(WARN) $(OPENMP) \
 	$(if $(filter %_asan,$@),$(SANITIZE),$(CFLAGS))
 TEST := -Wno-unused-function
@@ -190,9 +190,9 @@ test_report_emu: test/report_cublas.cu fpdm.cu test/cuda_emu.cpp test/cuda_emu.h
 
 .PHONY: report_gpu
 
-# Blocks and warps backward and shuffled must give the same bits: a difference is a race.
+# Blocks and warps backward and shuffled must give the same bits: a difference is a race. CASES: options of test_emu
 races: test_emu test_kernels_emu
-	@bash -c 'out=$$(mktemp -d); trap "rm -rf $$out" EXIT; for t in test_emu test_kernels_emu; do \
+	@bash -c 'out=$$(mktemp -d); trap "rm -rf $$out" EXIT; for t in "test_emu $(CASES)" test_kernels_emu; do \
 		EMU_ORDER=1 ./$$t > $$out/1 & EMU_ORDER=777 ./$$t > $$out/777 && wait $$! || exit 1; \
 		cmp $$out/1 $$out/777 && echo "$$t: the same bits in both orders" || exit 1; done'
 

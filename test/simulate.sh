@@ -5,7 +5,8 @@
 # its program. Last, every kernel that the programs have must have been launched by the tests.
 #
 #   test/simulate.sh [FOLDER]     the simulator's, ../shared/ptxsim otherwise
-#   STEPS=2 test/simulate.sh      fewer training steps;  QUICK=1: cases and kernel tests alone, on 132 multiprocessors
+#   STEPS=2 test/simulate.sh      fewer training steps;  QUICK=1: cases and kernel tests alone, on 132 multiprocessors,
+#                                 without the largest products
 #
 # One line for each run, `name ok` or `name FAIL`; last `N passed, N failed`. About 25 minutes of one core, on two at a time.
 
@@ -14,6 +15,7 @@ simulator=$(cd "${1:-$root/../shared/ptxsim}" && pwd) || exit 1
 nvcc=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
 work=$(mktemp -d) && cd "$work" || exit 1
 trap 'cd /; rm -rf "$work"' EXIT
+[ ! "$QUICK" ] || export EMU_QUICK=1
 export RUN_IN=$root PTXSIM_TRACE=1 BUILD=${BUILD:-$work/build} OMP_NUM_THREADS=1
 
 result() { # STATUS NAME
