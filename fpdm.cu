@@ -1599,8 +1599,8 @@ static void sample_steps(SampleStep *steps, const Schedule *s, const SampleSetti
 // Draws B pictures: x (B,C,S,S) holds x_T on entry and the pictures on return. z (steps,B,C,S,S), the noise of each
 // step, is given by tests; when NULL it is drawn: picture b is number first+b of the seed. The model needs room for 2B
 // with guidance. A timestep is a few hundred short kernels, which would take longer to launch than to run: they are
-// recorded as CUDA graphs, one for each number of iterations (the first timestep, which reuses nothing, has its own, and
-// so have those without guidance), and replayed. All that differs between timesteps is read from device memory.
+// recorded as CUDA graphs, one for each number of iterations (timesteps that reuse nothing, or are not guided, have
+// their own), and replayed. All that differs between timesteps is read from device memory.
 static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, float *x, const int *y, int B,
                          const float *z, uint64_t seed, int first) {
     const Config *c = &model->config;

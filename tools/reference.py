@@ -458,10 +458,10 @@ def sample(cfg, model, x, y, z_noise, sampler, steps, iters, eta=0.0, cfg_scale=
         z0 = solution[:rows] if reuse and solution is not None and len(solution) >= rows else None
         full = lambda value, count: torch.full((count,), value, dtype=torch.int64)
         if not guided:
-            out, solution = model(x, full(positions[i], B), y, 0, iters[k], z0, **solver)
+            out, solution = model(x, full(positions[i], rows), y, 0, iters[k], z0, **solver)
         else:
             labels = torch.cat([y, torch.full_like(y, cfg.classes)])
-            out, solution = model(torch.cat([x, x]), full(positions[i], 2 * B), labels, 0, iters[k], z0, **solver)
+            out, solution = model(torch.cat([x, x]), full(positions[i], rows), labels, 0, iters[k], z0, **solver)
             out, uncond = out.chunk(2)
             g = min(cfg_channels, C)
             guided = uncond[:, :g] + cfg_scale * (out[:, :g] - uncond[:, :g])
