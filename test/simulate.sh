@@ -8,7 +8,8 @@
 #   STEPS=2 test/simulate.sh      fewer training steps;  QUICK=1: cases and kernel tests alone, on 132 multiprocessors,
 #                                 without the largest products
 #
-# One line for each run, `name ok` or `name FAIL`; last `N passed, N failed`. About 25 minutes of one core, on two at a time.
+# One line for each run, `name ok` or `name FAIL`; last `N passed, N failed`. About 25 minutes of one core, on two at a time;
+# QUICK: 6.
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 simulator=$(cd "${1:-$root/../shared/ptxsim}" && pwd) || exit 1
@@ -22,15 +23,17 @@ result() { # STATUS NAME
     printf '%-70s %s\n' "$2" "$([ "$1" = 0 ] && echo ok || echo FAIL)"
 }
 
-# run NAME TARGET ARGUMENT...: must end well; a fault makes it end with another status, in a test case the case
-run() {
+# check NAME COMMAND...: must end well; a fault makes it end with another status, in a test case the case
+check() {
     local name=$1 status
     shift
-    "$simulator/run.sh" "$root" "$@" > "$name.log" 2>&1
+    (cd "$root" && "$@") > "$name.log" 2>&1
     status=$?
     [ $status = 0 ] || grep -vE '^ptxsim: launch' "$name.log" | tail -n 8
     result $status "$name: $(grep -E 'passed,|^step|pictures in|^attention backward' "$name.log" | tail -n 1)"
 }
+run() { check "$1" "$simulator/run.sh" "$root" "${@:2}"; } # NAME TARGET ARGUMENT...
+build() { BUILD_ONLY=1 "$simulator/run.sh" "$root" "$1"; } # TARGET; prints the program's path
 
 plain() {
     for sms in $([ "$QUICK" ] || echo 3) 132; do
@@ -41,27 +44,32 @@ plain() {
         run train_$sms train_gpu --steps "${STEPS:-20}" --sample_steps 4 --out "$work/out_$sms"
         run sample_$sms sample_gpu --n 4 --steps 4 --cfg 2 --out "$work/sample_$sms.png"
     done
-    DEFINES='-diag-suppress 177' PTXSIM_SMS=4 run report test/report_cublas.cu 64 2 16 2 1 # what measures on a GPU
+    [ "$QUICK" ] || DEFINES='-diag-suppress 177' PTXSIM_SMS=4 run report test/report_cublas.cu 64 2 16 2 1 # measures on a GPU
 }
+
+# hopper TARGET 'FILE OPTION...' ARGUMENT...: the same program, its kernels compiled for Hopper
 hopper() {
-    export PTXSIM_SMS=132 ARCH=compute_90a FPDM_WGMMA=2 BUILD=$BUILD.hopper
-    run cases_hopper test_gpu --dtype=bf16 # nothing of fp32 differs
-    run kernels_hopper test_kernels_gpu
-    [ "$QUICK" ] || run train_hopper train_gpu --steps 2 --sample_steps 4 --out "$work/out_hopper"
-    [ "$QUICK" ] || run sample_hopper sample_gpu --n 4 --steps 4 --cfg 2 --out "$work/sample_hopper.png"
-    for program in TRAIN SAMPLE; do
-        "$nvcc" -ptx -gencode=arch=$ARCH,code=$ARCH -x cu -std=c++17 -DPROGRAM=$program "$root/fpdm.cu" -o $program.ptx ||
-            echo "any: $program does not compile" # so one that no test launches
-        grep -oP '\.entry \K\w+' $program.ptx | c++filt | sed -E 's/^void //; s/\(.*//'
-    done | names > has
+    local target=$1 source=$2 arch=compute_90a
+    shift 2
+    (cd "$root" && "$nvcc" -ptx -gencode=arch=$arch,code=$arch -lineinfo -x cu -std=c++17 -O3 -diag-suppress 177 $source \
+        -o "$work/$target.ptx")
+    check ${target}_hopper env PTXSIM_SMS=132 FPDM_WGMMA=2 PTXSIM_PTX="$work/$target.ptx" "$(build $target)" "$@"
 }
 names() { sed -E 's/__nv_bfloat16/bf16/g; s/ //g' | sort -u; } # of kernels, without the spaces
-hopper > hopper.txt & # a core each
+for target in test_gpu test_kernels_gpu $([ "$QUICK" ] || echo train_gpu sample_gpu); do build $target; done > built
+{
+    hopper test_gpu '-DGPU test/test.c' --dtype=bf16 # nothing of fp32 differs
+    hopper test_kernels_gpu test/emu_kernels.cpp
+    [ "$QUICK" ] || hopper train_gpu '-DPROGRAM=TRAIN fpdm.cu' --steps 2 --sample_steps 4 --out "$work/out_hopper"
+    [ "$QUICK" ] || hopper sample_gpu '-DPROGRAM=SAMPLE fpdm.cu' --n 4 --steps 4 --cfg 2 --out "$work/sample_hopper.png"
+} > hopper.txt & # a core each
 plain | tee plain.txt
 wait
 cat hopper.txt
 
-sed -nE 's/.*launch [0-9]+: (.*) <<<.*/\1/p' cases_*.log kernels_*.log | names > launched
+# test.c is fpdm.cu and uses its kernels as the programs do: those of its PTX are theirs.
+grep -oP '\.entry \K\w+' test_gpu.ptx | c++filt | sed -E 's/^void //; s/\(.*//' | names > has
+sed -nE 's/.*launch [0-9]+: (.*) <<<.*/\1/p' cases_*.log kernels_*.log test_*_hopper.log | names > launched
 comm -23 has launched > missed
 sed 's/^/    never launched: /' missed
 [ -s has ] && [ ! -s missed ]

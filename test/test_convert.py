@@ -12,37 +12,30 @@ here from timm's parts, as theirs are. Needs the C programs (make), torch, safet
 or timm is skipped without them.
 """
 import argparse
-import contextlib
 import copy
-import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
 warnings.filterwarnings("ignore")  # other people's packages about other people's packages
-ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ROOT / "tools"
-sys.path.insert(0, str(TOOLS))
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import nn
 from torch.nn import functional as F
 from PIL import Image
 
+import testing
+from testing import TOOLS, Skip, fails, run
 import convert
 import reference
 
-
-class Skip(Exception):
-    pass
+ROOT = TOOLS.parent
 
 
 def needs(package):
@@ -50,37 +43,6 @@ def needs(package):
         return __import__(package, fromlist=["x"])
     except ImportError:
         raise Skip(f"needs the Python package {package}: pip install -r tools/requirements.txt")
-
-
-def call(tool, args):
-    """Exit status, standard output and standard error of a tool, in this process: importing torch takes seconds."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    argv, sys.argv = sys.argv, [tool, *map(str, args)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            __import__(tool[:-3]).main()
-    except SystemExit as stop:
-        status = stop.code
-    finally:
-        sys.argv = argv
-    return status, out.getvalue(), err.getvalue()
-
-
-def run(tool, *args):
-    """Standard output of a tool that must succeed."""
-    status, out, err = call(tool, args)
-    assert not status, f"exit {status}: {err.strip()}"
-    return out
-
-
-def fails(words, tool, *args):
-    """A tool that must fail: exit 1, one line on standard error with these words in it, and no file left behind."""
-    before = sorted(Path().rglob("*"))
-    status, _, err = call(tool, args)
-    said = f"{tool} {' '.join(map(str, args))}: exit {status}, said {err.strip()[-400:]!r}"
-    assert status == 1, said
-    assert err.count("\n") == 1 and words in err, f"{said}; want one line with {words!r}"
-    assert sorted(Path().rglob("*")) == before, f"{said}; left a file behind"
 
 
 def program(name, *args):
@@ -267,7 +229,7 @@ def same_bits(got, want):
 def test_dit():
     model = published()
     torch.save(model.state_dict(), "dit.pt")
-    said = run("convert.py", "dit.pt", "--heads", 4, "--out", "a.safetensors")
+    said, _ = run("convert.py", "dit.pt", "--heads", 4, "--out", "a.safetensors")
     assert "read as DiT; 3 blocks, width 32, 4 heads, patch 2, 4x8x8, 10 classes, prediction eps" in said, said
     worst = check_against("a.safetensors", model, "dit", lambda net, x, t, y, n, m: net(x, t, y))
     run("convert.py", "a.safetensors", "--to", "dit", "--out", "back.pt")
@@ -309,7 +271,7 @@ def test_sit():
             for p in model.final_layer.linear.parameters():
                 p.data.view(4, 2, 4, -1)[:, 1] = 0
         torch.save({"ema": model.state_dict(), "args": {"path_type": "Linear", "prediction": "velocity"}}, "sit.pt")
-        said = run("convert.py", "sit.pt", "--heads", 4, "--out", "a.safetensors")
+        said, _ = run("convert.py", "sit.pt", "--heads", 4, "--out", "a.safetensors")
         assert "read as SiT" in said and "prediction flow" in said, said
 
         def call(net, x, t, y, n, m):  # SiT's time runs from noise at 0 to data at 1; its velocity is data - noise
@@ -410,7 +372,7 @@ def test_diffusers():
     Path("pipeline/scheduler/scheduler_config.json").write_text(json.dumps(
         {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "epsilon"}))
     Path("pipeline/model_index.json").write_text(json.dumps({"id2label": {str(i): f"class {i}, x" for i in range(10)}}))
-    said = run("convert.py", "pipeline", "--out", "a.safetensors")
+    said, _ = run("convert.py", "pipeline", "--out", "a.safetensors")
     assert "time_embedding diffusers" in said and "--cfg_channels 4" in said and "norm3" not in said, said
     metadata = load("a.safetensors")[1]
     assert json.loads(metadata["class_names"])[9] == "class 9" and metadata["time_embedding"] == "diffusers", metadata
@@ -434,7 +396,7 @@ def test_diffusers_old():
         patch_size=2, num_embeds_ada_norm=10, norm_type="ada_norm_zero", activation_fn="gelu-approximate",
         attention_bias=True, norm_elementwise_affine=False)))
     model.save_pretrained("old")
-    said = run("convert.py", "old", "--out", "a.safetensors")
+    said, _ = run("convert.py", "old", "--out", "a.safetensors")
     assert "norm3 of diffusers adds 1e-05" in said and "4.5e-06/v" in said, said
     return check_against("a.safetensors", model, "diffusers", call_diffusers)
 
@@ -445,7 +407,7 @@ def test_dit_to_diffusers():
     model = published()
     torch.save(model.state_dict(), "dit.pt")
     run("convert.py", "dit.pt", "--heads", 4, "--out", "a.safetensors")
-    said = run("convert.py", "a.safetensors", "--to", "diffusers", "--out", "folder")
+    said, _ = run("convert.py", "a.safetensors", "--to", "diffusers", "--out", "folder")
     percent = float(re.search(r"by up to (\S+) %", said)[1])
     net = diffusers.DiTTransformer2DModel.from_pretrained("folder", low_cpu_mem_usage=False).double().eval()
     t, y, x = torch.arange(1000), torch.zeros(1000, dtype=torch.long), torch.randn(1, 4, 8, 8)
@@ -583,7 +545,7 @@ def test_latents_kl():
                          for x in (pictures, pictures[:, :, ::-1]))
     common = ("latents.py", "encode", "pictures", "--vae", "AutoencoderKL", "--size", 16, "--batch", 2,
               "--dtype", "F32")
-    said = run(*common, "--out", "a.safetensors")
+    said, _ = run(*common, "--out", "a.safetensors")
     assert "x F32 (5, 4, 8, 8)" in said and "3 cat" in said, said
     tensors, metadata = reference.load_file("a.safetensors")
     close(tensors["x"], 0.18215 * found.mean.numpy(), 1e-5)
@@ -600,7 +562,7 @@ def test_latents_kl():
     want = vae_pictures(vae, tensors["x"])
     assert np.abs(decoded["x"].astype(int) - want).max() <= 1 and decoded["y"].tolist() == [0, 0, 0, 1, 1]
     assert json.loads(metadata["class_names"]) == ["cat", "dog"]
-    said = run("latents.py", "decode", "a.safetensors", "--vae", "AutoencoderKL", "--out", "d.png")
+    said, _ = run("latents.py", "decode", "a.safetensors", "--vae", "AutoencoderKL", "--out", "d.png")
     grid = np.asarray(Image.open("d.png")).astype(int)
     assert grid.shape == (38, 56, 3) and np.abs(grid[20:36, 2:18] - want[3]).max() <= 1, grid.shape
 
@@ -646,7 +608,7 @@ def test_latents_model():
         run("latents.py", "decode", f"drawn{classes}.safetensors", "--vae", "AutoencoderKL", "--out",
             f"d{classes}.safetensors")
     run("data.py", "folder", "pictures", "--size", 16, "--out", "real.safetensors")
-    said = run("evaluate.py", "real.safetensors", "d2.safetensors")
+    said, _ = run("evaluate.py", "real.safetensors", "d2.safetensors")
     assert re.search(r"^ +60 +[\d.]+ +.*  d2\.safetensors$", said, re.M), said
 
 
@@ -741,30 +703,5 @@ def test_readme():
     close(there["x"].numpy(), reference.load_file("x.safetensors")[0]["x"], 1e-4)
 
 
-def main():
-    chosen = sys.argv[1] if len(sys.argv) > 1 else ""
-    passed, failed, skipped = 0, 0, 0
-    home = os.getcwd()
-    for name, test in list(globals().items()):
-        if not name.startswith("test_") or chosen not in name:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            os.chdir(folder)
-            try:
-                worst = test()
-                passed += 1
-                print(f"{name[5:]:24} ok" + (f", worst relative error {worst:.1e}" if worst else ""), flush=True)
-            except Skip as reason:
-                skipped += 1
-                print(f"{name[5:]:24} skipped: {reason}", flush=True)
-            except Exception as error:
-                failed += 1
-                print(f"{name[5:]:24} FAIL: {type(error).__name__}: {error}", flush=True)
-            finally:
-                os.chdir(home)
-    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
-    sys.exit(1 if failed else 0)
-
-
 if __name__ == "__main__":
-    main()
+    testing.main(globals())

@@ -18,7 +18,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -26,31 +25,12 @@ import safetensors
 from matplotlib.text import Text
 from PIL import Image, features
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
+import testing
+from testing import TOOLS, Skip, call, fails, run
+
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 GROUPS = Path("/usr/share/unicode/emoji/emoji-test.txt")
 rng = np.random.default_rng(0)
-
-
-class Skip(Exception):
-    pass
-
-
-def run(tool, *args):
-    """Standard output and standard error of a tool that must succeed."""
-    done = subprocess.run([sys.executable, TOOLS / tool, *map(str, args)], capture_output=True, text=True)
-    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr.strip()}"
-    return done.stdout, done.stderr
-
-
-def fails(words, tool, *args):
-    """A tool that must fail: exit 1, one line on standard error with these words in it, and no file left behind."""
-    before = sorted(Path().rglob("*"))
-    done = subprocess.run([sys.executable, TOOLS / tool, *map(str, args)], capture_output=True, text=True)
-    said = f"{tool} {' '.join(map(str, args))}: exit {done.returncode}, said {done.stderr.strip()[-400:]!r}"
-    assert done.returncode == 1, said
-    assert done.stderr.count("\n") == 1 and words in done.stderr, f"{said}; want one line with {words!r}"
-    assert sorted(Path().rglob("*")) == before, f"{said}; left a file behind"
 
 
 def load(path):
@@ -188,7 +168,6 @@ def test_folder_too_high():
 
 def test_progress():
     """Building says how far it is, but not more often than every two seconds."""
-    sys.path.insert(0, str(TOOLS))
     import data
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
@@ -454,8 +433,6 @@ def test_sample_strip():
         import torch
     except ImportError:
         raise Skip("needs torch") from None
-    if str(TOOLS) not in sys.path:
-        sys.path.insert(0, str(TOOLS))
     import reference
 
     subprocess.run(["make", "-s", "sample_cpu"], cwd=TOOLS.parent, check=True)
@@ -530,19 +507,10 @@ def test_plot_strip():
 
 
 def plotted(*args):
-    """plot.py in this process: the module, its figure, and what it printed."""
-    if str(TOOLS) not in sys.path:
-        sys.path.insert(0, str(TOOLS))
-    plot, out, before = importlib.import_module("plot"), io.StringIO(), sys.argv
-    sys.argv = ["plot.py", *map(str, args)]
-    try:
-        with contextlib.redirect_stdout(out):
-            plot.main()
-    except SystemExit as end:  # would end the tests
-        raise AssertionError(f"plot.py: exit {end.code}") from end
-    finally:
-        sys.argv = before
-    return plot, plot.plt.gcf(), out.getvalue()
+    """plot.py's module, its figure, and what it printed."""
+    said, _ = run("plot.py", *args)
+    plot = importlib.import_module("plot")
+    return plot, plot.plt.gcf(), said
 
 
 def readable(figure, path, height):
@@ -672,38 +640,15 @@ def evaluate():
     """The tool as a module."""
     if not importlib.util.find_spec("torch"):
         raise Skip("needs torch")
-    if str(TOOLS) not in sys.path:
-        sys.path.insert(0, str(TOOLS))
-        importlib.import_module("torch").set_num_threads(1)  # more only wait for each other at work this small
+    importlib.import_module("torch").set_num_threads(1)  # more only wait for each other at work this small
     return importlib.import_module("evaluate")
-
-
-def judge(*args):
-    """evaluate.py's main in this process, as importing torch anew takes seconds: exit status, output, errors."""
-    out, errors, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["evaluate.py", *map(str, args)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-            evaluate().main()
-        return 0, out.getvalue(), errors.getvalue()
-    except SystemExit as end:
-        return end.code, out.getvalue(), errors.getvalue()
-    finally:
-        sys.argv = before
 
 
 def judged(*args):
     """The output, and the figures of --json."""
-    code, said, errors = judge(*args, "--json", "figures.json")
+    code, said, errors = call("evaluate.py", *args, "--json", "figures.json")
     assert code == 0 and not errors, errors
     return said, json.loads(Path("figures.json").read_text())
-
-
-def misjudged(words, *args):
-    before = sorted(Path().rglob("*"))
-    code, _, errors = judge(*args)
-    assert code == 1 and errors.count("\n") == 1 and words in errors, f"{args}: exit {code}, said {errors!r}"
-    assert sorted(Path().rglob("*")) == before, f"{args}: left a file behind"
 
 
 def stripes(count, size=12):
@@ -870,8 +815,8 @@ def forward(self, img, return_features: bool = False):
     assert got["recognised"] > 0.9 and Path("data.inception.safetensors").exists()
     assert judged(*use, "inception.pt")[1] == figures, "the cached features give other figures"
     Path("text.pt").write_text("hello")
-    misjudged("text.pt", *use, "text.pt")
-    misjudged("missing.pt", *use, "missing.pt")
+    fails("text.pt", "evaluate.py", *use, "text.pt")
+    fails("missing.pt", "evaluate.py", *use, "missing.pt")
 
 
 def test_evaluate_broken_input():
@@ -909,17 +854,17 @@ def test_evaluate_broken_input():
     Image.fromarray(x[0]).save("sizes/1.png")
     Image.fromarray(x[0, :8]).save("sizes/2.png")
     for name in ("missing", "text", "cut", "few", "high", "wide", "double"):
-        misjudged(f"{name}.safetensors", f"{name}.safetensors")
+        fails(f"{name}.safetensors", "evaluate.py", f"{name}.safetensors")
     for name in ("missing", "text", "small", "grey", "three", "minus", "other", "nan"):
-        misjudged(f"{name}.safetensors", "data.safetensors", f"{name}.safetensors")
-    misjudged("empty", "data.safetensors", "empty")
-    misjudged("broken/1.png", "data.safetensors", "broken")
-    misjudged("sizes/2.png", "data.safetensors", "sizes")
-    misjudged("no/a.json", "data.safetensors", "--json", "no/a.json")
-    misjudged("no/a.png", "data.safetensors", "--nearest", "no/a.png")
-    misjudged("--nearest", "data.safetensors", "--nearest", "a.png")
+        fails(f"{name}.safetensors", "evaluate.py", "data.safetensors", f"{name}.safetensors")
+    fails("empty", "evaluate.py", "data.safetensors", "empty")
+    fails("broken/1.png", "evaluate.py", "data.safetensors", "broken")
+    fails("sizes/2.png", "evaluate.py", "data.safetensors", "sizes")
+    fails("no/a.json", "evaluate.py", "data.safetensors", "--json", "no/a.json")
+    fails("no/a.png", "evaluate.py", "data.safetensors", "--nearest", "no/a.png")
+    fails("--nearest", "evaluate.py", "data.safetensors", "--nearest", "a.png")
     fails("missing", "evaluate.py", "missing.safetensors")
-    misjudged("--help", "data.safetensors", "--nonsense")
+    fails("--help", "evaluate.py", "data.safetensors", "--nonsense")
 
 
 # ---- reproduce.py
@@ -1042,30 +987,5 @@ def test_bench_torch():
     fails("train_step_ms", "bench_torch.py", *work, "--bench", "./wrong")
 
 
-def main():
-    chosen = sys.argv[1] if len(sys.argv) > 1 else ""
-    passed, failed, skipped = 0, 0, 0
-    home = os.getcwd()
-    for name, test in list(globals().items()):
-        if not name.startswith("test_") or chosen not in name:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            os.chdir(folder)
-            try:
-                test()
-                passed += 1
-                print(f"{name[5:]:24} ok", flush=True)
-            except Skip as reason:
-                skipped += 1
-                print(f"{name[5:]:24} skipped: {reason}", flush=True)
-            except Exception as error:
-                failed += 1
-                print(f"{name[5:]:24} FAIL: {type(error).__name__}: {error}", flush=True)
-            finally:
-                os.chdir(home)
-    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
-    sys.exit(1 if failed else 0)
-
-
 if __name__ == "__main__":
-    main()
+    testing.main(globals())
