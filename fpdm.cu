@@ -300,6 +300,18 @@ static void params_init(float *memory, const ParamTensor *list, int count, uint6
     }
 }
 
+enum Training { TRAIN_NOT, TRAIN_ADAMW, TRAIN_MUON }; // what a model is for: sampling, or training by this optimiser
+// Whether --optimizer muon has this tensor: the matrices that tokens go through. AdamW has the others: biases, first and
+// last layer, labels, timestep, modulation.
+static int muon_has(const ParamTensor *t) { return t->init == INIT_XAVIER && t->ndim == 2; }
+// Newton and Schulz's iteration of fifth order, X <- (a + b·XX^T + c·(XX^T)^2)·X, with the numbers that take all
+// singular values of X from 1e-3..1 to about 1 in MUON_STEPS
+#define MUON_A 3.4445
+#define MUON_B -4.7750
+#define MUON_C 2.0315
+#define MUON_MOMENTUM 0.95
+enum { MUON_STEPS = 5 };
+
 // The largest tensor: weights come and go between model and files one tensor at a time.
 static int64_t params_largest(const ParamTensor *list, int count) {
     int64_t largest = 0;
@@ -805,6 +817,7 @@ typedef struct {
     float *dmod, *dfinal_mod, *dcond, *dcond_pp, *dtime;
     float *parts; // (B,ceil(T/8),3,D) at most: sums over some tokens, see layernorm_backward_kernel
     float *dout;  // (B,Cout,S,S)
+    Act *muon[4]; // (4D,D) scratch of the optimiser Muon: two matrices, two squares
     // of Part 2 and Part 3
     float *picture, *noise;   // (B,C,S,S) x0 in training, x in sampling
     float *before;            // (B,C,S,S) sampling: the velocity of the timestep before
@@ -1259,7 +1272,7 @@ typedef struct {
     const char *data, *export_to, *model_name, *out, *resume, *init;
     int no_grad_iters[2], grad_iters[2];
     int batch, micro_batch, steps, warmup, ema_warmup, hflip, recompute, dtype, weights_dtype;
-    int save_every, sample_every, log_every, step, t_sampling, lr_schedule;
+    int save_every, sample_every, log_every, step, t_sampling, lr_schedule, optimizer;
     double lr, weight_decay, grad_clip, ema, label_drop, t_mean, t_std;
     uint64_t seed;
     // sampling
@@ -1825,32 +1838,140 @@ static double model_gradient_norm(const Model *m) {
     return sqrt(sum);
 }
 
-// g = scale·grad; m += new1·(g - m); v += new2·(g^2 - v); w = keep·w - size·m/(sqrt(v)·correct + epsilon);
-// ema += toward·(w - ema). A thread a parameter.
-__global__ void update_kernel(float *weights, float *adam_m, float *adam_v, float *ema, bf16 *half, const float *grads,
-                              size_t count, float b1, float b2, float new1, float new2, float size, float correct,
-                              float epsilon, float keep, float scale, float toward) {
+// A new weight w of number i: ema += toward·(w - ema), and the bf16 copy that the matmuls take
+__device__ static void weight_store(float *weights, float *ema, bf16 *half, size_t i, float w, float toward) {
+    weights[i] = w;
+    ema[i] += toward * (w - ema[i]);
+    if (half) half[i] = __float2bfloat16_rn(w);
+}
+
+// g = scale·grad; m += new1·(g - m); v += new2·(g^2 - v); w = keep·w - size·m/(sqrt(v)·correct + epsilon). A thread a
+// parameter.
+__global__ void adamw_kernel(float *weights, float *adam_m, float *adam_v, float *ema, bf16 *half, const float *grads,
+                             size_t count, float b1, float b2, float new1, float new2, float size, float correct,
+                             float epsilon, float keep, float scale, float toward) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
     float g = grads[i] * scale, m = b1 * adam_m[i] + new1 * g, v = b2 * adam_v[i] + new2 * g * g;
     float w = weights[i] * keep - size * m / (sqrtf(v) * correct + epsilon);
     adam_m[i] = m;
     adam_v[i] = v;
-    weights[i] = w;
-    ema[i] += toward * (w - ema[i]);
-    if (half) half[i] = __float2bfloat16_rn(w);
+    weight_store(weights, ema, half, i, w, toward);
 }
 
-// AdamW (arXiv:1711.05101), the moving average (EMA) of the weights, and the bf16 copy that the matmuls take, in one
-// pass. Update number `step` (from 1); gradients are multiplied by grad_scale first.
-static void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
-                         double grad_scale, double ema_decay) {
+// AdamW (arXiv:1711.05101) of parameters first..last-1
+static void adamw_update(Model *model, int64_t first, int64_t last, int64_t step, double lr, double beta1, double beta2,
+                         double eps, double decay, double grad_scale, double ema_decay) {
     real *const *memory = model->memory;
     double size = lr / (1 - pow(beta1, (double)step)), correct = 1 / sqrt(1 - pow(beta2, (double)step));
-    RUN(update_kernel, (unsigned)ceil_div(model->n_params, 256), 256, 0, memory[MODEL_WEIGHTS], memory[MODEL_ADAM_M],
-        memory[MODEL_ADAM_V], memory[MODEL_EMA], model->half_weights, memory[MODEL_GRADS], (size_t)model->n_params,
+    if (first == last) return;
+    RUN(adamw_kernel, (unsigned)ceil_div(last - first, 256), 256, 0, memory[MODEL_WEIGHTS] + first,
+        memory[MODEL_ADAM_M] + first, memory[MODEL_ADAM_V] + first, memory[MODEL_EMA] + first,
+        model->half_weights ? model->half_weights + first : NULL, memory[MODEL_GRADS] + first, (size_t)(last - first),
         (float)beta1, (float)beta2, (float)(1 - beta1), (float)(1 - beta2), (float)size, (float)correct, (float)eps,
         (float)(1 - lr * decay), (float)grad_scale, (float)(1 - ema_decay));
+}
+
+// u of Muon from the gradient and the momentum, which holds the gradient already
+__device__ static float muon_wanted(float momentum, float grad, float scale) {
+    return grad * scale + (float)MUON_MOMENTUM * momentum;
+}
+
+// m = mu·m + scale·grad, and of each block sum u^2. A thread an element of (count), in rounds.
+__global__ void muon_momentum_kernel(double *partial, float *m, const float *grads, size_t count, float scale) {
+    SHARED_DYNAMIC(double, shared);
+    double sum = 0;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x) {
+        m[i] = (float)MUON_MOMENTUM * m[i] + grads[i] * scale;
+        float u = muon_wanted(m[i], grads[i], scale);
+        sum += (double)u * u;
+    }
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+// x = u/||u|| of the matrix (n,k), or where n is larger its transpose; the norm from the sums of `blocks` blocks. A
+// thread an element.
+template <typename A>
+__global__ void muon_start_kernel(A *x, const double *partial, int blocks, const float *m, const float *grads,
+                                  float scale, int n, int k) {
+    SHARED_DYNAMIC(double, shared);
+    double sum = 0;
+    for (int i = threadIdx.x; i < blocks; i += blockDim.x) sum += partial[i];
+    sum = block_sum(sum, shared);
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (size_t)n * k) return;
+    float u[] = {muon_wanted(m[i], grads[i], scale) * (float)(sum > 0 ? 1 / sqrt(sum) : 0)};
+    store(x + (n > k ? i % k * n + i / k : i), u);
+}
+
+// p (r,r) = a·1 + b·square + c·p, where p is the square's own square. A thread four elements.
+template <typename A>
+__global__ void muon_polynomial_kernel(A *p, const A *square, int r) {
+    size_t i = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
+    float x[4], xx[4];
+    if (i >= (size_t)r * r) return;
+    load(x, square + i);
+    load(xx, p + i);
+    EACH(j, 4) x[j] = (float)MUON_B * x[j] + (float)MUON_C * xx[j] + ((i + j) % (r + 1) ? 0 : (float)MUON_A);
+    store(p + i, x);
+}
+
+// w (n,k) = keep·w - size·x, where x is as muon_start_kernel lays it out. A thread an element.
+template <typename A>
+__global__ void muon_finish_kernel(float *weights, float *ema, bf16 *half, const A *x, int n, int k, float keep,
+                                   float size, float toward) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (size_t)n * k) return;
+    float o[1];
+    load(o, x + (n > k ? i % k * n + i / k : i));
+    weight_store(weights, ema, half, i, weights[i] * keep - size * o[0], toward);
+}
+
+// Muon (Jordan and others 2024; its size as in arXiv:2502.16982) for a matrix (n,k), or for each of qkv's three:
+//   m <- mu·m + g,   u = g + mu·m,   w <- w·(1 - lr·decay) - lr·0.2·sqrt(max(n,k))·O
+// where O is about U·V^T of u = U·S·V^T: five times X <- (a + b·XX^T + c·(XX^T)^2)·X, from X = u/||u||.
+static void muon_update(Model *model, const ParamTensor *t, double lr, double decay, double grad_scale,
+                        double ema_decay) {
+    int half = model->half, k = (int)t->shape[1], parts = t->shape[0] == 3 * k ? 3 : 1, n = (int)t->shape[0] / parts;
+    int r = imin(n, k), c = n + k - r, sums = imin((int)ceil_div((size_t)n * k, 1024), NORM_BLOCKS); // X (r,c)
+    size_t count = (size_t)n * k, room = MAX_WARPS * sizeof(double);
+    unsigned blocks = (unsigned)ceil_div(count, 256);
+    float scale = (float)grad_scale, keep = (float)(1 - lr * decay), size = (float)(lr * 0.2 * sqrt((double)c));
+    Act *const *scratch = model->a.muon, *x = scratch[0], *y = scratch[1], *a = scratch[2], *p = scratch[3];
+    for (int part = 0; part < parts; part++) {
+        size_t at = t->offset + part * count;
+        float *m = model->memory[MODEL_ADAM_M] + at, *g = model->memory[MODEL_GRADS] + at;
+        RUN(muon_momentum_kernel, sums, 256, room, model->a.sums, m, g, count, scale);
+        TYPED(half, RUN((muon_start_kernel<A>), blocks, 256, room, (A *)x, model->a.sums, sums, m, g, scale, n, k));
+        for (int i = 0; i < MUON_STEPS; i++) {
+            matmul<false, false, EPI_STORE>(half, linear(a, x, x, c, NULL, r, c, r));
+            matmul<false, false, EPI_STORE>(half, linear(p, a, a, r, NULL, r, r, r));
+            TYPED(half, RUN((muon_polynomial_kernel<A>), (unsigned)ceil_div((size_t)r * r, 4 * 256), 256, 0, (A *)p,
+                            (const A *)a, r));
+            matmul<false, true, EPI_STORE>(half, linear_input(y, p, x, c, r, c, r));
+            Act *next = y;
+            y = x, x = next;
+        }
+        TYPED(half, RUN((muon_finish_kernel<A>), blocks, 256, 0, model->memory[MODEL_WEIGHTS] + at,
+                        model->memory[MODEL_EMA] + at, model->half_weights ? model->half_weights + at : NULL,
+                        (const A *)x, n, k, keep, size, (float)(1 - ema_decay)));
+    }
+}
+
+// The weights' update number `step` (from 1), by AdamW or Muon, with their moving average (EMA) and their bf16 copy.
+// Gradients are multiplied by grad_scale first.
+static void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
+                         double grad_scale, double ema_decay) {
+    int64_t first = 0;
+    for (int k = 0; k < model->n_tensors && model->training == TRAIN_MUON; k++) {
+        const ParamTensor *t = &model->tensors[k];
+        if (!muon_has(t)) continue;
+        adamw_update(model, first, t->offset, step, lr, beta1, beta2, eps, decay, grad_scale, ema_decay);
+        muon_update(model, t, lr, decay, grad_scale, ema_decay);
+        first = t->offset + t->count;
+    }
+    adamw_update(model, first, model->n_params, step, lr, beta1, beta2, eps, decay, grad_scale, ema_decay);
 }
 
 // =====================================================================================================================
@@ -3460,6 +3581,7 @@ static size_t activations_point(Model *m, char *memory) {
     take_all(r, B * D * F, &a->dcond, &a->dcond_pp, &a->dtime);
     take_all(r, 3 * B * ceil_div(T, LN_CHUNK) * D * F, &a->parts);
     take_all(r, pixels * config_out_channels(c) * F, &a->dout);
+    if (m->training == TRAIN_MUON) take_all(r, 4 * D * D * A, &a->muon[0], &a->muon[1], &a->muon[2], &a->muon[3]);
     return arena.bytes;
 }
 
@@ -4479,7 +4601,9 @@ static const Option option_table[] = {
     {"batch", TRAIN, OPT_INT, AT(batch), "32", 1, 1 << 20, "pictures per step"},
     {"batch", BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, "pictures per step"},
     {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, "pictures at a time; gradients add up; 0: all"},
-    {"lr", TRAIN, OPT_REAL, AT(lr), "3e-3", 0, 10, "learning rate of AdamW"},
+    {"optimizer", TRAIN | ADDED, OPT_CHOICE, AT(optimizer), "adamw", 0, 0,
+     "adamw|muon: muon makes the updates of matrices that tokens go through orthogonal: nearer in fewer steps"},
+    {"lr", TRAIN, OPT_REAL, AT(lr), "3e-3", 0, 10, "learning rate"},
     {"warmup", TRAIN, OPT_INT, AT(warmup), "200", 0, 2e9, "steps of linear warm-up"},
     {"lr_schedule", TRAIN, OPT_CHOICE, AT(lr_schedule), "linear", 0, 0,
      "constant|linear|cosine: the fall of lr after the warm-up, to zero at steps"},
@@ -4487,7 +4611,7 @@ static const Option option_table[] = {
      "uniform|logit_normal: timesteps trained on; logit_normal: t/1000 = sigmoid(t_mean + t_std g), g normal"},
     {"t_mean", TRAIN, OPT_REAL, AT(t_mean), "0", -20, 20, "logit_normal: mean; above 0: more noise"},
     {"t_std", TRAIN, OPT_REAL, AT(t_std), "1", 0, 20, "logit_normal: standard deviation"},
-    {"weight_decay", TRAIN, OPT_REAL, AT(weight_decay), "0", 0, 10, "decay of AdamW"},
+    {"weight_decay", TRAIN, OPT_REAL, AT(weight_decay), "0", 0, 10, "decay of the weights, times lr at each step"},
     {"grad_clip", TRAIN, OPT_REAL, AT(grad_clip), "1", 0, 1e9, "largest norm of the gradient; 0: any"},
     {"ema", TRAIN, OPT_REAL, AT(ema), "0.995", 0, 1, "decay of the moving average of the weights"},
     {"ema_warmup", TRAIN, OPT_FLAG, AT(ema_warmup), "1", 0, 1, "1: decay = min(ema, (1+step)/(10+step))"},
@@ -5771,7 +5895,7 @@ static int train_main(int argc, char **argv) {
     resolve_sampler(o->sampler, o->order, c);
     ranks_same_start(o, &data.file);
 
-    Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, 0, dtype);
+    Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, TRAIN_ADAMW + o->optimizer, 0, dtype);
     if (!*o->resume) {
         float *values = (float *)xcalloc(m->n_params, sizeof *values, "initial weights");
         params_init(values, m->tensors, m->n_tensors, o->seed);

@@ -282,6 +282,18 @@ static void params_init(float *memory, const ParamTensor *list, int count, uint6
     }
 }
 
+enum Training { TRAIN_NOT, TRAIN_ADAMW, TRAIN_MUON }; // what a model is for: sampling, or training by this optimiser
+// Whether --optimizer muon has this tensor: the matrices that tokens go through. AdamW has the others: biases, first and
+// last layer, labels, timestep, modulation.
+static int muon_has(const ParamTensor *t) { return t->init == INIT_XAVIER && t->ndim == 2; }
+// Newton and Schulz's iteration of fifth order, X <- (a + b·XX^T + c·(XX^T)^2)·X, with the numbers that take all
+// singular values of X from 1e-3..1 to about 1 in MUON_STEPS
+#define MUON_A 3.4445
+#define MUON_B -4.7750
+#define MUON_C 2.0315
+#define MUON_MOMENTUM 0.95
+enum { MUON_STEPS = 5 };
+
 // The largest tensor: weights come and go between model and files one tensor at a time.
 static int64_t params_largest(const ParamTensor *list, int count) {
     int64_t largest = 0;
@@ -754,6 +766,7 @@ typedef struct {
     real *dcond, *dcond_pp, *dcond_silu, *dcond_pp_silu, *dtime; // (B,D); dtime: scratch, then of time_hidden
     real *stats;                                                 // (B,T,2)
     real *dout;                                                  // (B,Cout,S,S)
+    real *muon;                                                  // (24D,D) scratch of the optimiser Muon
 } Activations;
 
 enum Kind { MODEL_WEIGHTS, MODEL_GRADS, MODEL_ADAM_M, MODEL_ADAM_V, MODEL_EMA };
@@ -1105,7 +1118,7 @@ typedef struct {
     const char *data, *export_to, *model_name, *out, *resume, *init;
     int no_grad_iters[2], grad_iters[2];
     int batch, micro_batch, steps, warmup, ema_warmup, hflip, recompute, dtype, weights_dtype;
-    int save_every, sample_every, log_every, step, t_sampling, lr_schedule;
+    int save_every, sample_every, log_every, step, t_sampling, lr_schedule, optimizer;
     double lr, weight_decay, grad_clip, ema, label_drop, t_mean, t_std;
     uint64_t seed;
     // sampling
@@ -1511,27 +1524,82 @@ static double model_gradient_norm(const Model *m) {
 
 static real sqrt_real(real x) { return sizeof x == 4 ? (real)sqrtf((float)x) : (real)sqrt((double)x); }
 
-// AdamW (arXiv:1711.05101) and the moving average (EMA) of the weights, in one pass. Update number `step` (from 1);
-// gradients g are multiplied by grad_scale first. m, v: moving averages of g and g^2; m^, v^: without their start at 0.
+// AdamW (arXiv:1711.05101). Update number `step` (from 1); gradients g are multiplied by grad_scale first. m, v: moving
+// averages of g and g^2; m^, v^: without their start at 0.
 //   w <- w·(1 - lr·decay) - lr·m^/(sqrt(v^) + eps),   m^ = m/(1 - beta1^step),   v^ = v/(1 - beta2^step)
-static void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
-                         double grad_scale, double ema_decay) {
+static void adamw_update(Model *model, const ParamTensor *t, int64_t step, double lr, double beta1, double beta2,
+                         double eps, double decay, double grad_scale) {
     real b1 = (real)beta1, b2 = (real)beta2, new1 = (real)(1 - beta1), new2 = (real)(1 - beta2), epsilon = (real)eps;
     real size = (real)(lr / (1 - pow(beta1, (double)step))), correct = (real)(1 / sqrt(1 - pow(beta2, (double)step)));
-    real keep = (real)(1 - lr * decay), scale = (real)grad_scale, toward = (real)(1 - ema_decay);
-    real *weights = model->memory[MODEL_WEIGHTS], *ema = model->memory[MODEL_EMA];
-    size_t count = (size_t)model->n_params;
-    real *first = model->memory[MODEL_ADAM_M], *second = model->memory[MODEL_ADAM_V],
-         *grads = model->memory[MODEL_GRADS];
-    bf16 *half = model->half_weights;
+    real keep = (real)(1 - lr * decay), scale = (real)grad_scale;
+    real *weights = model->memory[MODEL_WEIGHTS] + t->offset, *first = model->memory[MODEL_ADAM_M] + t->offset,
+         *second = model->memory[MODEL_ADAM_V] + t->offset, *grads = model->memory[MODEL_GRADS] + t->offset;
+    size_t count = (size_t)t->count;
     FOR_EACH_PIECE SIMD for (size_t i = piece; i < PIECE_END; i++) {
         real g = grads[i] * scale, m = b1 * first[i] + new1 * g, v = b2 * second[i] + new2 * g * g;
-        real w = weights[i] * keep - size * m / (sqrt_real(v) * correct + epsilon);
+        weights[i] = weights[i] * keep - size * m / (sqrt_real(v) * correct + epsilon);
         first[i] = m;
         second[i] = v;
-        weights[i] = w;
-        ema[i] += toward * (w - ema[i]);
-        if (half) put(1, half, i, w);
+    }
+}
+
+// Muon (Jordan and others 2024; its size as in arXiv:2502.16982) for a matrix (n,k), or for each of qkv's three:
+//   m <- mu·m + g,   u = g + mu·m,   w <- w·(1 - lr·decay) - lr·0.2·sqrt(max(n,k))·O
+// where O is about U·V^T of u = U·S·V^T: five times X <- (a + b·XX^T + c·(XX^T)^2)·X, from X = u/||u||.
+static void muon_update(Model *model, const ParamTensor *t, double lr, double decay, double grad_scale) {
+    int half = model->half, k = (int)t->shape[1], parts = t->shape[0] == 3 * k ? 3 : 1, n = (int)t->shape[0] / parts;
+    int r = n < k ? n : k, c = n < k ? k : n; // X (r,c) is u, or where n is larger u^T
+    size_t count = (size_t)n * k, square = (size_t)r * r, rs = n < k ? k : 1, cs = n < k ? 1 : k;
+    real *x = model->a.muon, *y = x + count, *a = y + count, *p = a + square;
+    Act *x_copy = p + square, *square_copy = (real *)x_copy + count;
+    real mu = (real)MUON_MOMENTUM, scale = (real)grad_scale, keep = (real)(1 - lr * decay);
+    for (int part = 0; part < parts; part++) {
+        int64_t at = t->offset + (int64_t)(part * count);
+        real *w = model->memory[MODEL_WEIGHTS] + at, *m = model->memory[MODEL_ADAM_M] + at,
+             *g = model->memory[MODEL_GRADS] + at;
+        double dot = 0;
+        SIMD_DOT for (size_t i = 0; i < count; i++) {
+            m[i] = mu * m[i] + g[i] * scale;
+            x[i] = g[i] * scale + mu * m[i];
+            dot += (double)x[i] * x[i];
+        }
+        real norm = (real)(dot > 0 ? 1 / sqrt(dot) : 0), size = (real)(lr * 0.2 * sqrt((double)c));
+        for (size_t i = 0; i < count; i++) x[i] *= norm;
+        for (int i = 0; i < MUON_STEPS; i++) {
+            const Act *X = as_act(half, x_copy, x, count);
+            gemm(half, a, r, X, rs, cs, X, cs, rs, NULL, 0, r, r, c);
+            const Act *A = as_act(half, square_copy, a, square);
+            gemm(half, p, r, A, r, 1, A, r, 1, NULL, 0, r, r, r);
+            for (size_t e = 0; e < square; e++)
+                p[e] = (real)MUON_B * a[e] + (real)MUON_C * p[e] + (e % (r + 1) ? 0 : (real)MUON_A);
+            const Act *P = as_act(half, square_copy, p, square);
+            if (n < k)
+                gemm(half, y, k, P, r, 1, X, k, 1, NULL, 0, n, k, r);
+            else
+                gemm(half, y, k, X, k, 1, P, r, 1, NULL, 0, n, k, r);
+            real *next = y;
+            y = x, x = next;
+        }
+        for (size_t i = 0; i < count; i++) w[i] = w[i] * keep - size * x[i];
+    }
+}
+
+// The weights' update, by AdamW or Muon, then their moving average (EMA) and their copy as operands
+static void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
+                         double grad_scale, double ema_decay) {
+    for (int k = 0; k < model->n_tensors; k++) {
+        const ParamTensor *t = &model->tensors[k];
+        if (model->training == TRAIN_MUON && muon_has(t))
+            muon_update(model, t, lr, decay, grad_scale);
+        else
+            adamw_update(model, t, step, lr, beta1, beta2, eps, decay, grad_scale);
+    }
+    real *weights = model->memory[MODEL_WEIGHTS], *ema = model->memory[MODEL_EMA], toward = (real)(1 - ema_decay);
+    bf16 *half = model->half_weights;
+    size_t count = (size_t)model->n_params;
+    FOR_EACH_PIECE SIMD for (size_t i = piece; i < PIECE_END; i++) {
+        ema[i] += toward * (weights[i] - ema[i]);
+        if (half) put(1, half, i, weights[i]);
     }
 }
 
@@ -2206,6 +2274,7 @@ static size_t activations_point(Model *m, real *memory) {
     for (int i = 0; i < 5; i++) *gradients[i] = take(r, B * D);
     a->stats = take(r, B * T * 2);
     a->dout = take(r, pixels * config_out_channels(c));
+    a->muon = take(r, m->training == TRAIN_MUON ? 24 * D * D : 0);
     return arena.count;
 }
 
@@ -3086,7 +3155,9 @@ static const Option option_table[] = {
     {"batch", TRAIN, OPT_INT, AT(batch), "32", 1, 1 << 20, "pictures per step"},
     {"batch", BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, "pictures per step"},
     {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, "pictures at a time; gradients add up; 0: all"},
-    {"lr", TRAIN, OPT_REAL, AT(lr), "3e-3", 0, 10, "learning rate of AdamW"},
+    {"optimizer", TRAIN | ADDED, OPT_CHOICE, AT(optimizer), "adamw", 0, 0,
+     "adamw|muon: muon makes the updates of matrices that tokens go through orthogonal: nearer in fewer steps"},
+    {"lr", TRAIN, OPT_REAL, AT(lr), "3e-3", 0, 10, "learning rate"},
     {"warmup", TRAIN, OPT_INT, AT(warmup), "200", 0, 2e9, "steps of linear warm-up"},
     {"lr_schedule", TRAIN, OPT_CHOICE, AT(lr_schedule), "linear", 0, 0,
      "constant|linear|cosine: the fall of lr after the warm-up, to zero at steps"},
@@ -3094,7 +3165,7 @@ static const Option option_table[] = {
      "uniform|logit_normal: timesteps trained on; logit_normal: t/1000 = sigmoid(t_mean + t_std g), g normal"},
     {"t_mean", TRAIN, OPT_REAL, AT(t_mean), "0", -20, 20, "logit_normal: mean; above 0: more noise"},
     {"t_std", TRAIN, OPT_REAL, AT(t_std), "1", 0, 20, "logit_normal: standard deviation"},
-    {"weight_decay", TRAIN, OPT_REAL, AT(weight_decay), "0", 0, 10, "decay of AdamW"},
+    {"weight_decay", TRAIN, OPT_REAL, AT(weight_decay), "0", 0, 10, "decay of the weights, times lr at each step"},
     {"grad_clip", TRAIN, OPT_REAL, AT(grad_clip), "1", 0, 1e9, "largest norm of the gradient; 0: any"},
     {"ema", TRAIN, OPT_REAL, AT(ema), "0.995", 0, 1, "decay of the moving average of the weights"},
     {"ema_warmup", TRAIN, OPT_FLAG, AT(ema_warmup), "1", 0, 1, "1: decay = min(ema, (1+step)/(10+step))"},
@@ -4378,7 +4449,7 @@ static int train_main(int argc, char **argv) {
     resolve_sampler(o->sampler, o->order, c);
     ranks_same_start(o, &data.file);
 
-    Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, 1, 0, dtype);
+    Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, TRAIN_ADAMW + o->optimizer, 0, dtype);
     if (!*o->resume) {
         float *values = (float *)xcalloc(m->n_params, sizeof *values, "initial weights");
         params_init(values, m->tensors, m->n_tensors, o->seed);

@@ -108,6 +108,8 @@ check "train: cosine schedule: learning rates" \
 runs "train: logit-normal timesteps" "$train" $small --steps 2 --t_sampling logit_normal --t_mean 1 --out logit
 check "train: logit-normal timesteps: another loss" \
     differ <(sed -n 3p six/log.csv | cut -d, -f2) <(sed -n 3p logit/log.csv | cut -d, -f2) # the first is of zeros
+runs "train: Muon" "$train" $small --steps 4 --optimizer muon --out muon
+check "train: Muon: other losses than AdamW's" differ <(column six/log.csv 2 | sed -n 4p) <(column muon/log.csv 2 | sed -n 4p)
 runs "train: --name=value, a flag without value" "$train" $small --steps=1 --hflip --show --out=flags
 check "train: --show draws half blocks" grep -q $'\x1b\[38;2;[0-9]*;[0-9]*;[0-9]*m.*\xe2\x96\x80' out
 
@@ -128,6 +130,9 @@ runs "resume: a schedule: two steps of four" "$train" $small --steps 2 --lr 1e-3
 runs "resume: a schedule: to four" "$train" --resume half --steps 4
 check "resume: a schedule: falls to zero at the new end" \
     same <(column half/log.csv 6 | tail -n 2) <(column cosine/log.csv 6 | tail -n 2)
+runs "resume: Muon: two steps of four" env OMP_NUM_THREADS=3 "$train" $small --steps 2 --optimizer muon --out muon_2
+runs "resume: Muon: to four" "$train" --resume muon_2 --steps 4
+check "resume: Muon: same bytes as in one go" same muon/weights.safetensors muon_2/weights.safetensors
 runs "bf16: three steps" "$train" $small --dtype bf16 --steps 3 --out bf16_3
 runs "bf16: to six" "$train" --resume bf16_3 --steps 6
 runs "bf16: six steps, with another number of threads" env OMP_NUM_THREADS=3 "$train" $small --dtype bf16 --steps 6 \
@@ -365,7 +370,7 @@ runs "bench: without matmuls" "$bench" --width 32 --heads 2 --image_size 8 --bat
 # ---- Help
 
 for option in data image_size model width heads depth patch fixed_point pre_depth post_depth timestep_in_pre_post skip \
-    no_grad_iters grad_iters prediction learn_sigma zero_terminal_snr v_weight batch micro_batch steps lr warmup \
+    no_grad_iters grad_iters prediction learn_sigma zero_terminal_snr v_weight batch micro_batch steps optimizer lr warmup \
     lr_schedule t_sampling t_mean t_std weight_decay grad_clip ema ema_warmup label_drop hflip seed recompute dtype out \
     resume init time_embedding save_every sample_every log_every export sampler order t_shift sample_steps reuse cfg \
     weights_dtype show; do
@@ -420,6 +425,7 @@ refuses "option: variance and x" "learn_sigma 1 needs prediction eps or v" "$tra
 refuses "option: zero SNR and x" "zero_terminal_snr 1 needs prediction v, not x" \
     "$train" --prediction x --zero_terminal_snr 1 --out no
 refuses "option: schedule" "option --lr_schedule: 'step' is not one of constant\|linear\|cosine" "$train" --lr_schedule step
+refuses "option: optimiser" "option --optimizer: 'sgd' is not one of adamw\|muon" "$train" --optimizer sgd
 refuses "option: kind of timesteps" "option --t_sampling: 'normal' is not one of" "$train" --t_sampling normal
 refuses "option: mean of the timesteps" "option --t_mean: '30' is not a number from -20 to 20" "$train" --t_mean 30
 refuses "option: deviation of the timesteps" "option --t_std: '-1' is not a number from 0" "$train" --t_std=-1

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 import zlib
 
@@ -397,8 +398,41 @@ def diffusion_loss(cfg, s, model, x0, noise, t, y, n=0, m=1, acts=None):
 # Training
 
 
-def make_optimizer(model, lr=1e-4, beta1=0.9, beta2=0.999, adam_eps=1e-8, weight_decay=0.0):
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(beta1, beta2), eps=adam_eps, weight_decay=weight_decay)
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan and others 2024; its size as in arXiv:2502.16982) for the matrices that tokens go through, qkv's three
+    apart; AdamW for the others."""
+
+    def __init__(self, model, **options):
+        named = dict(model.named_parameters())
+        hidden = [k for k, p in named.items() if re.search(r"\.(attn|mlp)\.|_projection", k) and p.ndim == 2
+                  and not k.startswith("t_embedder")]
+        self.matrices = {k: (named[k], torch.zeros_like(named[k])) for k in hidden}  # with their momenta
+        super().__init__([p for k, p in named.items() if k not in hidden], **options)
+
+    @torch.no_grad()
+    def step(self):
+        super().step()
+        lr, decay = (self.param_groups[0][k] for k in ("lr", "weight_decay"))
+        for name, (p, momentum) in self.matrices.items():
+            momentum.mul_(0.95).add_(p.grad)
+            update = p.grad + 0.95 * momentum
+            parts = update.chunk(3) if name.endswith("attn.qkv.weight") else [update]
+            size = 0.2 * max(parts[0].shape) ** 0.5
+            p.mul_(1 - lr * decay).add_(torch.cat([self.orthogonal(u) for u in parts]), alpha=-lr * size)
+
+    @staticmethod
+    def orthogonal(u):
+        """About U·V^T of u = U·S·V^T: five steps of Newton and Schulz's iteration."""
+        x = u / u.norm() if u.any() else u
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
+        return x
+
+
+def make_optimizer(model, lr=1e-4, beta1=0.9, beta2=0.999, adam_eps=1e-8, weight_decay=0.0, optimizer="adamw"):
+    options = dict(lr=lr, betas=(beta1, beta2), eps=adam_eps, weight_decay=weight_decay)
+    return Muon(model, **options) if optimizer == "muon" else torch.optim.AdamW(model.parameters(), **options)
 
 
 def clip_gradients(model, clip):
@@ -418,7 +452,7 @@ def update_ema(ema, model, decay):
 
 def training_step(cfg, s, model, ema, optimizer, x0, noise, t, y, n, m, clip=0.0, decay=0.9999):
     """One step of S-JFB training; returns the batch's loss and the gradient norm before clipping."""
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     loss = diffusion_loss(cfg, s, model, x0, noise, t, y, n, m)[0].mean()
     loss.backward()
     norm = clip_gradients(model, clip)
@@ -638,7 +672,7 @@ def command_train(args):
 
     start = initial_weights(cfg, args.seed)
     model, ema, s = load_model(cfg, start, dtype), load_model(cfg, start, dtype), Schedule.training(cfg)
-    optimizer = make_optimizer(model, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = make_optimizer(model, lr=args.lr, weight_decay=args.weight_decay, optimizer=args.optimizer)
     B, (n_low, n_high), (m_low, m_high) = args.batch, args.no_grad_iters, args.grad_iters
     os.makedirs(args.out, exist_ok=True)
     with open(os.path.join(args.out, "log.csv"), "w") as log:
@@ -742,8 +776,9 @@ def make_train(rng, cfg, B, n, m, **settings):
 
 def run_train(cfg, weights, inputs, meta, dtype):
     model, ema, v = load_model(cfg, weights, dtype), load_model(cfg, weights, dtype), tensors(inputs, dtype)
-    adam = {k: meta[k] for k in ("lr", "beta1", "beta2", "adam_eps", "weight_decay")}
-    optimizer, s, losses = make_optimizer(model, **adam), Schedule.training(cfg), []
+    options = ("lr", "beta1", "beta2", "adam_eps", "weight_decay", "optimizer")
+    optimizer = make_optimizer(model, **{k: meta[k] for k in options if k in meta})
+    s, losses = Schedule.training(cfg), []
     for k in range(meta["steps"]):
         batch = [v[name][k] for name in ("x0", "noise", "t", "y")]
         n, m, clip, decay = meta["n.%d" % k], meta["m.%d" % k], meta["grad_clip"], meta["ema_decay"]
@@ -844,6 +879,10 @@ def case_table():
     add("train_x_dit_clip", tiny(**dit(1), prediction="x"), B=2, n=[0] * 5, m=[1] * 5, grad_clip=3.0, **settings)
 
     add("train_skip", tiny(**p(2, 1), **flow, skip=1), B=3, n=n, m=m, grad_clip=2.0, **settings)
+    add("train_muon_decay", tiny(**p(1, 1), **flow, skip=1), B=3, n=n, m=m, grad_clip=2.0, weight_decay=0.1,
+        adam_eps=1e-4, lr=1e-2, optimizer="muon")
+    add("train_muon_dit", tiny(**dit(2), prediction="flow"), B=2, n=[0] * 5, m=[1] * 5, adam_eps=1e-4, lr=1e-2,
+        optimizer="muon")
 
     # Samplers
     sigma = dict(learn_sigma=1)
@@ -1014,6 +1053,7 @@ def main():
     train.add_argument("--steps", type=int, default=100)
     train.add_argument("--lr", type=float, default=1e-4)
     train.add_argument("--warmup", type=int, default=0, help="steps over which lr grows to its value")
+    train.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     train.add_argument("--lr_schedule", choices=("constant", "linear", "cosine"), default="constant")
     train.add_argument("--t_sampling", choices=("uniform", "logit_normal"), default="uniform")
     train.add_argument("--t_mean", type=float, default=0.0)

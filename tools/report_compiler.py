@@ -44,7 +44,8 @@ def launch(name, args, room):
         warps = next((warps for warps in choices if shared(warps) <= room), choices[-1])
         return 32 * warps, shared(warps)
     return {"residual_kernel": (1024, 256), "loss_kernel": (512, 256),
-             "anderson_products_kernel": (512, 256), "norm_kernel": (256, 256),
+             "anderson_products_kernel": (512, 256), "norm_kernel": (256, 256), "muon_momentum_kernel": (256, 256),
+             "muon_start_kernel": (256, 256),
              "condition_backward_kernel": (128, 0), "column_sums_kernel": (128, 0),
              "patches_kernel": (256, 16384)}.get(name, (256, 0))
 
