@@ -283,8 +283,8 @@ static void params_init(float *memory, const ParamTensor *list, int count, uint6
 }
 
 enum Training { TRAIN_NOT, TRAIN_ADAMW, TRAIN_MUON }; // what a model is for: sampling, or training by this optimiser
-// Whether --optimizer muon has this tensor: the matrices that tokens go through. AdamW has the others: biases, first and
-// last layer, labels, timestep, modulation.
+// Whether --optimizer muon has this tensor: the matrices that tokens go through. AdamW has the others: biases, the first
+// and last layer, labels, timestep, modulation.
 static int muon_has(const ParamTensor *t) { return t->init == INIT_XAVIER && t->ndim == 2; }
 // Newton and Schulz's iteration of fifth order, X <- (a + b·XX^T + c·(XX^T)^2)·X, with the numbers that take all
 // singular values of X from 1e-3..1 to about 1 in MUON_STEPS
@@ -3156,7 +3156,7 @@ static const Option option_table[] = {
     {"batch", BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, "pictures per step"},
     {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, "pictures at a time; gradients add up; 0: all"},
     {"optimizer", TRAIN | ADDED, OPT_CHOICE, AT(optimizer), "adamw", 0, 0,
-     "adamw|muon: muon makes the updates of matrices that tokens go through orthogonal: nearer in fewer steps"},
+     "adamw|muon: muon: orthogonal updates for the matrices that tokens go through; nearer in as many steps, lr 8e-3"},
     {"lr", TRAIN, OPT_REAL, AT(lr), "3e-3", 0, 10, "learning rate"},
     {"warmup", TRAIN, OPT_INT, AT(warmup), "200", 0, 2e9, "steps of linear warm-up"},
     {"lr_schedule", TRAIN, OPT_CHOICE, AT(lr_schedule), "linear", 0, 0,
@@ -4319,10 +4319,12 @@ static void resume_settings(Options *o, SafeTensors *state, int argc, char **arg
     st_open(state, path);
     options_from_meta(o, state, TRAIN | WEIGHTS | STATE);
     Config before = o->model;
+    int optimizer = o->optimizer; // each has its own moments
     o->out = folder;
     o->model_name = ""; // what it stood for is in the settings
     options_parse(o, TRAIN, argc, argv, about);
     same_model("resume", path, &before, o);
+    if (o->optimizer != optimizer) die("option --optimizer: the run in %s began with the other; leave it out", folder);
     if (strcmp(o->out, folder))
         die("option --out: a run goes on in its folder %s; to branch off, copy the folder and --resume the copy",
             folder);

@@ -534,6 +534,8 @@ check "resume: a state from before --order: its metadata lacks it" grep -aq '"ot
 runs "resume: a state from before --order" "$train" --resume older
 refuses "resume: enough steps" "option --steps: .* step 6" "$train" --resume three --steps 5
 refuses "resume: another model" "option --resume" "$train" --resume three --steps 9 --width 64
+refuses "resume: another optimiser" "option --optimizer: the run in three began with the other" \
+    "$train" --resume three --steps 9 --optimizer muon
 refuses "resume: other data" "latents.safetensors: other sizes" \
     "$train" --resume three --steps 9 --data latents.safetensors
 for step in x -; do
