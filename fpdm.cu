@@ -11,7 +11,7 @@
 // "Kernels"     how this file starts work on the GPU, in two types of numbers
 // "Part 1"      the model: its equations, its parameters, each layer above its gradient, the fixed point, the whole
 // "Part 2"      diffusion: noise schedule, training loss, samplers, how a budget of iterations is spent
-// "Part 3"      learning: AdamW, the moving average of the weights, the training loop
+// "Part 3"      learning: AdamW, Muon, the moving average of the weights, the training loop
 // "Part 4"      speed and memory: instructions of the GPU, the matrix product, attention, where activations lie
 // "Part 5"      plumbing: ranks, random numbers, files, options, pictures, data, programs; nothing new about the model
 //
@@ -4602,7 +4602,7 @@ static const Option option_table[] = {
     {"batch", BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, "pictures per step"},
     {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, "pictures at a time; gradients add up; 0: all"},
     {"optimizer", TRAIN | ADDED, OPT_CHOICE, AT(optimizer), "adamw", 0, 0,
-     "adamw|muon: muon: orthogonal updates for the matrices that tokens go through; nearer in as many steps, lr 8e-3"},
+     "adamw|muon: muon: orthogonal updates for the matrices that tokens go through; further in a short run"},
     {"lr", TRAIN, OPT_REAL, AT(lr), "3e-3", 0, 10, "learning rate"},
     {"warmup", TRAIN, OPT_INT, AT(warmup), "200", 0, 2e9, "steps of linear warm-up"},
     {"lr_schedule", TRAIN, OPT_CHOICE, AT(lr_schedule), "linear", 0, 0,
