@@ -1901,7 +1901,7 @@ __global__ void muon_start_kernel(A *x, const double *partial, int blocks, const
     sum = block_sum(sum, shared);
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (size_t)n * k) return;
-    float u[] = {muon_wanted(m[i], grads[i], scale) * (float)(sum > 0 ? 1 / sqrt(sum) : 0)};
+    float u[] = {muon_wanted(m[i], grads[i], scale) * ((float)sum > 0 ? rsqrtf((float)sum) : 0)};
     store(x + (n > k ? i % k * n + i / k : i), u);
 }
 

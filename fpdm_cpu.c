@@ -1524,43 +1524,40 @@ static double model_gradient_norm(const Model *m) {
 
 static real sqrt_real(real x) { return sizeof x == 4 ? (real)sqrtf((float)x) : (real)sqrt((double)x); }
 
-// AdamW (arXiv:1711.05101). Update number `step` (from 1); gradients g are multiplied by grad_scale first. m, v: moving
-// averages of g and g^2; m^, v^: without their start at 0.
-//   w <- w·(1 - lr·decay) - lr·m^/(sqrt(v^) + eps),   m^ = m/(1 - beta1^step),   v^ = v/(1 - beta2^step)
-static void adamw_update(Model *model, const ParamTensor *t, int64_t step, double lr, double beta1, double beta2,
-                         double eps, double decay, double grad_scale) {
-    real b1 = (real)beta1, b2 = (real)beta2, new1 = (real)(1 - beta1), new2 = (real)(1 - beta2), epsilon = (real)eps;
-    real size = (real)(lr / (1 - pow(beta1, (double)step))), correct = (real)(1 / sqrt(1 - pow(beta2, (double)step)));
-    real keep = (real)(1 - lr * decay), scale = (real)grad_scale;
+// AdamW (arXiv:1711.05101); gradients g are multiplied by grad_scale first. m, v: moving averages of g and g^2.
+//   w <- w·keep - size·m/(sqrt(v)·correct + eps)
+static void adamw_update(Model *model, const ParamTensor *t, real size, real correct, double beta1, double beta2,
+                         real eps, real keep, real grad_scale) {
+    real b1 = (real)beta1, b2 = (real)beta2, new1 = (real)(1 - beta1), new2 = (real)(1 - beta2);
     real *weights = model->memory[MODEL_WEIGHTS] + t->offset, *first = model->memory[MODEL_ADAM_M] + t->offset,
          *second = model->memory[MODEL_ADAM_V] + t->offset, *grads = model->memory[MODEL_GRADS] + t->offset;
     size_t count = (size_t)t->count;
     FOR_EACH_PIECE SIMD for (size_t i = piece; i < PIECE_END; i++) {
-        real g = grads[i] * scale, m = b1 * first[i] + new1 * g, v = b2 * second[i] + new2 * g * g;
-        weights[i] = weights[i] * keep - size * m / (sqrt_real(v) * correct + epsilon);
+        real g = grads[i] * grad_scale, m = b1 * first[i] + new1 * g, v = b2 * second[i] + new2 * g * g;
+        weights[i] = weights[i] * keep - size * m / (sqrt_real(v) * correct + eps);
         first[i] = m;
         second[i] = v;
     }
 }
 
 // Muon (Jordan and others 2024; its size as in arXiv:2502.16982) for a matrix (n,k), or for each of qkv's three:
-//   m <- mu·m + g,   u = g + mu·m,   w <- w·(1 - lr·decay) - lr·0.2·sqrt(max(n,k))·O
+//   m <- mu·m + g,   u = g + mu·m,   w <- w·keep - lr·0.2·sqrt(max(n,k))·O
 // where O is about U·V^T of u = U·S·V^T: five times X <- (a + b·XX^T + c·(XX^T)^2)·X, from X = u/||u||.
-static void muon_update(Model *model, const ParamTensor *t, double lr, double decay, double grad_scale) {
+static void muon_update(Model *model, const ParamTensor *t, double lr, real keep, real grad_scale) {
     int half = model->half, k = (int)t->shape[1], parts = t->shape[0] == 3 * k ? 3 : 1, n = (int)t->shape[0] / parts;
     int r = n < k ? n : k, c = n < k ? k : n; // X (r,c) is u, or where n is larger u^T
     size_t count = (size_t)n * k, square = (size_t)r * r, rs = n < k ? k : 1, cs = n < k ? 1 : k;
     real *x = model->a.muon, *y = x + count, *a = y + count, *p = a + square;
     Act *x_copy = p + square, *square_copy = (real *)x_copy + count;
-    real mu = (real)MUON_MOMENTUM, scale = (real)grad_scale, keep = (real)(1 - lr * decay);
+    real mu = (real)MUON_MOMENTUM;
     for (int part = 0; part < parts; part++) {
         int64_t at = t->offset + (int64_t)(part * count);
         real *w = model->memory[MODEL_WEIGHTS] + at, *m = model->memory[MODEL_ADAM_M] + at,
              *g = model->memory[MODEL_GRADS] + at;
         double dot = 0;
         SIMD_DOT for (size_t i = 0; i < count; i++) {
-            m[i] = mu * m[i] + g[i] * scale;
-            x[i] = g[i] * scale + mu * m[i];
+            m[i] = mu * m[i] + g[i] * grad_scale;
+            x[i] = g[i] * grad_scale + mu * m[i];
             dot += (double)x[i] * x[i];
         }
         real norm = (real)(dot > 0 ? 1 / sqrt(dot) : 0), size = (real)(lr * 0.2 * sqrt((double)c));
@@ -1584,15 +1581,18 @@ static void muon_update(Model *model, const ParamTensor *t, double lr, double de
     }
 }
 
-// The weights' update, by AdamW or Muon, then their moving average (EMA) and their copy as operands
+// Update number `step` (from 1) of the weights, by AdamW or Muon, then of their moving average (EMA) and their copy as
+// operands. AdamW's moving averages start at 0, which size and correct make up for.
 static void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
                          double grad_scale, double ema_decay) {
+    real size = (real)(lr / (1 - pow(beta1, (double)step))), correct = (real)(1 / sqrt(1 - pow(beta2, (double)step)));
+    real keep = (real)(1 - lr * decay), scale = (real)grad_scale;
     for (int k = 0; k < model->n_tensors; k++) {
         const ParamTensor *t = &model->tensors[k];
         if (model->training == TRAIN_MUON && muon_has(t))
-            muon_update(model, t, lr, decay, grad_scale);
+            muon_update(model, t, lr, keep, scale);
         else
-            adamw_update(model, t, step, lr, beta1, beta2, eps, decay, grad_scale);
+            adamw_update(model, t, size, correct, beta1, beta2, (real)eps, keep, scale);
     }
     real *weights = model->memory[MODEL_WEIGHTS], *ema = model->memory[MODEL_EMA], toward = (real)(1 - ema_decay);
     bf16 *half = model->half_weights;
