@@ -301,7 +301,7 @@ static void params_init(float *memory, const ParamTensor *list, int count, uint6
 }
 
 enum Training { TRAIN_NOT, TRAIN_ADAMW, TRAIN_MUON }; // what a model is for: sampling, or training by this optimiser
-// Whether --optimizer muon has this tensor: the matrices that tokens go through. AdamW has the others: biases, the first
+// Whether --optimizer muon has this tensor: the matrices that tokens go through. AdamW has the others: biases, first
 // and last layer, labels, timestep, modulation.
 static int muon_has(const ParamTensor *t) { return t->init == INIT_XAVIER && t->ndim == 2; }
 // Newton and Schulz's iteration of fifth order, X <- (a + b·XX^T + c·(XX^T)^2)·X, with the numbers that take all
@@ -1859,17 +1859,16 @@ __global__ void adamw_kernel(float *weights, float *adam_m, float *adam_v, float
     weight_store(weights, ema, half, i, w, toward);
 }
 
-// AdamW (arXiv:1711.05101) of parameters first..last-1
-static void adamw_update(Model *model, int64_t first, int64_t last, int64_t step, double lr, double beta1, double beta2,
-                         double eps, double decay, double grad_scale, double ema_decay) {
+// AdamW (arXiv:1711.05101) of parameters first..last-1; the kernel's numbers
+static void adamw_update(Model *model, int64_t first, int64_t last, float size, float correct, double beta1,
+                         double beta2, float eps, float keep, float grad_scale, float toward) {
     real *const *memory = model->memory;
-    double size = lr / (1 - pow(beta1, (double)step)), correct = 1 / sqrt(1 - pow(beta2, (double)step));
     if (first == last) return;
     RUN(adamw_kernel, (unsigned)ceil_div(last - first, 256), 256, 0, memory[MODEL_WEIGHTS] + first,
         memory[MODEL_ADAM_M] + first, memory[MODEL_ADAM_V] + first, memory[MODEL_EMA] + first,
         model->half_weights ? model->half_weights + first : NULL, memory[MODEL_GRADS] + first, (size_t)(last - first),
-        (float)beta1, (float)beta2, (float)(1 - beta1), (float)(1 - beta2), (float)size, (float)correct, (float)eps,
-        (float)(1 - lr * decay), (float)grad_scale, (float)(1 - ema_decay));
+        (float)beta1, (float)beta2, (float)(1 - beta1), (float)(1 - beta2), size, correct, eps, keep, grad_scale,
+        toward);
 }
 
 // u of Muon from the gradient and the momentum, which holds the gradient already
@@ -1929,15 +1928,14 @@ __global__ void muon_finish_kernel(float *weights, float *ema, bf16 *half, const
 }
 
 // Muon (Jordan and others 2024; its size as in arXiv:2502.16982) for a matrix (n,k), or for each of qkv's three:
-//   m <- mu·m + g,   u = g + mu·m,   w <- w·(1 - lr·decay) - lr·0.2·sqrt(max(n,k))·O
+//   m <- mu·m + g,   u = g + mu·m,   w <- w·keep - lr·0.2·sqrt(max(n,k))·O
 // where O is about U·V^T of u = U·S·V^T: five times X <- (a + b·XX^T + c·(XX^T)^2)·X, from X = u/||u||.
-static void muon_update(Model *model, const ParamTensor *t, double lr, double decay, double grad_scale,
-                        double ema_decay) {
+static void muon_update(Model *model, const ParamTensor *t, double lr, float keep, float scale, float toward) {
     int half = model->half, k = (int)t->shape[1], parts = t->shape[0] == 3 * k ? 3 : 1, n = (int)t->shape[0] / parts;
     int r = imin(n, k), c = n + k - r, sums = imin((int)ceil_div((size_t)n * k, 1024), NORM_BLOCKS); // X (r,c)
     size_t count = (size_t)n * k, room = MAX_WARPS * sizeof(double);
     unsigned blocks = (unsigned)ceil_div(count, 256);
-    float scale = (float)grad_scale, keep = (float)(1 - lr * decay), size = (float)(lr * 0.2 * sqrt((double)c));
+    float size = (float)(lr * 0.2 * sqrt((double)c));
     Act *const *scratch = model->a.muon, *x = scratch[0], *y = scratch[1], *a = scratch[2], *p = scratch[3];
     for (int part = 0; part < parts; part++) {
         size_t at = t->offset + part * count;
@@ -1955,7 +1953,7 @@ static void muon_update(Model *model, const ParamTensor *t, double lr, double de
         }
         TYPED(half, RUN((muon_finish_kernel<A>), blocks, 256, 0, model->memory[MODEL_WEIGHTS] + at,
                         model->memory[MODEL_EMA] + at, model->half_weights ? model->half_weights + at : NULL,
-                        (const A *)x, n, k, keep, size, (float)(1 - ema_decay)));
+                        (const A *)x, n, k, keep, size, toward));
     }
 }
 
@@ -1963,15 +1961,18 @@ static void muon_update(Model *model, const ParamTensor *t, double lr, double de
 // Gradients are multiplied by grad_scale first.
 static void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
                          double grad_scale, double ema_decay) {
+    float size = (float)(lr / (1 - pow(beta1, (double)step))),
+          correct = (float)(1 / sqrt(1 - pow(beta2, (double)step)));
+    float keep = (float)(1 - lr * decay), scale = (float)grad_scale, toward = (float)(1 - ema_decay);
     int64_t first = 0;
     for (int k = 0; k < model->n_tensors && model->training == TRAIN_MUON; k++) {
         const ParamTensor *t = &model->tensors[k];
         if (!muon_has(t)) continue;
-        adamw_update(model, first, t->offset, step, lr, beta1, beta2, eps, decay, grad_scale, ema_decay);
-        muon_update(model, t, lr, decay, grad_scale, ema_decay);
+        adamw_update(model, first, t->offset, size, correct, beta1, beta2, (float)eps, keep, scale, toward);
+        muon_update(model, t, lr, keep, scale, toward);
         first = t->offset + t->count;
     }
-    adamw_update(model, first, model->n_params, step, lr, beta1, beta2, eps, decay, grad_scale, ema_decay);
+    adamw_update(model, first, model->n_params, size, correct, beta1, beta2, (float)eps, keep, scale, toward);
 }
 
 // =====================================================================================================================

@@ -283,7 +283,7 @@ static void params_init(float *memory, const ParamTensor *list, int count, uint6
 }
 
 enum Training { TRAIN_NOT, TRAIN_ADAMW, TRAIN_MUON }; // what a model is for: sampling, or training by this optimiser
-// Whether --optimizer muon has this tensor: the matrices that tokens go through. AdamW has the others: biases, the first
+// Whether --optimizer muon has this tensor: the matrices that tokens go through. AdamW has the others: biases, first
 // and last layer, labels, timestep, modulation.
 static int muon_has(const ParamTensor *t) { return t->init == INIT_XAVIER && t->ndim == 2; }
 // Newton and Schulz's iteration of fifth order, X <- (a + b·XX^T + c·(XX^T)^2)·X, with the numbers that take all
