@@ -1567,8 +1567,8 @@ static void muon_update(Model *model, const ParamTensor *t, double lr, real keep
             gemm(half, a, r, X, rs, cs, X, cs, rs, NULL, 0, r, r, c);
             const Act *A = as_act(half, square_copy, a, square);
             gemm(half, p, r, A, r, 1, A, r, 1, NULL, 0, r, r, r);
-            for (size_t e = 0; e < square; e++)
-                p[e] = (real)MUON_B * a[e] + (real)MUON_C * p[e] + (e % (r + 1) ? 0 : (real)MUON_A);
+            SIMD for (size_t e = 0; e < square; e++) p[e] = (real)MUON_B * a[e] + (real)MUON_C * p[e];
+            for (size_t e = 0; e < square; e += r + 1) p[e] += (real)MUON_A;
             const Act *P = as_act(half, square_copy, p, square);
             if (n < k)
                 gemm(half, y, k, P, r, 1, X, k, 1, NULL, 0, n, k, r);
