@@ -3096,7 +3096,7 @@ static const char **parse_class_names(const char *path, const char *json, int *c
 
 enum { OPT_INT, OPT_SEED, OPT_REAL, OPT_TEXT, OPT_FLAG, OPT_RANGE, OPT_CHOICE };
 // Where an option is used. WEIGHTS: metadata of weight files; STATE: only in a training state; ONCE: never there.
-// ADDED: newer than the first files; one that lacks it means its default, a flag 0.
+// ADDED: newer than the first files; one that lacks it means its default, a flag 0, a choice its first.
 enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, STATE = 16, ONCE = 32, ADDED = 64 };
 enum { MODEL = TRAIN | BENCH | WEIGHTS };
 
@@ -3151,13 +3151,13 @@ static const Option option_table[] = {
      "dit|sit|diffusers: what the network sees of t, as those models have it"},
     {"no_grad_iters", TRAIN, OPT_RANGE, AT(no_grad_iters), "0,1", 0, 1000, "range of n: iterations without gradient"},
     {"grad_iters", TRAIN, OPT_RANGE, AT(grad_iters), "1,2", 1, 1000, "range of m: iterations with gradient"},
-    {"steps", TRAIN, OPT_INT, AT(steps), "12600", 1, 2e9, "training steps"},
+    {"steps", TRAIN, OPT_INT, AT(steps), "6300", 1, 2e9, "training steps"},
     {"batch", TRAIN, OPT_INT, AT(batch), "32", 1, 1 << 20, "pictures per step"},
     {"batch", BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, "pictures per step"},
     {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, "pictures at a time; gradients add up; 0: all"},
-    {"optimizer", TRAIN | ADDED, OPT_CHOICE, AT(optimizer), "adamw", 0, 0,
-     "adamw|muon: muon: orthogonal updates for the matrices that tokens go through; further in a short run"},
-    {"lr", TRAIN, OPT_REAL, AT(lr), "3e-3", 0, 10, "learning rate"},
+    {"optimizer", TRAIN | ADDED, OPT_CHOICE, AT(optimizer), "muon", 0, 0,
+     "adamw|muon: muon: orthogonal updates of the matrices that tokens go through: as far in half the steps"},
+    {"lr", TRAIN, OPT_REAL, AT(lr), "4e-3", 0, 10, "learning rate"},
     {"warmup", TRAIN, OPT_INT, AT(warmup), "200", 0, 2e9, "steps of linear warm-up"},
     {"lr_schedule", TRAIN, OPT_CHOICE, AT(lr_schedule), "linear", 0, 0,
      "constant|linear|cosine: the fall of lr after the warm-up, to zero at steps"},
@@ -3335,6 +3335,7 @@ static void options_model(Options *o) {
     o->no_grad_iters[0] = 0, o->no_grad_iters[1] = 10;
     o->grad_iters[0] = 1, o->grad_iters[1] = 12;
     o->model.timestep_in_pre_post = o->model.skip = 0;
+    o->optimizer = 0; // adamw
     o->lr = 1e-4;
     o->lr_schedule = LR_CONSTANT;
     o->t_sampling = T_UNIFORM;
@@ -3413,7 +3414,11 @@ static void options_from_meta(Options *o, const SafeTensors *f, int use) {
     for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
         if (!(opt->use & use) || opt->use & ONCE) continue;
         const char *text = st_meta(f, opt->name);
-        if (!text && opt->use & ADDED) text = opt->type == OPT_FLAG ? "0" : opt->initial;
+        if (!text && opt->use & ADDED && (opt->type == OPT_FLAG || opt->type == OPT_CHOICE)) {
+            *(int *)((char *)o + opt->offset) = 0;
+            continue;
+        }
+        if (!text && opt->use & ADDED) text = opt->initial;
         if (!text) die("%s'%s' is missing: is this a file of this project?", where, opt->name);
         option_set(o, opt, opt->type == OPT_TEXT ? xstrdup(text) : text, where);
     }

@@ -419,8 +419,9 @@ class Report:
             raise Skip("compute-sanitizer does not support this device")
 
     def train(self, program, folder, steps, **more):
-        options = {**self.work["train"], "steps": steps, "lr": "1e-3", "dtype": "fp32", "sample_every": 0,
-                   "sample_steps": 2, "save_every": 1000000, "out": os.path.join(self.scratch, folder), **more}
+        options = {**self.work["train"], "steps": steps, "optimizer": "adamw", "lr": "1e-3", "dtype": "fp32",
+                   "sample_every": 0, "sample_steps": 2, "save_every": 1000000,
+                   "out": os.path.join(self.scratch, folder), **more}
         done = self.run(program, *(f"--{key}={value}" for key, value in options.items()))
         if not done.ok:
             raise Failed(f"{program}: {done.why}")

@@ -197,7 +197,7 @@ class Experiment:
         folder, scale = self.folder(run, seed, lr, steps), self.scale
         options = {k: scale[k] for k in ("width", "heads", "patch", "depth", "batch", "warmup", "ema", "dtype")}
         options.update(data=self.data, seed=seed, sample_every=0, t_sampling=self.sampling[run],
-                       hflip=scale.get("hflip", 0), lr=f"{lr:g}", steps=steps, **self.runs[run][1])
+                       hflip=scale.get("hflip", 0), optimizer="adamw", lr=f"{lr:g}", steps=steps, **self.runs[run][1])
         if self.data == "shapes":
             options["image_size"] = scale["image_size"]
         facts = os.path.join(folder, "facts.json")

@@ -98,7 +98,7 @@ def measure(rounds):
             ms, reduce = {1: [], 2: [], 4: []}, {2: [], 4: []}
             options = [f"--{key}={value}" for key, value in sizes.items()]
             options += [f"--batch={batch}", f"--steps={steps}", f"--no_grad_iters={N},{N}", f"--grad_iters={M},{M}",
-                        "--sample_every=0", "--sample_steps=2", "--depth=3", "--warmup=0"]
+                        "--sample_every=0", "--sample_steps=2", "--depth=3", "--warmup=0", "--optimizer=adamw"]
             for k in range(rounds):
                 for R in ms:
                     out = f"{folder}/{sizes['width']}_{k}_{R}"
