@@ -22,6 +22,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -419,34 +420,44 @@ class Report:
             raise Skip("compute-sanitizer does not support this device")
 
     def train(self, program, folder, steps, **more):
-        options = {**self.work["train"], "steps": steps, "optimizer": "adamw", "lr": "1e-3", "dtype": "fp32",
-                   "sample_every": 0, "sample_steps": 2, "save_every": 1000000,
+        """The run's folder and its log"""
+        options = {**self.work["train"], "steps": steps, "lr": "1e-3", "dtype": "fp32", "sample_every": 0,
+                   "sample_steps": 2, "save_every": 1000000,
                    "out": os.path.join(self.scratch, folder), **more}
         done = self.run(program, *(f"--{key}={value}" for key, value in options.items()))
         if not done.ok:
             raise Failed(f"{program}: {done.why}")
-        return options["out"]
+        with open(os.path.join(options["out"], "log.csv")) as log:
+            return options["out"], log.read()
 
     def steps(self):
         """Training in fp32 against the CPU program; training in bf16 against itself, bit for bit."""
-        program, logs, weights = self.program("train"), [], []
-        for folder, name in (("fp32", program), ("cpu", "./train_cpu")):
-            with open(os.path.join(self.train(name, folder, self.work["steps"]), "log.csv")) as log:
-                logs.append(log.read())
-        result = compare_logs(*logs)
-        said = f"{result['steps']} steps of {program} and ./train_cpu in fp32: the same draws; the largest relative " \
-               f"difference of a loss is {result['largest']:.1e}, at step {result['at']} (limit {LOSS_LIMIT:.0e})"
-        self.data["checks"].append("FAILED: " + result["problem"] if result["problem"] else said)
+        program, weights, problems, ms = self.program("train"), [], [], []
+        for optimizer in ("adamw", "muon"):
+            logs = [self.train(name, f"{folder}_{optimizer}", self.work["steps"], optimizer=optimizer)[1]
+                    for folder, name in (("fp32", program), ("cpu", "./train_cpu"))]
+            result = compare_logs(*logs)
+            said = f"{result['steps']} steps of {program} and ./train_cpu by {optimizer} in fp32: the same draws; " \
+                   f"the largest relative difference of a loss is {result['largest']:.1e}, at step " \
+                   f"{result['at']} (limit {LOSS_LIMIT:.0e})"
+            self.data["checks"].append("FAILED: " + result["problem"] if result["problem"] else said)
+            problems.append(result["problem"])
         dtype = "fp32" if self.args.target == "cpu" else "bf16"
         for folder in ("once", "again"):
-            out = self.train(program, folder, self.work["steps"] // 10 + 1, dtype=dtype)
+            out, _ = self.train(program, folder, self.work["steps"] // 10 + 1, dtype=dtype)
             with open(os.path.join(out, "weights.safetensors"), "rb") as file:
                 weights.append(file.read())
         same = weights[0] == weights[1]
         self.data["checks"].append(f"two runs in {dtype} with one seed: " + (
             "the same weights, bit for bit" if same else "FAILED: the weights differ"))
-        if result["problem"] or not same:
-            raise Failed(result["problem"] or "two runs with one seed differ")
+        for optimizer in ("adamw", "muon"):  # of the default run's model
+            _, log = self.train(program, f"default_{optimizer}", self.work["steps"], dtype=dtype, optimizer=optimizer,
+                                width=128, image_size=24, batch=32)
+            ms.append(statistics.median([float(row["ms"]) for row in csv.DictReader(io.StringIO(log))][1:]))
+        self.data["checks"].append(
+            f"a step of the default run's model in {dtype}: {ms[0]:.2f} ms by AdamW, {ms[1]:.2f} by Muon")
+        if any(problems) or not same:
+            raise Failed(next(filter(None, problems), "two runs with one seed differ"))
 
     def sample(self):
         """The programs themselves: the time to the first step, then sampling from the weights that it wrote."""
