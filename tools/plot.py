@@ -334,9 +334,9 @@ def plot_fixed_point(args):
     image.axis("off")
 
     token, star = chosen[2], cold_way[-1, chosen[2]]
-    for k in (1, 2):
-        outward = cold_way[k, token] - star
-        near.annotate(f"z$_{k}$", cold_way[k, token], 9 * outward / np.linalg.norm(outward), textcoords="offset points",
+    for k, other in (1, 2), (2, 1):  # each on the side away from the other
+        away = cold_way[k, token] - cold_way[other, token]
+        near.annotate(f"z$_{k}$", cold_way[k, token], 9 * away / np.linalg.norm(away), textcoords="offset points",
                       ha="center", va="center", fontsize=9)
     reach = 1.7 * np.abs(np.concatenate([cold_way[1:, token], warm_way[:, token]]) - star).max()
     near.set_xlim(star[0] - reach, star[0] + reach)
