@@ -37,13 +37,15 @@ GPU_SIZES = {
     "sizes": {"S": (384, 6), "B": (768, 12), "XL": (1152, 16)}, "tokens": 256, "square": 4096, "rounds": 9,
     "model": {"width": 1152, "heads": 16, "patch": 2, "image_size": 32, "channels": 4, "depth": 28}, "n": 5, "m": 6,
     "passes": 560, "steps": 200, "train": {"width": 64, "heads": 4, "patch": 4, "image_size": 16, "batch": 8},
-    "cases": None, "sampled": ("--model", "XL/2", "--image_size", "32"),
+    "default": {"width": 128, "image_size": 24, "batch": 32}, "cases": None,
+    "sampled": ("--model", "XL/2", "--image_size", "32"),
 }
 TINY_SIZES = {
     "sizes": {"tiny": (64, 4)}, "tokens": 16, "square": 64, "rounds": 2,
     "model": {"width": 16, "heads": 2, "patch": 4, "image_size": 8, "channels": 4, "depth": 5}, "n": 1, "m": 2,
     "passes": 100, "steps": 12, "train": {"width": 16, "heads": 2, "patch": 4, "image_size": 8, "batch": 2},
-    "cases": ["forward_dit_sigma", "sample_ddpm_2_steps"], "sampled": ("--width", 16, "--heads", 2, "--image_size", 8),
+    "default": {}, "cases": ["forward_dit_sigma", "sample_ddpm_2_steps"],
+    "sampled": ("--width", 16, "--heads", 2, "--image_size", 8),
 }
 
 
@@ -452,7 +454,7 @@ class Report:
             "the same weights, bit for bit" if same else "FAILED: the weights differ"))
         for optimizer in ("adamw", "muon"):  # of the default run's model
             _, log = self.train(program, f"default_{optimizer}", self.work["steps"], dtype=dtype, optimizer=optimizer,
-                                width=128, image_size=24, batch=32)
+                                **self.work["default"])
             ms.append(statistics.median([float(row["ms"]) for row in csv.DictReader(io.StringIO(log))][1:]))
         self.data["checks"].append(
             f"a step of the default run's model in {dtype}: {ms[0]:.2f} ms by AdamW, {ms[1]:.2f} by Muon")
