@@ -4563,7 +4563,7 @@ static const Option option_table[] = {
     {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
     {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0,
      "S/2 to XL/8: sets width, heads, depth, patch and the paper's training: n, m, timestep_in_pre_post, t_sampling, "
-     "lr, lr_schedule, ema; no skip, warm-up, clip"},
+     "AdamW, lr, lr_schedule, ema; no skip, warm-up, clip"},
     {"width", MODEL, OPT_INT, AT(model.width), "128", 8, 16384,
      "D, channels of a token; a multiple of 4, on a GPU of 8"},
     {"heads", MODEL, OPT_INT, AT(model.heads), "4", 1, 1024, "attention heads; width / heads is the head size"},

@@ -149,6 +149,8 @@ runs "resume: a model by its name" "$train" --model S/4 --image_size 8 --width 2
 runs "resume: a model by its name: goes on" "$train" --resume named --steps 2
 metadata() { head -c 4000 "$1/weights.safetensors" | grep -aq "\"$2\":\"$3\""; } # FOLDER KEY VALUE: so its metadata
 check "model: the paper's has no skip connection" metadata named skip 0
+check "model: the paper's is trained by AdamW" grep -aq '"optimizer":"adamw"' named/state.safetensors
+check "model: the default is Muon" grep -aq '"optimizer":"muon"' six/state.safetensors
 check "model: the paper's pre and post blocks do not see t" metadata named timestep_in_pre_post 0
 check "model: ours has a skip connection" metadata six skip 1
 
