@@ -4543,7 +4543,7 @@ static const char **parse_class_names(const char *path, const char *json, int *c
 
 enum { OPT_INT, OPT_SEED, OPT_REAL, OPT_TEXT, OPT_FLAG, OPT_RANGE, OPT_CHOICE };
 // Where an option is used. WEIGHTS: metadata of weight files; STATE: only in a training state; ONCE: never there.
-// ADDED: newer than the first files; one that lacks it means its default, a flag 0, a choice its first.
+// ADDED: newer than the first files; one that lacks it means its default, a flag 0, of optimisers AdamW.
 enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, STATE = 16, ONCE = 32, ADDED = 64 };
 enum { MODEL = TRAIN | BENCH | WEIGHTS };
 
@@ -4861,11 +4861,10 @@ static void options_from_meta(Options *o, const SafeTensors *f, int use) {
     for (const Option *opt = option_table; opt < option_table + N_OPTIONS; opt++) {
         if (!(opt->use & use) || opt->use & ONCE) continue;
         const char *text = st_meta(f, opt->name);
-        if (!text && opt->use & ADDED && (opt->type == OPT_FLAG || opt->type == OPT_CHOICE)) {
-            *(int *)((char *)o + opt->offset) = 0;
-            continue;
+        if (!text && opt->use & ADDED) {
+            text = opt->type == OPT_FLAG ? "0" : opt->initial;
+            if (!strcmp(opt->name, "optimizer")) text = "adamw"; // the only one before
         }
-        if (!text && opt->use & ADDED) text = opt->initial;
         if (!text) die("%s'%s' is missing: is this a file of this project?", where, opt->name);
         option_set(o, opt, opt->type == OPT_TEXT ? xstrdup(text) : text, where);
     }

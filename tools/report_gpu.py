@@ -424,8 +424,7 @@ class Report:
     def train(self, program, folder, steps, **more):
         """The run's folder and its log"""
         options = {**self.work["train"], "steps": steps, "lr": "1e-3", "dtype": "fp32", "sample_every": 0,
-                   "sample_steps": 2, "save_every": 1000000,
-                   "out": os.path.join(self.scratch, folder), **more}
+                   "sample_steps": 2, "save_every": 1000000, "out": os.path.join(self.scratch, folder), **more}
         done = self.run(program, *(f"--{key}={value}" for key, value in options.items()))
         if not done.ok:
             raise Failed(f"{program}: {done.why}")
