@@ -92,10 +92,10 @@ clean:
 ifneq ($(MPI)$(NCCL),)
 train_cpu: CC := OMPI_CC=$(CC) mpicc -DMPI
 train_emu: CXX := OMPI_CXX=$(CXX) mpicxx -DMPI -DOMPI_SKIP_MPICXX
-train_gpu: NVCC_FLAGS += -ccbin mpicxx -DMPI -DOMPI_SKIP_MPICXX
+train_gpu spills: NVCC_FLAGS += -ccbin mpicxx -DMPI -DOMPI_SKIP_MPICXX
 endif
 ifneq ($(NCCL),)
-train_gpu: NVCC_FLAGS += -DNCCL \
+train_gpu spills: NVCC_FLAGS += -DNCCL \
 	$(if $(NCCL_HOME),-I$(NCCL_HOME)/include -L$(NCCL_HOME)/lib -Xlinker -rpath=$(NCCL_HOME)/lib) \
 	-Xlinker -l:libnccl.so.2
 endif
