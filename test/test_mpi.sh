@@ -52,8 +52,8 @@ both "" $([ $kind = cpu ] || echo ARCH=-O1) || exit 1 # compiling takes longer t
 one=$work/one train=$work/train
 on() { local R=$1; shift; timeout -s KILL 100 mpirun -q -np "$R" "$train" "$@"; } # RANKS OPTION...
 
-small="--image_size 8 --width 32 --heads 2 --patch 2 --batch 8 --lr 3e-4 --warmup 20 --lr_schedule constant
-    --sample_steps 2 --sample_every 0 --log_every 50"
+small="--optimizer adamw --image_size 8 --width 32 --heads 2 --patch 2 --batch 8 --lr 3e-4 --warmup 20
+    --lr_schedule constant --sample_steps 2 --sample_every 0 --log_every 50"
 near() { # FOLDER FOLDER: every step's loss is the same to `limit`
     paste -d, <(cut -d, -f1,2 "$1/log.csv") <(cut -d, -f1,2 "$2/log.csv") | awk -F, -v limit=$limit 'NR > 1 {
         off = $2 / $4 - 1; if (off < 0) off = -off; if (off > worst) worst = off; bad += $1 != NR - 2 || $1 != $3 }
@@ -70,11 +70,13 @@ steps=6 counts=2 limit=1e-6
 learned="--prediction v --learn_sigma 1"
 if [ $kind = cpu ]; then
     steps=200 counts="2 4" limit=3e-9 one=$work/one64 train=$work/train64
-    settings=("" "$learned --v_weight p2 --label_drop 0.5" "--prediction eps --learn_sigma 1 --t_sampling logit_normal"
+    settings=("--optimizer muon" "$learned --v_weight p2 --label_drop 0.5"
+        "--prediction eps --learn_sigma 1 --t_sampling logit_normal"
         "--prediction x --timestep_in_pre_post 0" "--fixed_point 0 --depth 3" "--micro_batch 3"
-        "--batch 5 --hflip 1 --data d.safetensors" "--recompute 1 --ema_warmup 0 --grad_clip 0 --weight_decay 0.1")
+        "--batch 5 --hflip 1 --data d.safetensors"
+        "--optimizer muon --recompute 1 --ema_warmup 0 --grad_clip 0 --weight_decay 0.1")
 else
-    settings=("--dtype fp32" "--dtype fp32 --batch 5 --micro_batch 2 $learned")
+    settings=("--dtype fp32 --optimizer muon" "--dtype fp32 --batch 5 --micro_batch 2 $learned")
 fi
 "$one" --export d.safetensors --image_size 8 --steps 2 --batch 37 > one.out || exit 1 # epochs end inside a batch
 ranks_against_one() { # with the options `set`
