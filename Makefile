@@ -86,8 +86,9 @@ clean:
 		$(foreach t,test_unit test_gradient test_harness,$t $t_asan) fuzz compiler.tmp spills.tmp hip.tmp
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data parallel: MPI=1 for train_cpu, train_emu and train_gpu, or NCCL=1 for train_gpu, which then starts by MPI and adds
-# the gradients by NCCL; NCCL_HOME: where its include/ and lib/ are, unless the compiler finds them.
+# Data parallel: MPI=1 for train_cpu, train_emu and train_gpu, or NCCL=1 for train_gpu, which then starts by MPI and
+# adds the gradients by NCCL, and for spills, which compiles it; NCCL_HOME: where its include/ and lib/ are, unless the
+# compiler finds them.
 
 ifneq ($(MPI)$(NCCL),)
 train_cpu: CC := OMPI_CC=$(CC) mpicc -DMPI

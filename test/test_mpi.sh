@@ -81,10 +81,10 @@ fi
 "$one" --export d.safetensors --image_size 8 --steps 2 --batch 37 > one.out || exit 1 # epochs end inside a batch
 ranks_against_one() { # with the options `set`
     rm -rf one_* r[0-9]*
-    check "one process: ${set:-default}" "$one" $small --steps $steps $set --out one_
+    check "one process: $set" "$one" $small --steps $steps $set --out one_
     for R in $counts; do
         check "R=$R: trains" on $R $small --steps $steps $set --out r$R
-        check "R=$R: the losses of one process: ${set:-default}" near one_ r$R
+        check "R=$R: the losses of one process: $set" near one_ r$R
         [ $R != 1 ] || check "R=1: the same bytes" same one_ r1
     done
     check "R=2: the same files" diff <(ls one_) <(ls r2)
