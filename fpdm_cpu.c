@@ -1108,6 +1108,7 @@ static void model_backward(Model *m) {
 enum Sampler { SAMPLER_AUTO, SAMPLER_DDPM, SAMPLER_DDIM, SAMPLER_FLOW };
 enum TimestepSampling { T_UNIFORM, T_LOGIT_NORMAL };
 enum LearningRate { LR_CONSTANT, LR_LINEAR, LR_COSINE };
+enum Optimizer { OPTIMIZER_ADAMW, OPTIMIZER_MUON };
 enum Allocation { ALLOC_CONST, ALLOC_INC, ALLOC_DEC };
 enum Solver { SOLVER_PLAIN, SOLVER_ANDERSON };
 
@@ -3335,7 +3336,7 @@ static void options_model(Options *o) {
     o->no_grad_iters[0] = 0, o->no_grad_iters[1] = 10;
     o->grad_iters[0] = 1, o->grad_iters[1] = 12;
     o->model.timestep_in_pre_post = o->model.skip = 0;
-    o->optimizer = 0; // adamw
+    o->optimizer = OPTIMIZER_ADAMW;
     o->lr = 1e-4;
     o->lr_schedule = LR_CONSTANT;
     o->t_sampling = T_UNIFORM;
@@ -3901,21 +3902,19 @@ static void plan_iterations(int iters[DIFFUSION_STEPS], const Options *o, const 
 static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options *o) {
     int window = o->solver == SOLVER_ANDERSON ? o->window : 0;
     plan_iterations(iters, o, &o->model);
-    SampleSettings set = {resolve_sampler(o->sampler, o->order, &o->model),
-                          o->order,
-                          o->cfg_channels,
-                          o->reuse,
-                          o->eta,
-                          o->model.classes ? o->cfg : 1, // without labels there is nothing to guide
-                          o->tol,
-                          iters,
-                          NULL,
-                          0,
-                          0,
-                          window,
-                          o->mixing,
-                          NULL,
-                          {o->cfg_interval[0], o->cfg_interval[1]}};
+    SampleSettings set;
+    memset(&set, 0, sizeof set);
+    set.sampler = resolve_sampler(o->sampler, o->order, &o->model);
+    set.order = o->order;
+    set.cfg_channels = o->cfg_channels;
+    set.reuse = o->reuse;
+    set.eta = o->eta;
+    set.cfg = o->model.classes ? o->cfg : 1; // without labels there is nothing to guide
+    set.tol = o->tol;
+    set.iters = iters;
+    set.window = window;
+    set.mixing = o->mixing;
+    memcpy(set.interval, o->cfg_interval, sizeof set.interval);
     if (*o->strip && (set.sampler == SAMPLER_DDPM || (set.sampler == SAMPLER_DDIM && o->eta > 0)))
         die("option --strip: the noise that a step adds hides the predicted x0: use --sampler ddim and --eta 0");
     return set;

@@ -362,7 +362,13 @@ int main(int argc, char **argv) {
 #endif
 
     int iters[] = {n + 1, n + 1, n + 1, n + 1};
-    SampleSettings set = {resolve_sampler(SAMPLER_AUTO, 1, c), 1, 3, 1, 0, 1, 0, iters, NULL, 0, 0, 0, 1, NULL, {0, 0}};
+    SampleSettings set;
+    memset(&set, 0, sizeof set);
+    set.sampler = resolve_sampler(SAMPLER_AUTO, 1, c);
+    set.order = set.reuse = 1;
+    set.cfg = set.mixing = 1;
+    set.cfg_channels = 3;
+    set.iters = iters;
     schedule_make(&s, c, 4);
     for (int round = 0; round < o->rounds; round++) {
         double begin = now_ms();

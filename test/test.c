@@ -259,21 +259,18 @@ static void sample_case(const Options *o) {
     }
     int window = st_meta(&file, "window") ? atoi(meta_text("window")) : 0; // of Anderson acceleration
     int order = st_meta(&file, "order") ? atoi(meta_text("order")) : 1;
-    SampleSettings set = {resolve_sampler(sampler, order, &o->model),
-                          order,
-                          atoi(meta_text("cfg_channels")),
-                          meta_flag("reuse"),
-                          atof(meta_text("eta")),
-                          atof(meta_text("cfg_scale")),
-                          0,
-                          iters,
-                          NULL,
-                          0,
-                          0,
-                          window,
-                          window ? atof(meta_text("mixing")) : 1,
-                          NULL,
-                          {0, DIFFUSION_STEPS - 1}};
+    SampleSettings set;
+    memset(&set, 0, sizeof set);
+    set.sampler = resolve_sampler(sampler, order, &o->model);
+    set.order = order;
+    set.cfg_channels = atoi(meta_text("cfg_channels"));
+    set.reuse = meta_flag("reuse");
+    set.eta = atof(meta_text("eta"));
+    set.cfg = atof(meta_text("cfg_scale"));
+    set.iters = iters;
+    set.window = window;
+    set.mixing = window ? atof(meta_text("mixing")) : 1;
+    set.interval[1] = DIFFUSION_STEPS - 1; // every timestep
     if (st_meta(&file, "cfg_interval") &&
         sscanf(meta_text("cfg_interval"), "%d,%d", &set.interval[0], &set.interval[1]) != 2)
         die("%s: metadata 'cfg_interval': '%s' is not a range", file.path, meta_text("cfg_interval"));

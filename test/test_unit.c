@@ -315,9 +315,18 @@ static void test_sampling_batches(const Case *k, int sampler, double eta, double
     schedule_make(s, &c, STEPS);
     for (int b = 0; b < PICTURES; b++) y[b] = b % (c.classes + 1);
     for (int batch = 1; batch <= PICTURES; batch += batch < 3 ? 1 : 2) {
-        int order = sampler == SAMPLER_FLOW ? 2 : 1;
-        SampleSettings set = {
-            sampler, order, 2, 1, eta, cfg, 0, iters, NULL, 0, 0, window, 0.8, NULL, {0, DIFFUSION_STEPS - 1}};
+        SampleSettings set;
+        memset(&set, 0, sizeof set);
+        set.sampler = sampler;
+        set.order = sampler == SAMPLER_FLOW ? 2 : 1;
+        set.cfg_channels = 2;
+        set.reuse = 1;
+        set.eta = eta;
+        set.cfg = cfg;
+        set.iters = iters;
+        set.window = window;
+        set.mixing = 0.8;
+        set.interval[1] = DIFFUSION_STEPS - 1;
         Model *m = model_create(&c, cfg != 1 ? 2 * batch : batch, 0, 0, 0, window, arithmetic);
         random_weights(m);
         sample_pictures(m, s, &set, batch == 1 ? want : got, y, PICTURES, 3);
