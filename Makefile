@@ -109,13 +109,13 @@ again:
 .PHONY: again nvcc all help clean test test_asan port_example shared races spills compiler memory kernels hip
 
 # ---------------------------------------------------------------------------------------------------------------------
-# fpdm.cu. With a GPU at hand, for that one; otherwise for all that this nvcc knows of the list, and as PTX for later
+# fpdm.cu. With GPUs at hand, for those; otherwise for all that this nvcc knows of the list, and as PTX for later
 # ones. 90a: Hopper with its own instructions, since CUDA 12.
 
 NVCC ?= $(or $(shell command -v nvcc),/usr/local/cuda/bin/nvcc)
 CODES = $(shell $(NVCC) --list-gpu-code)
-CAPABILITY = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&1 | head -n 1 | grep '^[0-9.]*$$')
-GPU_HERE = $(filter $(patsubst sm_%,%,$(CODES)),$(subst .,,$(CAPABILITY)))
+CAPABILITY = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&1 | grep '^[0-9.]*$$' | sort -rVu)
+GPU_HERE = $(filter-out 5% 6% 7%,$(filter $(patsubst sm_%,%,$(CODES)),$(subst .,,$(CAPABILITY))))
 NINETY = $(if $(filter 11,$(shell $(NVCC) --version | sed -n 's/.*release \([0-9]*\)\..*/\1/p')),90,90a)
 ARCHS ?= $(or $(patsubst 90,$(NINETY),$(GPU_HERE)),$(foreach a,80 86 89 90 100 120,$(if $(filter sm_$a,$(CODES)),$(a:90=$(NINETY)))))
 GENCODE = $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \

@@ -18,9 +18,10 @@
 // "Shared block" marks what fpdm_cpu.c and fpdm.cu have in common, byte for byte.
 //
 // --dtype bf16, the default: what goes into a matmul is bf16, but for the patch, conditioning and final layers, and
-// stored activations are too (fpdm_cpu.c rounds operands alone); weights, their gradients, the optimiser, the EMA, the
-// residual stream x, LayerNorm's statistics and every accumulator are fp32. --dtype fp32: all fp32. No atomic adds:
-// every sum has one order, so the same seed gives the same bits on the same kind of GPU.
+// stored activations are too (fpdm_cpu.c rounds operands alone), and so is Muon's iteration; weights, their gradients,
+// the optimiser's moments, the EMA, the residual stream x, LayerNorm's statistics and every accumulator are fp32.
+// --dtype fp32: all fp32. No atomic adds: every sum has one order, so the same seed gives the same bits on the same
+// kind of GPU.
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -109,7 +110,8 @@ static double rng_uniform(uint32_t word);             // 0..1
 static uint32_t rng_below(uint32_t word, uint32_t n); // 0..n-1
 static void rng_normal(float *out, size_t count, size_t first, uint64_t seed, uint32_t step, uint32_t stream);
 
-typedef struct Dataset Dataset; // pictures and labels: x (count,C,S,S), y (count) of a part of a step's batch
+typedef struct Dataset Dataset; // pictures and labels: a file's, or those of `shapes`
+// x (count,C,S,S), y (count): pictures first..first+count-1 of a step's batch
 static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch, int first, int count, int hflip,
                           double label_drop);
 
@@ -118,12 +120,13 @@ static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch,
 //
 //   tokens = patches of x_t · patch + pos                        pos is fixed: sines and cosines of row and column
 //   cond   = time2·silu(time0·[cos(t·f), sin(t·f)]) + label_table[y],  f_i = 10000^(-i/128), i = 0..127
-//   cond_pp = label_table[y] alone, or with timestep_in_pre_post all of cond
+//   cond_pp = cond, or as in the paper (timestep_in_pre_post 0) label_table[y] alone
 //   h      = pre blocks (tokens, cond_pp)
 //   inj    = inject·h                                            the input injection: z may forget x_t, inj does not
 //   z_0    = h, or in sampling the solution of the timestep before
 //   z_k    = block( fp2·gelu(fp1·[z_{k-1}; inj]), cond )         the same weights for every k, until z settles
-//   out    = unpatch( final·modulate(post blocks (z_K + skip·h, cond_pp)) )    skip: 0 in the paper, 1 by our default
+//   out    = unpatch( final·modulate(post blocks (z_K + skip·h, cond_pp)) )    skip: 0 in the paper, 1 by our default;
+//                                        this modulate has a shift and scale of its own, final_ada·silu(cond_pp)
 //
 //   block(x, c):   shift1, scale1, gate1, shift2, scale2, gate2 = ada·silu(c);   modulate(x) = LN(x)·(1+scale)+shift
 //       x <- x + gate1·proj(attention(qkv(modulate1(x))))
@@ -304,8 +307,8 @@ enum Training { TRAIN_NOT, TRAIN_ADAMW, TRAIN_MUON }; // what a model is for: sa
 // Whether --optimizer muon has this tensor: the matrices that tokens go through. AdamW has the others: biases, first
 // and last layer, labels, timestep, modulation.
 static int muon_has(const ParamTensor *t) { return t->init == INIT_XAVIER && t->ndim == 2; }
-// Newton and Schulz's iteration of fifth order, X <- (a + b·XX^T + c·(XX^T)^2)·X, with the numbers that take all
-// singular values of X from 1e-3..1 to about 1 in MUON_STEPS
+// Newton and Schulz's iteration of fifth order, X <- (a + b·XX^T + c·(XX^T)^2)·X, with numbers that trade exactness for
+// speed: MUON_STEPS of it take singular values of 0.0015..1 to 0.68..1.2 (0.001 to 0.47), not to 1
 #define MUON_A 3.4445
 #define MUON_B -4.7750
 #define MUON_C 2.0315
@@ -319,13 +322,15 @@ static int64_t params_largest(const ParamTensor *list, int count) {
     return largest;
 }
 
-// How sampling watches and steers the fixed point; training passes NULL.
+// How sampling watches and steers the fixed point; training passes NULL. The residual of an iteration is the mean over
+// the pictures of ||z_k - z_{k-1}|| / ||z_k||.
 typedef struct {
     int reuse, reuse_ready;    // start from the solution of the timestep before, once there is one
     int want_residual, window; // window: of Anderson acceleration, 0 for plain iteration
-    double tol, mixing;        // stop when the residual is below tol
+    double tol;                // a timestep ends when the residual is below
+    double mixing;             // of Anderson acceleration: how far it goes along the residual
     double residuals[1000];    // of the iterations that ran, when wanted
-    int ran;
+    int ran;                   // iterations of this timestep
 } Solve;
 enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: earlier results, and with the newest
 
@@ -352,6 +357,7 @@ static struct {
     cudaStream_t stream; // everything happens in this one, in order
     size_t shared;       // bytes of shared memory that a block may have
     size_t allocated;    // bytes of device memory that this program holds
+    int unsplit;         // in sampling: no sum over k is split, for a picture has the same bits in any batch
 } gpu;
 
 // From Part 4
@@ -832,7 +838,9 @@ typedef struct { // a recording of what model_loss has the GPU do for B pictures
     double scale;
     cudaGraphExec_t exec;
 } StepGraph;
-enum { MAX_GRAPHS = 512 };
+#ifndef MAX_GRAPHS
+#define MAX_GRAPHS 512 // 0, for a device that cannot record: every kernel is launched each time
+#endif
 
 enum Kind { MODEL_WEIGHTS, MODEL_GRADS, MODEL_ADAM_M, MODEL_ADAM_V, MODEL_EMA };
 typedef struct {
@@ -1171,8 +1179,8 @@ static void condition_backward(Model *m) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The whole model
 
-// a.out (B,Cout,S,S) from a.x_t (B,C,S,S), timesteps a.t (B) and labels a.y (B): n iterations that keep nothing, then m
-// that keep what backpropagation needs (none when sampling). In DiT n and m mean nothing.
+// a.out (B,Cout,S,S) from a.x_t (B,C,S,S), timesteps a.t (B) and labels a.y (B): n iterations that keep nothing, then
+// grad_iters, elsewhere called m, that keep what backpropagation needs (none when sampling). In DiT both mean nothing.
 static void model_forward(Model *m, int B, int n, int grad_iters, Solve *solve) {
     const Config *c = &m->config;
     Activations *a = &m->a;
@@ -1183,6 +1191,7 @@ static void model_forward(Model *m, int B, int n, int grad_iters, Solve *solve) 
     assert(B <= m->batch && grad_iters <= (m->training ? m->max_m : 0));
     m->B = B;
     m->grad_iters = c->fixed_point ? grad_iters : 0;
+    gpu.unsplit = solve != NULL;
     condition_forward(m);
     move_patches(m, a->patches, a->x_t, 0, 0, c->channels);
     Matmul embed = linear(l->x, a->patches, m->p.patch_w, c->channels * p * p, m->p.patch_b, M, c->channels * p * p, D);
@@ -1262,7 +1271,7 @@ static void model_backward(Model *m) {
 enum Sampler { SAMPLER_AUTO, SAMPLER_DDPM, SAMPLER_DDIM, SAMPLER_FLOW };
 enum TimestepSampling { T_UNIFORM, T_LOGIT_NORMAL };
 enum LearningRate { LR_CONSTANT, LR_LINEAR, LR_COSINE };
-enum Optimizer { OPTIMIZER_ADAMW, OPTIMIZER_MUON };
+enum Optimizer { OPTIMIZER_ADAMW, OPTIMIZER_MUON }; // in the order of enum Training
 enum Allocation { ALLOC_CONST, ALLOC_INC, ALLOC_DEC };
 enum Solver { SOLVER_PLAIN, SOLVER_ANDERSON };
 
@@ -1293,7 +1302,8 @@ typedef struct {
     double alpha_bar[DIFFUSION_STEPS], alpha_bar_prev[DIFFUSION_STEPS]; // product of 1 - beta; prev is 1 at i = 0
     double log_beta[DIFFUSION_STEPS], log_var[DIFFUSION_STEPS]; // the variances between which the model interpolates
     double c1[DIFFUSION_STEPS], c2[DIFFUSION_STEPS];            // posterior mean = c1·x0 + c2·x_t
-    double tau[DIFFUSION_STEPS], dt[DIFFUSION_STEPS]; // flow, x: share of noise that the model is told; step's length
+    double tau[DIFFUSION_STEPS]; // flow: share of noise that the model is told; x: what x0_hat - x_t is divided by
+    double dt[DIFFUSION_STEPS];  // flow, x: the step's length
 } Schedule;
 
 // A model of x gives x0_hat; its velocity, what a model of flow gives, is (x0_hat - x_t)/max(tau, 0.05)
@@ -1662,7 +1672,7 @@ static void sample_batch(Model *model, const Schedule *s, SampleSettings *set, f
         while (graph < graphs + n_graphs &&
                (graph->iters != iters || graph->reuse_ready != solve->reuse_ready || graph->rows != rows))
             graph++;
-        int plain = solve->want_residual && c->fixed_point; // the residuals come to the host: no graph
+        int plain = !MAX_GRAPHS || (solve->want_residual && c->fixed_point); // the residuals come to the host: no graph
         if (graph == graphs + n_graphs) {
             graph->iters = iters;
             graph->reuse_ready = solve->reuse_ready;
@@ -2118,7 +2128,7 @@ static void train(Run *run) {
 // The gradient becomes the sum over all ranks: between GPUs by NCCL, else by MPI through the host's memory.
 #ifdef NCCL
 static void nccl_check(ncclResult_t result) {
-    if (result != ncclSuccess) die("NCCL: %s", ncclGetErrorString(result));
+    if (result != ncclSuccess) die("NCCL: %s; every rank needs a GPU of its own", ncclGetErrorString(result));
 }
 
 static void model_reduce(Model *m) {
@@ -2645,6 +2655,7 @@ static size_t workspace_floats(int D) {
     return floats > tiles ? floats : tiles;
 }
 
+// Before any model's first step: what is recorded holds the pointer.
 static void workspace_reserve(size_t count) {
     if (count <= workspace.count) return;
     gpu_free(workspace.memory, workspace.count * sizeof(float));
@@ -3031,8 +3042,8 @@ __global__ void split_sum_kernel(float *out, int ldc, float *db, int set, const 
 
 // Starts the product; `half` says whether the operands are bf16. The sum over k of a weight gradient is as long as the
 // batch has tokens, and its result small: it is split where that fills the GPU better, as far as the workspace reaches;
-// so are products of conditioning and the final layer, whose rows or columns are few. Sampling has no workspace: there
-// a picture must have the same bits in any batch.
+// so are products of conditioning and the final layer, whose rows or columns are few. Sampling splits nothing
+// (gpu.unsplit), not by a model that trains either.
 // On Hopper, whose tiles are large, only those are split that do not fill it once more.
 template <bool TA, bool TB, int EPI>
 static void matmul(int half, Matmul g) {
@@ -3047,7 +3058,7 @@ static void matmul(int half, Matmul g) {
     int tiles = wgmma ? pairs : (int)(ceil_div(g.N, tile) * ceil_div(g.M, tile)),
         whole = wgmma ? tiles / slots * slots : 0;
     int may_split = EPI == EPI_WEIGHT || (EPI == EPI_FLOAT && !half && !g.add);
-    if (may_split) { // more splits only where they save 5 % of the time; in times of a tile
+    if (may_split && !gpu.unsplit) { // more splits only where they save 5 % of the time; in times of a tile
         // Partial sums come and go, 8 bytes a number; meanwhile a GPU does about 200 operations a byte, 20 in fp32.
         double best = INFINITY, area = wgmma ? 2 * WG_M * WG_N : tile * tile;
         double sums = 4.0 * (half ? 200 : 20) * g.M * g.N * (tiles - whole) / (g.K * area * tiles * slots);
@@ -3619,6 +3630,8 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
                            int dtype) {
     gpu_open();
     int hd = config->width / config->heads;
+    if (gpu.shared < 64 << 10)
+        die("this GPU gives a block %zu KB of shared memory; the program needs 64", gpu.shared >> 10);
     if (config->width % 8)
         die("width %d: the GPU program needs a multiple of 8; or use the CPU program", config->width);
     if (hd % 8 || hd > 128)
@@ -3714,9 +3727,13 @@ static void check(cudaError_t error, const char *what) {
             error == cudaErrorNoKernelImageForDevice ? "; build the program on this machine" : "");
 }
 
+// Old drivers cannot load a kernel while a graph is recorded. Before main, for MPI may start CUDA.
+__attribute__((constructor)) static void load_eagerly(void) { setenv("CUDA_MODULE_LOADING", "EAGER", 0); }
+
+static void ranks_same(const char *what, uint64_t hash); // from Part 5
+
 static void gpu_open(void) {
     if (gpu.ready) return;
-    setenv("CUDA_MODULE_LOADING", "EAGER", 0); // old drivers cannot load a kernel while a graph is recorded
     int count = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || count == 0)
@@ -3724,7 +3741,8 @@ static void gpu_open(void) {
             error != cudaSuccess ? cudaGetErrorString(error) : "none was found");
     cudaDeviceProp info;
 #ifdef NCCL
-    if (ranks.here > count) die("%d ranks on a machine with %d GPUs: start as many as GPUs", ranks.here, count);
+    if (count > 1 && ranks.here > count) // one: it may be this rank's own
+        die("%d ranks on a machine with %d GPUs: start as many as GPUs", ranks.here, count);
 #endif
     CHECK(cudaSetDevice(ranks.local % count));
     CHECK(cudaGetDeviceProperties(&info, ranks.local % count));
@@ -3751,6 +3769,9 @@ static void gpu_open(void) {
 #endif
     CHECK(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
     gpu.ready = 1;
+    // Each rank makes the update itself, and only one kind of GPU makes the same bits of it.
+    if (ranks.count > 1)
+        ranks_same("another kind of GPU", (uint64_t)info.major << 32 | (uint64_t)(gpu.sms << 2 | gpu.wgmma));
 }
 
 static void gpu_wait(void) { CHECK(cudaStreamSynchronize(gpu.stream)); }
@@ -3758,8 +3779,10 @@ static void gpu_wait(void) { CHECK(cudaStreamSynchronize(gpu.stream)); }
 // Device memory; what is in it is left as it is.
 static void *gpu_malloc(size_t bytes, const char *what) {
     void *p = NULL;
-    if (cudaMalloc(&p, bytes ? bytes : 1) != cudaSuccess)
+    cudaError_t error = cudaMalloc(&p, bytes ? bytes : 1);
+    if (error == cudaErrorMemoryAllocation)
         die("no GPU memory for %s: %.0f MB; use a smaller batch or model", what, (double)bytes / 1e6);
+    check(error, "cudaMalloc");
     gpu.allocated += bytes;
     return p;
 }
@@ -4087,7 +4110,8 @@ static void philox4x32(uint32_t counter[4], uint32_t key0, uint32_t key1) {
     }
 }
 
-// Four random words: draw `index` of training or sampling step `step` for one purpose.
+// Four random words. `step` is the training step, but in STREAM_INIT the tensor's number, in STREAM_DATA
+// the epoch (of `shapes` the picture), in STREAM_XT the picture, in STREAM_Z picture·1000 + position in the schedule.
 static void philox(uint32_t out[4], uint64_t seed, uint32_t index, uint32_t step, uint32_t stream) {
     out[0] = index;
     out[1] = step;
@@ -4554,7 +4578,7 @@ typedef struct {
     size_t offset;       // of the value inside Options
     const char *initial; // default, as text
     double lo, hi;       // smallest and largest value accepted
-    const char *help;    // of an OPT_CHOICE: the words, separated by '|', then a colon and the rest
+    const char *help;    // of an OPT_CHOICE: the words in the order of its enum, between '|', then a colon and the rest
 } Option;
 
 #define AT(field) offsetof(Options, field)
@@ -4592,7 +4616,7 @@ static const Option option_table[] = {
     {"prediction", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.prediction), "flow", 0, 0,
      "eps|v|flow|x: what is predicted; x: the picture, trained and sampled as flow"},
     {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1,
-     "1, for v: the last timestep is pure noise, which flow and x have anyway"},
+     "1, for v: the last timestep is pure noise; it is for flow and x anyway, flow ignores this"},
     {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0,
      "1|p2: weight of the v loss; p2: alpha_bar·sqrt(1 - alpha_bar)"},
     {"time_embedding", TRAIN | WEIGHTS | ADDED, OPT_CHOICE, AT(model.time_embedding), "dit", 0, 0,
@@ -6018,7 +6042,9 @@ static int sample_main(int argc, char **argv) {
     say(0, "%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s", n, seconds, o->sample_steps,
         (long long)set.passes, guidance, o->out);
     if (latent_scale)
-        say(0, "%s shows three channels of latents; pictures: %spython3 tools/latents.py decode %s --vae FOLDER",
+        say(0,
+            "%s shows three channels of latents; pictures: %spython3 tools/latents.py decode %s --vae FOLDER --out "
+            "FILE.png",
             o->out, *o->latents ? "" : "--latents FILE, then ", *o->latents ? o->latents : "FILE");
     return 0;
 }
@@ -6045,7 +6071,8 @@ __attribute__((unused)) static void program_begin(char **argv) {
     if (omp_get_max_threads() > most) omp_set_num_threads(most);
 #endif
     (void)argv;
-    struct sigaction bus = {};
+    struct sigaction bus;
+    memset(&bus, 0, sizeof bus);
     bus.sa_sigaction = on_bus;
     bus.sa_flags = SA_SIGINFO;
     sigaction(SIGBUS, &bus, NULL);

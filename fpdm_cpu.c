@@ -1,5 +1,6 @@
 // fpdm_cpu.c: fixed-point diffusion models (arXiv:2401.08741) on CPUs, the whole program in one file: model, forward
-// and backward pass, training, sampling. C11 and libm; OpenMP where the compiler has it.
+// and backward pass, training, sampling. C11 with the extensions of gcc and clang, libm, Linux; OpenMP where the
+// compiler has it.
 //
 //   make train_cpu && ./train_cpu       trains on pictures that it draws itself, writes weights and samples to out/
 //   make sample_cpu && ./sample_cpu     draws pictures from trained weights
@@ -91,7 +92,8 @@ static double rng_uniform(uint32_t word);             // 0..1
 static uint32_t rng_below(uint32_t word, uint32_t n); // 0..n-1
 static void rng_normal(float *out, size_t count, size_t first, uint64_t seed, uint32_t step, uint32_t stream);
 
-typedef struct Dataset Dataset; // pictures and labels: x (count,C,S,S), y (count) of a part of a step's batch
+typedef struct Dataset Dataset; // pictures and labels: a file's, or those of `shapes`
+// x (count,C,S,S), y (count): pictures first..first+count-1 of a step's batch
 static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch, int first, int count, int hflip,
                           double label_drop);
 
@@ -100,12 +102,13 @@ static void dataset_batch(Dataset *d, float *x, int *y, int64_t step, int batch,
 //
 //   tokens = patches of x_t · patch + pos                        pos is fixed: sines and cosines of row and column
 //   cond   = time2·silu(time0·[cos(t·f), sin(t·f)]) + label_table[y],  f_i = 10000^(-i/128), i = 0..127
-//   cond_pp = label_table[y] alone, or with timestep_in_pre_post all of cond
+//   cond_pp = cond, or as in the paper (timestep_in_pre_post 0) label_table[y] alone
 //   h      = pre blocks (tokens, cond_pp)
 //   inj    = inject·h                                            the input injection: z may forget x_t, inj does not
 //   z_0    = h, or in sampling the solution of the timestep before
 //   z_k    = block( fp2·gelu(fp1·[z_{k-1}; inj]), cond )         the same weights for every k, until z settles
-//   out    = unpatch( final·modulate(post blocks (z_K + skip·h, cond_pp)) )    skip: 0 in the paper, 1 by our default
+//   out    = unpatch( final·modulate(post blocks (z_K + skip·h, cond_pp)) )    skip: 0 in the paper, 1 by our default;
+//                                        this modulate has a shift and scale of its own, final_ada·silu(cond_pp)
 //
 //   block(x, c):   shift1, scale1, gate1, shift2, scale2, gate2 = ada·silu(c);   modulate(x) = LN(x)·(1+scale)+shift
 //       x <- x + gate1·proj(attention(qkv(modulate1(x))))
@@ -286,8 +289,8 @@ enum Training { TRAIN_NOT, TRAIN_ADAMW, TRAIN_MUON }; // what a model is for: sa
 // Whether --optimizer muon has this tensor: the matrices that tokens go through. AdamW has the others: biases, first
 // and last layer, labels, timestep, modulation.
 static int muon_has(const ParamTensor *t) { return t->init == INIT_XAVIER && t->ndim == 2; }
-// Newton and Schulz's iteration of fifth order, X <- (a + b·XX^T + c·(XX^T)^2)·X, with the numbers that take all
-// singular values of X from 1e-3..1 to about 1 in MUON_STEPS
+// Newton and Schulz's iteration of fifth order, X <- (a + b·XX^T + c·(XX^T)^2)·X, with numbers that trade exactness for
+// speed: MUON_STEPS of it take singular values of 0.0015..1 to 0.68..1.2 (0.001 to 0.47), not to 1
 #define MUON_A 3.4445
 #define MUON_B -4.7750
 #define MUON_C 2.0315
@@ -301,13 +304,15 @@ static int64_t params_largest(const ParamTensor *list, int count) {
     return largest;
 }
 
-// How sampling watches and steers the fixed point; training passes NULL.
+// How sampling watches and steers the fixed point; training passes NULL. The residual of an iteration is the mean over
+// the pictures of ||z_k - z_{k-1}|| / ||z_k||.
 typedef struct {
     int reuse, reuse_ready;    // start from the solution of the timestep before, once there is one
     int want_residual, window; // window: of Anderson acceleration, 0 for plain iteration
-    double tol, mixing;        // stop when the residual is below tol
+    double tol;                // a timestep ends when the residual is below
+    double mixing;             // of Anderson acceleration: how far it goes along the residual
     double residuals[1000];    // of the iterations that ran, when wanted
-    int ran;
+    int ran;                   // iterations of this timestep
 } Solve;
 enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: earlier results, and with the newest
 
@@ -1009,8 +1014,9 @@ static void condition_backward(Model *m) {
     for (int b = 0; b < B; b++)
         for (int d = 0; d < D; d++)
             m->g.label_table[(size_t)m->labels[b] * D + d] += a->dcond[b * D + d] + (pp ? 0 : a->dcond_pp[b * D + d]);
-    linear_backward(0, a->dcond_silu, m->g.time2_w, m->g.time2_b, a->dcond, a->time_silu, m->p.time2_w, B, D, D);
-    silu_backward(a->dtime, a->dcond_silu, a->time_hidden, (size_t)B * D);
+    real *dtime_silu = a->dcond_silu; // which is done with
+    linear_backward(0, dtime_silu, m->g.time2_w, m->g.time2_b, a->dcond, a->time_silu, m->p.time2_w, B, D, D);
+    silu_backward(a->dtime, dtime_silu, a->time_hidden, (size_t)B * D);
     linear_weight_backward(0, m->g.time0_w, m->g.time0_b, a->dtime, a->time_freq, B, 256, D);
 }
 
@@ -1020,8 +1026,9 @@ static void condition_backward(Model *m) {
 #ifdef FORWARD
 #include FORWARD // another device's model_forward: test/port_example/opencl.c
 #else
-// a.out (B,Cout,S,S) from a.x_t (B,C,S,S), timesteps t (B) and labels y (B): n iterations that keep nothing, then m
-// that keep what backpropagation needs (none in a model that only samples). In DiT n and m mean nothing.
+// a.out (B,Cout,S,S) from a.x_t (B,C,S,S), timesteps t (B) and labels y (B): n iterations that keep nothing, then
+// grad_iters, elsewhere called m, that keep what backpropagation needs (none in a model that only samples). In DiT both
+// mean nothing.
 static void model_forward(Model *m, const int *t, const int *y, int B, int n, int grad_iters, Solve *solve) {
     const Config *c = &m->config;
     Activations *a = &m->a;
@@ -1108,7 +1115,7 @@ static void model_backward(Model *m) {
 enum Sampler { SAMPLER_AUTO, SAMPLER_DDPM, SAMPLER_DDIM, SAMPLER_FLOW };
 enum TimestepSampling { T_UNIFORM, T_LOGIT_NORMAL };
 enum LearningRate { LR_CONSTANT, LR_LINEAR, LR_COSINE };
-enum Optimizer { OPTIMIZER_ADAMW, OPTIMIZER_MUON };
+enum Optimizer { OPTIMIZER_ADAMW, OPTIMIZER_MUON }; // in the order of enum Training
 enum Allocation { ALLOC_CONST, ALLOC_INC, ALLOC_DEC };
 enum Solver { SOLVER_PLAIN, SOLVER_ANDERSON };
 
@@ -1139,7 +1146,8 @@ typedef struct {
     double alpha_bar[DIFFUSION_STEPS], alpha_bar_prev[DIFFUSION_STEPS]; // product of 1 - beta; prev is 1 at i = 0
     double log_beta[DIFFUSION_STEPS], log_var[DIFFUSION_STEPS]; // the variances between which the model interpolates
     double c1[DIFFUSION_STEPS], c2[DIFFUSION_STEPS];            // posterior mean = c1·x0 + c2·x_t
-    double tau[DIFFUSION_STEPS], dt[DIFFUSION_STEPS]; // flow, x: share of noise that the model is told; step's length
+    double tau[DIFFUSION_STEPS]; // flow: share of noise that the model is told; x: what x0_hat - x_t is divided by
+    double dt[DIFFUSION_STEPS];  // flow, x: the step's length
 } Schedule;
 
 // A model of x gives x0_hat; its velocity, what a model of flow gives, is (x0_hat - x_t)/max(tau, 0.05)
@@ -1441,8 +1449,8 @@ static double residual_of(const real *z, const real *before, int B, size_t count
 }
 
 // a (m) minimises ||sum a_i f_i||^2 + R sum (a_i ||f_i||)^2 where sum a_i = 1, given the products f_i·f_j: all rows of
-// (gram + R diag)·a are the same number. R keeps the weights of nearly parallel residuals small. Where no unique a
-// exists because a residual is zero, the newest counts alone.
+// (gram + R diag)·a are the same number. R keeps the weights of nearly parallel f_i small. Where no unique a exists
+// because an f_i is zero, the newest counts alone.
 static void anderson_weights(double a[HISTORY], const double *gram, int m, int newest) {
     const double R = 1e-8;
     double A[HISTORY][HISTORY], sum = 0;
@@ -2308,10 +2316,14 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     double need = (double)m->activation_bytes +
                   (double)w.size * (sizeof(real) * (training ? 5 : 1) + (m->half ? sizeof(bf16) : 0));
     need += (double)params_largest(m->tensors, w.count) * sizeof(float);
-    if (need > memory_limit() || (double)batch * config_tokens(config) > 1 << 28) // ints count tokens
-        die("this model with %d pictures at a time needs %.0f MB; this process may use %.0f MB, and 268 million "
-            "tokens: lower --batch%s",
-            batch, need / 1e6, memory_limit() / 1e6, training ? ", set --micro_batch, or set --recompute 1" : "");
+    const char *fewer = training ? "lower --batch, set --micro_batch, or set --recompute 1" : "lower --batch";
+    if ((double)batch * config_tokens(config) > 1 << 28) // ints count tokens
+        die("%d pictures at a time have more than 268 million tokens: %s", batch, fewer);
+    if (need > memory_limit())
+        die("this model with %d pictures at a time needs %.0f MB, of which %.0f for weights%s; this process may use "
+            "%.0f MB: %s",
+            batch, need / 1e6, (need - (double)m->activation_bytes) / 1e6,
+            training ? " and what training keeps of them" : "", memory_limit() / 1e6, fewer);
     for (int kind = 0; kind < (training ? 5 : 1); kind++)
         m->memory[kind] = xcalloc((size_t)w.size, sizeof(real), "weights, gradients and optimiser");
     if (m->half) m->half_weights = (bf16 *)xcalloc((size_t)w.size, sizeof(bf16), "weights");
@@ -2640,7 +2652,8 @@ static void philox4x32(uint32_t counter[4], uint32_t key0, uint32_t key1) {
     }
 }
 
-// Four random words: draw `index` of training or sampling step `step` for one purpose.
+// Four random words. `step` is the training step, but in STREAM_INIT the tensor's number, in STREAM_DATA
+// the epoch (of `shapes` the picture), in STREAM_XT the picture, in STREAM_Z picture·1000 + position in the schedule.
 static void philox(uint32_t out[4], uint64_t seed, uint32_t index, uint32_t step, uint32_t stream) {
     out[0] = index;
     out[1] = step;
@@ -3107,7 +3120,7 @@ typedef struct {
     size_t offset;       // of the value inside Options
     const char *initial; // default, as text
     double lo, hi;       // smallest and largest value accepted
-    const char *help;    // of an OPT_CHOICE: the words, separated by '|', then a colon and the rest
+    const char *help;    // of an OPT_CHOICE: the words in the order of its enum, between '|', then a colon and the rest
 } Option;
 
 #define AT(field) offsetof(Options, field)
@@ -3145,7 +3158,7 @@ static const Option option_table[] = {
     {"prediction", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.prediction), "flow", 0, 0,
      "eps|v|flow|x: what is predicted; x: the picture, trained and sampled as flow"},
     {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1,
-     "1, for v: the last timestep is pure noise, which flow and x have anyway"},
+     "1, for v: the last timestep is pure noise; it is for flow and x anyway, flow ignores this"},
     {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0,
      "1|p2: weight of the v loss; p2: alpha_bar·sqrt(1 - alpha_bar)"},
     {"time_embedding", TRAIN | WEIGHTS | ADDED, OPT_CHOICE, AT(model.time_embedding), "dit", 0, 0,
@@ -4571,7 +4584,9 @@ static int sample_main(int argc, char **argv) {
     say(0, "%d pictures in %.1f s, %d timesteps, %lld block passes per picture%s: %s", n, seconds, o->sample_steps,
         (long long)set.passes, guidance, o->out);
     if (latent_scale)
-        say(0, "%s shows three channels of latents; pictures: %spython3 tools/latents.py decode %s --vae FOLDER",
+        say(0,
+            "%s shows three channels of latents; pictures: %spython3 tools/latents.py decode %s --vae FOLDER --out "
+            "FILE.png",
             o->out, *o->latents ? "" : "--latents FILE, then ", *o->latents ? o->latents : "FILE");
     return 0;
 }
@@ -4598,7 +4613,8 @@ __attribute__((unused)) static void program_begin(char **argv) {
     if (omp_get_max_threads() > most) omp_set_num_threads(most);
 #endif
     (void)argv;
-    struct sigaction bus = {};
+    struct sigaction bus;
+    memset(&bus, 0, sizeof bus);
     bus.sa_sigaction = on_bus;
     bus.sa_flags = SA_SIGINFO;
     sigaction(SIGBUS, &bus, NULL);

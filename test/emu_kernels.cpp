@@ -4,7 +4,7 @@
 // inputs.
 //
 //   make test_kernels_emu     without a GPU;  make test_kernels_gpu: on one;  make kernels: which kernels tests launch
-//   EMU_QUICK=1 ./test_kernels_emu    without the three largest products, for builds that are slow
+//   EMU_QUICK=1 ./test_kernels_emu    without the three largest products and sampling, for builds that are slow
 
 #include "../fpdm.cu"
 #include <sys/wait.h>
@@ -454,7 +454,7 @@ static void test_norm(size_t count) {
 static void test_refusals(void) {
     struct {
         const char *words;
-        int image_size, channels, patch, width, heads, batch;
+        int image_size, channels, patch, width, heads, batch, shared_kb = 0;
     } tests[] = {
         {"needs a multiple of 8", 8, 3, 2, 36, 3, 2},
         {"head size 136", 8, 3, 2, 272, 2, 2},
@@ -463,6 +463,7 @@ static void test_refusals(void) {
         {"at most 65535", 8, 3, 2, 64, 2, 65536},
         {"65000 pictures of 4225 tokens", 130, 3, 2, 64, 2, 65000}, // an int counts tokens
         {"8000 pictures of 256 tokens", 32, 3, 2, 1152, 16, 8000},  // 32 bits count the numbers of inj_part
+        {"a block 48 KB of shared memory", 8, 3, 2, 64, 2, 2, 48},
     };
     for (auto &test : tests) {
         char said[300] = "";
@@ -476,6 +477,8 @@ static void test_refusals(void) {
             c.width = test.width, c.heads = test.heads, c.mlp_ratio = 4, c.classes = 10;
             c.fixed_point = c.pre_depth = c.post_depth = 1, c.depth = 8;
             dup2(ends[1], 2);
+            gpu_open();
+            if (test.shared_kb) gpu.shared = (size_t)test.shared_kb << 10;
             model_create(&c, test.batch, 1, 0, test.batch < 8000, 0, COMPUTE_BF16);
             exit(0);
         }
@@ -491,6 +494,42 @@ static void test_refusals(void) {
         if (!ok) printf("    %s\n", said);
         (ok ? passed : failed)++;
     }
+}
+
+// A picture has the same bits alone and beside others, and from a model that trains, which has room to split sums
+// (where K is 512 and more).
+static void test_sampling(int half) {
+    enum { PICTURES = 70, STEPS = 2 };
+    Config c = {};
+    c.image_size = c.patch = 2, c.channels = 3, c.width = 512, c.heads = 8, c.mlp_ratio = 4, c.classes = 10;
+    c.fixed_point = c.pre_depth = c.timestep_in_pre_post = c.skip = 1, c.prediction = PREDICT_FLOW, c.depth = 3;
+    size_t count = config_pixels(&c);
+    int y[PICTURES] = {3}, iters[STEPS] = {1, 2};
+    Schedule *s = (Schedule *)xcalloc(1, sizeof *s, "a test");
+    Floats alone;
+    schedule_make(s, &c, STEPS);
+    gpu.sms = 4; // of two batches one would be split
+    for (int training : {TRAIN_NOT, TRAIN_ADAMW})
+        for (int batch : {1, (int)PICTURES}) {
+            Model *m = model_create(&c, batch, 1, 0, training, 0, half ? COMPUTE_BF16 : COMPUTE_FP32);
+            Floats weights = random_floats((size_t)m->n_params, 1, 0, 0.05f), x = random_floats(batch * count, 2, 0);
+            model_upload(m, MODEL_WEIGHTS, 0, m->n_params, weights.data());
+            model_use(m, MODEL_WEIGHTS);
+            SampleSettings set;
+            memset(&set, 0, sizeof set);
+            set.sampler = SAMPLER_FLOW;
+            set.order = set.reuse = 1;
+            set.cfg = set.mixing = 1;
+            set.iters = iters;
+            sample_batch(m, s, &set, x.data(), y, batch, NULL, 1, 0);
+            if (alone.empty()) alone = x;
+            int ok = !memcmp(x.data(), alone.data(), count * sizeof(float)) && std::isfinite(x[0]);
+            printf("sampling: %s, picture 1 of %-2d%-29s %s\n", half ? "bf16" : "fp32", batch,
+                   training ? ", by a model that trains" : "", ok ? "ok" : "FAIL");
+            (ok ? passed : failed)++;
+            model_free(m);
+        }
+    xfree(s);
 }
 
 int main(void) {
@@ -552,6 +591,8 @@ int main(void) {
         test_splits(1, 7000, 256, 904, 3, 256 * 576 + 256);
         test_splits(1, 7000, 128, 1544, 3, 128 * 1152 + 128);
     }
+    gpu.wgmma = hopper;
+    for (int half = 0; half < 2 && !getenv("EMU_QUICK"); half++) test_sampling(half);
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;
 }

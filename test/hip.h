@@ -91,6 +91,7 @@ typedef int hipError_t;
 typedef struct Unknown *hipStream_t, *hipGraph_t, *hipGraphExec_t;
 enum Error {
     hipSuccess,
+    hipErrorOutOfMemory,
     hipErrorNoBinaryForGpu,
     hipMemcpyHostToDevice,
     hipMemcpyDeviceToHost,
@@ -139,6 +140,7 @@ static_assert(WARP == __AMDGCN_WAVEFRONT_SIZE, "say -DWARP=32 for RDNA, -DWARP=6
 
 #define cudaError_t hipError_t
 #define cudaSuccess hipSuccess
+#define cudaErrorMemoryAllocation hipErrorOutOfMemory
 #define cudaErrorNoKernelImageForDevice hipErrorNoBinaryForGpu
 #define cudaGetErrorString hipGetErrorString
 #define cudaGetLastError hipGetLastError

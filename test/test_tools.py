@@ -597,7 +597,7 @@ def test_plot_architecture():
              "m iterations with gradient", "z$_{n+m}$", "post blocks", "final layer", "out"]
     left = [places[said.index(name)].x0 for name in order]
     assert left == sorted(left), dict(zip(order, left))
-    assert {"c = embed(t) + embed(y)", "embed(t)", "embed(y)", "project", "inj", "h"} <= set(said)
+    assert {"c = embed(t) + embed(y)", "embed(t)", "embed(y)", "inject", "inj", "h"} <= set(said)
     assert said.count("f") == 4 and any(name.startswith("reuse") for name in said), said
     (axes,) = figure.axes
     for line in axes.lines:
@@ -607,7 +607,7 @@ def test_plot_architecture():
             inside = (along > place.min).all(1) & (along < place.max).all(1)
             assert not inside.any(), f"a line runs through {name!r}"
     boxes = [patch.get_window_extent() for patch in axes.patches if type(patch).__name__ == "FancyBboxPatch"]
-    for name in ("patches → tokens", "pre blocks", "post blocks", "final layer", "project", "embed(y)", "embed(t)",
+    for name in ("patches → tokens", "pre blocks", "post blocks", "final layer", "inject", "embed(y)", "embed(t)",
                  "linear, gelu, linear", "LayerNorm, attention", "LayerNorm, MLP"):
         place = places[said.index(name)]
         assert any(box.x0 < place.x0 and place.x1 < box.x1 and box.y0 < place.y0 and place.y1 < box.y1 and

@@ -390,6 +390,7 @@ def plot_architecture(args):
     say(6.74, total, "timestep t")
     say(4.75, total, "+", bbox={"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": "#444"})
     say(4.45, total, "c = embed(t) + embed(y)", ha="right")
+    say(5.3, bus + 0.12, "or all of c, with --timestep_in_pre_post 1 (ours)", fontsize=9, color=skipped)
     arrow(axis, (1.0, bus), (1.475, bus))
     arrow(axis, (2.425, bus), (8.0, bus), (8.0, row + 0.3))
     arrow(axis, (7.28, bus), (7.28, row + 0.3))
@@ -433,7 +434,7 @@ def plot_architecture(args):
     for stem in ([(4.75, total - 0.15), (4.75, row + 0.47)], [(3.75, row + 0.47), (5.75, row + 0.47)],
                  [(2.5, row), (2.5, inject + 0.14)], [(2.83, inject), (5.75, inject)]):
         axis.plot(*np.transpose(stem), color="#444", linewidth=1.2, zorder=1)
-    box(axis, 2.5, inject, 0.66, 0.28, "project", layer)
+    box(axis, 2.5, inject, 0.66, 0.28, "inject", layer)
     say(3.03, inject + 0.13, "inj")
     arrow(axis, (3.36, row), (3.6, row))
     arrow(axis, (4.6, row), (4.9, row))
