@@ -2316,7 +2316,9 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     double need = (double)m->activation_bytes +
                   (double)w.size * (sizeof(real) * (training ? 5 : 1) + (m->half ? sizeof(bf16) : 0));
     need += (double)params_largest(m->tensors, w.count) * sizeof(float);
-    const char *fewer = training ? "lower --batch, set --micro_batch, or set --recompute 1" : "lower --batch";
+    const char *fewer = need - (double)m->activation_bytes > memory_limit() ? "take a smaller model"
+                        : training ? "lower --batch, set --micro_batch, or set --recompute 1"
+                                   : "lower --batch";
     if ((double)batch * config_tokens(config) > 1 << 28) // ints count tokens
         die("%d pictures at a time have more than 268 million tokens: %s", batch, fewer);
     if (need > memory_limit())
