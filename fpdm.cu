@@ -2128,7 +2128,7 @@ static void train(Run *run) {
 // The gradient becomes the sum over all ranks: between GPUs by NCCL, else by MPI through the host's memory.
 #ifdef NCCL
 static void nccl_check(ncclResult_t result) {
-    if (result != ncclSuccess) die("NCCL: %s; every rank needs a GPU of its own", ncclGetErrorString(result));
+    if (result != ncclSuccess) die("NCCL: %s; has every rank a GPU of its own?", ncclGetErrorString(result));
 }
 
 static void model_reduce(Model *m) {

@@ -2316,16 +2316,17 @@ static Model *model_create(const Config *config, int batch, int max_m, int recom
     double need = (double)m->activation_bytes +
                   (double)w.size * (sizeof(real) * (training ? 5 : 1) + (m->half ? sizeof(bf16) : 0));
     need += (double)params_largest(m->tensors, w.count) * sizeof(float);
-    const char *fewer = need - (double)m->activation_bytes > memory_limit() ? "take a smaller model"
-                        : training ? "lower --batch, set --micro_batch, or set --recompute 1"
-                                   : "lower --batch";
+    double fixed = need - (double)m->activation_bytes;
+    const char *fewer = fixed > memory_limit() ? "take a smaller model"
+                        : training             ? "lower --batch, set --micro_batch, or set --recompute 1"
+                                               : "lower --batch";
     if ((double)batch * config_tokens(config) > 1 << 28) // ints count tokens
         die("%d pictures at a time have more than 268 million tokens: %s", batch, fewer);
     if (need > memory_limit())
         die("this model with %d pictures at a time needs %.0f MB, of which %.0f for weights%s; this process may use "
             "%.0f MB: %s",
-            batch, need / 1e6, (need - (double)m->activation_bytes) / 1e6,
-            training ? " and what training keeps of them" : "", memory_limit() / 1e6, fewer);
+            batch, need / 1e6, fixed / 1e6, training ? " and what training keeps of them" : "", memory_limit() / 1e6,
+            fewer);
     for (int kind = 0; kind < (training ? 5 : 1); kind++)
         m->memory[kind] = xcalloc((size_t)w.size, sizeof(real), "weights, gradients and optimiser");
     if (m->half) m->half_weights = (bf16 *)xcalloc((size_t)w.size, sizeof(bf16), "weights");
