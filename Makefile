@@ -78,12 +78,13 @@ help:
 	@echo "compiler                         what nvcc says of the kernels: test/results/compiler.md"
 	@echo "hip                              compiles fpdm.cu for AMD's GPUs: test/results/hip.md; test_cdna, test_rdna"
 	@echo "memory                           device memory of a training step beside PyTorch's: test/results/memory.md"
+	@echo "scaling                          ranks on this machine's cores, and a model for GPUs: test/results/scaling.md"
 	@echo "spills                           compiles fpdm.cu for every architecture; fails if a kernel spills registers"
 
 clean:
 	rm -f $(foreach s,cpu gpu emu opencl cdna rdna,$(foreach p,train sample bench test test_kernels test_report, \
 		$p_$s $p_$s_asan)) \
-		$(foreach t,test_unit test_gradient test_harness,$t $t_asan) fuzz compiler.tmp spills.tmp hip.tmp
+		$(foreach t,test_unit test_gradient test_harness,$t $t_asan) fuzz *.tmp
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data parallel: MPI=1 for train_cpu, train_emu and train_gpu, or NCCL=1 for train_gpu, which then starts by MPI and
@@ -106,7 +107,7 @@ wants_mpi = $(if $(MPI)$(NCCL),yes,no)
 $(foreach p,train_cpu train_emu train_gpu,$(if $(filter $(wants_mpi),$(call has_mpi,$p)),,$(eval $p: again)))
 again:
 
-.PHONY: again nvcc all help clean test test_asan port_example shared races spills compiler memory kernels hip
+.PHONY: again nvcc all help clean test test_asan port_example shared races spills compiler memory scaling kernels hip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # fpdm.cu. With GPUs at hand, for those; otherwise for all that this nvcc knows of the list, and as PTX for later
@@ -200,15 +201,19 @@ races: test_emu test_kernels_emu
 # Registers, occupancy and work for a byte of every kernel, without a GPU
 compiler: fpdm.cu
 	@mkdir -p test/results
-	@$(PYTHON) tools/report_compiler.py $(NVCC) > compiler.tmp && mv compiler.tmp test/results/compiler.md
+	@$(PYTHON) tools/report_compiler.py $(NVCC) > $@.tmp && mv $@.tmp test/results/compiler.md
 
 # What a training step allocates beside what PyTorch saves, without a GPU
 memory: fpdm.cu
-	@$(PYTHON) tools/report_memory.py > compiler.tmp && mv compiler.tmp test/results/memory.md
+	@$(PYTHON) tools/report_memory.py > $@.tmp && mv $@.tmp test/results/memory.md
+
+# Ranks on this machine's cores, and a model for GPUs: two minutes, in which nothing else runs
+scaling:
+	@$(PYTHON) tools/scaling.py > $@.tmp && mv $@.tmp test/results/scaling.md
 
 # The kernels for AMD's GPUs, by clang alone; CLANG: another one than the newest
 hip: fpdm.cu test/hip.h
-	@$(PYTHON) tools/report_hip.py $(CLANG) > hip.tmp && mv hip.tmp test/results/hip.md && cat test/results/hip.md
+	@$(PYTHON) tools/report_hip.py $(CLANG) > $@.tmp && mv $@.tmp test/results/hip.md && cat test/results/hip.md
 
 # Every kernel on every architecture without spills
 spills: fpdm.cu

@@ -26,7 +26,7 @@ from matplotlib.text import Text
 from PIL import Image, features
 
 import testing
-from testing import TOOLS, Skip, call, fails, run
+from testing import TOOLS, Skip, call, fails, fails_on_full_disk, run
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 GROUPS = Path("/usr/share/unicode/emoji/emoji-test.txt")
@@ -138,12 +138,16 @@ def make_folder():
     Image.new("P", (9, 9), 0).save("pictures/dog/8.gif", transparency=0)
     Path("pictures/dog/3.png").write_bytes(Path("pictures/dog/2.png").read_bytes()[:40])
     Path("pictures/dog/notes.txt").write_text("not a picture")
+    Path("pictures/dog/.hidden").write_text("")
+    Image.fromarray(np.full((9, 9), 0.5, np.float32)).save("pictures/dog/9.tiff")
 
 
 def test_folder_classes():
     make_folder()
     _, errors = run("data.py", "folder", "pictures", "--size", 8, "--out", "a.safetensors", "--workers", 2)
-    assert errors.count("\n") == 1 and "skipped pictures/dog/3.png" in errors, errors
+    others, broken, floats = errors.splitlines()
+    assert "1 files are left out" in others and "skipped pictures/dog/3.png" in broken, errors
+    assert "skipped pictures/dog/9.tiff: ValueError: pixels are floats" in floats, errors
     tensors, metadata = load("a.safetensors")
     assert names(metadata) == ['cat "é"', "dog"], metadata
     equal(tensors["y"], [0, 0, 1, 1, 1, 1, 1, 1, 1])
@@ -294,6 +298,7 @@ def test_show():
         said, _ = run("data.py", "show", "a.safetensors", "--out", "sheet.png", "--columns", 4, "--zoom", 3)
         assert "(5, 8, 8, 3)" in said or "(5, 4, 8, 8)" in said, said
         assert Image.open("sheet.png").size == (3 * 42, 3 * 22), Image.open("sheet.png").size
+    fails_on_full_disk("sheet.png", "data.py", "show", "a.safetensors", "--out", "sheet.png")
 
 
 def test_data_broken_input():
@@ -310,6 +315,12 @@ def test_data_broken_input():
     write_idx("classes2", y[:2])
     Path("short").write_bytes(Path("images").read_bytes()[:-1])
     Path("short.gz").write_bytes(gzip.compress(b"0123456789")[:-4])
+    Path("wrong.gz").write_bytes(gzip.compress(b"0123456789")[:10] + b"0123456789")
+    Path("wrong.npz").write_bytes(b"PK\3\4" + bytes(50))
+    np.save("ids.npy", np.array([5, 2**31 - 1, 7]))
+    np.save("nan.npy", np.full((1, 4, 2, 2), np.nan))
+    os.makedirs(b"latin1/caf\xe9")
+    Image.new("RGB", (8, 8)).save(b"latin1/caf\xe9/1.png".decode(errors="surrogateescape"))
     Path("latin1.txt").write_bytes("café".encode("latin1"))
     os.makedirs("empty")
     os.makedirs("broken/class")
@@ -334,6 +345,12 @@ def test_data_broken_input():
     fails("classes2", "data.py", "mnist", "images", "classes2", *out)
     fails("short", "data.py", "mnist", "short", "classes", *out)
     fails("short.gz", "data.py", "mnist", "short.gz", "classes", *out)
+    fails("wrong.gz", "data.py", "mnist", "wrong.gz", "classes", *out)
+    fails("wrong.npz", "data.py", "npy", "wrong.npz", *out)
+    fails("want 0..999998", "data.py", "npy", "x.npy", "--labels", "ids.npy", *out)
+    fails("or give --dtype F32", "data.py", "npy", "nan.npy", *out)
+    fails("correct them\n", "data.py", "npy", "nan.npy", "--dtype", "F32", *out)
+    fails("not UTF-8; rename", "data.py", "folder", "latin1", *out)
     fails("--size", "data.py", "mnist", "images", "classes", "--size", 4, *out)
     fails("classes", "data.py", "mnist", "images", "classes", "--class_names", "a,b", *out)
     fails("missing.npy", "data.py", "npy", "missing.npy", *out)
@@ -398,19 +415,34 @@ def test_plot_logs():
         file.write("200,0.1")  # as a program that is still running leaves it
     run("plot.py", "one/log.csv", "--out", "a.png")
     is_plot("a.png")
-    said, _ = run("plot.py", "one/log.csv", "two/log.csv", "--names", "A,B", "--columns", "loss,ms", "--smooth", 9,
-                  "--title", "T", "--out", "b.png")
+    _, figure, said = plotted("one/log.csv", "two/log.csv", "--names", "A,B", "--columns", "loss,grad_norm", "--smooth",
+                              9, "--title", "T", "--out", "b.png")
     assert said == "b.png: log of A, B\n", said
     is_plot("b.png")
+    log = np.genfromtxt("one/log.csv", delimiter=",", skip_header=1, max_rows=200)
+    for axis, column in zip(figure.axes, (1, 4)):  # the gradient norm of one step is not a number
+        every, mean, *other = (np.column_stack(line.get_data()) for line in axis.lines)
+        assert len(other) == 2 and len(other[0]) == 1, other
+        assert np.array_equal(every, log[:, [0, column]], equal_nan=True)
+        assert np.allclose(mean[20, 1], log[16:25, column].mean()) and np.isfinite(mean).all()
+        assert np.allclose(mean[3, 1], np.nanmean(log[:8, column])), mean[3]
     run("plot.py", "two/log.csv", "--out", "c.png")
     is_plot("c.png")
+    fails_on_full_disk("c.png", "plot.py", "two/log.csv", "--out", "c.png")
 
 
 def test_plot_traces():
     write_trace("x.csv", 12)
     write_trace("y.csv", 1)
     run("plot.py", "x.csv", "--out", "a.png")
-    run("plot.py", "x.csv", "y.csv", "--out", "b.png")
+    _, figure, _ = plotted("x.csv", "y.csv", "--out", "b.png")
+    lines, heat = figure.axes[:2]
+    assert len(lines.lines) == 12 and len(figure.axes[2].lines) == 1
+    grid = np.ma.filled(heat.images[0].get_array(), 0)
+    for step, line in enumerate(lines.lines):
+        want = 0.5 ** np.arange(1, 4 + step)
+        equal(line.get_ydata()[:len(want)], want)
+        equal(grid[step], np.pad(want, (0, 11 - step)))
     run("plot.py", "y.csv", "--out", "c.png")
     for path in ("a.png", "b.png", "c.png"):
         is_plot(path)
@@ -754,16 +786,23 @@ def test_evaluate():
         said, _ = run("evaluate.py", "data.safetensors", f"{name}.safetensors", "--nearest", "near.png")
         medians += [list(map(float, re.search(r"median: ([\d.]+); of a real picture ([\d.]+)", said).groups()))]
     assert 0 < medians[0][0] < 4 < 0.5 * medians[0][1] and 0.5 < medians[1][0] / medians[1][1] < 2, medians
+    flat = [part.reshape(len(part), -1).astype(float) for part in (drawn, x, x[:, :, ::-1])]
+    far = [np.minimum(*(np.sqrt(((a[:, None] - b) ** 2).mean(2)) for b in flat[1:])) for a in flat[:2]]
+    far[1][np.diag_indices(len(x))] = np.inf
+    assert np.allclose(medians[1], [np.median(d.min(1)) for d in far], atol=0.06), medians
+    fails_on_full_disk("a.json", "evaluate.py", "data.safetensors", "good.safetensors", "--json", "a.json")
     sheet = np.asarray(Image.open("near.png"))
     side = x.shape[1] + 2
     assert sheet.shape == (9 * side, 30 * side, 3), sheet.shape
-    save("data.safetensors", x[::-1], y[::-1], **STRIPES)
-    assert "training" in judged("data.safetensors")[0], "used the cache of another dataset"
     Path("data.features.safetensors").write_bytes(b"broken")
     evaluator = tool.Evaluator("data.safetensors", log=lambda line: None)
     assert 0 < evaluator.floor["fd"] < evaluator.ceiling["fd"] and evaluator.test_accuracy > 0.9
     found = evaluator.metrics(*tool.load_pictures("good.safetensors")[:2])
     assert abs(found["fd"] - good["fd"]) < 0.1 * ceiling["fd"] and found["recognised"] > 0.9, (found, good)
+    save("data.safetensors", x[::-1], y[::-1], **STRIPES)
+    epochs, tool.EPOCHS = tool.EPOCHS, 1
+    assert "training" in judged("data.safetensors")[0], "used the cache of another dataset"
+    tool.EPOCHS = epochs
 
 
 def test_evaluate_unlabelled():
@@ -941,7 +980,7 @@ def test_reproduce():
     assert Path("out/claims.md").read_text() == claims and json.loads(Path("out/points.json").read_text()) == points
     fails("another setup", "reproduce.py", "--scale", "laptop", "--target", "cpu", "--out", "out")
     fails("--seeds: at least 1", "reproduce.py", "--scale", "smoke", "--seeds", "0", "--target", "cpu", "--out", "out")
-    fails("no such dataset", "reproduce.py", "--photographs", "none.safetensors", "--target", "cpu")
+    fails("none.safetensors", "reproduce.py", "--photographs", "none.safetensors", "--target", "cpu")
 
 
 # ---- sample_gpu on the CPU harness draws the pictures of sample_cpu: noise, batches, guidance, early stops, traces

@@ -38,13 +38,24 @@ def run(tool, *args):
 
 
 def fails(words, tool, *args):
-    """A tool that must fail: exit 1, one line on standard error with these words in it, and no file left behind."""
-    before = sorted(Path().rglob("*"))
+    """A tool that must fail: exit 1, one line on standard error with these words in it, no file left or changed."""
+    def files():
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in Path().rglob("*") if path.is_file()}
+
+    before = files()
     status, _, err = call(tool, *args)
     said = f"{tool} {' '.join(map(str, args))}: exit {status}, said {err.strip()[-400:]!r}"
     assert status == 1, said
     assert err.count("\n") == 1 and words in err, f"{said}; want one line with {words!r}"
-    assert sorted(Path().rglob("*")) == before, f"{said}; left a file behind"
+    assert files() == before, f"{said}; left a file behind, or changed one"
+
+
+def fails_on_full_disk(path, tool, *args):
+    """A tool that is to write `path` and finds the disk full: one line, and what was there stays."""
+    Path(path).write_text("old")
+    os.symlink("/dev/full", f"{path}.tmp")
+    fails("No space left", tool, *args)
+    assert Path(path).read_text() == "old" and not os.path.lexists(f"{path}.tmp"), f"{tool}: {path}"
 
 
 def main(tests):
@@ -71,4 +82,4 @@ def main(tests):
             finally:
                 os.chdir(home)
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
-    sys.exit(1 if failed else 0)
+    sys.exit(1 if failed or not passed + skipped else 0)

@@ -16,14 +16,13 @@ data - noise, is the target of our flow), and diffusers divides the index of its
 `time_embedding`. What cannot be kept is said, with the number that differs. SiT's files may have variance channels,
 which SiT never uses; they are zero in what it trained, and are left out and put back.
 
-.pt and .bin need torch and are opened with weights_only: nothing in them is executed. Needs numpy.
+.pt and .bin need torch and are opened with weights_only: nothing in them is executed. Needs numpy and pillow.
 """
 import argparse
 import contextlib
 import inspect
 import json
 import math
-import os
 import re
 import struct
 import sys
@@ -35,14 +34,11 @@ try:
 except ImportError as error:
     sys.exit(f"convert.py: needs the Python package {error.name}: pip install -r tools/requirements.txt")
 
+from data import Parser, die, main_of, positive, replace_file  # of this folder
+
 STORED_AS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 SIZES = {384: ("S", 12, 6), 768: ("B", 12, 12), 1024: ("L", 24, 16), 1152: ("XL", 28, 16)}  # by width: layers, heads
 NAMES = {"dit": "DiT", "sit": "SiT", "fpdm": "the fixed-point paper's", "diffusers": "diffusers"}
-
-
-def die(message):
-    print(f"convert.py: {message}".replace("\n", " "), file=sys.stderr)
-    sys.exit(1)
 
 
 def note(message):
@@ -117,7 +113,8 @@ def tensor_of_torch(value, name, path):
     torch = import_torch()
     dtype = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}.get(getattr(value, "dtype", None))
     if dtype is None:
-        die(f"{path}: {name} is {getattr(value, 'dtype', type(value).__name__)}; want a float32, float16 or bfloat16")
+        die(f"{path}: {name} is {getattr(value, 'dtype', type(value).__name__)}; want a float32, float16 or bfloat16"
+            + (f", or --key {name}, if the tensors stand in there" if isinstance(value, dict) else ""))
     value = value.detach().contiguous()
     array = value.view(torch.int16).numpy().view(STORED_AS[dtype]) if dtype == "BF16" else value.numpy()
     return Tensor(dtype, array)
@@ -128,7 +125,7 @@ def read_checkpoint(path, key):
     content, arguments = read_torch(path), {}
     if not isinstance(content, dict):
         die(f"{path}: holds a {type(content).__name__}; want tensors by name")
-    if "args" in content:
+    if isinstance(content.get("args"), (dict, argparse.Namespace)):
         arguments = content["args"] if isinstance(content["args"], dict) else vars(content["args"])
     for inner in [key] if key else ["ema", "model"]:
         if isinstance(content.get(inner), dict):
@@ -138,7 +135,7 @@ def read_checkpoint(path, key):
     else:
         if key:
             die(f"{path}: holds no '{key}'")
-    plain = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in content.items()}
+    plain = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value for name, value in content.items()}
     return {name: tensor_of_torch(value, name, path) for name, value in plain.items()}, arguments
 
 
@@ -147,22 +144,6 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         die(f"{path}: {error}; want a folder that diffusers wrote")
-
-
-def replace_file(path, write):
-    """Writes beside the target, then renames: never half a file."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        die(f"--out {path}: {error.strerror}; give a path in a folder that can be written, with enough space")
-    finally:
-        with contextlib.suppress(OSError):
-            Path(temporary).unlink()
 
 
 def write_safetensors(path, tensors, metadata):
@@ -182,6 +163,24 @@ def write_safetensors(path, tensors, metadata):
     replace_file(path, write)
 
 
+class KeepsError:
+    """A file for torch.save, which aborts the process when a write fails: the first error waits in `error`."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, part):
+        try:
+            if not self.error:
+                self.file.write(part)
+        except OSError as error:
+            self.error = error
+        return len(part)
+
+    def flush(self):
+        pass
+
+
 def write_torch(path, content):
     """content: tensors by name, or dicts of such."""
     torch = import_torch()
@@ -195,7 +194,13 @@ def write_torch(path, content):
         half = value.dtype == "BF16"
         return torch.from_numpy(array.view("<i2")).view(torch.bfloat16) if half else torch.from_numpy(array)
 
-    replace_file(path, lambda file: torch.save(convert(content), file))
+    def write(file):
+        keeper = KeepsError(file)
+        torch.save(convert(content), keeper)
+        if keeper.error:
+            raise keeper.error
+
+    replace_file(path, write)
 
 
 # ---- the model, and where the other layouts have its tensors
@@ -474,6 +479,9 @@ def convert_in(args):
         read_as = args.layout
     if args.image_size:
         c["image_size"] = args.image_size
+    if c.get("image_size", 0) % c["patch"]:
+        die(f"{args.source}: an input of side {c['image_size']} is not whole patches of side {c['patch']}; give "
+            "another --image_size")
     check_positions(c, tensors, args.source)
     if "image_size" not in c:
         die(f"{args.source}: does not say how large its input is; give --image_size (32 for 256x256 pictures)")
@@ -577,6 +585,8 @@ def convert_out(args):
             array, rows = t.array(), t.shape[0] // len(group)
             there.update({n: Tensor(t.dtype, array[i * rows : (i + 1) * rows]) for i, n in enumerate(group)})
     folder = Path(args.out)
+    if folder.exists() and not folder.is_dir():
+        die(f"--out {folder}: is a file; diffusers' layout is a folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", there, {"format": "pt"})
     config = {"_class_name": "DiTTransformer2DModel", "activation_fn": "gelu-approximate", "attention_bias": True,
@@ -588,11 +598,6 @@ def convert_out(args):
     print(f"{folder}: {NAMES[args.to]} layout, {len(there)} tensors")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        die(f"{message}; see --help")
-
-
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
@@ -601,8 +606,8 @@ def main():
     option("--to", choices=NAMES, help="write this layout; the source is then a weight file of fpdm.c")
     option("--from", dest="layout", choices=NAMES, help="what the source is (default: by its tensors and arguments)")
     option("--key", help="which tensors of a training's .pt (default: ema, or else model)")
-    option("--image_size", type=int, help="side of the input, 32 for pictures of 256x256 (default: as in the file)")
-    option("--heads", type=int, help="attention heads (default: DiT's of that width)")
+    option("--image_size", type=positive, help="side of the input: 32 for 256x256 (default: as in the file)")
+    option("--heads", type=positive, help="attention heads (default: DiT's of that width)")
     option("--prediction", choices=["eps", "v", "flow", "x"], help="default: as the arguments say, or else eps")
     option("--time_embedding", choices=["dit", "sit", "diffusers"], help="what the sines see (default: the layout's)")
     option("--timestep_in_pre_post", type=int, choices=[0, 1], help="default: as the arguments say, or else 0")
@@ -610,7 +615,7 @@ def main():
     option("--latent_scale", type=float, help="0: pictures, no latents (default: 0.18215 for 4 channels, or else 0)")
     option("--learn_sigma", type=int, choices=[0, 1], default=1, help="--to sit: with its unused channels (default: 1)")
     args = parser.parse_args()
-    (convert_out if args.to else convert_in)(args)
+    main_of(convert_out if args.to else convert_in, args)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ x is U8 (N,H,W,C) for pictures, F32, F16 or BF16 (N,C,H,W) for latents; y is I64
 is written here, not by the safetensors package, because that wants the whole dataset in memory.
 """
 import argparse
+import contextlib
 import gzip
 import json
 import math
@@ -20,6 +21,8 @@ import re
 import struct
 import sys
 import time
+import zipfile
+import zlib
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -33,12 +36,52 @@ EMOJI_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI_GROUPS = "/usr/share/unicode/emoji/emoji-test.txt"
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 STORED_AS = {"U8": np.dtype("u1"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+CLASSES = 999_999  # labels without names are smaller: what the programs take
 CHUNK = 64 << 20  # bytes that are converted at a time, so that memory does not grow with the dataset
 
 
+# ---- what other tools use, too
+
+
+def note(message):
+    print(f"{Path(sys.argv[0]).name}: {message}".replace("\n", " "), file=sys.stderr)
+
+
 def die(message):
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # tools/latents.py uses this file too
+    note(message)
     sys.exit(1)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        die(f"{message}; see --help")
+
+
+def replace_file(path, write, option="--out"):
+    """Writes beside the target, then renames: never half a file. write(file) gets a binary file."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        die(f"{option} {path}: {error.strerror}; give a path in a folder that can be written, with enough space")
+    finally:
+        with contextlib.suppress(OSError):
+            Path(temporary).unlink()
+
+
+def main_of(run, *args):
+    """Runs a tool: what its user, or a full disk, does to it ends it with one line."""
+    try:
+        run(*args)
+    except OSError as error:  # a full disk, a folder that must not be read
+        die(f"{error}; make room, or correct the path or its permissions")
+    except KeyboardInterrupt:
+        note("stopped")
+        sys.exit(130)
 
 
 class Progress:
@@ -66,7 +109,8 @@ def to_dtype(x, dtype, where):
     with np.errstate(over="ignore"):
         out = np.ascontiguousarray(x, "<f4" if dtype == "BF16" else STORED_AS[dtype])
     if not np.isfinite(out).all():
-        die(f"{where}: values that are not finite numbers in {dtype}; correct them, or give --dtype F32")
+        more = "" if dtype == "F32" else ", or give --dtype F32"
+        die(f"{where}: values that are not finite numbers in {dtype}; correct them{more}")
     if dtype == "BF16":
         bits = out.view("<u4")
         out = ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype("<u2")
@@ -114,7 +158,7 @@ class Writer:
         if x.shape[1:] != tuple(self.shape):
             die(f"{where}: shape {x.shape[1:]} where the others have {tuple(self.shape)}; all must have one shape")
         if self.labelled:
-            top = len(self.class_names) if self.class_names else 2**31
+            top = len(self.class_names) if self.class_names else CLASSES
             if np.min(y) < 0 or np.max(y) >= top:
                 die(f"{where}: labels {np.min(y)}..{np.max(y)}, want 0..{top - 1}; check the labels, or --class_names")
             self.labels.extend(int(label) for label in y)
@@ -159,7 +203,7 @@ def names_option(text):
     """--class_names: a file with one name a line, or the names themselves with commas between."""
     if text and os.path.isfile(text):
         try:
-            return Path(text).read_text(encoding="utf-8").splitlines()
+            return Path(text).read_text(encoding="utf-8-sig").rstrip().splitlines()
         except UnicodeDecodeError as error:
             die(f"--class_names {text}: {error}; want a text file in UTF-8, one name a line")
     return text.split(",") if text else None
@@ -167,6 +211,8 @@ def names_option(text):
 
 def flatten(image, background):
     """The picture as RGB, whatever its mode, transparent parts showing the background colour."""
+    if image.mode == "F":
+        raise ValueError("pixels are floats, of any range; convert it to 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip to 8 instead of scaling
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 257).astype(np.uint8))
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
@@ -250,17 +296,26 @@ def folder(args, writer=Writer):
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     class_names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if class_names and set(map(str.lower, class_names)) <= {"train", "training", "test", "val", "valid", "validation"}:
-        print(f"data.py: {root}: {', '.join(class_names)} became the classes; if the classes stand inside, give "
-              f"{root / class_names[0]}", file=sys.stderr)
+        note(f"{root}: {', '.join(class_names)} became the classes; if the classes stand inside, give "
+             f"{root / class_names[0]}")
     loose = sum(path.suffix.lower() in endings and path.is_file() for path in root.iterdir()) if class_names else 0
     if loose:
-        print(f"data.py: {root}: {loose} pictures beside the folders of classes are left out", file=sys.stderr)
-    files = []
+        note(f"{root}: {loose} pictures beside the folders of classes are left out")
+    files, others = [], []
     for label, name in enumerate(class_names or ["."]):
-        inside = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in endings and path.is_file())
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            die(f"{root}: the class {name!r} is not UTF-8; rename that folder")
+        every = sorted(path for path in (root / name).rglob("*") if path.is_file())
+        inside = [path for path in every if path.suffix.lower() in endings]
+        others += [path for path in every if path.suffix.lower() not in endings and not path.name.startswith(".")]
         if not inside:
             die(f"{root / name}: no pictures inside; put some there, or remove it")
         files += [(path, label) for path in inside]
+    if others:
+        note(f"{root}: {len(others)} files are left out, for by their names they are no pictures that pillow can open: "
+             f"{others[0]}{', ...' if others[1:] else ''}")
 
     def load(path):
         """The picture, or the reason why there is none."""
@@ -284,7 +339,7 @@ def folder(args, writer=Writer):
                     loaded.append(picture)
                     progress.step()
                     if isinstance(picture, str):
-                        print(f"data.py: skipped {path}: {picture}".replace("\n", " "), file=sys.stderr)
+                        note(f"skipped {path}: {picture}")
                 good = [i for i, picture in enumerate(loaded) if not isinstance(picture, str)]
                 if good:
                     x = np.stack([loaded[i] for i in good]).reshape(-1, *shape)
@@ -320,7 +375,7 @@ def read_idx(path, dims):
         raw = Path(path).read_bytes()
         if raw[:2] == b"\x1f\x8b":
             raw = gzip.decompress(raw)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         die(f"{path}: {error}; want an idx file of MNIST or Fashion-MNIST, gzipped or not")
     kind = "images (N,H,W)" if dims == 3 else "labels (N)"
     if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) < 4 + 4 * dims:
@@ -354,7 +409,7 @@ def open_npy(path):
         if not isinstance(array, np.ndarray):
             raise ValueError(f"an archive of {', '.join(array.files)}")
         return array
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         die(f"{path}: {error}; want an array that numpy.save wrote")
 
 
@@ -445,12 +500,8 @@ def show(args):
                 picture = np.clip(127.5 * picture + 128, 0, 255).astype(np.uint8).transpose(1, 2, 0)
             picture = np.ascontiguousarray(picture[:, :, :3] if channels >= 3 else picture[:, :, 0])
             sheet.paste(Image.fromarray(picture), (2 + q * cell, 2 + r * cell))
-    sheet.resize((sheet.width * args.zoom, sheet.height * args.zoom), Image.Resampling.NEAREST).save(args.out, "PNG")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        die(f"{message}; see --help")
+    sheet = sheet.resize((sheet.width * args.zoom, sheet.height * args.zoom), Image.Resampling.NEAREST)
+    replace_file(args.out, lambda file: sheet.save(file, "PNG"))
 
 
 def positive(text):
@@ -517,10 +568,7 @@ def main():
     option("--zoom", type=positive, default=1, help="screen pixels per pixel (default: 1)")
 
     args = parser.parse_args()
-    try:
-        args.run(args)
-    except OSError as error:  # a full disk, a folder that must not be read
-        die(f"{error}; make room, or correct the path or its permissions")
+    main_of(args.run, args)
 
 
 if __name__ == "__main__":

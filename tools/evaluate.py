@@ -58,7 +58,7 @@ try:
 except ImportError as error:
     sys.exit(f"evaluate.py: needs the Python package {error.name}: pip install -r tools/requirements.txt")
 
-from data import flatten  # of this folder
+from data import CLASSES, Parser, die, flatten, main_of, replace_file  # of this folder
 
 VERSION = "1"  # of everything that the cached network and features depend on: another one, another cache
 REFERENCE = 50_000  # of a larger dataset, as many pictures are used
@@ -67,11 +67,6 @@ NEIGHBOURS = 3
 FEWEST = 10  # pictures that are judged at all
 BATCH = 256
 TRAINED, EPOCHS = 96_000, 50  # pictures that the network sees in training, and how often each one at most
-
-
-def die(message):
-    print(f"evaluate.py: {message}", file=sys.stderr)
-    sys.exit(1)
 
 
 class Progress:
@@ -151,7 +146,7 @@ class Dataset:
         self.shape = tuple(self.x.shape[1:])
         if len(self.x) < 50 or self.shape[1] != self.shape[2]:
             die(f"{path}: {len(self.x)} pictures of {self.shape[1:]}; want 50 or more, as high as wide")
-        top = len(self.class_names) if self.class_names else 100_000
+        top = len(self.class_names) if self.class_names else CLASSES
         if self.y is not None and not 0 <= self.y.min() <= self.y.max() < top:
             die(f"{path}: labels {self.y.min()}..{self.y.max()}, want 0..{top - 1}; make it again with tools/data.py")
         self.labelled = self.y is not None and bool(self.y.min() < self.y.max())
@@ -417,34 +412,32 @@ class Evaluator:
     def nearest(self, x, path):
         """Draws ten pictures of x above those of the dataset that are nearest in pixels, and by features, into a PNG.
         Returns (of x, of real pictures), the median distance in pixels, root mean square of 0..255, to the nearest."""
-        pool = self.data.prepare(self.data.x[self.chosen])
-        flat = pool.flatten(1)
-        squares = flat.square().sum(1)
+        def pool(index):
+            return self.data.prepare(self.data.x[self.chosen[index]])
 
-        def distances(some, own=None):  # own: where in the pool they are themselves
-            both = torch.stack([some, some.flip(3)]).flatten(2)
-            d = (both.square().sum(2, True) + squares - 2 * both @ flat.T).amin(0).clamp(min=0).sqrt()
-            if own is not None:
-                d[torch.arange(len(some)), own] = math.inf
-            return d.min(1)
-
-        some, own = self.data.prepare(x[:500]), torch.arange(0, len(pool), max(1, len(pool) // 500))
-        found = [distances(part) for part in some.split(100)]
-        far, which = (torch.cat(parts) for parts in zip(*found))
-        real = torch.cat([distances(pool[part], part)[0] for part in own.split(100)])
+        some, own = self.data.prepare(x[:500]), torch.arange(0, len(self.chosen), max(1, len(self.chosen) // 500))
+        asked = torch.cat([some, pool(own)])
+        both = torch.stack([asked, asked.flip(3)]).flatten(2)
+        far, which = torch.full((len(asked),), math.inf), torch.zeros(len(asked), dtype=torch.long)
+        for part in torch.arange(len(self.chosen)).split(2000):  # of a large dataset not all at a time
+            flat = pool(part).flatten(1)
+            d = (both.square().sum(2, True) + flat.square().sum(1) - 2 * both @ flat.T).amin(0).clamp(min=0).sqrt()
+            themselves = torch.isin(own, part)
+            d[len(some) + themselves.nonzero()[:, 0], own[themselves] - part[0]] = math.inf
+            nearest = d.min(1)
+            which = torch.where(nearest.values < far, part[nearest.indices], which)
+            far = torch.minimum(far, nearest.values)
+        far, real = far.split([len(some), len(own)])
         show = far.argsort()[:10]
         features = torch.cdist(self.features(self.net.features, x[show]),
                                self.features(self.net.features, self.data.x, self.chosen)).argmin(1)
-        rows = torch.stack([some[show], pool[which[show]], pool[features]])  # (3, 10, C, H, W)
+        rows = torch.stack([some[show], pool(which[show]), pool(features)])  # (3, 10, C, H, W)
         sheet = F.pad(rows, (1, 1, 1, 1), value=1).permute(0, 3, 1, 4, 2)
         sheet = sheet.reshape(3 * sheet.shape[1], -1, sheet.shape[-1]).add(1).mul(127.5).round().byte().numpy()
         picture = Image.fromarray(sheet if sheet.shape[2] == 3 else sheet[..., 0])
         picture = picture.resize((3 * picture.width, 3 * picture.height), Image.Resampling.NEAREST)
-        try:
-            picture.save(path, "PNG")
-        except OSError as error:
-            die(f"--nearest {path}: {error.strerror}; give a path in a folder that can be written")
-        scale = 127.5 / math.sqrt(flat.shape[1])
+        replace_file(path, lambda file: picture.save(file, "PNG"), "--nearest")
+        scale = 127.5 / math.sqrt(both.shape[2])
         return far.median().item() * scale, real.median().item() * scale
 
     def judge(self, features, real, manifold):
@@ -472,7 +465,7 @@ class Evaluator:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="dataset file: of tools/data.py, or of train_* --export")
     parser.add_argument("pictures", nargs="*", help="files that sample_* --latents wrote, or folders of PNGs")
     parser.add_argument("--inception", help="weights of the standard FID network, to use it instead of our own")
@@ -480,9 +473,10 @@ def main():
     parser.add_argument("--cache", help="folder for the network (default: the one of the dataset)")
     parser.add_argument("--nearest", metavar="PNG", help="draw pictures of the first file above the nearest real ones")
     parser.add_argument("--json", help="also write the figures into this file")
-    parser.error = lambda message: die(f"{message}; see --help")
-    args = parser.parse_args()
+    main_of(evaluate, parser.parse_args())
 
+
+def evaluate(args):
     data, judged = Dataset(args.dataset), []
     for path in args.pictures:
         x, y, names = load_pictures(path)
@@ -519,15 +513,12 @@ def main():
     for path, found in figures["pictures"].items():
         if found["n"] <= len(evaluator.real.mean):
             print(f"{path}: fewer pictures than features, so its distance is far too large; draw more")
+    if args.json:
+        replace_file(args.json, lambda file: file.write((json.dumps(figures, indent=1) + "\n").encode()), "--json")
     if args.nearest:
         ours, real = evaluator.nearest(judged[0][1], args.nearest)
         print(f"nearest real picture, root mean square in 0..255, median: {ours:.1f}; of a real picture {real:.1f}: "
               f"{args.nearest}")
-    if args.json:
-        try:
-            Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
-        except OSError as error:
-            die(f"--json {args.json}: {error.strerror}; give a path in a folder that can be written")
 
 
 if __name__ == "__main__":

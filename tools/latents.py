@@ -28,7 +28,7 @@ try:
     from PIL import Image
 
     import data
-    from data import Parser, die, positive
+    from data import Parser, die, main_of, note, positive, replace_file
 except ImportError as error:
     sys.exit(f"latents.py: needs the Python package {error.name}: pip install -r tools/requirements.txt")
 
@@ -136,6 +136,10 @@ def encode(args):
 
 
 def decode(args):
+    if Path(args.out).suffix.lower() not in (".png", ".safetensors"):
+        die(f"--out {args.out}: want a .png, or a .safetensors for tools/evaluate.py")
+    if not Path(args.out).parent.is_dir():  # before the work, not after it
+        die(f"--out {args.out}: no such folder; give a path in a folder that can be written")
     try:
         file = safetensors.safe_open(args.input, "pt")
         x, metadata = file.get_slice("x"), file.metadata() or {}
@@ -149,8 +153,7 @@ def decode(args):
             f"(N,{vae.model.config.latent_channels},H,W)")
     stored = float(metadata.get("latent_scale", vae.scale))
     if stored != vae.scale and not vae.tiny:  # a tiny one is made to take what the large one's scale gives
-        print(f"latents.py: latent_scale is {stored:g}, the autoencoder's {vae.scale:g}; going by the autoencoder's",
-              file=sys.stderr)
+        note(f"latent_scale is {stored:g}, the autoencoder's {vae.scale:g}; going by the autoencoder's")
     bar, class_names = Bar(count), json.loads(metadata.get("class_names", "null"))
 
     def batches():
@@ -170,8 +173,6 @@ def decode(args):
                     stack.enter_context(writer)
                 writer.add(pictures, y[start : start + vae.batch] if y is not None else None, args.input)
         return
-    if Path(args.out).suffix.lower() != ".png":
-        die(f"--out {args.out}: want a .png, or a .safetensors for tools/evaluate.py")
     columns, sheet = math.ceil(math.sqrt(count)), None
     for start, pictures in batches():
         h, w, _ = pictures.shape[1:]
@@ -179,8 +180,7 @@ def decode(args):
             sheet = Image.new("RGB", (2 + columns * (w + 2), 2 + math.ceil(count / columns) * (h + 2)), "white")
         for i, picture in enumerate(pictures, start):
             sheet.paste(Image.fromarray(picture), (2 + i % columns * (w + 2), 2 + i // columns * (h + 2)))
-    sheet.save(f"{args.out}.tmp", "PNG")
-    os.replace(f"{args.out}.tmp", args.out)
+    replace_file(args.out, lambda file: sheet.save(file, "PNG"))
     print(f"{args.out}: {count} pictures of {w}x{h}")
 
 
@@ -212,9 +212,9 @@ def main():
             "a .png, or a .safetensors with the pictures")
     args = parser.parse_args()
     try:
-        args.run(args)
-    except OSError as error:  # a full disk, a folder that must not be read
-        die(f"{error}; make room, or correct the path or its permissions")
+        main_of(args.run, args)
+    except RuntimeError as error:  # torch's, such as a lack of memory
+        die(f"{str(error).splitlines()[0]}; if memory is short, give a smaller --batch")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ try:
 except ImportError as error:
     sys.exit(f"plot.py: needs the Python package {error.name}: pip install -r tools/requirements.txt")
 
+from data import Parser, die, main_of, replace_file  # of this folder
+
 PANELS = {  # what of a log is drawn, where the file has it
     "loss": "loss",
     "mse": "prediction part of the loss",
@@ -48,11 +50,6 @@ PANELS = {  # what of a log is drawn, where the file has it
     "images_per_s": "images per second",
 }
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # told apart by everyone
-
-
-def die(message):
-    print(f"plot.py: {message}", file=sys.stderr)
-    sys.exit(1)
 
 
 def read_csv(path):
@@ -189,7 +186,7 @@ def side_by_side(args):
     for picture, name, (left, top) in zip(pictures, names, places):
         ImageDraw.Draw(sheet).text((left + 2, top - head + 5), name, "black", font)
         sheet.paste(picture, (left, top))
-    save(args.out, lambda: sheet.save(args.out, format="PNG", optimize=True))
+    replace_file(args.out, lambda file: sheet.save(file, format="PNG", optimize=True))
     print(f"{args.out}: {', '.join(names)}")
 
 
@@ -216,8 +213,8 @@ def animate(args):
     palette = Image.new("P", (1, 1))
     palette.putpalette((colours + 768 * [0])[:768])
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    save(args.out, lambda: frames[0].save(args.out, format="GIF", save_all=True, append_images=frames[1:], duration=150,
-                                          loop=0))
+    replace_file(args.out, lambda file: frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:],
+                                                       duration=150, loop=0))
     print(f"{args.out}: {len(lefts)} timesteps of {len(tops) // 2} pictures")
 
 
@@ -468,18 +465,12 @@ def save_small(figure, path):
     """A figure for the README: 1800 pixels across, 256 colours."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=200, format="png")
-    save(path, lambda: Image.open(drawn).convert("RGB").quantize(256).save(path, format="PNG", optimize=True))
-
-
-def save(path, write):
-    try:
-        write()
-    except OSError as error:
-        die(f"--out {path}: {error.strerror}; give a path in a folder that can be written")
+    few = Image.open(drawn).convert("RGB").quantize(256)
+    replace_file(path, lambda file: few.save(file, format="PNG", optimize=True))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", help="log.csv of training runs, traces of sample_* --trace, PNGs; "
                         "or fixed_point and two traces; or architecture")
     parser.add_argument("--out", required=True, help="the PNG to write, or of a strip the GIF")
@@ -488,9 +479,10 @@ def main():
     parser.add_argument("--smooth", type=int, help="steps in the running mean (default: a fiftieth of the run)")
     parser.add_argument("--weights", default="weights/shapes.safetensors", help="fixed_point: of which model")
     parser.add_argument("--title", help="over the picture")
-    parser.error = lambda message: die(f"{message}; see --help")
-    args = parser.parse_args()
+    main_of(draw, parser.parse_args())
 
+
+def draw(args):
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
     first = args.files[0]
     figure = {"fixed_point": plot_fixed_point, "architecture": plot_architecture}.get(first)
@@ -508,7 +500,7 @@ def main():
         die(f"{trace} is a trace and {log} a log; draw one kind at a time")
     plt.suptitle((plot_traces if all(traces) else plot_logs)(tables, names, args), fontweight="bold")
     plt.tight_layout()
-    save(args.out, lambda: plt.savefig(args.out, dpi=120, format="png"))
+    replace_file(args.out, lambda file: plt.savefig(file, dpi=120, format="png"))
     print(f"{args.out}: {'residuals' if all(traces) else 'log'} of {', '.join(names)}")
 
 

@@ -84,8 +84,9 @@ def save_file(contents, path, metadata):
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     assert len(text) <= size
-    with open(path, "wb") as f:
+    with open(path + ".tmp", "wb") as f:
         f.write(raw[:8] + text.ljust(size) + raw[8 + size :])
+    os.replace(path + ".tmp", path)
 
 
 def load_file(path):
@@ -1042,7 +1043,9 @@ def main():
     pair = lambda text: tuple(int(v) for v in text.split(","))
     train.add_argument("--data", required=True, help="a dataset file")
     train.add_argument("--out", required=True, help="folder for log.csv and weights.safetensors (the EMA)")
-    train.add_argument("--model", help="S/2 ... XL/8, instead of depth, width, heads and patch")
+    models = ["%s/%d" % (size, patch) for size in SIZES for patch in (2, 4, 8)]
+    train.add_argument("--model", choices=models, metavar="NAME",
+                       help="S/2 ... XL/8, instead of depth, width, heads and patch")
     for field in dataclasses.fields(Config):  # the image's and the classes' come from the data
         if field.name not in ("image_size", "channels", "classes", "mlp_ratio", "diffusion_steps"):
             choices = {"prediction": ("eps", "v", "flow", "x"), "v_weight": ("p2", "1")}.get(field.name)
@@ -1068,7 +1071,10 @@ def main():
     train.add_argument("--dtype", choices=("float32", "float64"), default="float32")
 
     args = parser.parse_args()
-    args.run(args)
+    try:
+        args.run(args)
+    except (OSError, safetensors.SafetensorError) as error:
+        sys.exit("reference.py: %s" % error)
 
 
 if __name__ == "__main__":

@@ -83,9 +83,10 @@ def decode(symbol):
 def compiled(nvcc, arch, cubin):
     """Compiles fpdm.cu; returns what ptxas says."""
     code = f"arch={arch.replace('sm', 'compute')},code={arch}"
-    return subprocess.run([nvcc, "-x", "cu", "-std=c++17", "-O3", "-gencode", code, "-cubin", "-Xptxas", "-v",
-                           "-DPROGRAM=TRAIN", "fpdm.cu", "-o", cubin], check=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True).stdout
+    done = subprocess.run([nvcc, "-x", "cu", "-std=c++17", "-O3", "-gencode", code, "-cubin", "-Xptxas", "-v",
+                           "-DPROGRAM=TRAIN", "fpdm.cu", "-o", cubin], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True)
+    return done.stdout if done.returncode == 0 else sys.exit(f"{done.stdout}report_compiler.py: {nvcc} failed")
 
 
 def kernels(text):

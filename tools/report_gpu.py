@@ -2,13 +2,14 @@
 """Checks and measures fpdm.cu on this machine's NVIDIA GPU and writes test/results/GPU.md: numbers, versions, commands.
 
     make report_gpu                                        everything, within 9 minutes
-    make report_gpu REPORT="--parts matmul,torch"          some parts (--help lists them)
+    make report_gpu REPORT="--parts matmul,attention"      some parts (--help lists them): into out_report alone
     python3 tools/report_gpu.py --out /tmp/report          report.md, figures.json and log.txt into this folder
     python3 tools/report_gpu.py --target emu --parts cases,steps,matmul     tries the report itself, without a GPU
 
 A part whose tool is missing (GPU, nvcc, compute-sanitizer, torch, cuBLAS) is skipped and says so; a part that fails or
 takes longer than its limit does not stop the others. The report is written anew after every command, so an interrupted
-run leaves what it had. Exit status 1 if a part failed. Needs nothing but Python; with torch, its figures too.
+run leaves what it had in --out; into test/results goes a whole one, or one with a --suffix. Exit status 1 if a part
+failed. Needs nothing but Python; with torch, its figures too.
 """
 import argparse
 import csv
@@ -647,11 +648,11 @@ class Report:
         text = "\n".join(lines) + "\n"
         return text.replace(self.scratch, "/tmp/report").replace(ROOT + "/", "").replace(sys.executable, "python3")
 
-    def write(self):
+    def write(self, whole=False):
         with self.lock:
             text = self.markdown()
         paths = [os.path.join(self.args.out, "report.md")]
-        if self.gpu and not self.emulated:
+        if self.gpu and not self.emulated and whole:
             name = re.sub(r"[^a-z0-9]+", "-", self.gpu.lower()).strip("-") + self.args.suffix
             os.makedirs(os.path.join(ROOT, "test", "results"), exist_ok=True)
             paths.append(os.path.join(ROOT, "test", "results", name + ".md"))
@@ -665,10 +666,10 @@ class Report:
         os.replace(figures + ".tmp", figures)
         return paths[-1]
 
-    def close(self):
+    def close(self, whole):
         for process in list(self.running):
             self.finish(process, 0)
-        path = self.write()
+        path = self.write(whole)
         shutil.rmtree(self.scratch, ignore_errors=True)
         return path
 
@@ -713,7 +714,7 @@ def main():
                         help="with commas, of: fpdm, dit (default: both)")
     parser.add_argument("--minutes", type=float, default=9, help="for everything (default: 9)")
     parser.add_argument("--out", default="out_report", help="folder for report, figures and log (default: out_report)")
-    parser.add_argument("--suffix", default="", help="of the name in test/results")
+    parser.add_argument("--suffix", default="", help="of the name in test/results, where a part of it may stand then")
     parser.add_argument("--target", default="gpu", choices=("gpu", "emu", "cpu"),
                         help="emu, cpu: a trial at tiny sizes with the programs of these names (default: gpu)")
     args = parser.parse_args()
@@ -728,14 +729,15 @@ def main():
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    chosen, args.parts = args.parts, None
+    chosen, args.parts, whole = args.parts, None, False
     try:
         report.part("machine", report.machine, 120)
         args.parts = chosen
         report.all()
+        whole = not chosen
     except KeyboardInterrupt:
         print("interrupted")
-    path = report.close()
+    path = report.close(whole or args.suffix)
     failed = [p["name"] for p in report.parts if p["result"].startswith(("FAILED", "interrupted"))]
     skipped = [p["name"] for p in report.parts if p["result"].startswith("skipped")]
     ok = len(report.parts) - len(failed) - len(skipped)

@@ -7,7 +7,6 @@ PyTorch would keep for the same model, counted tensor by tensor. Prints Markdown
 """
 import os
 import subprocess
-import sys
 import tempfile
 
 import torch

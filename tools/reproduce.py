@@ -37,12 +37,12 @@ SECOND = [dict(t_shift=shift, order=2) for shift in (1, 2)]
 # contender takes the one with the better distance; `samplers`, `per_step`: options of sample_*, and iterations per
 # timestep, that are tried at each budget; `plateau_steps`: of the models that differ from the first in one thing.
 SCALES = {
-    "smoke": dict(image_size=16, width=32, heads=2, patch=4, depth=8, rival_depth=6, batch=32, warmup=20, ema=0.98,
-                  dtype="auto", steps=60, tune_steps=30, lrs=[4e-3, 8e-3],
+    "smoke": dict(image_size=16, width=32, heads=2, patch=4, depth=8, rival_depth=6, batch=32, warmup=10, ema=0.96,
+                  dtype="auto", steps=30, tune_steps=16, lrs=[4e-3, 8e-3],
                   samplings=["logit_normal", "uniform"], samplers=FIRST[:2] + SECOND[:1], seeds=1, pictures=100,
                   real=600,
                   budgets=[6, 12, 24], per_step=[1, 2], solver_iters=[2, 4], unroll_iters=[1, 4], tols=[0.1],
-                  trace_iters=6, plateau_steps=30),
+                  trace_iters=6, plateau_steps=16),
     "hour": dict(image_size=24, width=128, heads=4, patch=4, depth=8, rival_depth=6, batch=32, warmup=100, ema=0.995,
                  dtype="bf16", steps=2000, tune_steps=500, lrs=[2e-3, 4e-3, 8e-3],
                  samplings=["logit_normal", "uniform"], samplers=FIRST + SECOND, seeds=1, pictures=1000, real=10000,
@@ -883,20 +883,22 @@ def main():
     parser.add_argument("--target", choices=["cpu", "gpu"], help="which programs [gpu if nvidia-smi sees one]")
     parser.add_argument("--out", help="folder for runs and measurements [reproduce_SCALE]")
     parser.add_argument("--results", help="folder for claims.md and plots [test/results; smoke: --out]")
+    parser.error = lambda message: die(f"{message}; see --help")
     args = parser.parse_args()
     for package in ("torch", "numpy", "safetensors", "matplotlib", "PIL"):
         if importlib.util.find_spec(package) is None:
             die(f"needs the Python package {package}: pip install -r tools/requirements.txt")
     args.out = os.path.abspath(args.out or f"reproduce_{args.scale}")
     args.results = os.path.abspath(args.results or (args.out if args.scale == "smoke" else f"{ROOT}/test/results"))
-    if args.photographs and not os.path.exists(args.photographs):
-        die(f"{args.photographs}: no such dataset; tools/data.py makes them")
+    sys.path.insert(0, HERE)
+    if args.photographs:  # before the work, not after it
+        import evaluate
+        image_size = evaluate.Dataset(args.photographs).shape[1]
     if not args.target:
         gpu = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
         args.target = "gpu" if gpu else "cpu"
     if args.seeds is not None and args.seeds < 1:
         die("--seeds: at least 1")
-    sys.path.insert(0, HERE)
     seeds = {"seeds": args.seeds} if args.seeds else {}
     scale = {**SCALES[args.scale], **seeds}
     runs = contenders(scale)
@@ -916,8 +918,7 @@ def main():
             scale = {**SCALES[args.scale], **(PHOTOGRAPHS if args.scale in ("hour", "laptop") else {}), **seeds}
             some = scale["lrs"] if isinstance(scale["lrs"], dict) else (
                 "fpdm", "fpdm_skip", "fpdm_few", "dit3", "dit", "dit_deep")
-            import evaluate
-            scale["image_size"] = evaluate.Dataset(args.photographs).shape[1]
+            scale["image_size"] = image_size
             photographs = Experiment(args, os.path.abspath(args.photographs), os.path.join(args.out, "photographs"),
                                      scale, {run: runs[run] for run in some})
             photographs.everything()

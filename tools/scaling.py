@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How training scales over ranks: measured on this machine's cores, and a model for 8 to 512 GPUs. Prints Markdown.
 
-    python3 tools/scaling.py > test/results/scaling.md       Open MPI and two minutes, in which nothing else runs
+    make scaling       writes test/results/scaling.md; needs Open MPI and two minutes, in which nothing else runs
 
 Measured: one process without MPI, then 2 and 4 ranks, a thread each, in turn, the same batch for all of them; and the
 all-reduce alone. n and m are fixed, so that every step is the same work.
@@ -136,7 +136,7 @@ def main():
     work = (flops(D, T, 3, 5, 6.5, fixed_point=1, **latent), flops(D, T, 28, 0, 0, fixed_point=0, **latent))
     print(f"""# Data parallel: measured, and on paper
 
-`python3 tools/scaling.py > test/results/scaling.md`
+`make scaling`
 
 ## Measured: ranks on the cores of one machine
 
