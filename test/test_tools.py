@@ -789,7 +789,7 @@ def test_evaluate():
     flat = [part.reshape(len(part), -1).astype(float) for part in (drawn, x, x[:, :, ::-1])]
     far = [np.minimum(*(np.sqrt(((a[:, None] - b) ** 2).mean(2)) for b in flat[1:])) for a in flat[:2]]
     far[1][np.diag_indices(len(x))] = np.inf
-    assert np.allclose(medians[1], [np.median(d.min(1)) for d in far], atol=0.06), medians
+    assert np.allclose(medians[1], [np.sort(d.min(1))[(len(d) - 1) // 2] for d in far], atol=0.06), medians  # torch's
     fails_on_full_disk("a.json", "evaluate.py", "data.safetensors", "good.safetensors", "--json", "a.json")
     sheet = np.asarray(Image.open("near.png"))
     side = x.shape[1] + 2
