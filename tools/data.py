@@ -9,7 +9,8 @@
     python3 tools/data.py show emoji32.safetensors --out sheet.png        # what is in a dataset file
 
 x is U8 (N,H,W,C) for pictures, F32, F16 or BF16 (N,C,H,W) for latents; y is I64 (N). Needs numpy and pillow. The file
-is written here, not by the safetensors package, because that wants the whole dataset in memory.
+is written here, not by the safetensors package, because that wants the whole dataset in memory. What several tools need
+(one line for an error, files that are whole or not there) stands here, too, and they import it.
 """
 import argparse
 import contextlib
@@ -307,12 +308,13 @@ def folder(args, writer=Writer):
             name.encode()
         except UnicodeEncodeError:
             die(f"{root}: the class {name!r} is not UTF-8; rename that folder")
-        every = sorted(path for path in (root / name).rglob("*") if path.is_file())
-        inside = [path for path in every if path.suffix.lower() in endings]
-        others += [path for path in every if path.suffix.lower() not in endings and not path.name.startswith(".")]
+        inside = []
+        for path in sorted(path for path in (root / name).rglob("*") if path.is_file()):
+            (inside if path.suffix.lower() in endings else others).append(path)
         if not inside:
             die(f"{root / name}: no pictures inside; put some there, or remove it")
         files += [(path, label) for path in inside]
+    others = [path for path in others if not path.name.startswith(".")]
     if others:
         note(f"{root}: {len(others)} files are left out, for by their names they are no pictures that pillow can open: "
              f"{others[0]}{', ...' if others[1:] else ''}")

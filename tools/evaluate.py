@@ -418,10 +418,11 @@ class Evaluator:
         some, own = self.data.prepare(x[:500]), torch.arange(0, len(self.chosen), max(1, len(self.chosen) // 500))
         asked = torch.cat([some, pool(own)])
         both = torch.stack([asked, asked.flip(3)]).flatten(2)
+        squares = both.square().sum(2, True)
         far, which = torch.full((len(asked),), math.inf), torch.zeros(len(asked), dtype=torch.long)
         for part in torch.arange(len(self.chosen)).split(2000):  # of a large dataset not all at a time
             flat = pool(part).flatten(1)
-            d = (both.square().sum(2, True) + flat.square().sum(1) - 2 * both @ flat.T).amin(0).clamp(min=0).sqrt()
+            d = (squares + flat.square().sum(1) - 2 * both @ flat.T).amin(0).clamp(min=0).sqrt()
             themselves = torch.isin(own, part)
             d[len(some) + themselves.nonzero()[:, 0], own[themselves] - part[0]] = math.inf
             nearest = d.min(1)
