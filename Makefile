@@ -175,6 +175,7 @@ test_harness_gpu: test/test_harness.cu fpdm.cu
 kernels: test_emu test_kernels_emu
 	@rm -f kernels.tmp
 	@EMU_KERNELS=kernels.tmp test/run.sh ./test_emu ./test_kernels_emu
+	@[ -s kernels.tmp ]
 	@awk -F ': ' '{ n[$$1] += $$2 } END { for (k in n) print k ": " n[k] " launches" (n[k] ? "" : "  FAIL") }' kernels.tmp | sort
 	@! awk -F ': ' '{ n[$$1] += $$2 } END { for (k in n) if (!n[k]) print k }' kernels.tmp | grep . > /dev/null
 	@rm -f kernels.tmp
@@ -218,5 +219,6 @@ hip: fpdm.cu test/hip.h
 # Every kernel on every architecture without spills
 spills: fpdm.cu
 	@$(NVCC) $(NVCC_FLAGS) -Xptxas -v -DPROGRAM=TRAIN $< -o /dev/null > spills.tmp 2>&1 || { cat spills.tmp; exit 1; }
+	@grep -q 'bytes spill' spills.tmp || { cat spills.tmp; exit 1; }
 	@grep -A2 'Compiling entry' spills.tmp | grep -B2 '[1-9][0-9]* bytes spill' && exit 1 || echo "no spills on $(ARCHS)"
 	@rm -f spills.tmp

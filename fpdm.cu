@@ -338,7 +338,7 @@ enum { MAX_WINDOW = 8, HISTORY = MAX_WINDOW + 1 }; // Anderson acceleration: ear
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernels: what it takes to write and to start them. A port to another accelerator gives a meaning to what stands here
-// and under "Instructions" and "Fragments" in Part 4; test/cuda_emu.h lists it, README has a guide.
+// and under "Instructions" and "Fragments" in Part 4; test/README.md lists it, README.md has a guide.
 
 #ifndef WARP
 #define WARP 32 // lanes of a warp
@@ -357,7 +357,7 @@ static struct {
     cudaStream_t stream; // everything happens in this one, in order
     size_t shared;       // bytes of shared memory that a block may have
     size_t allocated;    // bytes of device memory that this program holds
-    int unsplit;         // in sampling: no sum over k is split, for a picture has the same bits in any batch
+    int unsplit;         // in sampling: no sum over k is split: its order is that of k, whatever the batch
 } gpu;
 
 // From Part 4
@@ -449,6 +449,7 @@ typedef struct {
     const void *a, *b;
     int lda, ldb, M, N, K;
     int k_chunk; // each split of the sum over k has this many
+    int batch;   // EPI_STORE without bias: that many products, whose matrices stand right behind each other
     void *out;   // (M,N), row stride ldc
     int ldc;
     const float *bias, *add;      // (N), NULL: none; (add_rows,N): row i takes row i % add_rows
@@ -468,7 +469,7 @@ static void matmul(int half, Matmul g);
 static Matmul linear(void *y, const void *x, const void *w, int ldw, const float *b, int M, int K, int N) {
     Matmul g = {};
     g.a = x, g.b = w, g.lda = K, g.ldb = ldw;
-    g.M = M, g.N = N, g.K = K;
+    g.M = M, g.N = N, g.K = K, g.batch = 1;
     g.out = y, g.ldc = N, g.bias = b;
     return g;
 }
@@ -823,7 +824,7 @@ typedef struct {
     float *dmod, *dfinal_mod, *dcond, *dcond_pp, *dtime;
     float *parts; // (B,ceil(T/8),3,D) at most: sums over some tokens, see layernorm_backward_kernel
     float *dout;  // (B,Cout,S,S)
-    Act *muon[4]; // (4D,D) scratch of the optimiser Muon: two matrices, two squares
+    Act *muon[4]; // (MUON_ROOM,D,D) scratch of the optimiser Muon: twice its matrices, twice their squares
     // of Part 2 and Part 3
     float *picture, *noise;   // (B,C,S,S) x0 in training, x in sampling
     float *before;            // (B,C,S,S) sampling: the velocity of the timestep before
@@ -1882,45 +1883,60 @@ static void adamw_update(Model *model, int64_t first, int64_t last, float size, 
         toward);
 }
 
+// Muon updates matrices of one shape together, for one alone does not fill a GPU: as many as have MUON_ROOM·D^2
+// numbers, which are 4 of the largest, (4D,D). Kernels have a row of blocks, blockIdx.y, for each.
+enum { MUON_ROOM = 16, MUON_SUMS = NORM_BLOCKS / MUON_ROOM };
+typedef struct {
+    size_t at[MUON_ROOM]; // where they begin, in weights, gradients and momentum alike
+    int n, k, count;
+} MuonGroup;
+
 // u of Muon from the gradient and the momentum, which holds the gradient already
 __device__ static float muon_wanted(float momentum, float grad, float scale) {
     return grad * scale + (float)MUON_MOMENTUM * momentum;
 }
 
-// m = mu·m + scale·grad, and of each block sum u^2. A thread an element of (count), in rounds.
-__global__ void muon_momentum_kernel(double *partial, float *m, const float *grads, size_t count, float scale) {
+// m = mu·m + scale·grad, and of each block sum u^2. A thread an element of (n,k), in rounds.
+__global__ void muon_momentum_kernel(double *partial, float *m, const float *grads, MuonGroup group, float scale) {
     SHARED_DYNAMIC(double, shared);
     double sum = 0;
+    size_t count = (size_t)group.n * group.k, at = group.at[blockIdx.y];
+    m += at, grads += at;
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x) {
         m[i] = (float)MUON_MOMENTUM * m[i] + grads[i] * scale;
         float u = muon_wanted(m[i], grads[i], scale);
         sum += (double)u * u;
     }
     sum = block_sum(sum, shared);
-    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+    if (threadIdx.x == 0) partial[blockIdx.y * gridDim.x + blockIdx.x] = sum;
 }
 
-// x = u/||u|| of the matrix (n,k), or where n is larger its transpose; the norm from the sums of `blocks` blocks. A
-// thread an element.
+// x = u/||u|| of the matrix (n,k), or where n is larger its transpose; the norm from the sums of as many blocks as
+// these. A thread an element, in rounds.
 template <typename A>
-__global__ void muon_start_kernel(A *x, const double *partial, int blocks, const float *m, const float *grads,
-                                  float scale, int n, int k) {
+__global__ void muon_start_kernel(A *x, const double *partial, const float *m, const float *grads, MuonGroup group,
+                                  float scale) {
     SHARED_DYNAMIC(double, shared);
     double sum = 0;
-    for (int i = threadIdx.x; i < blocks; i += blockDim.x) sum += partial[i];
+    int n = group.n, k = group.k;
+    size_t count = (size_t)n * k, at = group.at[blockIdx.y];
+    m += at, grads += at, x += blockIdx.y * count;
+    for (int i = threadIdx.x; i < (int)gridDim.x; i += blockDim.x) sum += partial[blockIdx.y * gridDim.x + i];
     sum = block_sum(sum, shared);
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (size_t)n * k) return;
-    float u[] = {muon_wanted(m[i], grads[i], scale) * ((float)sum > 0 ? rsqrtf((float)sum) : 0)};
-    store(x + (n > k ? i % k * n + i / k : i), u);
+    float norm = (float)sum > 0 ? rsqrtf((float)sum) : 0;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x) {
+        float u[] = {muon_wanted(m[i], grads[i], scale) * norm};
+        store(x + (n > k ? i % k * n + i / k : i), u);
+    }
 }
 
 // p (r,r) = a·1 + b·square + c·p, where p is the square's own square. A thread four elements.
 template <typename A>
 __global__ void muon_polynomial_kernel(A *p, const A *square, int r) {
-    size_t i = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
+    size_t i = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x), count = (size_t)r * r;
     float x[4], xx[4];
-    if (i >= (size_t)r * r) return;
+    if (i >= count) return;
+    p += blockIdx.y * count, square += blockIdx.y * count;
     load(x, square + i);
     load(xx, p + i);
     EACH(j, 4) x[j] = (float)MUON_B * x[j] + (float)MUON_C * xx[j] + ((i + j) % (r + 1) ? 0 : (float)MUON_A);
@@ -1929,43 +1945,71 @@ __global__ void muon_polynomial_kernel(A *p, const A *square, int r) {
 
 // w (n,k) = keep·w - size·x, where x is as muon_start_kernel lays it out. A thread an element.
 template <typename A>
-__global__ void muon_finish_kernel(float *weights, float *ema, bf16 *half, const A *x, int n, int k, float keep,
+__global__ void muon_finish_kernel(float *weights, float *ema, bf16 *half, const A *x, MuonGroup group, float keep,
                                    float size, float toward) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (size_t)n * k) return;
+    int n = group.n, k = group.k;
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, count = (size_t)n * k, at = group.at[blockIdx.y] + i;
+    if (i >= count) return;
     float o[1];
-    load(o, x + (n > k ? i % k * n + i / k : i));
-    weight_store(weights, ema, half, i, weights[i] * keep - size * o[0], toward);
+    load(o, x + blockIdx.y * count + (n > k ? i % k * n + i / k : i));
+    weight_store(weights, ema, half, at, weights[at] * keep - size * o[0], toward);
 }
 
-// Muon (Jordan and others 2024; its size as in arXiv:2502.16982) for a matrix (n,k), or for each of qkv's three:
+// Muon (Jordan and others 2024; its size as in arXiv:2502.16982) for matrices (n,k):
 //   m <- mu·m + g,   u = g + mu·m,   w <- w·keep - lr·0.2·sqrt(max(n,k))·O
 // where O is about U·V^T of u = U·S·V^T: five times X <- (a + b·XX^T + c·(XX^T)^2)·X, from X = u/||u||.
-static void muon_update(Model *model, const ParamTensor *t, double lr, float keep, float scale, float toward) {
-    int half = model->half, k = (int)t->shape[1], parts = t->shape[0] == 3 * k ? 3 : 1, n = (int)t->shape[0] / parts;
-    int r = imin(n, k), c = n + k - r, sums = imin((int)ceil_div((size_t)n * k, 1024), NORM_BLOCKS); // X (r,c)
-    size_t count = (size_t)n * k, room = MAX_WARPS * sizeof(double);
-    unsigned blocks = (unsigned)ceil_div(count, 256);
+static void muon_update(Model *model, MuonGroup group, double lr, float keep, float scale, float toward) {
+    int half = model->half, n = group.n, k = group.k, r = imin(n, k), c = n + k - r; // X (r,c)
+    size_t count = (size_t)n * k, square = (size_t)r * r, room = MAX_WARPS * sizeof(double);
+    dim3 sums(imin((int)ceil_div(count, 1024), MUON_SUMS * (MUON_ROOM / group.count)), group.count);
+    dim3 fours((unsigned)ceil_div(square, 4 * 256), group.count), elements((unsigned)ceil_div(count, 256), group.count);
+    float *const *memory = model->memory, *m = memory[MODEL_ADAM_M], *grads = memory[MODEL_GRADS];
     float size = (float)(lr * 0.2 * sqrt((double)c));
     Act *const *scratch = model->a.muon, *x = scratch[0], *y = scratch[1], *a = scratch[2], *p = scratch[3];
-    for (int part = 0; part < parts; part++) {
-        size_t at = t->offset + part * count;
-        float *m = model->memory[MODEL_ADAM_M] + at, *g = model->memory[MODEL_GRADS] + at;
-        RUN(muon_momentum_kernel, sums, 256, room, model->a.sums, m, g, count, scale);
-        TYPED(half, RUN((muon_start_kernel<A>), blocks, 256, room, (A *)x, model->a.sums, sums, m, g, scale, n, k));
-        for (int i = 0; i < MUON_STEPS; i++) {
-            matmul<false, false, EPI_STORE>(half, linear(a, x, x, c, NULL, r, c, r));
-            matmul<false, false, EPI_STORE>(half, linear(p, a, a, r, NULL, r, r, r));
-            TYPED(half, RUN((muon_polynomial_kernel<A>), (unsigned)ceil_div((size_t)r * r, 4 * 256), 256, 0, (A *)p,
-                            (const A *)a, r));
-            matmul<false, true, EPI_STORE>(half, linear_input(y, p, x, c, r, c, r));
-            Act *next = y;
-            y = x, x = next;
-        }
-        TYPED(half, RUN((muon_finish_kernel<A>), blocks, 256, 0, model->memory[MODEL_WEIGHTS] + at,
-                        model->memory[MODEL_EMA] + at, model->half_weights ? model->half_weights + at : NULL,
-                        (const A *)x, n, k, keep, size, toward));
+    RUN(muon_momentum_kernel, sums, 256, room, model->a.sums, m, grads, group, scale);
+    TYPED(half, RUN((muon_start_kernel<A>), sums, 256, room, (A *)x, model->a.sums, m, grads, group, scale));
+    for (int i = 0; i < MUON_STEPS; i++) {
+        Matmul xx = linear(a, x, x, c, NULL, r, c, r), aa = linear(p, a, a, r, NULL, r, r, r),
+               px = linear_input(y, p, x, c, r, c, r);
+        xx.batch = aa.batch = px.batch = group.count;
+        matmul<false, false, EPI_STORE>(half, xx);
+        matmul<false, false, EPI_STORE>(half, aa);
+        TYPED(half, RUN((muon_polynomial_kernel<A>), fours, 256, 0, (A *)p, (const A *)a, r));
+        matmul<false, true, EPI_STORE>(half, px);
+        Act *next = y;
+        y = x, x = next;
     }
+    TYPED(half, RUN((muon_finish_kernel<A>), elements, 256, 0, memory[MODEL_WEIGHTS], memory[MODEL_EMA],
+                    model->half_weights, (const A *)x, group, keep, size, toward));
+}
+
+// The shape of the matrix that Muon sees in a tensor: qkv is three
+static void muon_shape(const ParamTensor *t, int *n, int *k) {
+    *k = (int)t->shape[1];
+    *n = t->shape[0] == 3 * *k ? *k : (int)t->shape[0];
+}
+
+// muon_update of all matrices that have the shape of tensor number `like`, unless an earlier tensor has it, too
+static void muon_update_like(Model *model, int like, double lr, float keep, float scale, float toward) {
+    MuonGroup group = {};
+    int n, k, D = model->config.width;
+    muon_shape(&model->tensors[like], &group.n, &group.k);
+    size_t count = (size_t)group.n * group.k;
+    int most = (int)(MUON_ROOM * (size_t)D * D / count);
+    for (int i = 0; i < model->n_tensors; i++) {
+        const ParamTensor *t = &model->tensors[i];
+        if (!muon_has(t)) continue;
+        muon_shape(t, &n, &k);
+        if (n != group.n || k != group.k) continue;
+        if (i < like) return;
+        for (size_t part = 0; part < (size_t)t->count; part += count) {
+            group.at[group.count++] = t->offset + part;
+            if (group.count < most) continue;
+            muon_update(model, group, lr, keep, scale, toward);
+            group.count = 0;
+        }
+    }
+    if (group.count) muon_update(model, group, lr, keep, scale, toward);
 }
 
 // The weights' update number `step` (from 1), by AdamW or Muon, with their moving average (EMA) and their bf16 copy.
@@ -1980,7 +2024,7 @@ static void model_update(Model *model, int64_t step, double lr, double beta1, do
         const ParamTensor *t = &model->tensors[k];
         if (!muon_has(t)) continue;
         adamw_update(model, first, t->offset, size, correct, beta1, beta2, (float)eps, keep, scale, toward);
-        muon_update(model, t, lr, keep, scale, toward);
+        muon_update_like(model, k, lr, keep, scale, toward);
         first = t->offset + t->count;
     }
     adamw_update(model, first, model->n_params, size, correct, beta1, beta2, (float)eps, keep, scale, toward);
@@ -2671,6 +2715,14 @@ __device__ inline void own_place(Matmul *g, float *parts, int split, int splits)
     g->ldc = g->N, g->overwrite = 1;
 }
 
+// Product number z of a batch
+template <typename A>
+__host__ __device__ inline void own_product(Matmul *g, unsigned z) {
+    g->a = (const A *)g->a + z * ((size_t)g->M * g->K);
+    g->b = (const A *)g->b + z * ((size_t)g->N * g->K);
+    g->out = (A *)g->out + z * ((size_t)g->M * g->N);
+}
+
 // bf16 operands on the tensor cores. A block computes TILE x TILE of the product with four warps, each a quarter. Tiles
 // of both operands, BK deep, come in through cp.async into a ring of STAGES buffers, so that loads run STAGES - 1 steps
 // ahead of the arithmetic. A warp of the large tile makes 64x64 out of 64+64 rows of fragments: 32 mma for 8 ldmatrix.
@@ -2702,6 +2754,7 @@ __global__ void __launch_bounds__(MATMUL_THREADS, 2) matmul_bf16(Matmul g, float
     constexpr int OPERAND = TILE * BK, W = TILE / 2, MI = W / 16,
                   NI = W / FRAG_COLS; // a warp: W x W, MI x NI fragments
     SHARED_DYNAMIC(bf16, shared);
+    if (EPI == EPI_STORE) own_product<bf16>(&g, blockIdx.z);
     const bf16 *a = (const bf16 *)g.a, *b = (const bf16 *)g.b;
     int warp = threadIdx.x / WARP, wm = warp / 2 * W, wn = warp % 2 * W;
     int n_tiles = (g.N + TILE - 1) / TILE, m0 = blockIdx.x / n_tiles * TILE, n0 = blockIdx.x % n_tiles * TILE;
@@ -3051,7 +3104,7 @@ static void matmul(int half, Matmul g) {
     int across = (int)ceil_div(g.N, WG_N), down = (int)ceil_div(g.M, WG_M); // tiles of Hopper's, in pairs
     int upright = down / 2 * across, pairs = upright + down % 2 * (across + 1) / 2;
     int large = half && (EPI == EPI_WEIGHT ? g.M >= 128 && g.N >= 128
-                                           : ceil_div(g.M, 128) * ceil_div(g.N, 128) >= (size_t)gpu.sms);
+                                           : ceil_div(g.M, 128) * ceil_div(g.N, 128) * g.batch >= (size_t)gpu.sms);
     int wgmma = half && (gpu.wgmma > 1 || (gpu.wgmma && large && (EPI == EPI_WEIGHT || 2 * pairs >= gpu.sms)));
     int tile = large ? 128 : 64, step = wgmma ? 64 : half ? (int)BK : (int)F32_BK, splits = 1;
     int slots = wgmma ? pairs_at_once() : gpu.sms * (large ? 2 : 4); // tiles that the GPU works on at once
@@ -3069,18 +3122,23 @@ static void matmul(int half, Matmul g) {
     }
     if (splits == 1) whole = tiles;
     g.k_chunk = (int)ceil_div(ceil_div(g.K, splits), step) * step;
-    dim3 grid(tiles, splits); // neighbours share rows of a
-    if (!half)
-        RUN((matmul_fp32<TA, TB, EPI>), grid, 128, 2 * F32_BK * F32_ROW * sizeof(float), g, workspace.memory);
-    else if constexpr (TA || EPI != EPI_WEIGHT) { // conditioning alone adds to an input's gradient, in fp32
-        if (wgmma)
-            launch_wgmma<TA, TB, EPI>(g, across, upright, whole, tiles - whole, splits);
-        else if (large)
-            RUN((matmul_bf16<128, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 128 * BK * sizeof(bf16), g,
-                workspace.memory);
-        else
-            RUN((matmul_bf16<64, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 64 * BK * sizeof(bf16), g,
-                workspace.memory);
+    bool together = half && !wgmma; // all products of a batch at once
+    for (int z = 0; z < (together ? 1 : g.batch); z++) {
+        Matmul one = g;
+        dim3 grid(tiles, splits, together ? g.batch : 1); // neighbours share rows of a
+        if (EPI == EPI_STORE) half ? own_product<bf16>(&one, z) : own_product<float>(&one, z);
+        if (!half)
+            RUN((matmul_fp32<TA, TB, EPI>), grid, 128, 2 * F32_BK * F32_ROW * sizeof(float), one, workspace.memory);
+        else if constexpr (TA || EPI != EPI_WEIGHT) { // conditioning alone adds to an input's gradient, in fp32
+            if (wgmma)
+                launch_wgmma<TA, TB, EPI>(one, across, upright, whole, tiles - whole, splits);
+            else if (large)
+                RUN((matmul_bf16<128, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 128 * BK * sizeof(bf16), one,
+                    workspace.memory);
+            else
+                RUN((matmul_bf16<64, TA, TB, EPI>), grid, MATMUL_THREADS, 2 * STAGES * 64 * BK * sizeof(bf16), one,
+                    workspace.memory);
+        }
     }
     if (splits == 1) return;
     int beside = whole - upright, high = beside < 0 ? 2 * WG_M : WG_M; // of the first tile that is split
@@ -3594,7 +3652,8 @@ static size_t activations_point(Model *m, char *memory) {
     take_all(r, B * D * F, &a->dcond, &a->dcond_pp, &a->dtime);
     take_all(r, 3 * B * ceil_div(T, LN_CHUNK) * D * F, &a->parts);
     take_all(r, pixels * config_out_channels(c) * F, &a->dout);
-    if (m->training == TRAIN_MUON) take_all(r, 4 * D * D * A, &a->muon[0], &a->muon[1], &a->muon[2], &a->muon[3]);
+    if (m->training == TRAIN_MUON)
+        take_all(r, MUON_ROOM * D * D * A, &a->muon[0], &a->muon[1], &a->muon[2], &a->muon[3]);
     return arena.bytes;
 }
 
@@ -3771,7 +3830,7 @@ static void gpu_open(void) {
     gpu.ready = 1;
     // Each rank makes the update itself, and only one kind of GPU makes the same bits of it.
     if (ranks.count > 1)
-        ranks_same("another kind of GPU", (uint64_t)info.major << 32 | (uint64_t)(gpu.sms << 2 | gpu.wgmma));
+        ranks_same("another kind of GPU", (uint64_t)(10 * info.major + info.minor) << 32 | (uint64_t)(gpu.sms << 2 | gpu.wgmma));
 }
 
 static void gpu_wait(void) { CHECK(cudaStreamSynchronize(gpu.stream)); }

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Trains the same model on the same data with ./train_cpu and with PyTorch (tools/reference.py), which makes the same random
-# draws, and prints the largest relative difference of the losses.
+# draws, and prints the largest relative difference of the losses; more than 1e-4 is a failure.
 #
 #   test/compare_training.sh DATA.safetensors [STEPS [OPTION...]]       needs torch; about 2 minutes for 300 steps
 
@@ -17,4 +17,5 @@ ${PYTHON:-python3} tools/reference.py train $settings --dtype float32 --out "$wo
 paste -d, <(tail -n +2 "$work/c/log.csv" | cut -d, -f1,2) <(tail -n +2 "$work/torch/log.csv" | cut -d, -f2) | awk -F, '
     { d = ($2 - $3) / $3; if (d < 0) d = -d; if (d > worst) worst = d }
     NR == 1 || NR % 50 == 0 { print "step " $1 ": C " $2 "  PyTorch " $3 }
-    END { printf "%d steps, largest relative difference of the losses %.1e\n", NR, worst }'
+    END { printf "%d steps, largest relative difference of the losses %.1e\n", NR, worst
+        exit !NR || !(worst < 1e-4) }'

@@ -46,6 +46,7 @@ static void expect(const char *what, const Floats &got, const std::vector<double
     double relative = sqrt(error / norm);
     int ok = relative <= limit; // false for NaN
     printf("%-60s %.1e  limit %.0e  %s\n", what, relative, limit, ok ? "ok" : "FAIL");
+    if (getenv("EMU_ORDER")) printf("    bits %llx\n", (unsigned long long)hash_bytes(0, got.data(), 4 * got.size()));
     (ok ? passed : failed)++;
 }
 
@@ -560,7 +561,7 @@ int main(void) {
             for (int s = 1; sms == 132 && s <= 16; s++) test_splits(half, 256 * s + 8, 24, 16, s);
         }
     }
-    if (!getenv("EMU_QUICK")) { // what takes most: for the tiles of 1030x136 on 3 multiprocessors, at full size
+    if (!getenv("EMU_QUICK")) {         // what takes most: for the tiles of 1030x136 on 3 multiprocessors, at full size
         test_matmul(1, 1536, 1408, 40); // 132 large tiles of y, of dx; 276, which is more than a wave
         test_matmul(1, 1536, 40, 1408);
         test_matmul(1, 2944, 1536, 24);

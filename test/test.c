@@ -88,6 +88,7 @@ static void compare(const char *name, const float *got, size_t count, int what, 
     double relative = sqrt(error) / (norm > 0 ? norm : 1);
     int ok = relative <= limit; // false for NaN
     printf("  %-50s %.2e  limit %.0e  %s\n", name, relative, limit, ok ? "ok" : "FAIL");
+    if (getenv("EMU_ORDER")) printf("    bits %llx\n", (unsigned long long)hash_bytes(0, got, count * sizeof *got));
     case_failed |= !ok;
     used[find_tensor(name) - file.tensors] = 1;
     xfree(want);
@@ -108,6 +109,29 @@ static double tensor_norm(const char *name) {
     return sqrt(norm);
 }
 
+// Compares what training did to all weights, now `values`, with what it did to the tensors PREFIX + name. In bf16 the
+// limit for a tensor may be more than it changed by.
+static void compare_change(Model *m, const float *values, const char *prefix) {
+    double error = 0, change = 0;
+    for (int i = 0; i < m->n_tensors; i++) {
+        const ParamTensor *p = &m->tensors[i];
+        char name[120];
+        snprintf(name, sizeof name, "%s%s", prefix, p->name);
+        float *before = tensor_floats(p->name, (size_t)p->count), *want = tensor_floats(name, (size_t)p->count);
+        for (int64_t e = 0; e < p->count; e++) {
+            error += pow((double)values[p->offset + e] - want[e], 2);
+            change += pow((double)want[e] - before[e], 2);
+        }
+        xfree(before);
+        xfree(want);
+    }
+    double relative = change > 0 ? sqrt(error / change) : error, limit = 0.15;
+    int ok = relative <= limit; // false for NaN
+    printf("  %s%-*s %.2e  limit %.0e  %s\n", prefix, 50 - (int)strlen(prefix), "* - before", relative, limit,
+           ok ? "ok" : "FAIL");
+    case_failed |= !ok;
+}
+
 // Compares what the model has of `kind` with the tensors PREFIX + name. The key bias gets no gradient in exact
 // arithmetic, so a tensor of that kind is measured against the norm of its layer's weight gradient.
 static void compare_params(Model *m, int kind, const char *prefix) {
@@ -126,6 +150,7 @@ static void compare_params(Model *m, int kind, const char *prefix) {
         }
         compare(name, values + p->offset, (size_t)p->count, GRADIENT, scale);
     }
+    if (kind != MODEL_GRADS) compare_change(m, values, prefix);
     xfree(values);
 }
 

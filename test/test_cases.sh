@@ -13,10 +13,15 @@ trap 'cd /; rm -rf "$work"' EXIT
 export LC_ALL=C OMP_WAIT_POLICY=passive
 passed=0 failed=0
 
-# fails NAME PATTERN CASE SED: the copy that sed makes of CASE fails with a line like PATTERN, and a good one then passes
+# fails NAME PATTERN CASE CHANGE: the copy that sed, or a function of number PLACE BYTES, makes of CASE fails with a line
+# like PATTERN, and a good one then passes
 fails() {
     local bad
-    sed "$4" "$cases/$3.safetensors" > bad.safetensors
+    if [[ $4 == number* ]]; then
+        $4 "$cases/$3.safetensors"
+    else
+        sed "$4" "$cases/$3.safetensors" > bad.safetensors
+    fi
     "$program" --dtype=fp32 bad.safetensors "$cases/sample_ddpm.safetensors" > out 2> err
     bad=$?
     if ! cmp -s bad.safetensors "$cases/$3.safetensors" && [ $bad = 1 ] && [ ! -s err ] && grep -Eq "$2" out &&
@@ -27,6 +32,15 @@ fails() {
     fi
 }
 
+# number PLACE BYTES FILE: bad.safetensors has other bytes from PLACE on in the first number of expect.output
+number() {
+    local header begin
+    header=$(od -An -tu8 -N8 "$3")
+    begin=$(grep -ao '"expect.output":{[^}]*' "$3" | grep -o '"data_offsets":\[[0-9]*' | grep -o '[0-9]*$')
+    cp "$3" bad.safetensors
+    printf "$2" | dd of=bad.safetensors bs=1 seek=$((8 + header + begin + $1)) conv=notrunc status=none
+}
+
 fails "an activation of an iteration that never runs" 'act\.z\.9 +not compared +FAIL' forward_eps_acts \
     's/act\.z\.1/act.z.9/'
 fails "an activation that nobody knows" 'act\.bin +not compared +FAIL' forward_eps_acts 's/act\.inj/act.bin/'
@@ -35,7 +49,10 @@ fails "an expected tensor that is missing" 'error: .*grad.x_embedder.proj.bias i
     's/grad\.x_embedder\.proj\.bias/grad.x_embedder.proj.bits/'
 fails "inputs of another kind of case" 'error: .*is missing' forward_eps_acts 's/"case":"forward"/"case":"sample" /'
 fails "a wrong prediction" 'expect.loss .* FAIL' forward_eps_acts 's/"prediction":"eps"/"prediction":"v"  /'
-fails "an unknown sampler" 'error: .*sampler.*dimm.* is unknown' sample_ddim_reuse 's/"sampler":"ddim"/"sampler":"dimm"/'
+fails "a number that is off by 4e-5 of the norm" 'expect.output +[2-9]\.[0-9]+e-05 .*FAIL' forward_eps_acts 'number 2 \372'
+fails "NaN" 'expect.output +-?nan .*FAIL' forward_eps_acts 'number 2 \300\177'
+fails "an unknown sampler" 'error: .*sampler.*dimm.* is unknown' sample_ddim_reuse \
+    's/"sampler":"ddim"/"sampler":"dimm"/'
 fails "a sampler of other models" 'error: .*--sampler' sample_ddim_reuse 's/"sampler":"ddim"/"sampler":"flow"/'
 fails "one timestep" 'error: .*steps.* 1, want 2' sample_ddpm_2_steps 's/"steps":"2"/"steps":"1"/'
 fails "guidance between timesteps that are no numbers" "metadata 'cfg_interval': 'a50,800' is not a range" \

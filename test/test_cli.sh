@@ -51,7 +51,7 @@ refuses() {
 
 small="--image_size 8 --width 32 --heads 2 --patch 2 --batch 6 --log_every 1 --sample_steps 2 --warmup 0 --lr_schedule constant"
 same() { cmp "$1" "$2"; }
-differ() { ! cmp -s "$1" "$2"; }
+differ() { cmp -s "$1" "$2"; [ $? = 1 ]; } # both are there
 absent() { [ ! -e "$1" ]; }
 column() { tail -n +2 "$1" | cut -d, -f"$2"; }                            # CSV COLUMN
 log_is() { [ "$(column "$1/log.csv" 1)" = "$(seq 0 $(($2 - 1)))" ]; }     # FOLDER STEPS: each step once, in order
@@ -190,8 +190,8 @@ check "SIGINT while pictures are drawn: status 130" [ $status = 130 ]
 check "SIGINT while pictures are drawn: state is saved" state_is painting "$steps"
 runs "SIGINT while pictures are drawn: goes on" "$train" --resume painting --steps $((steps + 1)) --sample_steps 2
 check "SIGINT while pictures are drawn: then they are drawn" ls "painting/$(printf 'samples_%06d.png' "$steps")"
-"$train" $small --steps 1 --sample_steps 1000 --depth 60 --out last > out 2> err < /dev/null & # its pictures take minutes
-for _ in $(seq 200); do [ -e last/weights.safetensors ] && break || sleep 0.05; done
+"$train" $small --steps 1 --sample_steps 1000 --depth 60 --out last > out 2> err < /dev/null & # takes minutes
+for _ in $(seq 2400); do [ -e last/weights.safetensors ] && break || sleep 0.05; done
 { kill $! && wait $!; } 2> /dev/null
 check "SIGTERM while the last pictures are drawn: status 130" [ $? = 130 ]
 check "SIGTERM while the last pictures are drawn: says how to go on" says "^stopped after step 1; go on with"
@@ -200,6 +200,17 @@ steps=$(head -c 20000 killed/state.safetensors | grep -ao '"step":"[0-9]*' | gre
 check "SIGKILL: the log reaches the saved state" [ "$(column killed/log.csv 1 | grep -xc "$((steps - 1))")" = 1 ]
 runs "SIGKILL: goes on" "$train" --resume killed --steps $((steps + 1))
 check "SIGKILL: the log has each step once" log_is killed $((steps + 1))
+
+# Options that change what is learnt, and some that must not
+runs "train: pictures on the way" "$train" $small --steps 6 --sample_every 1 --out drawing
+check "train: pictures on the way: same bytes" same six/weights.safetensors drawing/weights.safetensors
+for clip in 0 1e9; do runs "train: --grad_clip $clip" "$train" $small --steps 6 --grad_clip $clip --out clip$clip; done
+check "train: --grad_clip 0 is none" same clip0/weights.safetensors clip1e9/weights.safetensors
+for option in "hflip 1" "label_drop 1" "ema_warmup 0" "grad_clip 0.1" "t_mean 2" "optimizer adamw"; do
+    runs "train: --$option" "$train" $small --steps 6 --$option --out "with_${option% *}"
+    check "train: --$option: other weights" differ six/weights.safetensors "with_${option% *}/weights.safetensors"
+done
+check "train: n and m of seed 1" [ "$(echo $(column six/log.csv 7,8))" = "1,2 0,1 0,1 1,1 1,2 1,1" ]
 
 # ---- Kinds of models and data
 
@@ -212,6 +223,8 @@ runs "train: x, DiT" "$train" $small --prediction x --fixed_point 0 --depth 2 --
 runs "train: bfloat16 weights" "$train" $small --weights_dtype bf16 --steps 2 --out bf16
 runs "train: bfloat16 weights are half as large" "$unit" tensors bf16/weights.safetensors
 check "train: bfloat16 weights, every tensor" [ "$(grep -vc " BF16 " out)" = 0 ]
+check "train: bfloat16 weights: most of their bytes are not 0" \
+    [ $((2 * $(tr -d "\0" < bf16/weights.safetensors | wc -c))) -gt "$(bytes_of bf16/weights.safetensors)" ]
 images='{"__metadata__":{"class_names":"[\"black\",\"white\"]"},"y":{"dtype":"I64","shape":[4],"data_offsets":[0,32]},'
 images+='"x":{"dtype":"U8","shape":[4,8,8,3],"data_offsets":[32,800]}}'
 labels() { for label in "$@"; do printf "\\x$(printf %02x "$label")\0\0\0\0\0\0\0"; done; }
@@ -231,7 +244,8 @@ runs "init" "$train" --init six/weights.safetensors $still --steps 1 --out init
 check "init: the same bytes" same six/weights.safetensors init/weights.safetensors
 runs "init: of a DiT" "$train" --init dit/weights.safetensors $still --steps 1 --out init_dit
 check "init: of a DiT: the same bytes" same dit/weights.safetensors init_dit/weights.safetensors
-runs "init: without the skip connection" "$train" --init six/weights.safetensors --skip 0 $still --steps 1 --out unskipped
+runs "init: without the skip connection" "$train" --init six/weights.safetensors --skip 0 $still --steps 1 \
+    --out unskipped
 check "init: without the skip connection: else the same bytes" \
     same <(sed 's/"skip":"1"/"skip":"0"/' six/weights.safetensors) unskipped/weights.safetensors
 runs "init: goes on" "$train" --resume init --steps 2
@@ -269,7 +283,8 @@ runs "sample: again" "$sample" $weights --n 5 --steps 4 --out b.png
 check "sample: same seed, same file" same a.png b.png
 runs "sample: another seed" "$sample" $weights --n 5 --steps 4 --seed 2 --out b.png
 check "sample: another seed, another file" differ a.png b.png
-runs "sample: one at a time, three threads" env OMP_NUM_THREADS=3 "$sample" $weights --n 5 --steps 4 --batch 1 --out b.png
+runs "sample: one at a time, three threads" env OMP_NUM_THREADS=3 "$sample" $weights --n 5 --steps 4 --batch 1 \
+    --out b.png
 check "sample: one at a time: same file" same a.png b.png
 runs "sample: labels by number" "$sample" $weights --n 4 --steps 2 --labels 5,0 --out a.png
 runs "sample: labels by name" "$sample" $weights --n 4 --steps 2 --labels heart,circle --out b.png
@@ -279,12 +294,15 @@ check "sample: no label, other pictures" differ a.png b.png
 runs "sample: latents" "$sample" $weights --n 3 --steps 2 --latents latent.safetensors --out a.png
 runs "sample: latents are listed" "$unit" tensors latent.safetensors
 check "sample: latents: names, types, shapes" [ "$(cat out)" = $'x F32 (3,3,8,8)\ny I64 (3)' ]
+labels_in() { echo $(od -An -td8 -w8 -v -j $((8 + $(od -An -tu8 -N8 "$1"))) -N $((8 * $2)) "$1"); } # y comes first
+check "sample: latents: labels" [ "$(labels_in latent.safetensors 3)" = "0 1 2" ]
 runs "sample: latents can be trained on" "$train" $small --data latent.safetensors --steps 1 --out on_latents
 runs "sample: trace" "$sample" $weights --n 3 --steps 3 --iters 2,1,4 --trace trace.csv --out a.png
 check "sample: trace: header" grep -qx "step,t,iteration,residual" <(head -n 1 trace.csv)
 check "sample: trace: a row for each iteration" [ "$(echo $(column trace.csv 1,2,3))" = \
     "0,999,1 0,999,2 1,500,1 2,0,1 2,0,2 2,0,3 2,0,4" ]
-runs "sample: trace: two batches" "$sample" $weights --n 3 --batch 2 --steps 3 --iters 2,1,4 --trace first.csv --out a.png
+runs "sample: trace: two batches" "$sample" $weights --n 3 --batch 2 --steps 3 --iters 2,1,4 --trace first.csv \
+    --out a.png
 check "sample: trace: two batches: of the first" [ "$(column first.csv 1,2,3)" = "$(column trace.csv 1,2,3)" ]
 check "sample: trace: residuals" awk -F, 'NR > 1 && !($4 > 0 && $4 < 10) { exit 1 }' trace.csv
 runs "sample: tol stops early" "$sample" $weights --n 3 --steps 3 --iters 50 --tol 1 --out a.png
@@ -293,6 +311,14 @@ runs "sample: tol: trace" "$sample" $weights --n 3 --steps 3 --iters 30 --tol 0.
 check "sample: tol: each timestep ends at the first residual below it" awk -F, '
     NR > 2 { bad += $1 == step ? residual < 0.02 : residual >= 0.02 && k < 30 } { step = $1; k = $3; residual = $4 }
     END { exit bad || NR < 5 || (residual >= 0.02 && k < 30) }' tol.csv
+for row in "v --eta 1" "six --cfg 2" "six --cfg_channels 1" "six --reuse 0" "six --t_shift 1" \
+    "six --solver anderson --mixing 0.5" "six --solver anderson --window 1"; do
+    read -r kind options <<< "$row"
+    with=$(grep -o -- '--solver anderson' <<< "$options")
+    runs "sample: without $options" "$sample" --weights $kind/weights.safetensors --n 2 --steps 4 $with --out a.png
+    runs "sample: $options" "$sample" --weights $kind/weights.safetensors --n 2 --steps 4 $options --out b.png
+    check "sample: $options: other pictures" differ a.png b.png
+done
 anderson="--weights six/weights.safetensors --solver anderson"
 runs "sample: anderson" "$sample" $anderson --n 3 --steps 3 --iters 2,1,4 --trace mixed.csv --out a.png
 check "sample: anderson: no further passes" says " 13 block passes"
@@ -323,7 +349,8 @@ check "sample: no guidance: spends none" says " 32 block passes per picture: a.p
 runs "sample: guidance where there is no timestep" "$sample" $weights --n 2 --steps 4 --cfg_interval 667,998 --out b.png
 check "sample: guidance where there is no timestep: same file" same a.png b.png
 runs "sample: guidance at one of four timesteps" "$sample" $weights --n 2 --steps 4 --cfg_interval 600,998 --out b.png
-check "sample: guidance at one of four timesteps: spends its passes" says " 32 block passes per picture \(and 8 for guidance\)"
+check "sample: guidance at one of four timesteps: spends its passes" \
+    says " 32 block passes per picture \(and 8 for guidance\)"
 check "sample: guidance at one of four timesteps: other pictures" differ a.png b.png
 runs "sample: guidance at every timestep" "$sample" $weights --n 2 --steps 4 --cfg_interval 0,999 --out a.png
 runs "sample: guidance at every timestep: as without the option" "$sample" $weights --n 2 --steps 4 --out b.png
@@ -339,7 +366,8 @@ runs "sample: class names of the data" \
 runs "sample: 4 channels, unlabelled" "$sample" --weights latents/weights.safetensors --n 1 --steps 2 --out a.png
 check "sample: unlabelled: nothing to guide" says " 16 block passes per picture: a.png"
 check "sample: latents: says how to decode them" says "^a.png shows three channels of latents; .*latents.py decode FILE"
-runs "sample: x" "$sample" --weights x/weights.safetensors --n 3 --steps 3 --budget 12 --latents x.safetensors --out a.png
+runs "sample: x" "$sample" --weights x/weights.safetensors --n 3 --steps 3 --budget 12 --latents x.safetensors \
+    --out a.png
 check "sample: x: passes" says " 12 block passes"
 runs "sample: x, DiT" "$sample" --weights x_dit/weights.safetensors --n 3 --steps 3 --out a.png
 runs "sample: shifted timesteps" "$sample" $weights --n 2 --steps 4 --iters 1 --t_shift 3 --trace shift.csv --out a.png
@@ -370,7 +398,8 @@ check "bench: lines of name, value, unit" awk 'NF != 3 || $2 !~ /^[0-9.]+$/ { ex
 for name in peak_gflops gemm_gflops train_gflops train_images_per_s train_peak_mb sample_passes_per_s; do
     check "bench: $name" awk -v name=$name 'index($1, name) == 1 && $2 > 0 { found = 1 } END { exit !found }' out
 done
-refuses "bench: too large, said before the work" "lower --batch" timeout 20 "$bench" --width 4096 --heads 32 --batch 65536
+refuses "bench: too large, said before the work" "lower --batch" timeout 20 "$bench" --width 4096 --heads 32 \
+    --batch 65536
 runs "bench: without matmuls" "$bench" --width 32 --heads 2 --image_size 8 --batch 2 --rounds 1 --gemm 0 --recompute 1
 
 # ---- Help
@@ -427,10 +456,12 @@ refuses "option: model without patch" "option --model: 'S'" "$train" --model S
 refuses "option: patch" "image_size 9 is not a multiple of patch 2" "$train" --image_size 9 --patch 2 --out no
 refuses "option: heads" "width 32 is not a multiple of heads 3" "$train" --width 32 --heads 3 --out no
 refuses "option: variance and flow" "learn_sigma" "$train" --learn_sigma 1 --out no
-refuses "option: variance and x" "learn_sigma 1 needs prediction eps or v" "$train" --prediction x --learn_sigma 1 --out no
+refuses "option: variance and x" "learn_sigma 1 needs prediction eps or v" \
+    "$train" --prediction x --learn_sigma 1 --out no
 refuses "option: zero SNR and x" "zero_terminal_snr 1 needs prediction v, not x" \
     "$train" --prediction x --zero_terminal_snr 1 --out no
-refuses "option: schedule" "option --lr_schedule: 'step' is not one of constant\|linear\|cosine" "$train" --lr_schedule step
+refuses "option: schedule" "option --lr_schedule: 'step' is not one of constant\|linear\|cosine" \
+    "$train" --lr_schedule step
 refuses "option: optimiser" "option --optimizer: 'sgd' is not one of adamw\|muon" "$train" --optimizer sgd
 refuses "option: kind of timesteps" "option --t_sampling: 'normal' is not one of" "$train" --t_sampling normal
 refuses "option: mean of the timesteps" "option --t_mean: '30' is not a number from -20 to 20" "$train" --t_mean 30
@@ -448,7 +479,8 @@ refuses "option: sampler of x" "option --sampler" "$sample" --weights x/weights.
 refuses "option: zero SNR and eps" "zero_terminal_snr" "$train" --prediction eps --zero_terminal_snr 1 --out no
 refuses "option: sampler while training" "option --sampler" "$train" --sampler ddim --out no
 refuses "option: batch beyond memory" "lower --batch" "$train" --batch 1048576 --image_size 256 --width 1024 --out mem
-refuses "option: pictures beyond memory" "pictures take|lower --batch" "$sample" $weights --n 1000000 --batch 1000000 --out no.png
+refuses "option: pictures beyond memory" "pictures take|lower --batch" timeout 60 "$sample" $weights --n 1000000 \
+    --batch 1000000 --out no.png
 refuses "option: sampler" "option --sampler" "$sample" $weights --sampler ddpm --out no.png
 refuses "option: budget too small" "option --budget: 11 passes are too few" \
     "$sample" $weights --steps 4 --budget 11 --out no.png
@@ -575,9 +607,11 @@ refuses "trace: below a missing folder" "no/t: cannot write" "$sample" $weights 
 # A disk is full after $1 KB: a limit on the size of files, whose signal is ignored, looks the same to a program.
 full() { (trap '' XFSZ; ulimit -f "$1"; shift; exec "$@"); }
 before=$(snapshot kept)
-refuses "full disk: early" "kept/state.safetensors: cannot write: File too large" full 100 "$train" --resume kept --steps 5
+refuses "full disk: early" "kept/state.safetensors: cannot write: File too large" \
+    full 100 "$train" --resume kept --steps 5
 check "full disk: early: nothing is lost" cmp <(snapshot kept | grep -v log.csv) <(grep -v log.csv <<< "$before")
-refuses "full disk: state" "kept/state.safetensors: cannot write: File too large" full 500 "$train" --resume kept --steps 5
+refuses "full disk: state" "kept/state.safetensors: cannot write: File too large" \
+    full 500 "$train" --resume kept --steps 5
 runs "full disk: state: the old one is whole" "$train" --resume kept --steps 6
 check "full disk: state: same bytes as if nothing had been" same six/weights.safetensors kept/weights.safetensors
 cp a.png before.png
@@ -629,10 +663,12 @@ touch copy/weights.safetensors.aB3dEf.tmp copy/samples_000009.png.aB3dEf.tmp cop
 runs "leavings: resume" "$train" --resume copy --steps 6
 check "leavings: its own are removed, no others" [ "$(cd copy && echo *.tmp)" = notes.aB3dEf.tmp ]
 
-chmod 600 copy/weights.safetensors && mv copy/weights.safetensors elsewhere && ln -s ../elsewhere copy/weights.safetensors
+chmod 600 copy/weights.safetensors && mv copy/weights.safetensors elsewhere &&
+    ln -s ../elsewhere copy/weights.safetensors
 runs "permissions: resume" "$train" --resume copy --steps 7
 check "permissions: kept" [ "$(stat -c %a elsewhere)" = 600 ]
-check "a link to the weights: kept, and followed" [ -L copy/weights.safetensors -a elsewhere -nt tiny/state.safetensors ]
+check "a link to the weights: kept, and followed" \
+    [ -L copy/weights.safetensors -a elsewhere -nt tiny/state.safetensors ]
 
 parameters=$(($(bytes_of tiny/state.safetensors) / 16 - 4000)) # a little less than there are
 cp -r tiny minus && patch_bytes minus/state.safetensors $(($(bytes_of tiny/state.safetensors) - 4)) '\000\000\200\277'
@@ -640,10 +676,12 @@ refuses "optimiser: a negative square" "minus/state.safetensors: tensor adam_v[^
     "$train" --resume minus --steps 5
 cp -r tiny inf
 for i in 0 1 2 3 4 5 6 7 8 9; do # large numbers somewhere among the first moments
-    patch_bytes inf/state.safetensors $((($(bytes_of tiny/state.safetensors) - 4 * parameters - 30000 - 400 * i) / 4 * 4)) '\377\377\177\177'
+    patch_bytes inf/state.safetensors $((($(bytes_of tiny/state.safetensors) - 4 * parameters - 30000 - 400 * i) / 4 * 4)) \
+        '\377\377\177\177'
 done
 before=$(snapshot inf | grep -v log)
-refuses "optimiser: what becomes infinite is not saved" "tensor .* became -?(inf|nan)" "$train" --resume inf --steps 5 --lr 10
+refuses "optimiser: what becomes infinite is not saved" "tensor .* became -?(inf|nan)" "$train" --resume inf \
+    --steps 5 --lr 10
 check "optimiser: the last good state stays" [ "$(snapshot inf | grep -v log)" = "$before" ]
 
 refuses "model: a patch that no file may have" "option --model: .*128" "$train" --model S/128 --image_size 128 --out no
@@ -663,18 +701,21 @@ cp tiny/weights.safetensors w
 refuses "output over the weights" "w: is what the program reads" "$sample" --weights w --n 1 --steps 2 --out ./w
 check "output over the weights: untouched" same w tiny/weights.safetensors
 cp images.safetensors exported
-refuses "export over the data" "exported: is what the program reads" "$train" $tiny --steps 2 --data exported --export ./exported
+refuses "export over the data" "exported: is what the program reads" "$train" $tiny --steps 2 \
+    --data exported --export ./exported
 check "export over the data: untouched" same exported images.safetensors
 far=$(printf './%.0s' $(seq 2035))run
 refuses "path too long" "path is too long" timeout 60 "$train" $tiny --steps 100000000 --sample_every 0 --out "$far"
 to_full() { "$@" > /dev/full; }
-refuses "standard output is full" "standard output: cannot write" to_full "$sample" --weights w --n 1 --steps 2 --out x.png
+refuses "standard output is full" "standard output: cannot write" to_full "$sample" --weights w --n 1 --steps 2 \
+    --out x.png
 refuses "standard output is full: help" "standard output: cannot write" to_full "$train" --help
 limited() { (ulimit -f 100; exec "$@"); } # without ignoring the signal
 refuses "file size limit" "cannot write" limited "$train" $tiny --width 64 --steps 1 --out limited
 runs "a hundred thousand threads" env OMP_NUM_THREADS=100000 "$train" $tiny --steps 1 --out threads
 small_stack() { (ulimit -S -s 64; exec "$@"); }
-runs "a small stack" small_stack env -u OMP_WAIT_POLICY OMP_NUM_THREADS=2 "$train" $tiny --width 128 --steps 1 --out stack
+runs "a small stack" small_stack env -u OMP_WAIT_POLICY OMP_NUM_THREADS=2 "$train" $tiny --width 128 --steps 1 \
+    --out stack
 refuses "control characters are masked" "a\?{5}b\?: cannot open" "$sample" --weights $'a\302\233\342\200\256b\033'
 
 runs "no label: latents" "$sample" --weights w --n 2 --steps 2 --labels 10,3 --out x.png --latents nolabel
@@ -694,6 +735,11 @@ check "pictures: compressed: ten times smaller" [ $((10 * $(bytes_of zoom.png)))
 mkdir single
 runs "pictures: one each" "$sample" --weights w --n 3 --steps 2 --labels star,heart,10 --zoom 1 --out single/
 check "pictures: one each: named" [ "$(cd single && echo *)" = "000000_star.png 000001_heart.png 000002.png" ]
+st slash.safetensors "${images/black/..\/\/b}" pixels
+runs "pictures: a class with a slash" "$train" $small --data slash.safetensors --steps 1 --out slash
+mkdir slashed
+runs "pictures: a class with a slash: one each" "$sample" --weights slash/weights.safetensors --n 1 --steps 2 --out slashed/
+check "pictures: a class with a slash: in its folder" [ "$(cd slashed && echo *)" = "000000_..--b.png" ]
 check "pictures: one each: size" [ "$(unit_png single/000000_star.png | cut -d' ' -f1,2)" = "8 8" ]
 runs "pictures as tensors" "$sample" --weights w --n 2 --steps 2 --out x.png --latents x.safetensors
 check "pictures as tensors: are there" "$unit" tensors x.safetensors
@@ -711,12 +757,13 @@ refuses "a file as a folder, before the work" "plain/000000.png: cannot write" \
     "$sample" --weights w --n 1 --steps 1000 --trace early.csv --out plain/
 check "a file as a folder, before the work: no trace yet" absent early.csv
 refuses "a grid in a folder" "option --show: draws a grid" "$sample" --weights w --n 1 --steps 2 --show 1 --out single/
-refuses "a link to nothing" "dangling: is a link that leads to no file" "$sample" --weights w --n 1 --steps 2 --out dangling
+refuses "a link to nothing" "dangling: is a link that leads to no file" "$sample" --weights w --n 1 --steps 2 \
+    --out dangling
 refuses "advice: iters and alloc" "option --iters: more than 1000" \
     "$sample" --weights w --n 1 --steps 2 --iters 900 --alloc inc --out no.png
 "$sample" --weights w --n 4000 --steps 1000 --trace killed.csv --out x.png > out 2>&1 < /dev/null &
 seen=
-for _ in $(seq 200); do ls killed.csv.*.tmp > /dev/null 2>&1 && seen=1 && break || sleep 0.05; done
+for _ in $(seq 2400); do ls killed.csv.*.tmp > /dev/null 2>&1 && seen=1 && break || sleep 0.05; done
 { kill $! && wait $!; } 2> /dev/null
 check "a killed sampler: leaves nothing half-written" [ "$seen$(echo killed.csv*)" = "1killed.csv*" ]
 runs "export: unlabelled" "$train" $tiny --steps 2 --data latents.safetensors --export unlabelled
@@ -728,7 +775,8 @@ names+='"x":{"dtype":"U8","shape":[4,8,8,3],"data_offsets":[32,800]}}'
 st numbers.safetensors "$names" pixels
 runs "classes named by numbers: train" "$train" $tiny --steps 1 --data numbers.safetensors --out numbers
 mkdir counted
-runs "classes named by numbers" "$sample" --weights numbers/weights.safetensors --labels 1,0 --n 2 --steps 2 --out counted/
+runs "classes named by numbers" "$sample" --weights numbers/weights.safetensors --labels 1,0 --n 2 --steps 2 \
+    --out counted/
 check "classes named by numbers: the name counts first" [ "$(cd counted && echo *)" = "000000_1.png 000001_5.png" ]
 refuses "advice: a folder as data" "tools/data.py folder single" "$train" --data single --out no
 refuses "advice: patch" "image_size 10 is not a multiple of patch 4.*--patch" "$train" --image_size 10 --out no
@@ -750,7 +798,8 @@ groups+='"x":{"dtype":"U8","shape":[4,8,8,3],"data_offsets":[32,800]}}'
 st groups.safetensors "$groups" pixels
 runs "classes in groups: train" "$train" $tiny --steps 1 --data groups.safetensors --out groups
 mkdir grouped
-runs "classes in groups" "$sample" --weights groups/weights.safetensors --labels pet,pet-dog --n 5 --steps 2 --out grouped/
+runs "classes in groups" "$sample" --weights groups/weights.safetensors --labels pet,pet-dog --n 5 --steps 2 \
+    --out grouped/
 check "classes in groups: each of the group in turn" [ "$(cd grouped && echo *)" = \
     "000000_pet-cat.png 000001_pet-dog.png 000002_pet-dog.png 000003_pet-dog.png 000004_pet-cat.png" ]
 refuses "classes in groups: unknown" "option --labels: 'pe' .*: pet-cat, pet-dog$" \

@@ -29,14 +29,20 @@ refuses "an old nvcc" ".*old is of CUDA 11.2; this needs 11.4" "$work/old" "9.0"
 refuses "an old GPU" "this GPU has compute capability 7.5" "$work/new" "7.5"
 for capability in 8.0 9.0 12.0 "NVIDIA-SMI has failed because it could not communicate with the driver"; do
     stub nvidia-smi "$capability"
-    if PATH=$work:$PATH make -s nvcc NVCC="$work/new"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+    if PATH=$work:$PATH make -s nvcc NVCC="$work/new"; then
+        passed=$((passed + 1)) && echo "GPU of capability ${capability:0:12} ok"
+    else
+        failed=$((failed + 1)) && echo "GPU of capability ${capability:0:12} FAIL"
+    fi
 done
 
 # The program is for every GPU that is here, but for those that it cannot use.
-printf '#!/bin/sh\n[ $1 = --list-gpu-code ] && echo sm_75 sm_80 sm_90 || echo "tools, release 12.4, V12.4.1"\n' > "$work/new"
+printf '#!/bin/sh\n[ $1 = --list-gpu-code ] && echo sm_75 sm_80 sm_90 || echo "tools, release 12.4, V12.4.1"\n' \
+    > "$work/new"
 for here in "7.5 8.0=sm_80" "9.0 8.0=sm_80 sm_90a" "9.0 9.0=sm_90a"; do
     printf '#!/bin/sh\nprintf "%%s\\n" %s\n' "${here%=*}" > "$work/nvidia-smi"
-    codes=$(PATH=$work:$PATH make -n -W fpdm.cu train_gpu NVCC="$work/new" | grep -oP 'code=\K[a-z0-9_]*' | sort -u | xargs)
+    codes=$(PATH=$work:$PATH make -n -W fpdm.cu train_gpu NVCC="$work/new" | grep -oP 'code=\K[a-z0-9_]*' | sort -u |
+        xargs)
     if [ "$codes" = "${here#*=}" ]; then
         passed=$((passed + 1)) && echo "GPUs ${here%=*}: $codes ok"
     else
@@ -46,7 +52,8 @@ done
 
 # CUDA 11 compiles for Hopper, but not with its own instructions.
 for release in 11.8 12.4; do
-    printf '#!/bin/sh\n[ $1 = --list-gpu-code ] && echo sm_80 sm_90 || echo "tools, release %s, V%s.1"\n' $release $release > "$work/new"
+    printf '#!/bin/sh\n[ $1 = --list-gpu-code ] && echo sm_80 sm_90 || echo "tools, release %s, V%s.1"\n' \
+        $release $release > "$work/new"
     stub nvidia-smi 9.0
     codes=$(PATH=$work:$PATH make -n -W fpdm.cu train_gpu NVCC="$work/new" | grep -o 'code=[a-z0-9_]*' | sort -u)
     wanted=code=sm_90$([ $release = 11.8 ] || echo a)

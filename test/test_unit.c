@@ -72,6 +72,8 @@ static const Case cases[] = { // model: fixed point, pre, post, time in both, sk
 // clang-format on
 enum { N_CASES = sizeof cases / sizeof *cases };
 
+static double larger(double a, double b) { return a != a || b <= a ? a : b; } // unlike fmax, NaN stays
+
 static Config case_config(const Case *k) {
     Options o;
     options_default(&o, TRAIN);
@@ -219,7 +221,7 @@ static void test_gradient(const Case *k) {
             w[p->offset + e] = (real)(before - h);
             double error = fabs((above - held_loss(m, b, k, base_out)) / (2 * h) - g[e]) / fabs(g[largest]);
             w[p->offset + e] = before;
-            if (isnan(error) || error > tensor_worst) tensor_worst = error; // NaN stays
+            tensor_worst = larger(tensor_worst, error);
         }
         if (!(tensor_worst <= limit)) bad++, printf("    %s: error %.1e\n", p->name, tensor_worst);
         if (isnan(tensor_worst) || tensor_worst > worst) worst = tensor_worst, worst_name = p->name;
@@ -337,6 +339,16 @@ static void test_sampling_batches(const Case *k, int sampler, double eta, double
             for (size_t i = 0; i < PICTURES * count; i++) finite &= isfinite(want[i]) != 0;
             check(finite && memcmp(want, want + count, count * sizeof *want),
                   "sampling: %s: pictures differ and are finite", k->name);
+        } else if (batch == PICTURES) { // with the noise handed over, each step's a draw of its own
+            float *z = (float *)xcalloc(STEPS * bytes, 1, "a test");
+            for (uint32_t b = 0; b < PICTURES; b++) {
+                rng_normal(got + b * count, count, 0, 3, b, STREAM_XT);
+                for (uint32_t step = 0; step < STEPS; step++)
+                    rng_normal(z + (step * PICTURES + b) * count, count, 0, 3, b * 1000 + STEPS - 1 - step, STREAM_Z);
+            }
+            sample_batch(m, s, &set, got, y, PICTURES, z, 0, 0);
+            check(!memcmp(want, got, bytes), "sampling: %s%s: draws the noise of each step", k->name, in_arithmetic());
+            xfree(z);
         } else {
             check(!memcmp(want, got, bytes) && set.passes == passes, "sampling: %s%s: %d at a time and one: same bits",
                   k->name, in_arithmetic(), batch);
@@ -376,7 +388,7 @@ static double affine_solve(real *z, int first, int B, int count, int steps, int 
     for (int b = 0; b < B; b++) {
         affine_map(before, z + b * count, first + b, count);
         double error = relative_error(z + b * count, before, count);
-        if (!(error <= worst)) worst = error; // NaN stays
+        worst = larger(worst, error);
     }
     xfree(before);
     xfree(history);
@@ -425,7 +437,7 @@ static void test_anderson(void) {
             double want = x[0][e] + 0.6 * f[0][e];
             for (int j = 0; j < 2 && j < k - 1; j++)
                 want -= gamma[j] * (x[j][e] - x[j + 1][e] + 0.6 * (f[j][e] - f[j + 1][e]));
-            if (!(fabs(start[e] - want) <= worst)) worst = fabs(start[e] - want);
+            worst = larger(worst, fabs(start[e] - want));
         }
     }
     check(worst < 2e-5, "anderson: window 2 against differences: error %.1e", worst);
@@ -483,11 +495,11 @@ static void test_exp2(void) { // against the C library's in double precision
         real x = (real)(-300 + 600 * rng_uniform(random_word(i, 7)));
         double want = exp2((double)x), got = exp2_real(x);
         if (x > -126 && x < 127)
-            worst = fmax(worst, fabs(got - want) / want);
+            worst = larger(worst, fabs(got - want) / want);
         else if (x < 0)
-            small = fmax(small, fabs(got));
+            small = larger(small, fabs(got));
         else
-            large = fmin(large, got);
+            large = -larger(-large, -got);
     }
     CHECK("exp2: to one unit in the last place", worst < 1.0 / (1 << 23));
     CHECK("exp2: very small, down to -300: at most 2^-125", small <= exp2(-125));
@@ -508,14 +520,14 @@ static void test_gelu(void) { // against the formula in double precision, also w
         double v = (double)x[i], u = 0.7978845608028654 * (v + 0.044715 * v * v * v), t = tanh(u), rest = 1 - t * t;
         double want = 0.5 * (1 + t) + (rest > 0 ? 0.5 * v * rest * 0.7978845608028654 * (1 + 3 * 0.044715 * v * v) : 0);
         double value = t > -1 ? 0.5 * v * (1 + t) : 0;
-        worst = fmax(worst, fmax(fabs((double)slope[i] - want), fabs((double)out[i] - value) / (1 + fabs(value))));
+        worst = larger(worst, larger(fabs((double)slope[i] - want), fabs((double)out[i] - value) / (1 + fabs(value))));
     }
     CHECK("gelu and its slope, at any size", worst < 1e-6);
     CHECK("gelu: NaN stays", slope[13] != slope[13] && out[13] != out[13]);
     real again[14];
     gelu_forward(0, again, x, (size_t)count);
     worst = 0;
-    for (int i = 0; i < 13; i++) worst = fmax(worst, fabs((double)(again[i] - out[i])) / (1 + fabs((double)out[i])));
+    for (int i = 0; i < 13; i++) worst = larger(worst, fabs((double)(again[i] - out[i])) / (1 + fabs((double)out[i])));
     CHECK("gelu: the forward pass gives the same", worst < 1e-6 && again[13] != again[13]);
 }
 
@@ -524,20 +536,22 @@ static void test_gelu(void) { // against the formula in double precision, also w
 
 static void test_step(void) {
     enum { B = 5, STEPS = 4 };
+    static const double clips[STEPS] = {0.5, 1e9, 0, 0.5}; // 0: none
     static Options o;
     static Schedule schedule;
-    Case k = cases[6];
-    Dataset data;
     options_default(&o, TRAIN);
-    k.classes = 10; // of shapes
-    o.model = case_config(&k);
     o.batch = B, o.steps = STEPS, o.warmup = 2, o.lr = 1e-3, o.lr_schedule = LR_CONSTANT, o.weight_decay = 0.1;
-    o.ema = 0.3, o.ema_warmup = 1;
+    o.ema = 0.3, o.hflip = 1, o.label_drop = 0.5;
     o.no_grad_iters[0] = 0, o.no_grad_iters[1] = 2, o.grad_iters[0] = 1, o.grad_iters[1] = 3;
-    dataset_open(&data, "shapes", o.model.image_size, o.seed);
-    schedule_make(&schedule, &o.model, DIFFUSION_STEPS);
-    size_t pixels = config_pixels(&o.model);
     for (int micro = 2; micro <= B; micro += 3) {
+        Case k = cases[micro == 2 ? 6 : 1]; // of flow; with variance
+        Dataset data;
+        k.channels = 3, k.classes = 10; // of shapes
+        o.model = case_config(&k);
+        o.ema_warmup = micro == 2;
+        dataset_open(&data, "shapes", o.model.image_size, o.seed);
+        schedule_make(&schedule, &o.model, DIFFUSION_STEPS);
+        size_t pixels = config_pixels(&o.model);
         Model *m = make_model(&o.model, micro, 3, 0, 1), *whole = make_model(&o.model, B, 3, 0, 1);
         Batch batch = batch_create(micro, pixels), spare = batch_create(micro, pixels), all = batch_create(B, pixels);
         size_t n = (size_t)m->n_params;
@@ -548,27 +562,36 @@ static void test_step(void) {
         batch_draw(&batch, &data, &o, 0, 0, micro);
         for (int step = 0; step < STEPS; step++) {
             uint32_t word[4];
-            double loss = 0, lr = step < 2 ? 5e-4 * (step + 1) : 1e-3, decay = fmin(0.3, (1.0 + step) / (10 + step));
-            o.grad_clip = step % 2 ? 1e9 : 0.5;
+            double loss = 0, vb = 0, lr = step < 2 ? 5e-4 * (step + 1) : 1e-3;
+            double decay = o.ema_warmup ? fmin(0.3, (1.0 + step) / (10 + step)) : 0.3;
+            o.grad_clip = clips[step];
             memcpy(whole->memory[MODEL_WEIGHTS], m->memory[MODEL_WEIGHTS], n * sizeof(real));
             philox(word, o.seed, 0, (uint32_t)step, STREAM_NM);
             model_zero_gradients(whole);
-            batch_draw(&all, &data, &o, step, 0, B);
+            dataset_batch(&data, all.x0, all.y, step, B, 0, B, 1, 0.5);
+            rng_normal(all.noise, B * pixels, 0, o.seed, (uint32_t)step, STREAM_NOISE);
+            for (uint32_t i = 0; i < B; i++) {
+                uint32_t random[4];
+                philox(random, o.seed, i, (uint32_t)step, STREAM_T);
+                all.t[i] = draw_timestep(random, &o);
+            }
             model_loss(whole, &schedule, all.x0, all.noise, all.t, all.y, B, (int)rng_below(word[0], 3),
                        1 + (int)rng_below(word[1], 3), 1.0 / B, all.mse, all.vb);
-            for (int i = 0; i < B; i++) loss += all.mse[i] / B;
+            for (int i = 0; i < B; i++) loss += all.mse[i] / B, vb += all.vb[i] / B;
             Step did = train_step(m, &schedule, &data, &batch, &spare, &o, step, micro);
-            double norm = model_gradient_norm(whole), clip = norm > o.grad_clip ? o.grad_clip / (norm + 1e-6) : 1;
-            gradient = fmax(gradient, relative_error(m->memory[MODEL_GRADS], whole->memory[MODEL_GRADS], (int64_t)n));
-            said = fmax(said, fmax(fabs(did.mse / loss - 1), fabs(did.norm / norm - 1)));
+            double norm = model_gradient_norm(whole);
+            double clip = clips[step] > 0 && norm > clips[step] ? clips[step] / (norm + 1e-6) : 1;
+            gradient = larger(gradient, relative_error(m->memory[MODEL_GRADS], whole->memory[MODEL_GRADS], (int64_t)n));
+            said = larger(said, larger(fabs(did.mse / loss - 1), fabs(did.norm / norm - 1)));
+            said = larger(said, vb > 0 ? fabs(did.vb / vb - 1) : fabs(did.vb));
             for (size_t i = 0; i < n; i++) {
                 double g = clip * m->memory[MODEL_GRADS][i];
                 first[i] = 0.9 * first[i] + 0.1 * g, second[i] = 0.999 * second[i] + 0.001 * g * g;
                 w[i] = w[i] * (1 - lr * 0.1) - lr * (first[i] / (1 - pow(0.9, step + 1))) /
                                                    (sqrt(second[i] / (1 - pow(0.999, step + 1))) + 1e-8);
                 ema[i] += (1 - decay) * (w[i] - ema[i]);
-                off = fmax(off, fabs((double)m->memory[MODEL_WEIGHTS][i] - w[i]));
-                ema_off = fmax(ema_off, fabs((double)m->memory[MODEL_EMA][i] - ema[i]));
+                off = larger(off, fabs((double)m->memory[MODEL_WEIGHTS][i] - w[i]));
+                ema_off = larger(ema_off, fabs((double)m->memory[MODEL_EMA][i] - ema[i]));
             }
         }
         check(gradient < 2e-6 && said < 2e-6, "step: %d at a time: gradient, norm and loss of the batch", micro);
@@ -756,6 +779,43 @@ static void test_pairs(void) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Random numbers
+
+static void test_f16(void) {
+    static const uint16_t half[] = {0x3c00, 0xc000, 0x0001, 0x7bff, 0x03ff, 0x3555};
+    static const float want[] = {1, -2, 0x1p-24f, 65504, 0x3ffp-24f, 0x1.554p-2f};
+    int right = 1;
+    for (int i = 0; i < 6; i++) right &= f16_to_float(half[i]) == want[i];
+    CHECK("F16", right && isinf(f16_to_float(0x7c00)) && isnan(f16_to_float(0x7e00)));
+}
+
+// --model against the tables of the DiT and FPDM papers; and of XL/2 on latents of 1000 classes (DiT's paper, table 4)
+static void test_sizes(void) {
+    static const struct {
+        const char *name;
+        int depth, width, heads, patch;
+    } sizes[] = {{"S/8", 12, 384, 6, 8}, {"B/4", 12, 768, 12, 4}, {"L/2", 24, 1024, 16, 2}, {"XL/2", 28, 1152, 16, 2}};
+    static Options o;
+    int right = 1;
+    for (int i = 0; i < 4; i++) {
+        options_default(&o, TRAIN);
+        o.model_name = sizes[i].name;
+        options_model(&o);
+        const Config *c = &o.model;
+        right &= c->depth == sizes[i].depth && c->width == sizes[i].width && c->heads == sizes[i].heads;
+        right &= c->patch == sizes[i].patch && o.no_grad_iters[0] == 0 && o.no_grad_iters[1] == 10;
+        right &= o.grad_iters[0] == 1 && o.grad_iters[1] == 12 && o.lr == 1e-4 && o.ema == 0.9999;
+    }
+    CHECK("--model: the papers' sizes, n, m, rate", right);
+    o.model.image_size = 32, o.model.channels = 4, o.model.classes = 1000, o.model.learn_sigma = 1;
+    Params p;
+    double fixed = (double)params_point(&p, &o.model, NULL, NULL).size;
+    o.model.fixed_point = 0;
+    double dit = (double)params_point(&p, &o.model, NULL, NULL).size,
+           multiply_adds = model_flops(&o.model, 1, 0, 1) / 6;
+    check(fabs(fixed / 85e6 - 1) < 0.02 && fabs(dit / 675e6 - 1) < 1e-3,
+          "XL/2: 85 and 675 million parameters, here %.1f and %.1f", fixed / 1e6, dit / 1e6);
+    check(fabs(multiply_adds / 118.6e9 - 1) < 1e-3, "DiT-XL/2: 118.6 G multiply-adds, here %.2f", multiply_adds / 1e9);
+}
 
 static void test_random(void) {
     static const uint32_t known[3][10] = {
@@ -977,7 +1037,7 @@ static void test_timesteps_and_rates(void) {
     }
     for (int k = 0; k < 9; k++) { // P(t < 1000 p) = Phi((logit p - mean)/std)
         double p = 0.1 * (k + 1), normal = 0.5 * erfc((0.4 - log(p / (1 - p))) / 1.3 / sqrt(2));
-        worst = fmax(worst, fabs(below[k] / DRAWS - normal));
+        worst = larger(worst, fabs(below[k] / DRAWS - normal));
     }
     check(worst < 0.006, "timesteps: logit-normal: distribution function, error %.4f", worst);
     uint32_t low[4] = {0, 0, 0, 0}, high[4] = {0, 0x80000000u, 0, 0};
@@ -986,6 +1046,8 @@ static void test_timesteps_and_rates(void) {
     o.t_std = 0;
     o.t_mean = 1;
     CHECK("timesteps: logit-normal: no deviation", draw_timestep(low, &o) == 731);
+    o.t_mean = 0.4; // 598.7: down
+    CHECK("timesteps: logit-normal: whole numbers", draw_timestep(low, &o) == 598);
     o.t_sampling = T_UNIFORM;
     uint32_t third[4] = {0x55555556, 0, 0, 0}, last[4] = {~0u, 0, 0, 0};
     CHECK("timesteps: uniform",
@@ -1169,7 +1231,7 @@ static void test_weights(void) {
         for (int64_t e = 0; e < p->count; e++) {
             double x = values[p->offset + e];
             square += x * x / (double)p->count;
-            largest = fmax(largest, fabs(x));
+            largest = larger(largest, fabs(x));
         }
         right &= fabs(square - want) <= want * 6 / sqrt((double)p->count);
         if (want == 2 / fan) right &= largest <= sqrt(6 / fan) + 1e-7;
@@ -1474,6 +1536,10 @@ static void test_png(void) {
     CHECK("grid: pixels", grid[0] == 230 && grid[3 * (w + 1)] == to_byte(-1) &&
                               grid[3 * (w * 9 + 8) + 2] == to_byte(images[19]) && grid[3 * (w * 9 + 14)] == 230);
     xfree(grid);
+    const float rgb[3] = {-1, 0, 1};
+    grid = picture_grid(rgb, 1, 3, 1, 1, 1, 0, &w, &h);
+    CHECK("grid: colours", w == 1 && h == 1 && grid[0] == 0 && grid[1] == 128 && grid[2] == 255);
+    xfree(grid);
     remove(path);
 }
 
@@ -1519,6 +1585,8 @@ int main(int argc, char **argv) {
         test_png();
         rmdir(test_folder);
         test_random();
+        test_f16();
+        test_sizes();
         test_schedule();
         test_allocation();
         test_gemm(0, 400, 900);

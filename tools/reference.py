@@ -884,6 +884,8 @@ def case_table():
         adam_eps=1e-4, lr=1e-2, optimizer="muon")
     add("train_muon_dit", tiny(**dit(2), prediction="flow"), B=2, n=[0] * 5, m=[1] * 5, adam_eps=1e-4, lr=1e-2,
         optimizer="muon")
+    add("train_muon_deep", tiny(**dit(5), prediction="flow"), B=2, n=[0] * 2, m=[1] * 2, adam_eps=1e-4, lr=1e-2,
+        optimizer="muon")  # more matrices of a shape than a GPU updates at once
 
     # Samplers
     sigma = dict(learn_sigma=1)

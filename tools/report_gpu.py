@@ -401,7 +401,8 @@ class Report:
         if not self.sanitizer:
             raise Skip("no compute-sanitizer")
         test, tools = self.program("test"), ("memcheck", "racecheck", "initcheck", "synccheck")
-        case = ("test/cases/forward_eps_acts.safetensors", "test/cases/sample_ddim_reuse.safetensors")
+        case = [f"test/cases/{name}.safetensors"
+                for name in ("forward_eps_acts", "train_muon_decay", "sample_ddim_reuse", "sample_flow_order2")]
         runs = [self.spawn((self.sanitizer, "--tool", tool, "--error-exitcode", "9", test, *case)) for tool in tools]
         wrong, unable = [], []
         for tool, process in zip(tools, runs):
