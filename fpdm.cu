@@ -3830,7 +3830,8 @@ static void gpu_open(void) {
     gpu.ready = 1;
     // Each rank makes the update itself, and only one kind of GPU makes the same bits of it.
     if (ranks.count > 1)
-        ranks_same("another kind of GPU", (uint64_t)(10 * info.major + info.minor) << 32 | (uint64_t)(gpu.sms << 2 | gpu.wgmma));
+        ranks_same("another kind of GPU",
+                   (uint64_t)(10 * info.major + info.minor) << 32 | (uint64_t)(gpu.sms << 2 | gpu.wgmma));
 }
 
 static void gpu_wait(void) { CHECK(cudaStreamSynchronize(gpu.stream)); }
