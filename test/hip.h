@@ -78,6 +78,7 @@ static __device__ inline float fminf(float x, float y) { return __builtin_fminf(
 static __device__ inline float fmaxf(float x, float y) { return __builtin_fmaxf(x, y); }
 static __device__ inline float exp2f(float x) { return __builtin_exp2f(x); }
 static __device__ inline float log2f(float x) { return __builtin_log2f(x); }
+static __device__ inline float fmaf(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
 static __device__ inline float expf(float x) { return __builtin_exp2f(1.4426950408889634f * x); }
 static __device__ inline float __fdividef(float x, float y) { return x * __builtin_amdgcn_rcpf(y); }
 static __device__ inline float rsqrtf(float x) { return 1 / __builtin_sqrtf(x); }
