@@ -635,8 +635,8 @@ static void attention_forward(int half, Act *out, float *lse, const Act *qkv, in
 static void attention_backward(int half, Act *dqkv, float *sums, const Act *dout, const Act *out, const float *lse,
                                const Act *qkv, int B, int T, int D, int H);
 
-// gelu in the tanh form, as x·sigmoid(2·sqrt(2/pi)·(x + 0.044715·x^3)), which is the same function, and its slope. fmaf:
-// where a compiler may choose, whole tiles and the last rows of a batch came to differ in the last bit.
+// gelu in the tanh form, as x·sigmoid(2·sqrt(2/pi)·(x + 0.044715·x^3)), which is the same function, and its slope.
+// fmaf: where a compiler may choose, whole tiles and the last rows of a batch came to differ in the last bit.
 __device__ inline float gelu(float x, float *slope) {
     float square = x * x, e = fast_exp2(x * fmaf(-0.102943240f, square, -2.302208198f)); // 2·sqrt(2/pi)·log2(e)
     float sigmoid = __fdividef(1, 1 + e), y = x * sigmoid;

@@ -593,8 +593,8 @@ int main(void) {
         test_splits(1, 7000, 128, 1544, 3, 128 * 1152 + 128);
     }
     gpu.wgmma = hopper;
-    int quick =
-        !!getenv("EMU_QUICK"); // the simulator, which runs what nvcc made of the code, sees the first in any case
+    int quick = !!getenv("EMU_QUICK");
+    // The simulator, which runs what nvcc made of the code, sees the first of them in any case.
     for (int half = 0; half < 2 && (!quick || getenv("PTXSIM_SMS")); half++)
         test_sampling(half, quick ? TRAIN_NOT : TRAIN_ADAMW);
     printf("%d passed, %d failed\n", passed, failed);

@@ -127,7 +127,7 @@ static void compare_change(Model *m, const float *values, const char *prefix) {
     }
     double relative = change > 0 ? sqrt(error / change) : error, limit = 0.15;
     int ok = relative <= limit; // false for NaN
-    printf("  %s%-*s %.2e  limit %.0e  %s\n", prefix, 50 - (int)strlen(prefix), "* - before", relative, limit,
+    printf("  %s%-*s %.2e  limit %.2f  %s\n", prefix, 50 - (int)strlen(prefix), "* - before", relative, limit,
            ok ? "ok" : "FAIL");
     case_failed |= !ok;
 }
