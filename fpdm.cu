@@ -9,11 +9,11 @@
 // Search for    What you learn there
 // "Interface"   the few functions of Part 5 that the model asks for
 // "Kernels"     how this file starts work on the GPU, in two types of numbers
-// "Part 1"      the model: its equations, its parameters, each layer above its gradient, the fixed point, the whole
-// "Part 2"      diffusion: noise schedule, training loss, samplers, how a budget of iterations is spent
-// "Part 3"      learning: AdamW, Muon, the moving average of the weights, the training loop
-// "Part 4"      speed and memory: instructions of the GPU, the matrix product, attention, where activations lie
-// "Part 5"      plumbing: ranks, random numbers, files, options, pictures, data, programs; nothing new about the model
+// "Part 1."     the model: its equations, its parameters, each layer above its gradient, the fixed point, the whole
+// "Part 2."     diffusion: noise schedule, training loss, samplers, how a budget of iterations is spent
+// "Part 3."     learning: AdamW, Muon, the moving average of the weights, the training loop
+// "Part 4."     speed and memory: instructions of the GPU, the matrix product, attention, where activations lie
+// "Part 5."     plumbing: ranks, random numbers, files, options, pictures, data, programs; nothing new about the model
 //
 // "Shared block" marks what fpdm_cpu.c and fpdm.cu have in common, byte for byte.
 //
@@ -1042,7 +1042,7 @@ static void block_backward(Model *m, float *dx, Act *copy, const float *x, Layer
 // A training step draws n and m. n iterations bring z near its fixed point; they store nothing, and z_n is a constant
 // for the gradient. Then m iterations store a Layer each, and backpropagation goes through exactly those, from z_{n+m}
 // back to z_n, where it stops. (The exact gradient of a fixed point would need the inverse of a Jacobian; going through
-// a few iterations is a good descent direction and as cheap as a network of m layers.)
+// a few iterations is a descent direction (arXiv:2103.12803) and as cheap as a network of m layers.)
 //
 // The product [z_{k-1}; inj]·fp1 + bias splits into z_{k-1}·(fp1's left half) and inj_part = inj·(fp1's right half) +
 // bias, which no iteration changes: it is computed once. Its gradient is the sum over the m iterations of du, the
@@ -1958,7 +1958,7 @@ __global__ void muon_finish_kernel(float *weights, float *ema, bf16 *half, const
 
 // Muon (Jordan and others 2024; its size as in arXiv:2502.16982) for matrices (n,k):
 //   m <- mu·m + g,   u = g + mu·m,   w <- w·keep - lr·0.2·sqrt(max(n,k))·O
-// where O is about U·V^T of u = U·S·V^T: five times X <- (a + b·XX^T + c·(XX^T)^2)·X, from X = u/||u||.
+// where O is about U·V^T of u = U·S·V^T: MUON_STEPS times X <- (a + b·XX^T + c·(XX^T)^2)·X, from X = u/||u||.
 static void muon_update(Model *model, MuonGroup group, double lr, float keep, float scale, float toward) {
     int half = model->half, n = group.n, k = group.k, r = imin(n, k), c = n + k - r; // X (r,c)
     size_t count = (size_t)n * k, square = (size_t)r * r, room = MAX_WARPS * sizeof(double);
@@ -4629,7 +4629,7 @@ static const char **parse_class_names(const char *path, const char *json, int *c
 
 enum { OPT_INT, OPT_SEED, OPT_REAL, OPT_TEXT, OPT_FLAG, OPT_RANGE, OPT_CHOICE };
 // Where an option is used. WEIGHTS: metadata of weight files; STATE: only in a training state; ONCE: never there.
-// ADDED: newer than the first files; one that lacks it means its default, a flag 0, of optimisers AdamW.
+// ADDED: newer than the first files; a file without it means the default, but of a flag 0, of optimizer adamw.
 enum { TRAIN = 1, SAMPLE = 2, BENCH = 4, WEIGHTS = 8, STATE = 16, ONCE = 32, ADDED = 64 };
 enum { MODEL = TRAIN | BENCH | WEIGHTS };
 
@@ -4649,7 +4649,7 @@ static const Option option_table[] = {
     {"image_size", MODEL, OPT_INT, AT(model.image_size), "24", 1, 4096, "height and width of the pictures of 'shapes'"},
     {"model", TRAIN | BENCH, OPT_TEXT, AT(model_name), "", 0, 0,
      "S/2 to XL/8: sets width, heads, depth, patch and the paper's training: n, m, timestep_in_pre_post, t_sampling, "
-     "AdamW, lr, lr_schedule, ema; no skip, warm-up, clip"},
+     "AdamW, lr, lr_schedule, ema; no skip, warm-up of lr or ema, clip; it wants many more --steps"},
     {"width", MODEL, OPT_INT, AT(model.width), "128", 8, 16384,
      "D, channels of a token; a multiple of 4, on a GPU of 8"},
     {"heads", MODEL, OPT_INT, AT(model.heads), "4", 1, 1024, "attention heads; width / heads is the head size"},
@@ -4677,7 +4677,7 @@ static const Option option_table[] = {
     {"prediction", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.prediction), "flow", 0, 0,
      "eps|v|flow|x: what is predicted; x: the picture, trained and sampled as flow"},
     {"zero_terminal_snr", TRAIN | WEIGHTS, OPT_FLAG, AT(model.zero_terminal_snr), "0", 0, 1,
-     "1, for v: the last timestep is pure noise; it is for flow and x anyway, flow ignores this"},
+     "1: with v, the last timestep is pure noise; for flow and x it is anyway: flow ignores this"},
     {"v_weight", TRAIN | WEIGHTS, OPT_CHOICE, AT(model.v_weight), "1", 0, 0,
      "1|p2: weight of the v loss; p2: alpha_bar·sqrt(1 - alpha_bar)"},
     {"time_embedding", TRAIN | WEIGHTS | ADDED, OPT_CHOICE, AT(model.time_embedding), "dit", 0, 0,
@@ -4689,7 +4689,7 @@ static const Option option_table[] = {
     {"batch", BENCH, OPT_INT, AT(batch), "64", 1, 1 << 20, "pictures per step"},
     {"micro_batch", TRAIN, OPT_INT, AT(micro_batch), "0", 0, 1 << 20, "pictures at a time; gradients add up; 0: all"},
     {"optimizer", TRAIN | ADDED, OPT_CHOICE, AT(optimizer), "muon", 0, 0,
-     "adamw|muon: muon: orthogonal updates of the matrices that tokens go through: as far in half the steps"},
+     "adamw|muon: muon makes the updates of the blocks' matrices orthogonal: as far in half the steps"},
     {"lr", TRAIN, OPT_REAL, AT(lr), "4e-3", 0, 10, "learning rate"},
     {"warmup", TRAIN, OPT_INT, AT(warmup), "200", 0, 2e9, "steps of linear warm-up"},
     {"lr_schedule", TRAIN, OPT_CHOICE, AT(lr_schedule), "linear", 0, 0,
@@ -4725,7 +4725,8 @@ static const Option option_table[] = {
     {"window", SAMPLE, OPT_INT, AT(window), "3", 1, MAX_WINDOW, "anderson: number of earlier results"},
     {"mixing", SAMPLE, OPT_REAL, AT(mixing), "1", 0.01, 2, "anderson: beta, the step along the mixed residual"},
     {"cfg", TRAIN | SAMPLE, OPT_REAL, AT(cfg), "3", -100, 100, "scale of classifier-free guidance; 1: none"},
-    {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024, "prediction channels that are guided"},
+    {"cfg_channels", SAMPLE, OPT_INT, AT(cfg_channels), "3", 1, 1024,
+     "the first so many prediction channels are guided; all of latents: 4"},
     {"cfg_interval", SAMPLE, OPT_RANGE, AT(cfg_interval), "0,999", 0, 999,
      "timesteps of 0..999 that are guided; the others take half the time, and 0,800 may be nearer to the data"},
     {"n", SAMPLE, OPT_INT, AT(n), "40", 1, 1e6, "number of pictures"},
@@ -4846,7 +4847,8 @@ static void print_help(const char *program, int use, const char *about) {
         if (!(opt->use & use)) continue;
         if (title) printf("\n%s:\n", title);
         title = NULL;
-        printf("  --%-21s %s [%s]\n", opt->name, opt->help, *opt->initial ? opt->initial : "none");
+        const char *value = opt->initial;
+        printf("  --%-21s %s%s%s%s\n", opt->name, opt->help, *value ? " [" : "", value, *value ? "]" : "");
     }
     check_output();
 }
@@ -5382,15 +5384,17 @@ static double model_flops(const Config *c, int B, int n, int m) {
 // What sampling is told: sampler, iterations, labels
 
 // Which sampler suits the model; dies on one that does not, or does not have that order.
-static int resolve_sampler(int sampler, int order, const Config *c) {
-    int flow = config_straight(c);
+static int resolve_sampler(const Options *o, const Config *c) {
+    int flow = config_straight(c), sampler = o->sampler;
     if (c->prediction == PREDICT_EPS && c->zero_terminal_snr)
         die("zero_terminal_snr 1: at the last timestep eps says nothing of the picture; train with --prediction v");
-    if (order > 1 && !flow) die("option --order: %d is for models that predict flow or x", order);
-    if (sampler == SAMPLER_AUTO) return flow ? SAMPLER_FLOW : SAMPLER_DDIM;
+    if (o->order > 1 && !flow) die("option --order: %d is for models that predict flow or x", o->order);
+    if (o->t_shift > 0 && !flow) die("option --t_shift: is for models that predict flow or x; leave it out");
+    if (sampler == SAMPLER_AUTO) sampler = flow ? SAMPLER_FLOW : SAMPLER_DDIM;
     if ((sampler == SAMPLER_FLOW) != flow)
         die("option --sampler: this model predicts %s; use --sampler auto",
             flow ? "flow or x and needs the flow sampler" : "noise or v: ddpm or ddim");
+    if (o->eta > 0 && sampler != SAMPLER_DDIM) die("option --eta: is for the sampler ddim; leave it out");
     return sampler;
 }
 
@@ -5400,7 +5404,13 @@ static void plan_iterations(int iters[DIFFUSION_STEPS], const Options *o, const 
     for (int i = 0; i < S; i++) iters[i] = 0;
     if (o->budget && *o->iters) die("option --budget: give either iters or budget");
     if (!c->fixed_point) {
-        if (*o->iters) die("option --iters: this model is a DiT, which does not iterate; leave it out");
+        const char *iterates = *o->iters    ? "iters"
+                               : o->alloc   ? "alloc"
+                               : o->tol > 0 ? "tol"
+                               : o->solver  ? "solver"
+                               : *o->trace  ? "trace"
+                                            : NULL;
+        if (iterates) die("option --%s: this model is a DiT, which does not iterate; leave it out", iterates);
         if (o->budget && S * c->depth > o->budget)
             die("option --budget: %d passes allow %d steps of this DiT with %d blocks: lower --steps", o->budget,
                 o->budget / c->depth, c->depth);
@@ -5436,7 +5446,7 @@ static SampleSettings sample_settings(int iters[DIFFUSION_STEPS], const Options 
     plan_iterations(iters, o, &o->model);
     SampleSettings set;
     memset(&set, 0, sizeof set);
-    set.sampler = resolve_sampler(o->sampler, o->order, &o->model);
+    set.sampler = resolve_sampler(o, &o->model);
     set.order = o->order;
     set.cfg_channels = o->cfg_channels;
     set.reuse = o->reuse;
@@ -5858,6 +5868,7 @@ static void resume_settings(Options *o, SafeTensors *state, int argc, char **arg
     o->out = folder;
     o->model_name = ""; // what it stood for is in the settings
     options_parse(o, TRAIN, argc, argv, about);
+    if (*o->model_name) die("option --model: the run in %s has its model and settings; leave it out", folder);
     same_model("resume", path, &before, o);
     if (o->optimizer != optimizer) die("option --optimizer: the run in %s began with the other; leave it out", folder);
     if (strcmp(o->out, folder))
@@ -5983,7 +5994,7 @@ static int train_main(int argc, char **argv) {
     if (*o->init) init_check(o, from);
     config_check(c, *o->resume ? state.path : "options");
     if (*o->export_to) return ranks.rank ? 0 : export_data(o, &data);
-    resolve_sampler(o->sampler, o->order, c);
+    resolve_sampler(o, c);
     ranks_same_start(o, &data.file);
 
     Model *m = model_create(c, micro, o->grad_iters[1], o->recompute, TRAIN_ADAMW + o->optimizer, 0, dtype);
@@ -6024,6 +6035,12 @@ static int train_main(int argc, char **argv) {
         "memory: parameters %.1f MB, gradients %.1f, Adam %.1f, EMA %.1f, activations %.1f, saving %.1f; in all %.1f "
         "MB",
         mb + copy, mb, 2 * mb, mb, activations, saving, 5 * mb + copy + activations + saving);
+    double start_left = o->ema_warmup ? 0 : pow(o->ema, o->steps);
+    if (start_left > 0.01)
+        say(0,
+            "EMA: after %d steps %.0f %% of the average in weights.safetensors is still the start: raise --steps or "
+            "lower --ema",
+            o->steps, 100 * start_left);
     for (int i = 0; i < 4 && *o->resume; i++) model_load(m, state_parts[i].kind, &state, state_parts[i].prefix);
     if (*o->resume) st_close(&state);
     Run run = {o, &data, m, micro, NULL, tensor, o->step, o->step, *o->resume ? o->step : -1, 0, now_ms(), 0, 0, 0};

@@ -364,7 +364,7 @@ int main(int argc, char **argv) {
     int iters[] = {n + 1, n + 1, n + 1, n + 1};
     SampleSettings set;
     memset(&set, 0, sizeof set);
-    set.sampler = resolve_sampler(SAMPLER_AUTO, 1, c);
+    set.sampler = resolve_sampler(o, c);
     set.order = set.reuse = 1;
     set.cfg = set.mixing = 1;
     set.cfg_channels = 3;

@@ -29,7 +29,7 @@
 // test/test_harness.cu shows all of them, and checks them here and on a GPU.
 //
 // Each thread of a block is a fiber: a stack of its own and a switch of a dozen instructions. A fiber runs until it has
-// to wait; the last lane to arrive at an operation of its warp does it for all 32. A thread that never waits needs no
+// to wait; the last lane to arrive at an operation of its warp does it for all. A thread that never waits needs no
 // switch: a kernel without synchronisation is a loop. Blocks run one after another: for two cores, run two processes.
 // What goes into a stream runs as late as it may: when the host waits for that stream.
 //

@@ -5,7 +5,7 @@
 //     clang++ -x hip -std=c++17 -O3 --offload-arch=gfx90a -nogpuinc -nogpulib --cuda-device-only -S fpdm.cu
 //
 // -DWARP=64 for CDNA (gfx90a, gfx942), whose matrix cores have MFMA, -DWARP=32 for RDNA 3 (gfx1100), which has WMMA.
-// `make hip` does the second for all of them. Nobody has run it on such a GPU: the fragments, where a port goes wrong
+// `make hip` does the last for all of them. Nobody has run it on such a GPU: the fragments, where a port goes wrong
 // first, are tested on a CPU, in the layouts of AMD's documents: `make test_cdna test_rdna` builds
 // these tests.
 

@@ -284,9 +284,11 @@ static void sample_case(const Options *o) {
     }
     int window = st_meta(&file, "window") ? atoi(meta_text("window")) : 0; // of Anderson acceleration
     int order = st_meta(&file, "order") ? atoi(meta_text("order")) : 1;
+    Options settings = *o;
+    settings.sampler = sampler, settings.order = order;
     SampleSettings set;
     memset(&set, 0, sizeof set);
-    set.sampler = resolve_sampler(sampler, order, &o->model);
+    set.sampler = resolve_sampler(&settings, &o->model);
     set.order = order;
     set.cfg_channels = atoi(meta_text("cfg_channels"));
     set.reuse = meta_flag("reuse");

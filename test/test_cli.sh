@@ -148,6 +148,8 @@ runs "resume: a model by its name" "$train" --model S/4 --image_size 8 --width 2
     --sample_steps 2 --out named
 runs "resume: a model by its name: goes on" "$train" --resume named --steps 2
 metadata() { head -c 4000 "$1/weights.safetensors" | grep -aq "\"$2\":\"$3\""; } # FOLDER KEY VALUE: so its metadata
+check "model: too few steps for so slow an average: told" \
+    says "^EMA: after 2 steps 100 % of the average .* is still the start"
 check "model: the paper's has no skip connection" metadata named skip 0
 check "model: the paper's is trained by AdamW" grep -aq '"optimizer":"adamw"' named/state.safetensors
 check "model: the default is Muon" grep -aq '"optimizer":"muon"' six/state.safetensors
@@ -335,8 +337,6 @@ runs "sample: plain: one iteration" "$sample" $weights --n 3 --steps 3 --iters 1
 check "sample: anderson: one iteration is plain" same a.png b.png
 runs "sample: anderson: tol stops early" "$sample" $anderson --n 3 --steps 3 --iters 50 --tol 1 --out a.png
 check "sample: anderson: tol stops early: passes" says " (9|[0-9]{2}|1[01][0-9]) block passes"
-runs "sample: anderson means nothing to DiT" \
-    "$sample" --weights dit/weights.safetensors --n 1 --steps 2 --solver anderson --out a.png
 for budget in 12 40 61 100; do
     for alloc in const inc dec; do
         runs "sample: budget $budget $alloc" \
@@ -472,6 +472,17 @@ refuses "option: strip of a noisy sampler" "option --strip" "$sample" --weights 
 refuses "option: strip of noisy ddim" "option --strip" "$sample" --weights v/weights.safetensors --eta 0.5 --strip no.png \
     --out no.png
 refuses "option: order" "option --order: '3' is not a whole number from 1 to 2" "$sample" --order 3 --out no.png
+for option in "alloc inc" "tol 0.1" "solver anderson" "trace no.csv" "iters 2"; do
+    refuses "option: $option of a DiT" "option --${option% *}: this model is a DiT, which does not iterate" \
+        "$sample" --weights x_dit/weights.safetensors --$option --out no.png
+done
+refuses "option: shift of v" "option --t_shift: is for models that predict flow or x" "$sample" \
+    --weights v/weights.safetensors --t_shift 1 --out no.png
+refuses "option: shift, training v" "option --t_shift: is for models that predict flow or x" "$train" \
+    --prediction v --t_shift 1 --out no
+for sampler in "six/weights.safetensors" "v/weights.safetensors --sampler ddpm"; do
+    refuses "option: eta of $sampler" "option --eta: is for the sampler ddim" "$sample" --weights $sampler --eta 0.5 --out no.png
+done
 refuses "option: order 2 of v" "option --order: 2 is for models that predict flow or x" "$sample" \
     --weights v/weights.safetensors --order 2 --out no.png
 refuses "option: order 2 of v while training" "option --order" "$train" --prediction v --order 2 --out no
@@ -572,6 +583,8 @@ check "resume: a state from before --order: its metadata lacks it" grep -aq '"ot
 runs "resume: a state from before --order" "$train" --resume older
 refuses "resume: enough steps" "option --steps: .* step 6" "$train" --resume three --steps 5
 refuses "resume: another model" "option --resume" "$train" --resume three --steps 9 --width 64
+refuses "resume: a model by its name" "option --model: the run in three has its model and settings" \
+    "$train" --resume three --steps 9 --model S/2
 refuses "resume: another optimiser" "option --optimizer: the run in three began with the other" \
     "$train" --resume three --steps 9 --optimizer adamw
 refuses "resume: other data" "latents.safetensors: other sizes" \

@@ -2,6 +2,7 @@
 """The fixed-point diffusion model in PyTorch: the equations of arXiv:2401.08741 in executable form.
 
 It makes the test cases that fpdm_cpu.c and fpdm.cu are compared with, and trains with the same random draws as they do.
+Its defaults are the paper's, not theirs: test/compare_training.sh gives both the same options.
 
     python3 tools/reference.py cases                     write test/cases/*.safetensors
     python3 tools/reference.py check                     compute them again and compare with the committed files
