@@ -4714,7 +4714,7 @@ static const Option option_table[] = {
     {"sample_steps", TRAIN, OPT_INT, AT(sample_steps), "20", 2, 1000, "timesteps of the sample grids"},
     {"eta", SAMPLE, OPT_REAL, AT(eta), "0", 0, 1, "noise of ddim: 0 none, 1 as much as ddpm"},
     {"iters", SAMPLE, OPT_TEXT, AT(iters), "", 0, 0,
-     "iterations per timestep: a number, or one for each, first sampled first; default: depth - pre - post"},
+     "iterations per timestep: a number, or one for each, first sampled first; none: depth - pre - post"},
     {"budget", SAMPLE, OPT_INT, AT(budget), "0", 0, 1e8,
      "Transformer-block passes per picture, instead of iters; guidance takes as many again; 0: no budget"},
     {"alloc", SAMPLE, OPT_CHOICE, AT(alloc), "const", 0, 0, "const|inc|dec: share of iterations; inc: more at large t"},
@@ -4847,8 +4847,7 @@ static void print_help(const char *program, int use, const char *about) {
         if (!(opt->use & use)) continue;
         if (title) printf("\n%s:\n", title);
         title = NULL;
-        const char *value = opt->initial;
-        printf("  --%-21s %s%s%s%s\n", opt->name, opt->help, *value ? " [" : "", value, *value ? "]" : "");
+        printf("  --%-21s %s [%s]\n", opt->name, opt->help, *opt->initial ? opt->initial : "none");
     }
     check_output();
 }
