@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tests data.py, plot.py, evaluate.py, reproduce.py and bench_torch.py of tools/ from end to end, on small files.
+"""Tests tools/ from end to end, on small files; test_convert.py tests convert.py.
 
     python3 test/test_tools.py           # everything
     python3 test/test_tools.py plot      # the tests with "plot" in their name
@@ -19,6 +19,8 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import safetensors
@@ -157,6 +159,31 @@ def test_folder_classes():
     for got, want in zip(x[6:], [(255, 0, 0), (77, 77, 77), (255, 255, 255)]):
         assert np.abs(got - want).max() <= 3, f"{got[4, 4]}, want {want}"
     assert x[5, 4, 1, 2] > 200 and x[5, 4, -2, 0] > 200, "EXIF orientation"
+    few_at_a_time(5 * 8 * 8 * 3, "folder", "pictures", "--size", 8)  # the unreadable 3.png is the fifth
+
+
+def few_at_a_time(size, *args):
+    """The same file as a.safetensors, from chunks of so many bytes."""
+    with mock.patch("data.CHUNK", size):
+        run("data.py", *args, "--out", "few.safetensors")
+    assert Path("few.safetensors").read_bytes() == Path("a.safetensors").read_bytes(), "another file in chunks"
+
+
+def test_folder_hidden():
+    """Hidden folders and files are left out, at any depth."""
+    for folder in ("flat", "classes/a", "classes/a/deeper", "classes/b"):
+        os.makedirs(f"{folder}/.thumbs")
+        Image.new("RGB", (9, 9)).save(f"{folder}/1.png")
+        Image.new("RGB", (9, 9)).save(f"{folder}/.2.png")
+        Image.new("RGB", (9, 9)).save(f"{folder}/.thumbs/1.png")
+        Path(f"{folder}/.thumbs/notes.txt").write_text("")
+    os.makedirs("classes/.c")
+    Image.new("RGB", (9, 9)).save("classes/.3.png")
+    for folder, labels in ("flat", [None]), ("classes", [0, 0, 1]):
+        _, errors = run("data.py", "folder", folder, "--size", 8, "--out", "a.safetensors")
+        tensors, _ = load("a.safetensors")
+        assert not errors and len(tensors["x"]) == len(labels), (folder, len(tensors["x"]), errors)
+    equal(tensors["y"], labels)
 
 
 def test_folder_too_high():
@@ -245,6 +272,7 @@ def test_npy_pictures():
     equal(tensors["x"], x)
     equal(tensors["y"], y)
     assert names(metadata) == ["one", "two, three", "four"] and metadata["dtype"] == "U8"
+    few_at_a_time(2 * 6 * 6 * 3 * 4, "npy", "x.npy", "--labels", "y.npy", "--class_names", "names.txt")
     run("data.py", "npy", "grey.npy", "--out", "b.safetensors")
     tensors, metadata = load("b.safetensors")
     equal(tensors["x"], x[..., :1])
@@ -330,8 +358,8 @@ def test_data_broken_input():
     fails("--size", "data.py", "emoji", "--size", 0, *out)
     fails("nocolour", "data.py", "emoji", "--background", "nocolour", *out)
     fails("no.ttf", "data.py", "emoji", "--font", "no.ttf", *out)
-    both = "no.ttf and no.txt: not there; install Debian's fonts-noto-color-emoji, or a font with colour bitmaps as --font"
-    fails(both + " and unicode-data", "data.py", "emoji", "--font", "no.ttf", "--groups", "no.txt", *out)
+    both = "no.ttf and no.txt: not there; install Debian's fonts-noto-color-emoji, or a font with colour bitmaps as "
+    fails(both + "--font and unicode-data", "data.py", "emoji", "--font", "no.ttf", "--groups", "no.txt", *out)
     if FONT.exists() and features.check("raqm"):
         fails("no.txt", "data.py", "emoji", "--groups", "no.txt", *out)
         fails("text.png", "data.py", "emoji", "--groups", "text.png", *out)
@@ -371,6 +399,20 @@ def test_data_broken_input():
     np.save("features/2.npy", np.zeros((1, 4, 8, 8), np.float32))
     fails("features/2.npy", "data.py", "npy", "features", *out)
     fails("text.npy", "data.py", "show", "text.npy")
+    sheet = ("--out", "sheet.png")
+    save("minus.safetensors", x, y.astype(int) - 1)
+    fails("labels -1..1", "data.py", "show", "minus.safetensors", *sheet)
+    save("short.safetensors", x, y[:2].astype(int))
+    fails("(2,) of y", "data.py", "show", "short.safetensors", *sheet)
+    save("three.safetensors", x, y.astype(int), class_names="3")
+    fails("three.safetensors: TypeError", "data.py", "show", "three.safetensors", *sheet)
+    save("grey.safetensors", x[..., 0])
+    fails("(3, 6, 6) of x", "data.py", "show", "grey.safetensors", *sheet)
+    Path("list.safetensors").write_bytes(struct.pack("<Q", 8) + b'["x", 1]')
+    fails("list.safetensors: AttributeError", "data.py", "show", "list.safetensors", *sheet)
+    write_idx("no_images", x[:0, ..., 0])
+    write_idx("no_classes", y[:0])
+    fails("no picture", "data.py", "mnist", "no_images", "no_classes", *out)
     np.savez("archive.npz", x=np.zeros((2, 8, 8, 3), np.uint8), more=np.zeros(2))
     fails("archive.npz: an archive of x, more", "data.py", "npy", "archive.npz", *out)
     np.save("bytes.npy", np.zeros((2, 8, 8, 3), np.uint8))
@@ -456,7 +498,18 @@ def test_plot_side_by_side():
     both = np.asarray(Image.open("both.png"))
     assert (both[-20:, :30] == first).all() and (both[-20:, -50:] == second).all()
     fails("--names", "plot.py", "first.png", "second.png", "--names", "one", "--out", "c.png")
-    fails("PNG", "plot.py", "first.png", "nothing.png", "--out", "c.png")
+    for name in broken_pngs("first.png"):
+        fails(f"{name}: ", "plot.py", "first.png", name, "--out", "c.png")
+
+
+def broken_pngs(path):
+    """Names of files that are not there, or that pillow fails to read: with OSError, SyntaxError, ValueError."""
+    raw = Path(path).read_bytes()
+    at = raw.index(b"IDAT")
+    Path("cut.png").write_bytes(raw[:60])
+    Path("chunk.png").write_bytes(raw[: at - 4] + struct.pack(">I", 9) + raw[at : at + 13] + bytes(12))
+    Path("header.png").write_bytes(raw[:8] + struct.pack(">I", 5) + b"IHDR" + bytes(9))
+    return "nothing.png", "cut.png", "chunk.png", "header.png"
 
 
 def test_sample_strip():
@@ -469,12 +522,12 @@ def test_sample_strip():
 
     subprocess.run(["make", "-s", "sample_cpu"], cwd=TOOLS.parent, check=True)
     S, n = 4, 2
-    for case, shift in (("sample_x_reuse", 0), ("sample_x_reuse", 2), ("sample_flow_reuse", 0), ("sample_flow_reuse", 1),
-                        ("sample_v_zero_snr_ddim", 0), ("sample_ddim_reuse", 0)):
+    for case, shift in (("sample_x_reuse", 0), ("sample_x_reuse", 2), ("sample_flow_reuse", 0),
+                        ("sample_flow_reuse", 1), ("sample_v_zero_snr_ddim", 0), ("sample_ddim_reuse", 0)):
         path = TOOLS.parent / "test" / "cases" / (case + ".safetensors")
-        done = subprocess.run([TOOLS.parent / "sample_cpu", "--weights", path, "--n", str(n), "--steps", str(S), "--iters",
-                               "2", "--cfg", "1", "--reuse", "0", "--seed", "7", "--t_shift", str(shift), "--strip", "s.png",
-                               "--out", "g.png"], capture_output=True, text=True)
+        done = subprocess.run([TOOLS.parent / "sample_cpu", "--weights", path, "--n", str(n), "--steps", str(S),
+                               "--iters", "2", "--cfg", "1", "--reuse", "0", "--seed", "7", "--t_shift", str(shift),
+                               "--strip", "s.png", "--out", "g.png"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         strip = np.asarray(Image.open("s.png")).astype(int)
 
@@ -497,8 +550,9 @@ def test_sample_strip():
             x0 = {"x": out, "flow": x + tau * out, "v": a * x - b * out, "eps": (x - b * out) / a}[cfg.prediction]
             for picture in range(n):
                 for row, want in enumerate((x[picture], x0[picture])):
-                    top, left = 2 + (2 * picture + row) * (3 * cfg.image_size + 2), 2 + column * (3 * cfg.image_size + 2)
-                    got = strip[top : top + 3 * cfg.image_size : 3, left : left + 3 * cfg.image_size : 3]
+                    side = 3 * cfg.image_size
+                    top, left = 2 + (2 * picture + row) * (side + 2), 2 + column * (side + 2)
+                    got = strip[top : top + side : 3, left : left + side : 3]
                     want = np.floor(np.clip(127.5 * want.permute(1, 2, 0).numpy() + 128, 0, 255))
                     assert np.abs(got - want).max() <= 1, (case, shift, column, picture, row, np.abs(got - want).max())
             if cfg.prediction in ("x", "flow"):
@@ -535,6 +589,8 @@ def test_plot_strip():
     Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8)).save("noise.png")
     for wrong in ("odd.png", "noise.png"):
         fails("not a strip", "plot.py", wrong, "--out", "b.gif")
+    for name in broken_pngs("strip.png"):
+        fails(f"{name}: ", "plot.py", name, "--out", "b.gif")
     fails("--strip", "plot.py", "nothing.png", "--out", "b.gif")
 
 
@@ -662,7 +718,118 @@ def test_plot_broken_input():
     fails("trace.csv", "plot.py", "log.csv", "trace.csv", "--out", "a.png")
     fails("--names", "plot.py", "log.csv", "--names", "a,b", "--out", "a.png")
     fails("nonsense", "plot.py", "log.csv", "--columns", "nonsense", "--out", "a.png")
+    fails("--smooth", "plot.py", "log.csv", "--smooth", -3, "--out", "a.png")
     fails("no/a.png", "plot.py", "log.csv", "--out", "no/a.png")
+
+
+# ---- latents.py; test_convert.py has the autoencoders of diffusers
+
+
+def test_latents():
+    """With an autoencoder of reduction 8 that takes means, where diffusers is not needed."""
+    try:
+        import torch
+    except ImportError:
+        raise Skip("needs torch") from None
+
+    class Mean(torch.nn.Module):
+        config = SimpleNamespace(block_out_channels=(1, 1, 1, 1), latent_channels=3, scaling_factor=0.5)
+
+        def encode(self, x):
+            return SimpleNamespace(latent_dist=SimpleNamespace(mean=torch.nn.functional.avg_pool2d(x, 8)))
+
+        def decode(self, z):
+            return SimpleNamespace(sample=torch.nn.functional.interpolate(z, scale_factor=8))
+
+    os.makedirs("vae")
+    Path("vae/config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    os.makedirs("pictures")
+    colours = [(60, 120, 240), (255, 0, 0), (10, 20, 30)]
+    for i, colour in enumerate(colours):
+        Image.new("RGB", (16, 16), colour).save(f"pictures/{i}.png")
+    diffusers = SimpleNamespace(AutoencoderKL=SimpleNamespace(from_pretrained=lambda folder, **options: Mean()),
+                                utils=SimpleNamespace(logging=SimpleNamespace(set_verbosity_error=lambda: None)))
+    encode = ("latents.py", "encode", "pictures", "--vae", "vae", "--batch", 2, "--dtype", "F32")
+    decode = ("latents.py", "decode", "a.safetensors", "--vae", "vae", "--batch", 2)
+    with mock.patch.dict(sys.modules, diffusers=diffusers), mock.patch("data.time.monotonic", iter(range(99)).__next__):
+        _, errors = run(*encode, "--size", 16, "--flip", "--out", "a.safetensors")
+        assert re.fullmatch(r"(\d/3 pictures, 0:0\d left\n)+", errors), errors
+        x = load("a.safetensors")[0]["x"]
+        assert x.shape == (6, 3, 2, 2)
+        want = np.array(colours)[[0, 1, 0, 1, 2, 2]] / 255 - 0.5
+        assert np.allclose(x, want[:, :, None, None], atol=1e-6), x[:, :, 0, 0]
+        for size in 20, 36:  # 36, 18, 9, 4
+            fails(f"--size {size}: give a multiple of 8", *encode, "--size", size, "--out", "b.safetensors")
+        for name in "b.safetensors", "c.SAFETENSORS":
+            _, errors = run(*decode, "--out", name)
+            assert re.fullmatch(r"(\d/6 pictures, 0:0\d left\n)+", errors), errors
+            equal(load(name)[0]["x"][4], np.full((16, 16, 3), colours[2]))
+        run(*decode, "--out", "d.PNG")
+        assert Image.open("d.PNG").size == (56, 38)
+
+
+# ---- reference.py
+
+
+def test_reference_broken_input():
+    evaluate()  # skips without torch
+    x = rng.integers(256, size=(4, 8, 8, 3), dtype=np.uint8)
+    save("data.safetensors", x, np.zeros(4, np.int64))
+    train = ("reference.py", "train", "--data", "data.safetensors", "--out", "run", "--width", 16, "--heads", 2)
+    fails("--time_embedding", *train, "--time_embedding", "sti")
+    for options in ("--no_grad_iters", 5), ("--grad_iters", "0,2"), ("--grad_iters", "3,2"), ("--batch", 0):
+        fails(options[0], *train, *options)
+    fails("--learn_sigma 1", *train, "--prediction", "flow", "--learn_sigma", 1)
+    fails("image_size 8 is not a multiple of --patch 3", *train, "--patch", 3)
+    fails("width 16 is not a multiple of --heads 3", *train, "--heads", 3)
+    fails("--width 6", *train, "--width", 6)
+    fails("see --help", "reference.py", "nonsense")
+    fails("missing.safetensors", *train[:3], "missing.safetensors", *train[4:])
+
+
+def test_interrupted():
+    """Ctrl-C: one line and 130, whatever else the terminal stops."""
+    evaluate()  # skips without torch
+    save("data.safetensors", rng.integers(256, size=(4, 8, 8, 3), dtype=np.uint8), np.zeros(4, np.int64))
+    for name in "make", "mpirun", "mpicc", "bench":  # what the tools run presses it
+        Path(name).write_text("#!/bin/sh\nkill -INT 0; sleep 60\n")
+        os.chmod(name, 0o755)
+    work = ("--width", "16", "--heads", "2", "--patch", "2")
+    train = ("train", "--data", "data.safetensors", "--out", "run", *work, "--steps", "99999")
+    bench = ("--image_size", "8", *work, "--warmup", "1", "--threads", "1", "--no_compile", "--bench", "./bench")
+    for tool, *args in ("scaling.py",), ("reference.py", *train), ("bench_torch.py", *bench):
+        process = subprocess.Popen([sys.executable, TOOLS / tool, *args], stdout=subprocess.PIPE, text=True,
+                                   stderr=subprocess.PIPE, start_new_session=True, env={**os.environ, "PATH":
+                                   f"{os.getcwd()}:{os.environ['PATH']}"},
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        if tool == "reference.py":
+            assert process.stdout.readline().startswith("step 0 ")
+            process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=100)
+        assert (process.returncode, errors) == (130, f"{tool}: stopped\n"), (tool, process.returncode, errors)
+
+
+def test_reports_broken_input():
+    for option, value in ("--parts", "nonsense"), ("--minutes", "two"), ("--models", "unet"), ("--target", "tpu"):
+        fails(option, "report_gpu.py", option, value)
+    Path("file").write_text("")
+    for path in "file", "file/report":
+        fails(f"{path}: ", "report_gpu.py", "--out", path)
+    for tool, words, *args in (("report_hip.py", "no/clang++ not found", "no/clang++"),
+                               ("report_memory.py", "needs the Python package torch")):
+        done = subprocess.run([sys.executable, "-E", "-S", TOOLS / tool, *args], capture_output=True, text=True)
+        assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, (tool, done.stderr)
+    (torch := Path("old/torch")).mkdir(parents=True)
+    (torch / "__init__.py").write_text("__version__ = '1.13.0a0'")
+    done = subprocess.run([sys.executable, TOOLS / "report_memory.py"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": "old"})
+    assert (done.returncode, done.stderr) == (
+        1, "report_memory.py: torch 1.13.0a0 is too old for this; it needs 2.0 or newer\n"), done.stderr
+
+
+def test_scaling_broken_input():
+    for value in 0, -1, "two":
+        fails("--rounds", "scaling.py", "--rounds", value)
 
 
 # ---- evaluate.py
@@ -775,15 +942,22 @@ def test_evaluate():
     assert renamed == good, (renamed, good)
     assert abs(pngs["fd"] - good["fd"]) < 1e-6 and pngs["recognised"] == good["recognised"], (pngs, good)
 
-    said, _ = run("evaluate.py", "data.safetensors", *files, "--json", "again.json")  # from the cache, the same figures
+    (Path("pngs") / ".hidden").mkdir()
+    for name in ("loose.png", "down/1.jpg", "down/2.PNG", "down/._3.png", ".hidden/4.png"):
+        (Path("pngs") / name).write_text("no picture")
+    said, noted = run("evaluate.py", "data.safetensors", *files, "--json", "again.json")  # from the cache, the same
     again = json.loads(Path("again.json").read_text())
+    assert "pngs: 3 files are left out" in noted and "down/1.jpg, ..." in noted and noted.count("\n") == 1, noted
+    assert figures["floor"]["n"] == again["floor"]["n"] == 120, again  # a fifth; the files have 300
     assert "training" not in said and again["network"] == figures["network"], said
     assert all(abs(again["pictures"][name]["fd"] - figures["pictures"][name]["fd"]) < 1e-4 for name in files), again
     copies = as_samples(np.ascontiguousarray(x[:40, :, ::-1]))  # learnt by heart, mirrored: found in the second row
     save("copies.safetensors", copies + np.float32(0.02), y[:40], **STRIPES)
     medians = []
     for name in ("copies", "good"):
-        said, _ = run("evaluate.py", "data.safetensors", f"{name}.safetensors", "--nearest", "near.png")
+        said, _ = run("evaluate.py", "data.safetensors", f"{name}.safetensors", "copies.safetensors", "--nearest",
+                      "near.png")
+        assert re.search("^ +40 .* floor: held out, against the other 480$", said, re.M), said
         medians += [list(map(float, re.search(r"median: ([\d.]+); of a real picture ([\d.]+)", said).groups()))]
     assert 0 < medians[0][0] < 4 < 0.5 * medians[0][1] and 0.5 < medians[1][0] / medians[1][1] < 2, medians
     flat = [part.reshape(len(part), -1).astype(float) for part in (drawn, x, x[:, :, ::-1])]
@@ -796,13 +970,39 @@ def test_evaluate():
     assert sheet.shape == (9 * side, 30 * side, 3), sheet.shape
     Path("data.features.safetensors").write_bytes(b"broken")
     evaluator = tool.Evaluator("data.safetensors", log=lambda line: None)
-    assert 0 < evaluator.floor["fd"] < evaluator.ceiling["fd"] and evaluator.test_accuracy > 0.9
+    assert 0 < evaluator.floor(300)["fd"] < evaluator.ceiling["fd"] and evaluator.test_accuracy > 0.9
     found = evaluator.metrics(*tool.load_pictures("good.safetensors")[:2])
     assert abs(found["fd"] - good["fd"]) < 0.1 * ceiling["fd"] and found["recognised"] > 0.9, (found, good)
     save("data.safetensors", x[::-1], y[::-1], **STRIPES)
     epochs, tool.EPOCHS = tool.EPOCHS, 1
     assert "training" in judged("data.safetensors")[0], "used the cache of another dataset"
     tool.EPOCHS = epochs
+
+
+def test_evaluate_floor():
+    """What the network learns from, and by hand: the scale of the features, the reference and the floor."""
+    import torch
+
+    tool = evaluate()
+    x, y = stripes(600)
+    chosen = torch.randperm(600, generator=torch.Generator().manual_seed(1))[:400].numpy()
+    held_out, rest = chosen[:80], chosen[80:]
+    x[held_out], y[held_out] = rng.integers(256, size=(80, 12, 12, 3)), 3  # a class that the others lack
+    save("data.safetensors", x, y)
+    with mock.patch.multiple(tool, REFERENCE=400, MANIFOLD=50):
+        evaluator = tool.Evaluator("data.safetensors", log=lambda line: None)
+        floors = [evaluator.floor(n) for n in (40, 80, 1000)]
+    assert evaluator.held_out.tolist() == held_out.tolist() and evaluator.rest.tolist() == rest.tolist()
+    assert evaluator.test_accuracy < 0.1, f"learnt from what is held out: {evaluator.test_accuracy}"
+    features = evaluator.scale * evaluator.features(evaluator.net.features, evaluator.data.x)
+    assert abs(features[chosen].double().var(0).sum() - 100) < 1e-3
+    assert evaluator.real.n == 400 and torch.allclose(evaluator.real.mean, features[chosen].double().mean(0), atol=1e-4)
+    assert len(evaluator.manifold.points) == 50
+    for n, floor in zip((40, 80, 80), floors):
+        against = {size: tool.frechet(tool.Gaussian(features[real]), tool.Gaussian(features[held_out[:n]]))
+                   for size, real in ((320, rest), (400, chosen))}
+        assert floor["n"] == n and abs(floor["fd"] / against[320] - 1) < 1e-3, (floor, against)
+        assert abs(against[400] / against[320] - 1) > 0.01, "this test cannot tell the others from all"
 
 
 def test_evaluate_unlabelled():
@@ -853,7 +1053,32 @@ def forward(self, img, return_features: bool = False):
     assert abs(got["fd"] - want) < 1e-4 * want, (got["fd"], want)
     assert got["recognised"] > 0.9 and Path("data.inception.safetensors").exists()
     assert judged(*use, "inception.pt")[1] == figures, "the cached features give other figures"
+
+    class InceptionV3(torch.nn.Module):  # as pytorch_fid has it
+        def __init__(self, blocks):
+            super().__init__()
+            self.linear = torch.nn.Linear(12, 3)
+            self.load_state_dict(package.inception.load_state_dict_from_url("https://"))
+
+        def forward(self, x):
+            assert 0 <= x.min() and x.max() <= 1
+            return [self.linear(torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))[..., None, None]]
+
+    package = SimpleNamespace(inception=SimpleNamespace(InceptionV3=InceptionV3))
+    torch.save({"linear.weight": 255 * torch.eye(12)[:3], "linear.bias": torch.zeros(3)}, "right.pth")
+    torch.save({"a": torch.zeros(3)}, "wrong.pth")
+    torch.save([1], "list.pth")
+    with mock.patch.dict(sys.modules, {"pytorch_fid": package}):
+        got = judged(*use, "right.pth")[1]["pictures"]["samples.safetensors"]["fd"]
+        s, t = s[:3, :3], t[:3, :3]
+        want = ((a.mean(0) - b.mean(0))[:3] ** 2).sum() + np.trace(s + t)
+        want -= 2 * np.sqrt(np.linalg.eigvals(s @ t).real).sum()
+        assert abs(got - want) < 1e-3 * want, (got, want)
+        fails("wrong.pth", "evaluate.py", *use, "wrong.pth")
+        fails("list.pth", "evaluate.py", *use, "list.pth")
     Path("text.pt").write_text("hello")
+    with mock.patch("torch.jit.load", side_effect=RuntimeError("\n")):
+        fails("text.pt: RuntimeError", "evaluate.py", *use, "text.pt")
     fails("text.pt", "evaluate.py", *use, "text.pt")
     fails("missing.pt", "evaluate.py", *use, "missing.pt")
 
@@ -874,6 +1099,9 @@ def test_evaluate_broken_input():
 
     samples = as_samples(x)
     save("data.safetensors", x, y, **STRIPES)
+    for i, names_ in enumerate(('{"across": 0}', "[0, 1, 2]", "3", "[" * 100000)):
+        save("names.safetensors", x, y, class_names=names_)
+        fails("names.safetensors", "evaluate.py", *["data.safetensors"] * (i % 2), "names.safetensors")
     save("few.safetensors", x[:20], y[:20], **STRIPES)
     save("high.safetensors", x, y + 1, **STRIPES)
     save("wide.safetensors", x[:, :8], y, **STRIPES)
@@ -907,6 +1135,133 @@ def test_evaluate_broken_input():
 
 
 # ---- reproduce.py
+
+
+def test_reproduce_rules():
+    tool = importlib.import_module("reproduce")
+    # Half the 95 % interval is 12.71 d of two changes m - d, m + d; 4.30 / sqrt(3) d of m - d, m, m + d;
+    # 3.18 / sqrt(3) d of two m - d and two m + d
+    for half, signs in (12.71, (-1, 1)), (4.30 / 3**0.5, (-1, 0, 1)), (3.18 / 3**0.5, (-1, -1, 1, 1)):
+        for part, want in (0.99, "not told apart by these seeds"), (1.01, "higher"), (-1.01, "lower"):
+            assert tool.direction([part * half + sign for sign in signs]) == want, (half, part)
+    assert tool.direction([-1.0]) == "lower (one seed)"
+    assert tool.apart((1, 0.4), (2, 0.5)) and tool.apart((2, 0.5), (1, 0.4))
+    assert not tool.apart((1, 0.4), (2, 0.7)) and not tool.apart((2, 0.7), (1, 0.4))
+
+
+def test_reproduce_arithmetic():
+    """Every contender's training costs the same, counted by a file's matrices; and the page, of invented points."""
+    tool = importlib.import_module("reproduce")
+    with safetensors.safe_open(TOOLS.parent / "weights/shapes.safetensors", "np") as file:  # 36 tokens of 128 channels
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+
+    def work(prefix):
+        return sum(2 * 36 * shape[0] * shape[1] for name, shape in shapes.items()
+                   if name.startswith(prefix) and len(shape) == 2 and "adaLN" not in name)
+
+    block = work("blocks_pre.0.") + 2 * 2 * 36 * 36 * 128  # and queries by keys, weights by values
+    half = work("block_fixed_point_projection_fc1.") / 2  # which sees z, and what is injected
+    outside = 2 * block + work("block_pre_projection.") + half
+    iteration = block + half + work("block_fixed_point_projection_fc2.")
+
+    def cost(options):  # forward, and twice that backward
+        if "--fixed_point" in options:
+            return 3 * int(options["--depth"]) * block
+        n, m = (np.mean([int(k) for k in options[f"--{name}_iters"].split(",")]) for name in ("no_grad", "grad"))
+        return 3 * (outside + m * iteration) + n * iteration
+
+    scale = {**tool.SCALES["hour"], "seeds": 2, "steps": 200, "tune_steps": 50, "budgets": [6, 12, 24]}
+    args = SimpleNamespace(scale="hour", seeds=2, target="cpu", results="out")
+    e = tool.Experiment(args, "shapes", "out", scale, tool.contenders(scale))
+    trained, broken = [], 0
+
+    def train(command, show=None):
+        options = dict(zip(command[1::2], command[2::2]))
+        trained.append(options)
+        folder = Path(options["--out"])
+        folder.mkdir()
+        (folder / "log.csv").write_text("head\n" + "1,0.5,0,0,0,0,0,0,1\n" * int(options["--steps"]))
+        (folder / "weights.safetensors").touch()
+        (folder / "state.safetensors").touch()
+        return ["1.5 million parameters", "in all 7 MB"]
+
+    def measure(run, seed, **settings):
+        passes = settings.get("budget") or settings["steps"] * e.runs[run][1].get("depth", 6)
+        best = {"fpdm": {6: 1, 12: 5, 24: 3}, "dit3": {6: 2, 12: 4, 24: 3.3}}.get(run, {}).get(passes, 50)
+        return {"fd": best + 0.2 * (-1) ** seed, "precision": 0.5, "recall": 0.5, "recognised": 0.5, "passes": passes,
+                "gflop": passes, "broken": broken * (seed == 2)}
+
+    e.call, e.measure, e.paper_scale = train, measure, lambda: None
+    e.trace = lambda *_: {"t": [1], "residuals": [[0.1] * 16]}
+    made = SimpleNamespace(returncode=0)
+    with mock.patch.object(tool.subprocess, "run", return_value=made), contextlib.redirect_stdout(io.StringIO()):
+        e.everything()
+    first = cost(trained[0])
+    assert {Path(options["--out"]).name.split("-")[0] for options in trained} == set(e.runs)
+    for options in trained:
+        run_, steps = Path(options["--out"]).name.split("-")[0], 50 if options["--seed"] == "100" else 200
+        assert int(options["--steps"]) == round(steps * first / cost(options)), options
+        assert abs(tool.flops(scale, e.runs[run_][1], 0)[1] / cost(options) - 1) < 1e-12, options
+    assert abs(e.picture_flops("fpdm", {"steps": 4}, 16) / (4 * (outside + 2 * iteration)) - 1) < 1e-12
+    assert abs(e.picture_flops("dit", {"steps": 4}, 24) / (24 * block) - 1) < 1e-12
+
+    e.points.update(paper=[], evaluator={"floor": {"fd": 0.3, "n": 1000}, "ceiling": {"fd": 9}, "accuracy": 0.9})
+
+    def claims():
+        axis = mock.MagicMock()
+        axis.get_ylim.return_value = 0, 1
+        report = tool.Report(args, e, e, None)
+        report.figure, report.pictures = lambda name, draw, columns=1: draw(*[axis] * columns), lambda: None
+        with contextlib.redirect_stdout(io.StringIO()):
+            report.write()
+        assert axis.axhline.call_args[1]["label"] == "1,000 real pictures", axis.axhline.mock_calls
+        return Path("out/claims.md").read_text()
+
+    said = claims()
+    for words in ("nearer to the data than the best DiT on shapes at 6 passes a picture (1 against 2).\n",
+                  "DiT is nearer on shapes at 12 passes a picture (5 against 4).\n",
+                  "less than their deviations over the seeds on shapes at 24 passes a picture (3 against 3.3).\n",
+                  "that of 40 ways to draw (5 models × 8 settings) against 18 (3 × 6) on shapes, of fewer at small",
+                  "1,000 real pictures, held out, against the four fifths that are not: 0.30, noise 9;"):
+        assert words in said, words
+    assert "roken" not in said
+    broken = 0.25
+    said = claims()
+    for heading, cells in {"Quality": 3 * 21, "Smoothing": 7, "Reuse": 2 * 6, "Solvers": 4, "Training: ": 6,
+                           "What holds": 27}.items():
+        assert said.split(f"\n## {heading}")[1].split("\n## ")[0].count("(12.5 % broken) |") == cells, heading
+    assert "*Broken* are" in said
+    scale["seeds"] = e.scale["seeds"] = 1
+    said = claims().split("\n## ")[1]
+    assert said.count("(one seed: whether by more than chance is not known).") == 2 and "deviation" not in said, said
+    large = tool.SCALES["gpu"]
+    words, options = tool.plateau(large)["dit"]
+    assert words.endswith("a DiT of 8") and options["depth"] == 8 and tool.plateau(scale)["dit"][1]["depth"] == 6
+
+
+def test_reproduce_broken_input():
+    if not importlib.util.find_spec("torch"):
+        raise Skip("needs torch")
+    tool = importlib.import_module("reproduce")
+    use = ("reproduce.py", "--scale", "smoke", "--target", "cpu", "--out")
+    tool.Experiment(SimpleNamespace(scale="smoke", target="cpu"), "shapes", "out", tool.SCALES["smoke"], {})
+    setup = Path("out/setup.json").read_text()
+    with mock.patch.object(tool.Experiment, "everything", side_effect=AssertionError("began the work")):
+        fails("/etc/passwd/x", *use, "/etc/passwd/x")
+        for results in "/etc/passwd", "/proc/x", "/proc":  # the last is a folder, in which nobody can write
+            fails(results, *use, "out", "--results", results)
+        for damaged in "hello", "[1]", "[" * 100000, setup[:-1]:
+            Path("out/points.json").write_text(damaged)
+            fails("out/points.json", *use, "out")
+        Path("out/points.json").unlink()
+        for damaged in "hello", "[1]", setup[:-1]:
+            Path("out/setup.json").write_text(damaged)
+            fails("out/setup.json", *use, "out")
+    with mock.patch.object(tool.Experiment, "everything", side_effect=KeyboardInterrupt):
+        assert call(*use, "other", "--results", "new/folder")[0] == 130 and os.listdir("new/folder") == []
+    fails("--help", *use, "out", "--nonsense")
+    said, _ = run("reproduce.py", "--help")
+    assert "goes on where it stopped" in said and "--photographs" in said, said
 
 
 def test_reproduce():
@@ -972,7 +1327,7 @@ def test_reproduce():
     run("evaluate.py", "out/real.safetensors", "x.safetensors", "--json", "x.json")
     want = json.loads(Path("x.json").read_text())["pictures"]["x.safetensors"]["fd"]
     assert abs(points[f"dit {drawn['dit']} 2 {rate['dit']} steps=4 {sampler['dit']}"]["fd"] - want) < 1e-6 * want
-    assert points["evaluator"]["floor"]["fd"] < want
+    assert points["evaluator"]["floor"]["fd"] < want and points["evaluator"]["floor"]["n"] == 100
     memory = {run: points[next(key for key in points if re.match(rf"train {run} \w+ 1 ", key))]["memory"]
               for run in ("one_step", "fpdm", "unroll")}
     assert memory["one_step"] < memory["fpdm"] == memory["unroll"], memory  # m is 1; 4 at most; 4
@@ -1014,16 +1369,43 @@ def test_emulated_samples():
 def test_bench_torch():
     if not importlib.util.find_spec("torch"):
         raise Skip("needs torch")
-    Path("bench").write_text("#!/bin/sh\necho peak_gflops 9 GF/s; echo train_step_ms 5 ms; echo train_peak_mb 7 MB\n")
+    Path("bench").write_text("#!/bin/sh\nprintf '%s ' \"$@\" > options\n"
+                             "echo peak_gflops 9 GF/s; echo train_step_ms 5 ms; echo train_peak_mb 7 MB\n")
     Path("wrong").write_text("#!/bin/sh\necho peak_gflops 100 GFLOP/s\n")
     os.chmod("bench", 0o755)
     os.chmod("wrong", 0o755)
-    work = ("--width", 16, "--heads", 2, "--image_size", 8, "--batch", 2, "--n", 1, "--m", 2, "--warmup", 1,
-            "--rounds", 2, "--threads", 1, "--no_compile")
+    work = ("--width", 16, "--heads", 2, "--image_size", 8, "--batch", 3, "--n", 0, "--m", 2, "--warmup", 1,
+            "--rounds", 2, "--threads", 1, "--no_compile", "--post_depth", 2)
     said, _ = run("bench_torch.py", *work, "--bench", "./bench")
     assert said.count("\nround ") == 2 and "bench_cpu 5.0" in said, said
     assert "time of torch-eager / bench_cpu: median" in said, said
+    assert Path("options").read_text().split() == (
+        "--width=16 --heads=2 --patch=2 --image_size=8 --batch=3 --n=0 --m=2 --pre_depth=1 --post_depth=2 --skip=0 "
+        "--gemm=0 --rounds=1 --dtype=fp32").split(), Path("options").read_text()
     fails("train_step_ms", "bench_torch.py", *work, "--bench", "./wrong")
+    for option, value in ("channels", 4), ("fixed_point", 0), ("depth", 5), ("passes", 100):
+        fails(f"--{option}: only with", "bench_torch.py", *work, f"--{option}", value)
+    for option, value in ("heads", 3), ("width", 6), ("patch", 3), ("threads", 0), ("n", -1), ("batch", "two"):
+        fails(f"--{option}", "bench_torch.py", *work, f"--{option}", value)
+
+
+def test_bench_torch_step():
+    """What PyTorch's process does in a turn: the work that ./bench_cpu is told to do."""
+    evaluate()  # skips without torch
+    import reference
+
+    steps, training_step = [], reference.training_step
+
+    def step(cfg, schedule, model, ema, optimizer, x0, noise, t, y, n, m):
+        steps.append((n, m, tuple(x0.shape), cfg.width, cfg.heads, cfg.patch, cfg.pre_depth, cfg.post_depth, cfg.skip))
+        return training_step(cfg, schedule, model, ema, optimizer, x0, noise, t, y, n, m)
+
+    with mock.patch("reference.training_step", step), mock.patch("sys.stdin", ["step"]):
+        said, _ = run("bench_torch.py", "--process", "torch-eager", "--width", 24, "--heads", 3, "--image_size", 12,
+                      "--patch", 4, "--batch", 3, "--n", 2, "--m", 3, "--warmup", 2, "--threads", 1, "--post_depth", 2)
+    assert steps[1:] == [(2, 3, (3, 3, 12, 12), 24, 3, 4, 1, 2, 0)] * 4, steps  # after the one that loads torch
+    first, turn = map(json.loads, said.splitlines())
+    assert first["first_ms"] > 0 and turn["ms"] > 0 and turn["peak_mb"] > 0, said
 
 
 if __name__ == "__main__":

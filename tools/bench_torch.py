@@ -20,6 +20,7 @@ fused AdamW, foreach EMA and clipping; "compiled" is torch.compile in its defaul
 so computes in every iteration what stays constant, which ours computes once.
 """
 import argparse
+import atexit
 import importlib.util
 import json
 import os
@@ -32,15 +33,38 @@ import traceback
 PAUSE = 0.3  # seconds between turns: OpenMP's threads spin for up to 0.2 s after their work, on the cores of the next
 
 
-def die(message):
-    print(f"bench_torch.py: {message}", file=sys.stderr)
-    sys.exit(1)
+# ---- what other tools without numpy and pillow use, too; those with them have data.py's
+
+
+def die(message, status=1):
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def main_of(run):
+    try:
+        run()
+    except KeyboardInterrupt:
+        die("stopped", 130)
+
+
+def torch_version(torch):
+    return tuple(map(int, torch.__version__.split(".")[:2]))
+
+
+def needs_torch_2(torch):
+    if torch_version(torch) < (2, 0):
+        die(f"torch {torch.__version__} is too old for this; it needs 2.0 or newer")
 
 
 def positive(text):
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def whole(text):
+    return 0 if text == "0" else positive(text)
 
 
 # ---- the side of a PyTorch process: sets up, warms up, then times one step for each line on its standard input
@@ -81,8 +105,7 @@ def make_step(work, compiled):
     cfg = reference.Config(image_size=work.image_size, patch=work.patch, width=work.width, heads=work.heads,
                            pre_depth=work.pre_depth, post_depth=work.post_depth)
     model, ema, schedule = reference.FPDM(cfg), reference.FPDM(cfg), reference.Schedule.training(cfg)
-    version = tuple(map(int, torch.__version__.split(".")[:2]))
-    fused = {"fused": True} if version >= (2, 4) else {}  # before, fused AdamW was for GPUs alone
+    fused = {"fused": True} if torch_version(torch) >= (2, 4) else {}  # before, fused AdamW was for GPUs alone
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0, **fused)
     run = Autocast(model) if work.autocast else model
     run = torch.compile(run) if compiled else run
@@ -118,7 +141,7 @@ def torch_process(args):
             clear.write("5")  # the peak counts from here, without that of the compiler
     except OSError:
         pass
-    print(json.dumps({"first_ms": warm[0]}), flush=True)
+    print(json.dumps({"first_ms": warm[0], "torch": torch.__version__}), flush=True)
     for _ in sys.stdin:
         step()  # ./bench_cpu too runs a step before the one that it times
         print(json.dumps({"ms": step(), "peak_mb": memory_mb("VmHWM"), "imports_mb": imports_mb}), flush=True)
@@ -263,9 +286,7 @@ def bf16_figures(args):
 
     import reference
 
-    version = tuple(map(int, torch.__version__.split(".")[:2]))
-    if version < (2, 0):
-        die(f"torch {torch.__version__} is too old for this; it needs 2.0 or newer")
+    needs_torch_2(torch)
     if args.device == "cuda" and not torch.cuda.is_available():
         die(f"torch {torch.__version__} has no GPU to use here")
     torch.manual_seed(0)
@@ -301,7 +322,9 @@ class Torch:
     def __init__(self, name, args):
         self.name = name
         command = [sys.executable, __file__, "--process", name, *sys.argv[1:]]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        start_new_session=True)  # where Ctrl-C does not reach it
+        atexit.register(self.process.kill)
         self.about = self.answer()
 
     def answer(self):
@@ -347,44 +370,51 @@ class BenchCpu:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--width", type=int, default=384, help="D (default: 384)")
-    option("--heads", type=int, default=6, help="attention heads (default: 6)")
-    option("--patch", type=int, default=2, help="side of a patch (default: 2)")
-    option("--image_size", type=int, default=32, help="side of the images, of 3 channels (default: 32)")
-    option("--channels", type=int, default=4, help="of the images, with --device cuda or --mode (default: 4)")
-    option("--fixed_point", type=int, default=1, help="0: plain DiT, with --device cuda or --mode (default: 1)")
-    option("--depth", type=int, default=28, help="blocks of plain DiT (default: 28)")
-    option("--pre_depth", type=int, default=1, help="blocks before the fixed point (default: 1)")
-    option("--post_depth", type=int, default=1, help="blocks after it (default: 1)")
+    option("--width", type=positive, default=384, help="D (default: 384)")
+    option("--heads", type=positive, default=6, help="attention heads (default: 6)")
+    option("--patch", type=positive, default=2, help="side of a patch (default: 2)")
+    option("--image_size", type=positive, default=32, help="side of the images, of 3 channels (default: 32)")
+    option("--channels", type=positive, help="of the images, with --device cuda or --mode (default: 4)")
+    option("--fixed_point", type=int, choices=(0, 1), help="0: plain DiT, with --device cuda or --mode (default: 1)")
+    option("--depth", type=positive, help="blocks of plain DiT (default: 28)")
+    option("--pre_depth", type=whole, default=1, help="blocks before the fixed point (default: 1)")
+    option("--post_depth", type=whole, default=1, help="blocks after it (default: 1)")
     option("--batch", type=positive, default=8, help="images in a step (default: 8)")
-    option("--n", type=int, default=5, help="iterations without gradient (default: 5)")
+    option("--n", type=whole, default=5, help="iterations without gradient (default: 5)")
     option("--m", type=positive, default=6, help="iterations with gradient (default: 6)")
     option("--rounds", type=positive, default=5, help="turns of each contender (default: 5)")
     option("--warmup", type=positive, default=3, help="steps of PyTorch before the first turn (default: 3)")
-    option("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each contender (default: every core)")
+    option("--threads", type=positive, default=len(os.sched_getaffinity(0)), help="of each contender (default: all)")
     option("--bench", default="./bench_cpu", help="the program to compare with (default: ./bench_cpu)")
     option("--no_compile", action="store_true", help="leave torch.compile out; compiling takes a minute or two")
     option("--autocast", action="store_true", help="bf16 matmuls: torch.autocast, and ./bench_cpu --dtype bf16")
     option("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: PyTorch alone, in bf16 (default: cpu)")
     option("--mode", help="eager, compiled, attention, or several with commas: these alone, in bf16")
-    option("--passes", type=int, default=560, help="block passes a picture when sampling (default: 560)")
+    option("--passes", type=positive, help="block passes a picture when sampling (default: 560)")
     option("--process", help=argparse.SUPPRESS)
     parser.error = lambda message: die(f"{message}; see --help")
     args = parser.parse_args()
+    if args.width % args.heads or args.width % 4:
+        die(f"--width {args.width}: not a multiple of 4 and of --heads {args.heads}")
+    if args.image_size % args.patch:
+        die(f"--image_size {args.image_size}: not a multiple of --patch {args.patch}")
+    alone = args.device == "cuda" or args.mode
+    for name, default in ("channels", 4), ("fixed_point", 1), ("depth", 28), ("passes", 560):
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif not alone:
+            die(f"--{name}: only with --device cuda or --mode, where PyTorch runs alone")
     for package in ("torch", "numpy", "safetensors"):
         if importlib.util.find_spec(package) is None:
             die(f"needs the Python package {package}: pip install -r tools/requirements.txt")
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if args.process:
         return torch_process(args)
-    if args.device == "cuda" or args.mode:
+    if alone:
         return bf16_figures(args)
 
-    probe = "import torch; print(torch.__version__)"
-    version = subprocess.run([sys.executable, "-c", probe], stdout=subprocess.PIPE, text=True).stdout.strip()
-    if not version:
-        die(f"{sys.executable} cannot import torch; its own message is above")
     contenders = [Torch("torch-eager", args)]
+    version = contenders[0].about["torch"]
     if int(version.split(".")[0]) >= 2 and not args.no_compile:
         contenders.append(Torch("torch-compiled", args))
     if os.path.exists(args.bench):
@@ -422,4 +452,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main_of(main)

@@ -524,7 +524,8 @@ def config_from_metadata(metadata, path):
     except (KeyError, ValueError) as error:
         die(f"{path}: metadata {error}; --to wants a weight file of fpdm.c")
     if c["fixed_point"] and metadata.get("skip", "0") != "0":
-        die(f"{path}: has a skip connection around the fixed point, which the published code has not; train with --skip 0")
+        die(f"{path}: has a skip connection around the fixed point, which the published code has not; train with "
+            "--skip 0")
     return {**c, "prediction": metadata.get("prediction"), "time_embedding": metadata.get("time_embedding", "dit")}
 
 

@@ -31,7 +31,7 @@ try:
     import numpy as np
     from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, features
 except ImportError as error:
-    sys.exit(f"data.py: needs the Python package {error.name}: pip install -r tools/requirements.txt")
+    sys.exit(f"{Path(sys.argv[0]).name}: needs the Python package {error.name}: pip install -r tools/requirements.txt")
 
 EMOJI_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI_GROUPS = "/usr/share/unicode/emoji/emoji-test.txt"
@@ -92,8 +92,8 @@ class Progress:
         self.what, self.total, self.done, self.begin = what, total, 0, time.monotonic()
         self.shown = self.begin
 
-    def step(self):
-        self.done += 1
+    def step(self, count=1):
+        self.done += count
         now = time.monotonic()
         if now - self.shown < 2:
             return
@@ -158,7 +158,7 @@ class Writer:
         """Appends pictures x (k, *shape) and their labels y (k)."""
         if x.shape[1:] != tuple(self.shape):
             die(f"{where}: shape {x.shape[1:]} where the others have {tuple(self.shape)}; all must have one shape")
-        if self.labelled:
+        if self.labelled and len(y):
             top = len(self.class_names) if self.class_names else CLASSES
             if np.min(y) < 0 or np.max(y) >= top:
                 die(f"{where}: labels {np.min(y)}..{np.max(y)}, want 0..{top - 1}; check the labels, or --class_names")
@@ -290,16 +290,19 @@ def emoji(args):
 # ---- folder: pictures in a folder per class
 
 
-def folder(args, writer=Writer):
+def folder(args, writer=Writer, step=None):
+    """writer: the class of what takes the pictures; step: how many it gets at a time."""
     root = Path(args.input)
     if not root.is_dir():
         die(f"{root}: not a folder; want a folder of pictures, or of folders of pictures, one per class")
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    class_names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    shown = lambda path, below: not any(part.startswith(".") for part in path.relative_to(below).parts)
+    entries = sorted(path for path in root.iterdir() if shown(path, root))
+    class_names = [path.name for path in entries if path.is_dir()]
     if class_names and set(map(str.lower, class_names)) <= {"train", "training", "test", "val", "valid", "validation"}:
         note(f"{root}: {', '.join(class_names)} became the classes; if the classes stand inside, give "
              f"{root / class_names[0]}")
-    loose = sum(path.suffix.lower() in endings and path.is_file() for path in root.iterdir()) if class_names else 0
+    loose = sum(path.suffix.lower() in endings and path.is_file() for path in entries) if class_names else 0
     if loose:
         note(f"{root}: {loose} pictures beside the folders of classes are left out")
     files, others = [], []
@@ -309,12 +312,12 @@ def folder(args, writer=Writer):
         except UnicodeEncodeError:
             die(f"{root}: the class {name!r} is not UTF-8; rename that folder")
         inside = []
-        for path in sorted(path for path in (root / name).rglob("*") if path.is_file()):
-            (inside if path.suffix.lower() in endings else others).append(path)
+        for path in sorted((root / name).rglob("*")):
+            if path.is_file() and shown(path, root / name):
+                (inside if path.suffix.lower() in endings else others).append(path)
         if not inside:
             die(f"{root / name}: no pictures inside; put some there, or remove it")
         files += [(path, label) for path in inside]
-    others = [path for path in others if not path.name.startswith(".")]
     if others:
         note(f"{root}: {len(others)} files are left out, for by their names they are no pictures that pillow can open: "
              f"{others[0]}{', ...' if others[1:] else ''}")
@@ -331,7 +334,7 @@ def folder(args, writer=Writer):
             return f"{type(error).__name__}: {error}"
 
     shape = (args.size, args.size, args.channels)
-    step, progress = max(1, CHUNK // math.prod(shape)), Progress("pictures", len(files))
+    step, progress = step or max(1, CHUNK // math.prod(shape)), Progress("pictures", len(files))
     with writer(args.out, len(files), shape, labelled=bool(class_names), class_names=class_names) as out:
         with ThreadPool(args.workers) as pool:
             for start in range(0, len(files), step):
@@ -482,9 +485,13 @@ def show(args):
             stored = STORED_AS[header[name]["dtype"]] if name == "x" else np.dtype("<i8")
             tensors[name] = raw[start + begin : start + end].view(stored).reshape(header[name]["shape"])
         x, y = tensors["x"], tensors.get("y", np.array([], int))
+        if x.ndim != 4 or y.ndim != 1 or len(y) not in (0, len(x)):
+            raise ValueError(f"shapes {x.shape} of x, {y.shape} of y")
+        if np.any((y < 0) | (y > CLASSES)):
+            raise ValueError(f"labels {y.min()}..{y.max()}")
         n, *_, channels = x.shape if x.dtype == np.uint8 else x.transpose(0, 2, 3, 1).shape
-        class_names = json.loads(header.get("__metadata__", {}).get("class_names", "null"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        class_names = list(json.loads(header.get("__metadata__", {}).get("class_names", "[]")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         die(f"{args.input}: {error!r}; want a dataset file, with x and perhaps y, that this program wrote")
     dtype = header["x"]["dtype"]
     print_counts(args.input, dtype, x.shape, y, class_names)

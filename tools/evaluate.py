@@ -12,9 +12,10 @@ precision   share of pictures that lie within the manifold of real ones (k neare
 recall      share of real pictures that lie within the manifold of the pictures
 recognised  share of pictures that the classifier takes for the class that was asked for
 
-`floor` are real pictures that the network was not trained on, against those that it was; `ceiling` is noise. The
-reference of `ceiling` and of the pictures is the whole dataset, of larger ones 50,000 pictures drawn by the seed.
-Compare distances only where N, the reference and the network are the same: a smaller N alone makes them larger.
+`floor` are real pictures that the network was not trained on, as many as the smallest file has (at most a fifth of the
+reference), against the other four fifths; `ceiling` is noise. The reference, of `ceiling` and of the pictures, is the
+whole dataset, of larger ones 50,000 pictures drawn by the seed. Compare distances only where N, the reference and the
+network are the same: a smaller N alone makes them larger.
 
 --nearest draws ten of the first 500 pictures, those nearest to the dataset, above the real picture that is nearest in
 pixels (mirrored ones count too) and the one whose features are, and compares their distances with those between real
@@ -58,7 +59,7 @@ try:
 except ImportError as error:
     sys.exit(f"evaluate.py: needs the Python package {error.name}: pip install -r tools/requirements.txt")
 
-from data import CLASSES, Parser, die, flatten, main_of, replace_file  # of this folder
+from data import CLASSES, Parser, die, flatten, main_of, note, replace_file  # of this folder
 
 VERSION = "1"  # of everything that the cached network and features depend on: another one, another cache
 REFERENCE = 50_000  # of a larger dataset, as many pictures are used
@@ -94,7 +95,9 @@ def read_file(path):
             tensors = {name: file.get_tensor(name) for name in ("x", "y") if name in file.keys()}
             metadata = file.metadata() or {}
         names = json.loads(metadata.get("class_names", "null"))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError("class_names is no list of names")
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         die(f"{path}: {error}; want a dataset of tools/data.py, or what sample_* --latents wrote")
     x, y = tensors.get("x"), tensors.get("y")
     floats = (torch.float32, torch.float16, torch.bfloat16)
@@ -108,10 +111,17 @@ def read_file(path):
 
 def read_folder(path):
     """The PNGs in a folder, or in a folder per class: x uint8 (N,C,H,W), y or None, class names."""
-    names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and any(entry.glob("*.png")))
-    files = [(file, label) for label, name in enumerate(names or ["."]) for file in sorted((path / name).glob("*.png"))]
+    shown = "[!.]*.png"
+    names = sorted(entry.name for entry in path.glob("[!.]*") if entry.is_dir() and any(entry.glob(shown)))
+    files = [(file, label) for label, name in enumerate(names or ["."]) for file in sorted((path / name).glob(shown))]
     if not files:
         die(f"{path}: no .png inside; want a folder of PNGs, or a folder of PNGs for each class")
+    taken = {file for file, _ in files}
+    others = sorted(file for file in path.rglob("[!.]*") if file not in taken and file.is_file()
+                    and not any(part.startswith(".") for part in file.relative_to(path).parts))
+    if others:
+        note(f"{path}: {len(others)} files are left out, as they are not .png or not where the others are: "
+             f"{others[0]}{', ...' if others[1:] else ''}")
 
     def load(entry):
         try:
@@ -231,16 +241,16 @@ def load_inception(path):
             network = torch.jit.load(path, map_location="cpu").eval()
         return lambda x: network((127.5 * x + 128).to(torch.uint8).expand(-1, 3, -1, -1), return_features=True)
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         from pytorch_fid import inception
+        inception.load_state_dict_from_url = lambda *args, **kwargs: state  # the file instead of a download
+        network = inception.InceptionV3([3]).eval()
     except ImportError:
         die(f"--inception {path}: a file of pytorch_fid, which is not installed; pip install pytorch_fid")
-    except Exception as error:  # torch.load raises whatever the bytes led it to
+    except Exception:  # torch.load raises whatever the bytes led it to, another network's file what its names are
         die(f"--inception {path}: {reason}; want inception-2015-12-05.pt or pt_inception-2015-12-05-6726825d.pth")
-    inception.load_state_dict_from_url = lambda *args, **kwargs: state  # the file instead of a download
-    network = inception.InceptionV3([3]).eval()
     return lambda x: network(x.expand(-1, 3, -1, -1) / 2 + 0.5)[0].flatten(1)
 
 
@@ -293,8 +303,8 @@ class Manifold:
 class Evaluator:
     """Trains or loads the network for a dataset; then metrics(x, y) judges pictures against it.
 
-    test_accuracy: of the classifier on the pictures held out (on their rotations where there are no labels). floor and
-    ceiling: metrics of the pictures held out against the others, and of noise. network: a fingerprint of its weights.
+    test_accuracy: of the classifier on the pictures held out (on their rotations where there are no labels). ceiling:
+    metrics of noise. network: a fingerprint of its weights.
     """
 
     def __init__(self, dataset_path, seed=1, inception=None, cache=None, log=print):
@@ -335,9 +345,7 @@ class Evaluator:
         if not inception:  # whose distances are known by their numbers
             self.scale = (100 / known["real"].double().var(0).sum().clamp(min=1e-12)).sqrt().item()
         real = self.scale * known["real"]
-        held_out, rest = real.split([len(self.held_out), len(self.rest)])
-        self.floor = self.judge(held_out, Gaussian(rest), Manifold(rest))
-        self.floor["recognised"] = self.test_accuracy if data.labelled else None
+        self.sides = real.split([len(self.held_out), len(self.rest)])
         self.real, self.manifold = Gaussian(real), Manifold(real)
         wanted = torch.arange(len(noise)) % max(1, data.classes)
         self.ceiling = self.metrics(noise, wanted, known["noise"])
@@ -441,6 +449,12 @@ class Evaluator:
         scale = 127.5 / math.sqrt(both.shape[2])
         return far.median().item() * scale, real.median().item() * scale
 
+    def floor(self, n):
+        """Metrics of n of the pictures held out, or of all where they are fewer, against the others."""
+        held_out, rest = self.sides
+        recognised = self.test_accuracy if self.data.labelled else None  # of all
+        return {**self.judge(held_out[:n], Gaussian(rest), Manifold(rest)), "recognised": recognised}
+
     def judge(self, features, real, manifold):
         return {
             "n": len(features),
@@ -505,12 +519,13 @@ def evaluate(args):
         share = "-" if recognised is None else f"{recognised:.4f}"
         print(f"{n:7}{fd:12.4f}{precision:11.4f}{recall:9.4f}{share:>12}  {name}", flush=True)
 
-    row(f"floor: held out, against the other {len(evaluator.rest)}", evaluator.floor)
+    floor = evaluator.floor(min((len(x) for _, x, _ in judged), default=len(evaluator.held_out)))
+    row(f"floor: held out, against the other {len(evaluator.rest)}", floor)
     for path, x, y in judged:
         figures["pictures"][path] = evaluator.metrics(x, y)
         row(path, figures["pictures"][path])
     row("ceiling: noise", evaluator.ceiling)
-    figures.update(floor=evaluator.floor, ceiling=evaluator.ceiling)
+    figures.update(floor=floor, ceiling=evaluator.ceiling)
     for path, found in figures["pictures"].items():
         if found["n"] <= len(evaluator.real.mean):
             print(f"{path}: fewer pictures than features, so its distance is far too large; draw more")

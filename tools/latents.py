@@ -18,7 +18,6 @@ import json
 import math
 import os
 import sys
-import time
 from pathlib import Path
 
 try:
@@ -31,22 +30,6 @@ try:
     from data import Parser, die, main_of, note, positive, replace_file
 except ImportError as error:
     sys.exit(f"latents.py: needs the Python package {error.name}: pip install -r tools/requirements.txt")
-
-
-class Bar:
-    """A progress bar on standard error, where that is a terminal."""
-
-    def __init__(self, total):
-        self.total, self.done, self.start = total, 0, time.monotonic()
-
-    def add(self, count):
-        self.done += count
-        seconds = time.monotonic() - self.start
-        left = round(seconds * (self.total - self.done) / self.done)
-        if sys.stderr.isatty():
-            full = 30 * self.done // self.total
-            print(f"\r[{'#' * full}{'.' * (30 - full)}] {self.done}/{self.total}, {left // 60}:{left % 60:02d} left ",
-                  end="\n" if self.done == self.total else "", file=sys.stderr, flush=True)
 
 
 class Autoencoder:
@@ -105,38 +88,32 @@ class Autoencoder:
 
 def encode(args):
     vae = Autoencoder(args)
-    try:
-        shape = vae.encode(np.zeros((1, args.size, args.size, 3), np.uint8)).shape[1:]
-    except RuntimeError as error:
-        die(f"--size {args.size}: {str(error).splitlines()[0]}")
-    if args.size % shape[1]:
-        die(f"--size {args.size}: becomes {shape[1]}x{shape[2]}; give a multiple of the autoencoder's reduction")
+    reduction = 2 ** (len(vae.model.config.block_out_channels) - 1)
+    if args.size % reduction:
+        die(f"--size {args.size}: give a multiple of {reduction}, the autoencoder's reduction")
+    shape = vae.encode(np.zeros((1, args.size, args.size, 3), np.uint8)).shape[1:]
 
     class Latents(data.Writer):
         """Takes pictures, writes latents: of each picture, and with --flip of its mirror image."""
 
         def __init__(self, path, count, picture_shape, labelled, class_names):
             self.copies = 2 if args.flip else 1
-            self.bar = Bar(self.copies * count)
             super().__init__(path, self.copies * count, shape, args.dtype, labelled, class_names, vae.scale)
 
         def add(self, x, y=None, where=""):
             for flipped in range(self.copies):
-                for start in range(0, len(x), vae.batch):
-                    some = x[start : start + vae.batch, :, :: -1 if flipped else 1]
-                    labels = y[start : start + vae.batch] if self.labelled else None
-                    super().add(vae.encode(np.ascontiguousarray(some)), labels, where)
-                    self.bar.add(len(some))
+                super().add(vae.encode(np.ascontiguousarray(x[:, :, :: -1 if flipped else 1])), y, where)
 
     args.channels = 3
-    data.folder(args, Latents)
+    data.folder(args, Latents, vae.batch)
 
 
 # ---- decode
 
 
 def decode(args):
-    if Path(args.out).suffix.lower() not in (".png", ".safetensors"):
+    suffix = Path(args.out).suffix.lower()
+    if suffix not in (".png", ".safetensors"):
         die(f"--out {args.out}: want a .png, or a .safetensors for tools/evaluate.py")
     if not Path(args.out).parent.is_dir():  # before the work, not after it
         die(f"--out {args.out}: no such folder; give a path in a folder that can be written")
@@ -154,15 +131,15 @@ def decode(args):
     stored = float(metadata.get("latent_scale", vae.scale))
     if stored != vae.scale and not vae.tiny:  # a tiny one is made to take what the large one's scale gives
         note(f"latent_scale is {stored:g}, the autoencoder's {vae.scale:g}; going by the autoencoder's")
-    bar, class_names = Bar(count), json.loads(metadata.get("class_names", "null"))
+    progress, class_names = data.Progress("pictures", count), json.loads(metadata.get("class_names", "null"))
 
     def batches():
         for start in range(0, count, vae.batch):
             pictures = vae.decode(x[start : start + vae.batch])
-            bar.add(len(pictures))
+            progress.step(len(pictures))
             yield start, pictures
 
-    if args.out.endswith(".safetensors"):
+    if suffix == ".safetensors":
         if y is not None and class_names and (y == len(class_names)).any():
             y = None  # "no label" is among them
         with contextlib.ExitStack() as stack:

@@ -39,7 +39,7 @@ try:
 except ImportError as error:
     sys.exit(f"plot.py: needs the Python package {error.name}: pip install -r tools/requirements.txt")
 
-from data import Parser, die, main_of, replace_file  # of this folder
+from data import Parser, die, main_of, positive, replace_file  # of this folder
 
 PANELS = {  # what of a log is drawn, where the file has it
     "loss": "loss",
@@ -165,12 +165,16 @@ def plot_traces(tables, names, args):
     return args.title or "How far each fixed-point iteration still moves: " + ", ".join(names)
 
 
+def read_picture(path, want):
+    try:
+        return Image.open(path).convert("RGB")
+    except Exception as error:  # a broken picture raises whatever its decoder ran into
+        die(f"{path}: {error}; give {want}")
+
+
 def side_by_side(args):
     """The pictures side by side, in several rows if they are wide, pixel for pixel, each below its name."""
-    try:
-        pictures = [Image.open(path).convert("RGB") for path in args.files]
-    except OSError as error:
-        die(f"{error}; give PNG files only")
+    pictures = [read_picture(path, "PNG files only") for path in args.files]
     names = args.names.split(",") if args.names else [Path(path).stem for path in args.files]
     if len(names) != len(pictures):
         die(f"--names gives {len(names)} names for {len(pictures)} files; give one for each")
@@ -192,10 +196,7 @@ def side_by_side(args):
 
 def animate(args):
     """A strip as GIF: a frame for each of its columns, the pictures beside each other, x_t above the predicted x0."""
-    try:
-        strip = Image.open(args.files[0]).convert("RGB")
-    except OSError as error:
-        die(f"{error}; give a strip of sample_* --strip")
+    strip = read_picture(args.files[0], "a strip of sample_* --strip")
     pixels = np.asarray(strip)
     light = [(pixels == 230).all(axis=(axis, 2)) for axis in (1, 0)]  # the gaps, of whole rows and columns
     tops, lefts = ([i for i in range(1, len(gap)) if gap[i - 1] and not gap[i]] for gap in light)
@@ -207,7 +208,8 @@ def animate(args):
     for left in lefts + lefts[-1:] * 7:  # the last one stays
         frame = Image.new("RGB", (len(tops) // 2 * (side + 2) + 2, 2 * side + 6), (230, 230, 230))
         for i, top in enumerate(tops):
-            frame.paste(strip.crop((left, top, left + side, top + side)), (2 + i // 2 * (side + 2), 2 + i % 2 * (side + 2)))
+            picture = strip.crop((left, top, left + side, top + side))
+            frame.paste(picture, (2 + i // 2 * (side + 2), 2 + i % 2 * (side + 2)))
         frames.append(frame)
     colours = frames[-1].quantize(256 - 64).getpalette()[: 3 * 192] + frames[0].quantize(64).getpalette()[: 3 * 64]
     palette = Image.new("P", (1, 1))
@@ -476,7 +478,7 @@ def main():
     parser.add_argument("--out", required=True, help="the PNG to write, or of a strip the GIF")
     parser.add_argument("--names", help="what to call the files, commas between (default: as they are called)")
     parser.add_argument("--columns", help="which columns of a log to draw, commas between (default: those that change)")
-    parser.add_argument("--smooth", type=int, help="steps in the running mean (default: a fiftieth of the run)")
+    parser.add_argument("--smooth", type=positive, help="steps in the running mean (default: a fiftieth of the run)")
     parser.add_argument("--weights", default="weights/shapes.safetensors", help="fixed_point: of which model")
     parser.add_argument("--title", help="over the picture")
     main_of(draw, parser.parse_args())

@@ -401,8 +401,8 @@ def diffusion_loss(cfg, s, model, x0, noise, t, y, n=0, m=1, acts=None):
 
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan and others 2024; its size as in arXiv:2502.16982) for the matrices that tokens go through, qkv's three
-    apart; AdamW for the others."""
+    """Muon (Jordan and others 2024; its size as in arXiv:2502.16982) for the matrices that tokens go through, qkv's
+    three apart; AdamW for the others."""
 
     def __init__(self, model, **options):
         named = dict(model.named_parameters())
@@ -475,10 +475,10 @@ def sampling_positions(diffusion_steps, steps):
 @torch.no_grad()
 def sample(cfg, model, x, y, z_noise, sampler, steps, iters, eta=0.0, cfg_scale=1.0, cfg_channels=3, reuse=False,
            t_shift=0.0, order=1, cfg_interval=(0, 999), **solver):
-    """x (B,C,H,W) noise -> sample. z_noise (steps,B,C,H,W); iters: iterations of each step, first the largest t. t_shift:
-    0, or for flow and x timesteps that match the noise in x. order: 2 for Adams and Bashforth's two-step method (flow
-    and x). cfg_interval: the timesteps that are guided, first and last. solver: window and mixing of Anderson
-    acceleration."""
+    """x (B,C,H,W) noise -> sample. z_noise (steps,B,C,H,W); iters: iterations of each step, first the largest t.
+    t_shift: 0, or for flow and x timesteps that match the noise in x. order: 2 for Adams and Bashforth's two-step
+    method (flow and x). cfg_interval: the timesteps that are guided, first and last. solver: window and mixing of
+    Anderson acceleration."""
     C, B, positions = cfg.channels, len(x), sampling_positions(cfg.diffusion_steps, steps)
     tau = [max(t / cfg.diffusion_steps, 0.05) for t in positions]
     dt = [1 / steps] * steps
@@ -662,6 +662,8 @@ def learning_rate(args, step):
 
 def command_train(args):
     """Trains with the draws of train_cpu and train_gpu; log.csv is to agree with theirs up to rounding."""
+    from data import die
+
     dtype = getattr(torch, args.dtype)
     data = Data(args.data, args.batch, args.hflip, args.seed)
     sizes = {}
@@ -671,6 +673,13 @@ def command_train(args):
     options = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     options.update(sizes, channels=data.channels, image_size=data.image_size, classes=data.classes)
     cfg = Config(**options)
+    for side, part in ("image_size", "patch"), ("width", "heads"):
+        if getattr(cfg, side) % getattr(cfg, part):
+            die(f"{side} {getattr(cfg, side)} is not a multiple of --{part} {getattr(cfg, part)}")
+    if cfg.width % 4:
+        die(f"--width {cfg.width}: not a multiple of 4")
+    if cfg.learn_sigma and cfg.prediction in ("flow", "x"):
+        die("--learn_sigma 1: needs --prediction eps or v, not flow or x")
 
     start = initial_weights(cfg, args.seed)
     model, ema, s = load_model(cfg, start, dtype), load_model(cfg, start, dtype), Schedule.training(cfg)
@@ -926,14 +935,16 @@ def case_table():
         iters="3,2,5,4", cfg_scale=2.0, reuse=1, window=1, mixing=0.7)
     add("sample_skip_reuse_guided", tiny(**p(1, 1), **flow, skip=1), B=2, sampler="flow", steps=4, iters="2,1,3,1",
         cfg_scale=2.0, reuse=1, t_shift=1.0)
-    add("sample_flow_order2", tiny(**p(1, 0), **flow), B=2, sampler="flow", steps=5, iters="2,1,1,3,1", reuse=1, order=2)
+    add("sample_flow_order2", tiny(**p(1, 0), **flow), B=2, sampler="flow", steps=5, iters="2,1,1,3,1", reuse=1,
+        order=2)
     add("sample_x_order2_shift_guided", tiny(**p(0, 1), **odd), B=2, sampler="flow", steps=6, iters="1", cfg_scale=2.0,
         reuse=1, t_shift=1.5, order=2)
     add("sample_dit_flow_order2_2_steps", tiny(**dit(2), **flow), B=1, sampler="flow", steps=2, iters="1", order=2)
     add("sample_skip_anderson", tiny(**p(0, 2), skip=1), B=1, sampler="ddim", steps=3, iters="4,1,3", window=2,
         mixing=0.9)
-    add("sample_skip_interval_reuse", tiny(**p(1, 1), **flow, skip=1), B=2, sampler="flow", steps=6, iters="2,1,1,3,1,2",
-        cfg_scale=2.5, cfg_interval="250,800", reuse=1, t_shift=1.5, order=2)  # without, with, without guidance
+    add("sample_skip_interval_reuse", tiny(**p(1, 1), **flow, skip=1), B=2, sampler="flow", steps=6,
+        iters="2,1,1,3,1,2", cfg_scale=2.5, cfg_interval="250,800", reuse=1, t_shift=1.5,
+        order=2)  # without, with, without guidance
     add("sample_ddpm_sigma_interval_3of4", tiny(**p(0, 1), **latent, **sigma), B=2, sampler="ddpm", steps=4, iters="2",
         cfg_scale=3.0, cfg_interval="333,999", reuse=1)  # t = 999, 666, 333 with guidance
     add("sample_dit_ddpm_sigma_guided", tiny(**dit(2), **sigma), B=1, sampler="ddpm", steps=3, iters="1", cfg_scale=1.5)
@@ -1027,9 +1038,22 @@ def command_check(args):
     sys.exit(1 if failed else 0)
 
 
+def pair(least):
+    """The type of an option LOW,HIGH."""
+    def parse(text):
+        match = re.fullmatch("([0-9]+),([0-9]+)", text)
+        if not match or not least <= int(match[1]) <= int(match[2]):
+            raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH with {least} <= LOW <= HIGH")
+        return int(match[1]), int(match[2])
+
+    return parse
+
+
 def main():
+    from data import Parser, die, main_of, positive  # here, as it needs pillow, which the model does not
+
     torch.set_num_threads(1)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     here = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "test", "cases")
 
@@ -1043,7 +1067,6 @@ def main():
 
     train = commands.add_parser("train", help="train with the random draws of the C programs")
     train.set_defaults(run=command_train)
-    pair = lambda text: tuple(int(v) for v in text.split(","))
     train.add_argument("--data", required=True, help="a dataset file")
     train.add_argument("--out", required=True, help="folder for log.csv and weights.safetensors (the EMA)")
     models = ["%s/%d" % (size, patch) for size in SIZES for patch in (2, 4, 8)]
@@ -1051,12 +1074,14 @@ def main():
                        help="S/2 ... XL/8, instead of depth, width, heads and patch")
     for field in dataclasses.fields(Config):  # the image's and the classes' come from the data
         if field.name not in ("image_size", "channels", "classes", "mlp_ratio", "diffusion_steps"):
-            choices = {"prediction": ("eps", "v", "flow", "x"), "v_weight": ("p2", "1")}.get(field.name)
-            train.add_argument("--" + field.name, type=field.type, default=field.default, choices=choices)
-    train.add_argument("--no_grad_iters", type=pair, default=(0, 10), metavar="LOW,HIGH")
-    train.add_argument("--grad_iters", type=pair, default=(1, 12), metavar="LOW,HIGH")
-    train.add_argument("--batch", type=int, default=16)
-    train.add_argument("--steps", type=int, default=100)
+            kind = positive if field.name in ("patch", "width", "heads", "depth") else field.type
+            choices = {"prediction": ("eps", "v", "flow", "x"), "v_weight": ("p2", "1"),
+                       "time_embedding": ("dit", "sit", "diffusers")}.get(field.name)
+            train.add_argument("--" + field.name, type=kind, default=field.default, choices=choices)
+    train.add_argument("--no_grad_iters", type=pair(0), default=(0, 10), metavar="LOW,HIGH")
+    train.add_argument("--grad_iters", type=pair(1), default=(1, 12), metavar="LOW,HIGH")
+    train.add_argument("--batch", type=positive, default=16)
+    train.add_argument("--steps", type=positive, default=100)
     train.add_argument("--lr", type=float, default=1e-4)
     train.add_argument("--warmup", type=int, default=0, help="steps over which lr grows to its value")
     train.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
@@ -1075,9 +1100,9 @@ def main():
 
     args = parser.parse_args()
     try:
-        args.run(args)
-    except (OSError, safetensors.SafetensorError) as error:
-        sys.exit("reference.py: %s" % error)
+        main_of(args.run, args)
+    except safetensors.SafetensorError as error:
+        die(error)
 
 
 if __name__ == "__main__":

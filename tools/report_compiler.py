@@ -162,8 +162,8 @@ def matmuls():
                 rows.append((f"{size} {what} {form}", f"{m}x{n}x{k}", f"{tm}x{tn}", splits, f"{waves:.2f}",
                              f"{100 * full:.0f} %", f"{100 * inside:.0f} %", f"{flop / memory:.0f}", f"{flop / l2:.0f}",
                              f"{1e6 * max(flop / PEAK, memory / MEMORY):.0f}"))
-    return table(("product", "MxNxK", "tile", "splits", "waves", "full", "inside", "FLOP/B memory", "FLOP/B L2", "floor, us"),
-                 rows)
+    return table(("product", "MxNxK", "tile", "splits", "waves", "full", "inside", "FLOP/B memory", "FLOP/B L2",
+                  "floor, us"), rows)
 
 
 def estimate():
@@ -175,8 +175,8 @@ def estimate():
     rows, total = [], [0, 0, 0]
 
     def add(name, count, size, form="", a=0, b=0, extra=0, done=0, least=0):
-        """A product of a·D by b·D with M, in D x D; size: bytes an element of (B,T,D); or a kernel that takes at least so
-        many seconds for what it has done."""
+        """A product of a·D by b·D with M, in D x D; size: bytes an element of (B,T,D); or a kernel that takes at least
+        so many seconds for what it has done."""
         flop, moved = 2 * M * D * D * a * b + done, size * N + extra + (2 * D * D * a * b if form else 0)
         fast = slow = max(least, moved / memory)
         sums = 0
@@ -236,11 +236,11 @@ def estimate():
             "Since 2026-11-26 there is a measurement on an H100: `test/results/nvidia-h100-80gb-hbm3.md`. "
             f"FPDM XL/2, batch {BATCH}, {TOKENS} tokens, n {n}, m {m}, one pre and one post block, on an H100. Time of "
             f"a kernel = max(FLOP / rate, bytes / {memory / 1e12:.2f} TB/s). Assumed: {wgmma / 1e12:.0f} TFLOP/s for "
-            f"`wgmma`, times the shares of full waves and of tiles inside above; {mma_sync / 1e12:.0f} for `mma.sync`, times 0.9; "
-            f"attention at {attention:.0%} of what limits it above; memory at 85 % of its data sheet. Bytes: each operand and "
-            "result once; a weight gradient's partial sums, written by the product, are read and added by a kernel of "
-            "their own, which is in the product's time. Left out: conditioning, patch and final layers, what does "
-            "not overlap at the ends of kernels, clocks that fall under load.", "",
+            f"`wgmma`, times the shares of full waves and of tiles inside above; {mma_sync / 1e12:.0f} for "
+            f"`mma.sync`, times 0.9; attention at {attention:.0%} of what limits it above; memory at 85 % of its data "
+            "sheet. Bytes: each operand and result once; a weight gradient's partial sums, written by the product, are "
+            "read and added by a kernel of their own, which is in the product's time. Left out: conditioning, patch "
+            "and final layers, what does not overlap at the ends of kernels, clocks that fall under load.", "",
             *table(("kernel", "launches", "GFLOP", "MB", "us", "ms a step, wgmma", "ms a step, mma.sync"), rows)]
 
 
@@ -277,8 +277,9 @@ def attentions():
 
 
 def epilogues(nvcc, cubin):
-    """Instructions that a warp of matmul_wgmma executes for the results of a tile, 64 rows in two halves by 192 columns
-    over four warps: from the wait for the last product to the next tile, but for the loops over a matrix's last rows."""
+    """Instructions that a warp of matmul_wgmma executes for the results of a tile, 64 rows in two halves by 192
+    columns over four warps: from the wait for the last product to the next tile, but for the loops over a matrix's
+    last rows."""
     cuobjdump = shutil.which("cuobjdump") or os.path.join(os.path.dirname(shutil.which(nvcc) or nvcc), "cuobjdump")
     if not os.path.exists(cuobjdump):
         return ["cuobjdump was not found: the epilogues' instructions are not counted.", ""]
@@ -303,7 +304,8 @@ def epilogues(nvcc, cubin):
         rows.append((f"{EPILOGUES[int(name[3])]}, {['forward', 'dx', 'dw'][int(name[1]) + int(name[2])]}", len(inside),
                      count("FADD", "FMUL", "FFMA", "FMNMX", "MUFU"), count("F2FP"), count("LDG"), count("STG"),
                      count("LDS", "STS")))
-    return table(("epilogue", "instructions", "arithmetic", "to bf16", "loads", "stores", "shared memory"), sorted(rows))
+    return table(("epilogue", "instructions", "arithmetic", "to bf16", "loads", "stores", "shared memory"),
+                 sorted(rows))
 
 
 def main():
@@ -327,9 +329,9 @@ def main():
     lines += ["Time of each unit alone: `mma.sync` at 2/3 of the peak, "
               "128 bytes of shared memory and 16 exponentials a cycle.", ""]
     lines += estimate()
-    lines += ["## Epilogues of matmul_wgmma", "", "Instructions of a warp for the results of one tile, 192 a lane. On the "
-              "H100 a warp issued one in about six cycles there, while the other warpgroup multiplied for about 11 us "
-              "(K = 1152).", ""]
+    lines += ["## Epilogues of matmul_wgmma", "", "Instructions of a warp for the results of one tile, 192 a lane. On "
+              "the H100 a warp issued one in about six cycles there, while the other warpgroup multiplied for about "
+              "11 us (K = 1152).", ""]
     lines += epilogues(nvcc, cubins["sm_90a"])
     for arch in ARCHS:
         lines += [f"## Kernels on {arch}", "", "matmul: tile, first and second operand with k as the slow dimension, "

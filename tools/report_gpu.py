@@ -30,6 +30,8 @@ import tempfile
 import threading
 import time
 
+from bench_torch import die  # of this folder
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LOSS_LIMIT = 1e-4  # of the relative difference between losses of the CUDA and the CPU program in fp32
 
@@ -179,9 +181,12 @@ class Report:
         self.lock = threading.Lock()
         self.gpu = self.memory_gb = None
         self.python, self.torch = None, "torch: not looked for"
+        try:
+            os.makedirs(args.out, exist_ok=True)
+            self.log = open(os.path.join(args.out, "log.txt"), "w")
+        except OSError as error:
+            die(f"--out {args.out}: {error.strerror}; give a folder that can be made and written")
         self.scratch = tempfile.mkdtemp(prefix="report_gpu.")
-        os.makedirs(args.out, exist_ok=True)
-        self.log = open(os.path.join(args.out, "log.txt"), "w")
         self.env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
         self.env.update(TORCHINDUCTOR_CACHE_DIR=os.path.join(self.scratch, "inductor"), PYTHONUNBUFFERED="1",
                         OMP_WAIT_POLICY="passive")  # spinning threads would hold up the compilers beside them
@@ -718,6 +723,7 @@ def main():
     parser.add_argument("--suffix", default="", help="of the name in test/results, where a part of it may stand then")
     parser.add_argument("--target", default="gpu", choices=("gpu", "emu", "cpu"),
                         help="emu, cpu: a trial at tiny sizes with the programs of these names (default: gpu)")
+    parser.error = lambda message: die(f"{message}; see --help")
     args = parser.parse_args()
     for name in args.parts or []:
         if name not in PARTS:

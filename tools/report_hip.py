@@ -38,7 +38,9 @@ def kernels(clang, arch):
 
 def main():
     known = [c for c in ("clang++-19", "clang++-18", "clang++-17", "clang++") if shutil.which(c)]
-    clang = sys.argv[1] if len(sys.argv) > 1 else known[0] if known else sys.exit("error: no clang")
+    clang = sys.argv[1] if len(sys.argv) > 1 else known[0] if known else "clang++"
+    if not shutil.which(clang):
+        sys.exit(f"error: {clang} not found: say make hip CLANG=/path/to/clang++")
     version = subprocess.run([clang, "--version"], stdout=subprocess.PIPE, text=True).stdout.splitlines()[0]
     found = {arch: kernels(clang, arch) for arch in ARCHS}
     compiled = {arch: have for arch, have in found.items() if have}
@@ -46,8 +48,9 @@ def main():
         print(f"skipped: {arch}, which {clang} does not know", file=sys.stderr)
     if not compiled:
         sys.exit(1)
-    with open("fpdm.cu") as file:  # matmul_wgmma is Hopper's, and not there
-        wanted = set(re.findall(r"__global__ void (?:__launch_bounds__\([^\n]*\))?\s*(\w+)\(", file.read())) - {"matmul_wgmma"}
+    with open("fpdm.cu") as file:
+        wanted = set(re.findall(r"__global__ void (?:__launch_bounds__\([^\n]*\))?\s*(\w+)\(", file.read()))
+    wanted -= {"matmul_wgmma"}  # Hopper's
     for arch, have in compiled.items():
         if {name for name, _ in have} != wanted:
             sys.exit(f"error: {arch}: missing {wanted - {name for name, _ in have}}, or more than "
@@ -67,10 +70,10 @@ def main():
         rows.append((name + (f"<{', '.join(shown)}>" if shown else ""), f"{lds}{' **too much**' if lds > LDS else ''}",
                      *cells))
     print("# fpdm.cu compiled for AMD's GPUs\n\nBy `make hip`, with " + version + ": " + ", ".join(
-        f"{arch} {len(have)} kernels, {spilled[arch]} with spills" for arch, have in compiled.items()) + ". None has run "
-        "on such a GPU. `loss_kernel` and `sample_step_kernel` call exp, log and tanh in double from ROCm's library: "
-        f"their registers are a guess. A block has at most {LDS} bytes of LDS: what is marked is refused at its launch.\n\n"
-        "In each column: VGPRs (on CDNA with AGPRs) / SGPRs / registers spilled.\n")
+        f"{arch} {len(have)} kernels, {spilled[arch]} with spills" for arch, have in compiled.items())
+        + ". None has run on such a GPU. `loss_kernel` and `sample_step_kernel` call exp, log and tanh in double from "
+        f"ROCm's library: their registers are a guess. A block has at most {LDS} bytes of LDS: what is marked is "
+        "refused at its launch.\n\nIn each column: VGPRs (on CDNA with AGPRs) / SGPRs / registers spilled.\n")
     print("\n".join(table(("kernel", "LDS", *compiled), rows)), end="")
 
 

@@ -9,7 +9,13 @@ import os
 import subprocess
 import tempfile
 
-import torch
+from bench_torch import die, needs_torch_2  # of this folder
+
+try:
+    import torch
+except ImportError as error:
+    die(f"needs the Python package {error.name}: pip install -r tools/requirements.txt")
+needs_torch_2(torch)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reference
@@ -19,7 +25,7 @@ MODELS = {"FPDM XL/2, m 12": dict(fixed_point=1, m=12), "FPDM XL/2, m 6": dict(f
           "DiT XL/2": dict(fixed_point=0, m=1)}
 BATCHES = (32, 64)
 
-# The sizes that model_create adds up before it allocates, with the harness in place of CUDA and an H100's multiprocessors
+# The sizes that model_create adds up before it allocates, with the harness in place of CUDA, an H100's multiprocessors
 PROGRAM = r"""
 #include "fpdm.cu"
 int main(int argc, char **argv) {
@@ -85,13 +91,13 @@ def theirs(fixed_point, m, batch):
 
 def main():
     lines = ["# Device memory of a training step", "",
-             f"`make memory`; torch {torch.__version__}. Latents 32x32x4, 256 tokens, bf16, GB (1e9 bytes). No GPU took "
-             "part. fpdm.cu: what it allocates, all of it before the first step. PyTorch, an estimate: fp32 weights, "
-             "gradients, Adam's moments and the EMA, and the tensors that autograd saves under bf16 autocast with flash "
-             "attention, each storage once; without what lives for a moment only, the allocator's gaps and CUDA's own. "
-             "`torch.compile` saves less than that. m: iterations with gradient.", "",
-             "| model | batch | fpdm.cu: parameters | activations | in all | with --recompute 1 | PyTorch: parameters | "
-             "saved | in all | fpdm.cu / PyTorch |", "|" + "---|" * 10]
+             f"`make memory`; torch {torch.__version__}. Latents 32x32x4, 256 tokens, bf16, GB (1e9 bytes). No GPU "
+             "took part. fpdm.cu: what it allocates, all of it before the first step. PyTorch, an estimate: fp32 "
+             "weights, gradients, Adam's moments and the EMA, and the tensors that autograd saves under bf16 autocast "
+             "with flash attention, each storage once; without what lives for a moment only, the allocator's gaps and "
+             "CUDA's own. `torch.compile` saves less than that. m: iterations with gradient.", "",
+             "| model | batch | fpdm.cu: parameters | activations | in all | with --recompute 1 | "
+             "PyTorch: parameters | saved | in all | fpdm.cu / PyTorch |", "|" + "---|" * 10]
     with tempfile.TemporaryDirectory() as folder:
         program = build(folder)
         for name, model in MODELS.items():

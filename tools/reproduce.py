@@ -23,7 +23,10 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+
+from data import Parser, die, main_of, replace_file  # of this folder
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -68,11 +71,6 @@ SAME_SAMPLING = {"fpdm_few": "fpdm_skip", "fpdm_blind": "fpdm", "unroll": "fpdm"
 METRICS = ["fd", "precision", "recall", "recognised"]
 
 
-def die(message):
-    print(f"reproduce.py: {message}", file=sys.stderr)
-    sys.exit(1)
-
-
 def contenders(scale):
     """name -> (words for the reader, options of train_*). n and m of the fixed point: half of depth - 2 iterations at
     most without gradient, one more with it; the rivals of the training method get as many iterations on average."""
@@ -97,6 +95,7 @@ def contenders(scale):
 def plateau(scale):
     """The first contender, and models that differ from it in one thing, which may be what holds it back."""
     some = (scale["depth"] - 2) // 2
+    passes = some + 3  # of a training step, on average: pre, post, and as many iterations as n and m have together
     ours, half = dict(skip=0, no_grad_iters=[0, some], grad_iters=[1, some + 1]), (some + 1) // 2
     return {
         "fpdm": ("FPDM as it is", ours),
@@ -110,7 +109,8 @@ def plateau(scale):
         "pre": ("two pre blocks", dict(ours, pre_depth=2)),
         "pre_post": ("two pre and two post blocks", dict(ours, pre_depth=2, post_depth=2)),
         "once": ("the block runs once: a DiT of 3 blocks", dict(fixed_point=0, depth=3)),
-        "dit": ("as many blocks of their own as iterations: a DiT of 6", dict(fixed_point=0, depth=6)),
+        "dit": (f"a block of its own for each pass (pre, post, iterations on average): a DiT of {passes}",
+                dict(fixed_point=0, depth=passes)),
     }
 
 
@@ -138,19 +138,31 @@ class Experiment:
         setup = {"scale": args.scale, "data": data, "target": self.target, **scale}
         setup = json.loads(json.dumps(setup))
         path = os.path.join(self.out, "setup.json")
-        had = json.load(open(path)) if os.path.exists(path) else setup
+        had = self.read(path, setup)
         if {**had, "seeds": scale["seeds"], "samplers": scale["samplers"]} != setup:  # of both more may join later
             die(f"{self.out}: holds the results of another setup: give another --out, or remove it")
-        self.write(path, setup)
         self.points_path = os.path.join(self.out, "points.json")
-        self.points = json.load(open(self.points_path)) if os.path.exists(self.points_path) else {}
+        self.points = self.read(self.points_path, {})
+        self.write(path, setup)
         self.evaluator = None
 
     @staticmethod
+    def read(path, otherwise):
+        """The JSON object in the file; otherwise, where there is none."""
+        if not os.path.exists(path):
+            return otherwise
+        try:
+            with open(path) as file:
+                found = json.load(file)
+            if not isinstance(found, dict):
+                raise ValueError("no object")
+            return found
+        except (ValueError, RecursionError) as error:
+            die(f"{path}: {error}; remove it, or give another --out")
+
+    @staticmethod
     def write(path, value):
-        with open(path + ".tmp", "w") as file:
-            json.dump(value, file, indent=1)
-        os.replace(path + ".tmp", path)
+        replace_file(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
     def save(self, key, value):
         self.points[key] = value
@@ -223,7 +235,7 @@ class Experiment:
         with open(os.path.join(folder, "log.csv")) as log:
             rows = [line.split(",") for line in log.read().split()[1:]]
         losses = [float(row[1]) for row in rows[-len(rows) // 4:]]
-        point = {**json.load(open(facts)), "loss": statistics.fmean(losses), "images": len(rows) * scale["batch"],
+        point = {**self.read(facts, {}), "loss": statistics.fmean(losses), "images": len(rows) * scale["batch"],
                  "seconds": sum(float(row[8]) for row in rows) / 1000}
         print(f"\r{key}: loss {point['loss']:.4f}, {point['seconds']:.0f} s{'':<60}")
         self.save(key, point)
@@ -357,7 +369,7 @@ class Experiment:
                            "--steps", "1", "--batch", str(self.scale["real"]), "--seed", "777"])
         evaluator = evaluate.Evaluator(data, seed=1)
         judge = {"network": evaluator.network, "labelled": evaluator.data.labelled, "accuracy": evaluator.test_accuracy,
-                 "floor": evaluator.floor, "ceiling": evaluator.ceiling}
+                 "floor": evaluator.floor(self.scale["pictures"]), "ceiling": evaluator.ceiling}
         if self.points.get("evaluator", judge).get("network", evaluator.network) != evaluator.network:
             die(f"{self.out}: its distances were measured by another network of tools/evaluate.py (that of another "
                 "machine, or seed); give another --out")
@@ -515,9 +527,24 @@ def value(mean_and_deviation, digits=2):
     return f"{mean:.{digits}f}" + f" ± {deviation:.{digits}f}" * (deviation > 0)  # of one seed there is no deviation
 
 
+def broken(metrics):
+    """The share of pictures with values that are no numbers, where there are any."""
+    share = metrics.get("broken", [0])[0]
+    return f" ({100 * share:.3g} % broken)" * (share > 0)
+
+
+def distance(metrics):
+    return value(metrics["fd"]) + broken(metrics)
+
+
 def table(head, rows):
     lines = ["| " + " | ".join(map(str, head)) + " |", "|" + "---|" * len(head)]
     return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows] + [""]
+
+
+def apart(one, other):
+    """Whether two (mean, deviation) differ by more than both deviations over the seeds."""
+    return abs(one[0] - other[0]) > one[1] + other[1]
 
 
 def direction(changes):
@@ -535,7 +562,6 @@ class Report:
     def __init__(self, args, shapes, plateau, photographs):
         self.args, self.e, self.plateau, self.photographs = args, shapes, plateau, photographs
         self.scale, self.folder = shapes.scale, args.results
-        os.makedirs(self.folder, exist_ok=True)
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
@@ -546,7 +572,7 @@ class Report:
         figure, axes = self.plt.subplots(1, columns, figsize=(5.6 * columns, 4.2), squeeze=False)
         draw(*axes[0])
         figure.tight_layout()
-        figure.savefig(os.path.join(self.folder, name), dpi=110)
+        replace_file(os.path.join(self.folder, name), lambda file: figure.savefig(file, dpi=110), "--results")
         self.plt.close(figure)
         self.lines += [f"![{name}]({name})", ""]
 
@@ -587,8 +613,8 @@ class Report:
             f"with a learning rate that falls to zero, in {scale['dtype']}; {scale['seeds']} training seed"
             f"{'s, ± is the standard deviation over them' if scale['seeds'] > 1 else ''}. Sampling without guidance, "
             f"flow, {scale['pictures']:,} pictures a point. Chosen by the first seed, which is among those reported: "
-            "on shapes the learning rate (short trials; rows without have that of their kind) and how timesteps are drawn "
-            "in training (distance); at each budget either the sampler, with one iteration per timestep, or the "
+            "on shapes the learning rate (short trials; rows without have that of their kind) and how timesteps are "
+            "drawn in training (distance); at each budget either the sampler, with one iteration per timestep, or the "
             "iterations, with the sampler that is best at a budget in the middle. Samplers: "
             f"`{samplers}`. "
             "`distance` is the Fréchet distance of tools/evaluate.py (lower is better; not the FID of papers).", "",
@@ -605,10 +631,11 @@ class Report:
         self.solvers()
         self.methods()
         self.stops()
+        text = "\n".join(self.lines)
+        if " % broken)" in text:
+            text += "\n*Broken* are pictures with values that are no numbers; they are judged as gray.\n"
         path = os.path.join(self.folder, "claims.md")
-        with open(path + ".tmp", "w") as file:
-            file.write("\n".join(self.lines))
-        os.replace(path + ".tmp", path)
+        replace_file(path, lambda file: file.write(text.encode()), "--results")
         print(f"report: {path}")
 
     def answer(self):
@@ -621,7 +648,8 @@ class Report:
                     found = [(b, self.at_budget(e, run, b)) for b in e.scale["budgets"]]
                     self.curve(axis, [(b, point[0]["fd"]) for b, point in found if point], e.runs[run][0], COLORS[run],
                                "--" if "fixed_point" in e.runs[run][1] else "-")
-                axis.axhline(e.points["evaluator"]["floor"]["fd"], color="gray", linestyle=":", label="real pictures")
+                floor = e.points["evaluator"]["floor"]
+                axis.axhline(floor["fd"], color="gray", linestyle=":", label=f"{floor['n']:,} real pictures")
                 axis.set(xscale="log", yscale="log", ylabel="Fréchet distance (lower is better)", title=name,
                          xlabel="Transformer-block passes per picture")
                 self.ticks(axis, e.scale["budgets"])
@@ -634,16 +662,20 @@ class Report:
             words = "; ".join(e.runs[run][0] for run in e.contest())
             self.lines += [f"Contenders on photographs: {words} (width {e.scale['width']}, "
                            f"{e.scale['steps'] * e.scale['batch']:,} pictures seen by the first).", ""]
-        wins, loses, same = [], [], []
+        wins, loses, same, pools, seeds = [], [], [], [], self.scale["seeds"]
         for name, e in sides:
+            sizes = {dit: [max(len(e.choices(run, b)) for b in e.scale["budgets"]) for run in e.contest()
+                           if ("fixed_point" in e.runs[run][1]) == dit] for dit in (False, True)}
+            pools.append("{} ways to draw ({} models × {} settings) against {} ({} × {}) on {}".format(
+                *(count for some in sizes.values() for count in (sum(some), len(some), max(some))), name))
             for b in e.scale["budgets"]:
                 found = {run: point[0]["fd"] for run in e.contest() if (point := self.at_budget(e, run, b))}
                 ours, theirs = (min((fd for run, fd in found.items() if ("fixed_point" in e.runs[run][1]) == dit),
                                     default=None) for dit in (False, True))
                 if ours is None or theirs is None:  # two timesteps of the smallest cost more
                     continue
-                apart = abs(ours[0] - theirs[0]) > ours[1] + theirs[1]  # by more than both deviations over the seeds
-                (same if not apart else wins if ours < theirs else loses).append((name, b, ours[0], theirs[0]))
+                told = seeds == 1 or apart(ours, theirs)
+                (same if not told else wins if ours < theirs else loses).append((name, b, ours[0], theirs[0]))
 
         def say(rows):
             words = [f"{name} at {', '.join(str(b) for n, b, *_ in rows if n == name)} passes a picture ("
@@ -654,13 +686,15 @@ class Report:
         parameters = {run: self.e.training[run][0]["parameters"] for run in self.e.contest()}
         dits = ", ".join(f"{options['depth']} blocks {parameters[run]:.2f}" for run, (_, options) in self.e.runs.items()
                          if "fixed_point" in options)
-        alone = " (one seed)" * (self.e.scale["seeds"] == 1)
+        alone = " (one seed: whether by more than chance is not known)" * (seeds == 1)
         self.lines += [
             (f"Trained with the same arithmetic, the best fixed-point model is nearer to the data than the best DiT on "
              f"{say(wins)}{alone}." if wins else "Trained with the same arithmetic, no fixed-point model was nearer to "
              "the data than the best DiT at a budget that was measured here."), "",
             f"DiT is nearer on {say(loses)}{alone}." if loses else "DiT was nearer at no budget that was measured.", "",
             *([f"They differ by less than their deviations over the seeds on {say(same)}.", ""] if same else []),
+            f"The best is that of {' and '.join(pools)}, of fewer at small budgets; the least of more is lower by "
+            "chance alone.", "",
             f"A fixed-point model's size does not grow with its passes: {parameters['fpdm']:.2f} million parameters, "
             f"DiTs of {dits} (at the paper's size 85 million, DiT-XL/2 674). So size is no reason to take it where a "
             "DiT of as few blocks is nearer. And the passes of one set of weights can be given out freely between "
@@ -704,11 +738,12 @@ class Report:
         self.lines += [f"## Quality against budget: {name}", "",
                        "The paper: at a small budget the fixed-point model draws better pictures than DiT of the same "
                        "passes per timestep; with much compute DiT is better.", "",
-                       f"Real pictures against real ones: {judge['floor']['fd']:.2f}, noise "
-                       f"{judge['ceiling']['fd']:.0f}; the classifier is right on {100 * judge['accuracy']:.1f} % of "
-                       f"real pictures that it has not seen{', by their turn' * (not judge.get('labelled', True))}. "
-                       "Where real pictures are free of noise, precision near 0 says that a picture can be told from "
-                       "real ones, not that it is bad.", ""]
+                       f"{judge['floor']['n']:,} real pictures, held out, against the four fifths that are not: "
+                       f"{judge['floor']['fd']:.2f}, noise {judge['ceiling']['fd']:.0f}; the classifier is right on "
+                       f"{100 * judge['accuracy']:.1f} % of real pictures that it has not seen"
+                       f"{', by their turn' * (not judge.get('labelled', True))}. Where real pictures are free "
+                       "of noise, precision near 0 says that a picture can be told from real ones, not that it is "
+                       "bad.", ""]
 
         def draw(axis):
             for run in e.contest():
@@ -724,7 +759,8 @@ class Report:
                             ("recognised",
                              lambda m, s: f"{100 * m['recognised'][0]:.0f} %" if "recognised" in m else "–"),
                             ("precision / recall", lambda m, s: f"{m['precision'][0]:.2f} / {m['recall'][0]:.2f}")):
-            rows = [[e.runs[run][0]] + [cell(*best[run, b]) if best[run, b] else "–" for b in budgets]
+            rows = [[e.runs[run][0]] + [cell(*found) + broken(found[0]) if (found := best[run, b]) else "–"
+                                        for b in budgets]
                     for run in e.contest()]
             self.lines += table([f"{words} at passes", *budgets], rows)
 
@@ -760,7 +796,8 @@ class Report:
             found = [self.at_budget(e, run, b) for b in e.scale["budgets"]]
             rows.append([words, f"{e.training[run][0]['parameters']:.2f} M",
                          f"{1e-9 * flops(e.scale, options, 0)[1]:.2f}",
-                         *(f"{p[0]['fd'][0]:.1f}, {100 * p[0]['recognised'][0]:.0f} %" if p else "–" for p in found)])
+                         *(f"{p[0]['fd'][0]:.1f}, {100 * p[0]['recognised'][0]:.0f} %{broken(p[0])}" if p else "–"
+                           for p in found)])
         self.lines += table(["model", "parameters", "training GFLOP per picture",
                              *(f"{b} passes: distance, recognised" for b in e.scale["budgets"])], rows)
 
@@ -785,7 +822,7 @@ class Report:
         self.figure("claims_smoothing.png", draw)
         for name, grid in grids.items():
             head = [f"{name}: passes"] + [f"{k} iteration{'s' * (k > 1)} per timestep" for k in per_step]
-            self.lines += table(head, [[b] + [f"{value(m['fd'])} ({s['steps']})" for m, s in grid[b]] +
+            self.lines += table(head, [[b] + [f"{value(m['fd'])} ({s['steps']}){broken(m)}" for m, s in grid[b]] +
                                        ["–"] * (len(per_step) - len(grid[b])) for b in grid])
         self.lines += ["Distance, and in brackets the number of timesteps; `--t_shift` 1; the plot is of shapes.", ""]
 
@@ -801,8 +838,8 @@ class Report:
             without = {**s, "reuse": 0}
             changes = [e.measure(run, seed, **s)["fd"] - e.measure(run, seed, **without)["fd"] for seed in seeds]
             change = statistics.fmean(changes), statistics.stdev(changes) if len(changes) > 1 else 0.0
-            rows.append([s["budget"], s["steps"], s["alloc"], value(e.mean(run, s)["fd"]),
-                         value(e.mean(run, without)["fd"]), value(change), direction(changes)])
+            rows.append([s["budget"], s["steps"], s["alloc"], distance(e.mean(run, s)),
+                         distance(e.mean(run, without)), value(change), direction(changes)])
         self.lines += table(["passes", "timesteps", "allocation", "distance with reuse", "without",
                              "change, seed by seed", "with reuse it is"], rows)
 
@@ -846,7 +883,7 @@ class Report:
             solver = f"Anderson, window {s['window']}" if "solver" in s else "plain"
             if "tol" in s:
                 solver = f"plain, tol {s['tol']}, at most {s['iters']}"
-            rows.append([solver, s["iters"] if "tol" not in s else "", f"{m['passes'][0]:.0f}", value(m["fd"])])
+            rows.append([solver, s["iters"] if "tol" not in s else "", f"{m['passes'][0]:.0f}", distance(m)])
         self.lines += table(["solver", "iterations per timestep", "passes", "distance"], rows)
 
     def methods(self):
@@ -858,11 +895,11 @@ class Report:
                        f"{self.scale['depth'] // 2} iterations in training, on average.", ""]
         runs = ["fpdm", "one_step", "unroll"]
         iterations = self.scale["unroll_iters"]
-        found = {(run, k): e.mean(run, e.ten(run, iters=k))["fd"] for run in runs for k in iterations}
+        found = {(run, k): e.mean(run, e.ten(run, iters=k)) for run in runs for k in iterations}
 
         def draw(axis):
             for run in runs:
-                self.curve(axis, [(k, found[run, k]) for k in iterations], e.runs[run][0], COLORS[run])
+                self.curve(axis, [(k, found[run, k]["fd"]) for k in iterations], e.runs[run][0], COLORS[run])
             axis.set(xscale="log", yscale="log", xlabel="iterations per timestep when sampling (10 timesteps)",
                      ylabel="Fréchet distance")
             self.ticks(axis, iterations)
@@ -870,28 +907,31 @@ class Report:
 
         self.figure("claims_training.png", draw)
         self.lines += table(["iterations per timestep"] + [e.runs[run][0] for run in runs],
-                            [[k] + [value(found[run, k]) for run in runs] for k in iterations])
+                            [[k] + [distance(found[run, k]) for run in runs] for k in iterations])
         losses = [e.runs[run][0] + " " + ", ".join(f"{p['loss']:.4f}" for p in e.training[run]) for run in runs]
         self.lines += [f"Losses, a run each (a loss near 1 is a run that diverged): {'; '.join(losses)}.", ""]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="hour", help="[hour]; smoke: self-test")
     parser.add_argument("--seeds", type=int, help="training runs of each contender [1; laptop, gpu: 3]")
     parser.add_argument("--photographs", metavar="DATASET", help="a dataset file for the part on photographs [none]")
     parser.add_argument("--target", choices=["cpu", "gpu"], help="which programs [gpu if nvidia-smi sees one]")
     parser.add_argument("--out", help="folder for runs and measurements [reproduce_SCALE]")
     parser.add_argument("--results", help="folder for claims.md and plots [test/results; smoke: --out]")
-    parser.error = lambda message: die(f"{message}; see --help")
-    args = parser.parse_args()
-    for package in ("torch", "numpy", "safetensors", "matplotlib", "PIL"):
+    main_of(reproduce, parser.parse_args())
+
+
+def reproduce(args):
+    for package in ("torch", "safetensors", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             die(f"needs the Python package {package}: pip install -r tools/requirements.txt")
     args.out = os.path.abspath(args.out or f"reproduce_{args.scale}")
     args.results = os.path.abspath(args.results or (args.out if args.scale == "smoke" else f"{ROOT}/test/results"))
-    sys.path.insert(0, HERE)
-    if args.photographs:  # before the work, not after it
+    os.makedirs(args.results, exist_ok=True)  # before the work, not after it
+    tempfile.TemporaryFile(dir=args.results).close()
+    if args.photographs:
         import evaluate
         image_size = evaluate.Dataset(args.photographs).shape[1]
     if not args.target:
@@ -902,7 +942,14 @@ def main():
     seeds = {"seeds": args.seeds} if args.seeds else {}
     scale = {**SCALES[args.scale], **seeds}
     runs = contenders(scale)
-    shapes = Experiment(args, "shapes", args.out, scale, runs)
+    shapes, photographs = Experiment(args, "shapes", args.out, scale, runs), None
+    if args.photographs:
+        photo_scale = {**SCALES[args.scale], **(PHOTOGRAPHS if args.scale in ("hour", "laptop") else {}), **seeds}
+        some = photo_scale["lrs"] if isinstance(photo_scale["lrs"], dict) else (
+            "fpdm", "fpdm_skip", "fpdm_few", "dit3", "dit", "dit_deep")
+        photo_scale["image_size"] = image_size
+        photographs = Experiment(args, os.path.abspath(args.photographs), os.path.join(args.out, "photographs"),
+                                 photo_scale, {run: runs[run] for run in some})
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell had it ignored
         signal.signal(number, signal.default_int_handler)
     try:
@@ -913,14 +960,7 @@ def main():
         single = Experiment(args, "shapes", os.path.join(args.out, "plateau"), scale, plateau(scale))
         single.make_evaluator = shapes.make_evaluator
         single.everything()
-        photographs = None
-        if args.photographs:
-            scale = {**SCALES[args.scale], **(PHOTOGRAPHS if args.scale in ("hour", "laptop") else {}), **seeds}
-            some = scale["lrs"] if isinstance(scale["lrs"], dict) else (
-                "fpdm", "fpdm_skip", "fpdm_few", "dit3", "dit", "dit_deep")
-            scale["image_size"] = image_size
-            photographs = Experiment(args, os.path.abspath(args.photographs), os.path.join(args.out, "photographs"),
-                                     scale, {run: runs[run] for run in some})
+        if photographs:
             photographs.everything()
         Report(args, shapes, single, photographs).write()
     except KeyboardInterrupt:

@@ -14,8 +14,9 @@ import re
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
+
+from bench_torch import die, main_of, positive  # of this folder
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 N, M = 1, 2  # iterations without and with gradient where it is measured
@@ -54,7 +55,7 @@ NETWORKS = {"8 x 400 Gb/s a machine": 400e9, "1 x 100 Gb/s a machine": 12.5e9}
 def run(*command, **options):
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, **options)
     if done.returncode:
-        sys.exit(f"scaling.py: {' '.join(command)}: {done.stderr.strip()}")
+        die(f"{' '.join(command)}: {done.stderr.strip()}")
     return done.stdout
 
 
@@ -122,10 +123,11 @@ def measure(rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.error = lambda message: die(f"{message}; see --help")
     rounds = parser.parse_args().rounds
     if not shutil.which("mpirun") or not shutil.which("mpicc"):
-        sys.exit("scaling.py: needs Open MPI: apt-get install libopenmpi-dev openmpi-bin")
+        die("needs Open MPI: apt-get install libopenmpi-dev openmpi-bin")
     measured = measure(rounds)
     with open("/proc/cpuinfo") as file:
         found = re.search(r"model name\s*: (.*)", file.read())
@@ -140,10 +142,11 @@ def main():
 
 ## Measured: ranks on the cores of one machine
 
-{processor}, {os.cpu_count()} cores; a thread a rank; n {N}, m {M}; the same batch whatever the number of ranks. Medians of
-{rounds} rounds in which 1 (one process, built without MPI), 2 and 4 ranks take turns; the speed-up is the median of the
-rounds' ratios, with its range. More ranks than cores: oversubscribed, which shows that it works, not what it gains.
-Sent: bytes of gradient that a rank sends in a ring, 2 (R-1)/R · 4 · parameters. All-reduce: `MPI_Allreduce` of so many floats alone.
+{processor}, {os.cpu_count()} cores; a thread a rank; n {N}, m {M}; the same batch whatever the number of ranks.
+Medians of {rounds} rounds in which 1 (one process, built without MPI), 2 and 4 ranks take turns; the speed-up is the
+median of the rounds' ratios, with its range. More ranks than cores: oversubscribed, which shows that it works, not what
+it gains. Sent: bytes of gradient that a rank sends in a ring, 2 (R-1)/R · 4 · parameters. All-reduce: `MPI_Allreduce`
+of so many floats alone.
 
 | model | ranks | ms a step | speed-up | MB sent a rank and step | all-reduce alone, ms |
 |---|---|---|---|---|---|""")
@@ -154,13 +157,14 @@ Sent: bytes of gradient that a rank sends in a ring, 2 (R-1)/R · 4 · parameter
 XL/2 on latents of 32x32x4, 1000 labels, {BATCH} pictures a step in all. By the formula of `tools/scaling.py`, which the
 models above check: FPDM {fpdm / 1e6:.1f} M parameters, DiT {dit / 1e6:.1f} M: {dit / fpdm:.1f} times as many to reduce.
 
-- compute = {BATCH}/R · arithmetic of a picture / ({USED} · {PEAK / 1e12:.0f} TFLOP/s): FPDM {work[0] / 1e12:.2f} TFLOP (the mean over n in
-  0..10 and m in 1..12), DiT {work[1] / 1e12:.2f}, by `model_flops`. {USED} is an assumption, and optimistic for a few pictures a GPU.
-- all-reduce = 2 (R-1)/R · 4 bytes · parameters / bandwidth + 2 (R-1) · {LATENCY * 1e6:.0f} us (a ring; the latency is an assumption;
-  NCCL takes trees where latency rules).
-- bandwidth: up to {GPUS} GPUs NVLink's {NVLINK / 1e9:.0f} GB/s in one direction (H100 SXM data sheet: 900 GB/s in both); between
-  machines the lower of that and what a machine's ports carry, {GPUS} rings sharing them: 400 GB/s (DGX H100 data sheet: 8
-  ConnectX-7 of 400 Gb/s) or 12.5 GB/s (one port of 100 Gb/s).
+- compute = {BATCH}/R · arithmetic of a picture / ({USED} · {PEAK / 1e12:.0f} TFLOP/s):
+  FPDM {work[0] / 1e12:.2f} TFLOP (the mean over n in 0..10 and m in 1..12), DiT {work[1] / 1e12:.2f}, by `model_flops`.
+  {USED} is an assumption, and optimistic for a few pictures a GPU.
+- all-reduce = 2 (R-1)/R · 4 bytes · parameters / bandwidth + 2 (R-1) · {LATENCY * 1e6:.0f} us (a ring; the latency is
+  an assumption; NCCL takes trees where latency rules).
+- bandwidth: up to {GPUS} GPUs NVLink's {NVLINK / 1e9:.0f} GB/s in one direction (H100 SXM data sheet: 900 GB/s in
+  both); between machines the lower of that and what a machine's ports carry, {GPUS} rings sharing them: 400 GB/s (DGX
+  H100 data sheet: 8 ConnectX-7 of 400 Gb/s) or 12.5 GB/s (one port of 100 Gb/s).
 - efficiency = compute / (compute + all-reduce): the program does not overlap the two.
 """)
     for network, ports in NETWORKS.items():
@@ -174,9 +178,11 @@ models above check: FPDM {fpdm / 1e6:.1f} M parameters, DiT {dit / 1e6:.1f} M: {
             efficiency = " / ".join(f"{100 * c / (c + r):.0f} %" for c, r in zip(compute, reduce))
             print(f"| {R} | {BATCH // R} | {pairs[0]} | {pairs[1]} | {efficiency} |")
         print()
-    print(f"""Overlapping the all-reduce with the backward pass could hide at most {100 * early / fpdm:.0f} % of FPDM's bytes behind the iterations: the
-final layer's and the post block's. The gradients of the block that is iterated are complete only after all m iterations,
-when the pre block's backward pass alone is left. There is no machinery for it.""")
+    print(f"""Overlapping the all-reduce with the backward pass could hide at most {100 * early / fpdm:.0f} % of FPDM's
+bytes behind the iterations: the final layer's and the post block's. The gradients of the block that is iterated are
+complete only after all m iterations, when the pre block's backward pass alone is left. There is no machinery for
+it.""")
 
 
-main()
+if __name__ == "__main__":
+    main_of(main)
