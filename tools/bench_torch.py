@@ -33,7 +33,7 @@ import traceback
 PAUSE = 0.3  # seconds between turns: OpenMP's threads spin for up to 0.2 s after their work, on the cores of the next
 
 
-# ---- what other tools without numpy and pillow use, too; those with them have data.py's
+# ---- shared with scaling.py, report_gpu.py, report_memory.py, which run without numpy and pillow; others: data.py
 
 
 def die(message, status=1):
